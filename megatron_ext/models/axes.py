@@ -1,0 +1,238 @@
+"""The axes table: which dimension of which weight lies on which axis of the model.
+
+A Megatron `torch_dist` checkpoint of a `HybridModel` is a set of global tensors, one key per weight of each sub-layer,
+whatever parallel layout saved it. This table names the axis of every dimension. Counting parameters, slicing a
+checkpoint, masking an elastic model and planning memory all read it.
+
+The keys are those of the stock `hybrid_stack_spec`, whose pre-norms are fused into the linear layer that follows
+(`megatron/core/models/hybrid/hybrid_block.py`, `ssm/mamba_mixer.py`, `transformer/attention.py`, `transformer/mlp.py`).
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from megatron_ext.errors import CheckpointError
+from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, parse
+
+if TYPE_CHECKING:  # config.py counts with this table
+    from megatron_ext.models.config import Architecture
+
+CONV_KERNEL = 4
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT_LAYER = "output_layer.weight"
+LAYER = "decoder.layers"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of one sub-layer: ascending indices on each prunable axis, `None` for all of it.
+
+    Attributes:
+        hidden: Channels of the residual stream; the same for every sub-layer of a model.
+        ffn: Neurons of the MLP.
+        query_heads: Query heads, numbered over all key/value groups; every group keeps the same number.
+        mamba_heads: Mamba-2 heads, numbered over all SSM groups; every group keeps the same number.
+        head_channels: Channels inside a Mamba-2 head, the same for every head.
+    """
+
+    hidden: Sequence[int] | None = None
+    ffn: Sequence[int] | None = None
+    query_heads: Sequence[int] | None = None
+    mamba_heads: Sequence[int] | None = None
+    head_channels: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis: its length, the positions that a `Kept` leaves (`None`: all), and whether TP splits it."""
+
+    size: Callable[["Architecture"], int]
+    index: Callable[["Architecture", Kept], Tensor | None] = lambda arch, kept: None
+    split: bool = True
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight: the sub-layer that has it (`""`: the model), its key within it, its axes, and when it exists."""
+
+    unit: str
+    name: str
+    axes: tuple[str, ...]
+    exists: Callable[["Architecture"], bool] = lambda arch: True
+
+
+def _indices(kept: Sequence[int] | None) -> Tensor | None:
+    return None if kept is None else torch.tensor(kept, dtype=torch.long)
+
+
+def _outer(rows: Sequence[int] | None, num_rows: int, columns: Sequence[int] | None, num_columns: int) -> Tensor | None:
+    """Flat positions of the kept rows x kept columns of a `(num_rows, num_columns)` grid."""
+    if rows is None and columns is None:
+        return None
+    r = torch.arange(num_rows) if rows is None else torch.tensor(rows)
+    c = torch.arange(num_columns) if columns is None else torch.tensor(columns)
+    return (r[:, None] * num_columns + c).flatten()
+
+
+def _gate_and_up(arch: "Architecture", kept: Kept) -> Tensor | None:
+    # [gate; up] stacked: apply_swiglu_sharded_factory gives each half its own global offset, whatever TP is
+    return _outer(None, 2 if arch.gated_linear_unit else 1, kept.ffn, arch.ffn_hidden_size)
+
+
+def _qkv(arch: "Architecture", kept: Kept) -> Tensor | None:
+    # per kv group: its query heads, then its key head, then its value head
+    if kept.query_heads is None:
+        return None
+    per_group = arch.num_attention_heads // arch.num_query_groups
+    heads = []
+    for group in range(arch.num_query_groups):
+        first = group * (per_group + 2)
+        heads += [first + head % per_group for head in kept.query_heads if head // per_group == group]
+        heads += [first + per_group, first + per_group + 1]
+    return _outer(heads, len(heads), None, arch.kv_channels)
+
+
+AXES: dict[str, Axis] = {
+    "hidden": Axis(lambda a: a.hidden_size, lambda a, k: _indices(k.hidden), split=False),
+    "vocab": Axis(lambda a: a.vocab_size),
+    "ffn": Axis(lambda a: a.ffn_hidden_size, lambda a, k: _indices(k.ffn)),
+    "gate+up": Axis(lambda a: a.ffn_hidden_size * (2 if a.gated_linear_unit else 1), _gate_and_up),
+    "qkv": Axis(lambda a: (a.num_attention_heads + 2 * a.num_query_groups) * a.kv_channels, _qkv),
+    "query_head*channel": Axis(
+        lambda a: a.num_attention_heads * a.kv_channels,
+        lambda a, k: _outer(k.query_heads, a.num_attention_heads, None, a.kv_channels),
+    ),
+    "mamba_head": Axis(lambda a: a.mamba_num_heads, lambda a, k: _indices(k.mamba_heads)),
+    "mamba_head*channel": Axis(
+        lambda a: a.mamba_num_heads * a.mamba_head_dim,
+        lambda a, k: _outer(k.mamba_heads, a.mamba_num_heads, k.head_channels, a.mamba_head_dim),
+    ),
+    "mamba_group*state": Axis(lambda a: a.mamba_num_groups * a.mamba_state_dim),
+    "one": Axis(lambda a: 1, split=False),
+    "conv": Axis(lambda a: CONV_KERNEL, split=False),
+}
+
+
+def _has_norm_bias(arch: "Architecture") -> bool:
+    return arch.normalization == "LayerNorm"
+
+
+def _has_bias(arch: "Architecture") -> bool:
+    return arch.add_bias_linear
+
+
+def _norm(unit: str, name: str) -> list[Weight]:
+    return [Weight(unit, f"{name}weight", ("hidden",)), Weight(unit, f"{name}bias", ("hidden",), _has_norm_bias)]
+
+
+TABLE: list[Weight] = [
+    Weight("", EMBEDDING, ("vocab", "hidden")),
+    *_norm(MAMBA, "mixer.in_proj.layer_norm_"),
+    Weight(MAMBA, "mixer.in_proj.weight.z", ("mamba_head*channel", "hidden")),
+    Weight(MAMBA, "mixer.in_proj.weight.x", ("mamba_head*channel", "hidden")),
+    Weight(MAMBA, "mixer.in_proj.weight.B", ("mamba_group*state", "hidden")),
+    Weight(MAMBA, "mixer.in_proj.weight.C", ("mamba_group*state", "hidden")),
+    Weight(MAMBA, "mixer.in_proj.weight.dt", ("mamba_head", "hidden")),
+    Weight(MAMBA, "mixer.conv1d.weight.x", ("mamba_head*channel", "one", "conv")),
+    Weight(MAMBA, "mixer.conv1d.weight.B", ("mamba_group*state", "one", "conv")),
+    Weight(MAMBA, "mixer.conv1d.weight.C", ("mamba_group*state", "one", "conv")),
+    Weight(MAMBA, "mixer.conv1d.bias.x", ("mamba_head*channel",)),
+    Weight(MAMBA, "mixer.conv1d.bias.B", ("mamba_group*state",)),
+    Weight(MAMBA, "mixer.conv1d.bias.C", ("mamba_group*state",)),
+    Weight(MAMBA, "mixer.dt_bias", ("mamba_head",)),
+    Weight(MAMBA, "mixer.A_log", ("mamba_head",)),
+    Weight(MAMBA, "mixer.D", ("mamba_head",)),
+    Weight(MAMBA, "mixer.norm.weight", ("mamba_head*channel",)),
+    Weight(MAMBA, "mixer.out_proj.weight", ("hidden", "mamba_head*channel")),
+    *_norm(ATTENTION, "self_attention.linear_qkv.layer_norm_"),
+    Weight(ATTENTION, "self_attention.linear_qkv.weight", ("qkv", "hidden")),
+    Weight(ATTENTION, "self_attention.linear_qkv.bias", ("qkv",), lambda a: a.add_qkv_bias),
+    Weight(ATTENTION, "self_attention.linear_proj.weight", ("hidden", "query_head*channel")),
+    Weight(ATTENTION, "self_attention.linear_proj.bias", ("hidden",), _has_bias),
+    *_norm(MLP, "mlp.linear_fc1.layer_norm_"),
+    Weight(MLP, "mlp.linear_fc1.weight", ("gate+up", "hidden")),
+    Weight(MLP, "mlp.linear_fc1.bias", ("gate+up",), _has_bias),
+    Weight(MLP, "mlp.linear_fc2.weight", ("hidden", "ffn")),
+    Weight(MLP, "mlp.linear_fc2.bias", ("hidden",), _has_bias),
+    *_norm("", "decoder.final_norm."),
+    Weight("", OUTPUT_LAYER, ("vocab", "hidden"), lambda a: a.untie_embeddings_and_output_weights),
+]
+_ROWS = {(weight.unit, weight.name): weight for weight in TABLE}
+_LAYER_KEY = re.compile(re.escape(LAYER) + r"\.(\d+)\.(.+)")
+
+
+def locate(arch: "Architecture", key: str) -> tuple[int | None, Weight]:
+    """The sub-layer index (`None`: not in one) and the row of the table of a checkpoint key.
+
+    Raises:
+        CheckpointError: The model has no such weight.
+    """
+    layer, unit, name = None, "", key
+    if match := _LAYER_KEY.fullmatch(key):
+        layer, name = int(match[1]), match[2]
+        unit = arch.pattern[layer] if layer < len(arch.pattern) else "none"
+    weight = _ROWS.get((unit, name))
+    if weight is None or not weight.exists(arch):
+        raise CheckpointError(f"the model has no weight {key!r}", got=f"pattern {arch.pattern}")
+    return layer, weight
+
+
+def keys(arch: "Architecture") -> list[str]:
+    """The checkpoint keys of all weights, in the order of the forward pass."""
+    model = [weight.name for weight in TABLE if weight.unit == "" and weight.exists(arch)]
+    layers = [
+        f"{LAYER}.{i}.{weight.name}"
+        for i, unit in enumerate(arch.pattern)
+        for weight in TABLE
+        if weight.unit == unit and weight.exists(arch)
+    ]
+    return [model[0], *layers, *model[1:]]
+
+
+def shape(arch: "Architecture", key: str) -> tuple[int, ...]:
+    """The global shape of one weight."""
+    return tuple(AXES[axis].size(arch) for axis in locate(arch, key)[1].axes)
+
+
+def size(arch: "Architecture", key: str, *, tp: int = 1) -> int:
+    """Elements of one weight on one of `tp` tensor parallel ranks."""
+    is_split = any(AXES[axis].split for axis in locate(arch, key)[1].axes)
+    return prod(shape(arch, key)) // (tp if is_split else 1)
+
+
+def tensors(arch: "Architecture") -> dict[str, tuple[int, ...]]:
+    """Every weight of the model and its global shape, in the order of the forward pass."""
+    return {key: shape(arch, key) for key in keys(arch)}
+
+
+def indices(arch: "Architecture", key: str, kept: Kept) -> tuple[Tensor | None, ...]:
+    """For each dimension of a weight of `arch`, the positions that `kept` leaves of it, `None` for all.
+
+    Args:
+        arch: The model that is cut.
+        key: The checkpoint key of the weight in that model.
+        kept: What is kept of the weight's sub-layer.
+    """
+    return tuple(AXES[axis].index(arch, kept) for axis in locate(arch, key)[1].axes)
+
+
+def parameters_per_rank(arch: "Architecture", *, tp: int = 1, pp: int = 1) -> list[int]:
+    """Parameters that one rank of each pipeline stage holds, stages in order.
+
+    The pattern is split as `Pattern.split` does. Tied embeddings are held twice where the first and the last stage
+    are different ranks, as Megatron does.
+    """
+    sizes = [0] * pp
+    stage_of = [stage for stage, units in enumerate(parse(arch.pattern).split(pp).stages) for _ in units]
+    for key in keys(arch):
+        layer, weight = locate(arch, key)
+        sizes[stage_of[layer] if layer is not None else 0 if key == EMBEDDING else -1] += size(arch, key, tp=tp)
+        if weight.name == EMBEDDING and not arch.untie_embeddings_and_output_weights and pp > 1:
+            sizes[-1] += size(arch, key, tp=tp)
+    return sizes

@@ -1,0 +1,259 @@
+"""What a model is, as one frozen value: enough to count, slice, build and convert it, and nothing about how it runs."""
+
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from math import gcd
+from typing import Any, Literal, Self
+
+from megatron_ext.errors import ConfigError, nearest
+from megatron_ext.models import axes
+from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE, Pattern, parse
+
+CONV_KERNEL = axes.CONV_KERNEL
+MAMBA_EXPAND = 2
+# Megatron's flags cannot say any other combination of gating and activation.
+_ACTIVATIONS = {(True, "silu"): ["--swiglu"], (False, "gelu"): [], (False, "squared_relu"): ["--squared-relu"]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One `HybridModel`, whatever its family. All sizes are global, before any parallel split.
+
+    Attributes:
+        pattern: Sub-layers, one character each (see `megatron_ext.models.pattern`). Pipeline borders are dropped:
+            they belong to a run, not to a model.
+        vocab_size: Rows of the embedding, padding included.
+        num_query_groups: Key/value heads; `num_attention_heads` for plain multi-head attention.
+        kv_channels: Channels per attention head.
+        mamba_num_heads: Heads of a Mamba-2 layer; its inner width is `mamba_num_heads * mamba_head_dim`.
+        zero_centered_norm: Norm weights are stored minus one (Megatron's `--apply-layernorm-1p`).
+        rope_scaling_factor: Llama 3.1's frequency scaling, `None` for plain RoPE.
+
+    Sizes of kinds of layer that the pattern does not have are kept but mean nothing.
+
+    Raises:
+        ConfigError: The pattern is illegal, a size is not positive, or the activation cannot be expressed in
+            Megatron's flags.
+    """
+
+    pattern: str
+    hidden_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    ffn_hidden_size: int
+    gated_linear_unit: bool = True
+    activation: Literal["silu", "gelu", "squared_relu"] = "silu"
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    mamba_num_heads: int
+    mamba_head_dim: int = 64
+    mamba_state_dim: int = 128
+    mamba_num_groups: int = 8
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    norm_epsilon: float = 1e-5
+    zero_centered_norm: bool = False
+    position_embedding_type: Literal["none", "rope"] = "none"
+    rotary_base: int = 10000
+    rotary_percent: float = 1.0
+    rope_scaling_factor: float | None = None
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = False
+    untie_embeddings_and_output_weights: bool = True
+
+    def __post_init__(self) -> None:
+        units = parse(self.pattern).units
+        object.__setattr__(self, "pattern", units)
+        object.__setattr__(self, "add_qkv_bias", self.add_qkv_bias or self.add_bias_linear)  # as Megatron does
+        if MOE in units:
+            raise ConfigError("mixture-of-experts layers cannot be built yet", got=units, legal="layers M, * and -")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{field.name} must be a positive whole number", got=repr(value))
+        if (self.gated_linear_unit, self.activation) not in _ACTIVATIONS:
+            raise ConfigError(
+                "this activation does not exist in Megatron's flags",
+                got=f"{self.activation}, {'gated' if self.gated_linear_unit else 'not gated'}",
+                legal=", ".join(f"{name} {'gated' if gated else 'not gated'}" for gated, name in _ACTIVATIONS),
+            )
+        for name, legal in (
+            ("normalization", ("RMSNorm", "LayerNorm")), ("position_embedding_type", ("none", "rope")),
+        ):  # fmt: skip
+            if getattr(self, name) not in legal:
+                raise ConfigError(f"unknown {name}", got=getattr(self, name), legal=", ".join(legal))
+
+    @property
+    def layers(self) -> Pattern:
+        """The parsed pattern."""
+        return parse(self.pattern)
+
+    @property
+    def mamba_inner_size(self) -> int:
+        """Channels of a Mamba-2 layer, over all heads."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    def num_parameters(self, *, embedding: bool = True) -> int:
+        """Parameters in all; without the word embedding and the output layer if not `embedding`."""
+        return sum(
+            axes.size(self, key)
+            for key in axes.tensors(self)
+            if embedding or key not in (axes.EMBEDDING, axes.OUTPUT_LAYER)
+        )
+
+    def validate(self, *, tp: int = 1, pp: int = 1) -> None:
+        """Check what must divide, for tensor parallel size `tp` and pipeline parallel size `pp`.
+
+        Raises:
+            ConfigError: Names every size that does not divide, and the nearest sizes or layouts that would.
+        """
+        kinds = set(self.pattern)
+        wrong = []
+
+        def divides(name: str, by: int, reason: str) -> None:
+            value = getattr(self, name)
+            if value % by:
+                near = [n for n in (value // by * by, (value // by + 1) * by) if n]
+                wrong.append(f"{name}={value} does not divide by {reason}={by} (nearest: {', '.join(map(str, near))})")
+
+        if ATTENTION in kinds:
+            divides("num_attention_heads", self.num_query_groups, "num_query_groups")
+            divides("num_query_groups", tp, "tensor parallel size")
+        if MAMBA in kinds:
+            divides("mamba_num_heads", self.mamba_num_groups, "mamba_num_groups")
+            divides("mamba_num_groups", tp, "tensor parallel size")
+            divides("mamba_num_heads", tp, "tensor parallel size")
+        if MLP in kinds:
+            divides("ffn_hidden_size", tp, "tensor parallel size")
+        divides("num_attention_heads", tp, "tensor parallel size")  # Megatron insists, attention or not
+        divides("vocab_size", tp, "tensor parallel size")
+        if pp > len(self.pattern):
+            wrong.append(f"{len(self.pattern)} sub-layers are fewer than pipeline parallel size={pp}")
+        if wrong:
+            legal_tp = ", ".join(map(str, self._legal_tp()))
+            raise ConfigError(
+                "the model does not fit the layout:\n    " + "\n    ".join(wrong),
+                got=f"tensor parallel {tp}, pipeline parallel {pp}",
+                legal=f"tensor parallel {legal_tp}; pipeline parallel up to {len(self.pattern)}",
+            )
+
+    def _legal_tp(self) -> list[int]:
+        """Tensor parallel sizes, up to 64, that the sizes allow."""
+        common = gcd(self.num_attention_heads, self.vocab_size)
+        if ATTENTION in self.pattern:
+            common = gcd(common, self.num_query_groups)
+        if MAMBA in self.pattern:
+            common = gcd(common, self.mamba_num_groups, self.mamba_num_heads)
+        if MLP in self.pattern:
+            common = gcd(common, self.ffn_hidden_size)
+        return [tp for tp in range(1, min(common, 64) + 1) if common % tp == 0]
+
+    @classmethod
+    def from_args(cls, args: Namespace) -> Self:
+        """From Megatron's parsed arguments, before or after `validate_args`.
+
+        The defaults it fills in are Megatron's own (`arguments.py`: FFN and head width; `MambaMixer`: number of
+        heads; `vocab_utils.py`: padding of the vocabulary).
+
+        Raises:
+            ConfigError: A required argument is missing or asks for something this class cannot say.
+        """
+        if args.hybrid_layer_pattern is None:
+            raise ConfigError("no model given", legal="--hybrid-layer-pattern or --preset")
+        if "/" in args.hybrid_layer_pattern:
+            raise ConfigError("multi-token prediction is not supported", got=args.hybrid_layer_pattern)
+        if args.quick_geglu:
+            raise ConfigError("--quick-geglu is not supported", legal="--swiglu, --squared-relu, or neither (GELU)")
+        for name in ("hidden_size", "num_attention_heads", "max_position_embeddings"):
+            if getattr(args, name) is None:
+                raise ConfigError(f"--{name.replace('_', '-')} is missing", legal="a positive whole number")
+        hidden, heads = args.hidden_size, args.num_attention_heads
+        if args.kv_channels is None and hidden % heads:
+            raise ConfigError(f"hidden size {hidden} does not divide by {heads} heads", legal="give --kv-channels")
+        default_ffn = int((4 * hidden * 2 / 3) / 64) * 64 if args.swiglu else 4 * hidden
+        return cls(
+            pattern=args.hybrid_layer_pattern,
+            hidden_size=hidden,
+            vocab_size=_padded_vocab_size(args),
+            max_position_embeddings=args.max_position_embeddings,
+            ffn_hidden_size=args.ffn_hidden_size or default_ffn,
+            gated_linear_unit=args.swiglu,
+            activation="silu" if args.swiglu else "squared_relu" if args.squared_relu else "gelu",
+            num_attention_heads=heads,
+            num_query_groups=args.num_query_groups if args.group_query_attention else heads,
+            kv_channels=args.kv_channels or hidden // heads,
+            mamba_num_heads=args.mamba_num_heads or max(1, hidden * MAMBA_EXPAND // args.mamba_head_dim),
+            mamba_head_dim=args.mamba_head_dim,
+            mamba_state_dim=args.mamba_state_dim,
+            mamba_num_groups=args.mamba_num_groups,
+            normalization=args.normalization,
+            norm_epsilon=args.layernorm_epsilon,
+            zero_centered_norm=args.layernorm_zero_centered_gamma,
+            position_embedding_type=args.position_embedding_type,
+            rotary_base=args.rotary_base,
+            rotary_percent=args.rotary_percent,
+            rope_scaling_factor=args.rope_scaling_factor if args.use_rope_scaling else None,
+            add_bias_linear=args.add_bias_linear,
+            add_qkv_bias=args.add_qkv_bias,
+            untie_embeddings_and_output_weights=args.untie_embeddings_and_output_weights,
+        )
+
+    def to_flags(self) -> list[str]:
+        """Megatron's command line flags for this model: `from_args` of them, parsed, is this model again."""
+        values = {
+            "hidden-size": self.hidden_size, "padded-vocab-size": self.vocab_size,
+            "max-position-embeddings": self.max_position_embeddings, "ffn-hidden-size": self.ffn_hidden_size,
+            "num-attention-heads": self.num_attention_heads, "kv-channels": self.kv_channels,
+            "num-query-groups": self.num_query_groups,
+            "mamba-num-heads": self.mamba_num_heads, "mamba-head-dim": self.mamba_head_dim,
+            "mamba-state-dim": self.mamba_state_dim, "mamba-num-groups": self.mamba_num_groups,
+            "normalization": self.normalization, "norm-epsilon": repr(self.norm_epsilon),
+            "position-embedding-type": self.position_embedding_type,
+            "rotary-base": self.rotary_base, "rotary-percent": repr(self.rotary_percent),
+        }  # fmt: skip
+        # One word: a pattern that begins with "-" would be taken for a flag.
+        flags = [f"--hybrid-layer-pattern={self.pattern}", "--group-query-attention"]
+        for name, value in values.items():
+            flags += [f"--{name}", str(value)]
+        flags += _ACTIVATIONS[self.gated_linear_unit, self.activation]
+        if self.zero_centered_norm:
+            flags += ["--apply-layernorm-1p"]
+        if self.rope_scaling_factor is not None:
+            flags += ["--use-rope-scaling", "--rope-scaling-factor", repr(self.rope_scaling_factor)]
+        if not self.add_bias_linear:
+            flags += ["--disable-bias-linear"]
+            if self.add_qkv_bias:
+                flags += ["--add-qkv-bias"]
+        if self.untie_embeddings_and_output_weights:
+            flags += ["--untie-embeddings-and-output-weights"]
+        return flags
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-serialisable values; the inverse of `from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """From `to_dict`'s values.
+
+        Raises:
+            ConfigError: A field is unknown or missing.
+        """
+        names = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in names:
+                raise ConfigError(f"unknown field {name!r} of an architecture", legal=nearest(name, names))
+        try:
+            return cls(**values)
+        except TypeError as error:  # a required field is missing
+            raise ConfigError(f"incomplete architecture: {error}", legal=", ".join(names)) from None
+
+
+def _padded_vocab_size(args: Namespace) -> int:
+    if args.padded_vocab_size is not None:
+        return args.padded_vocab_size
+    if args.vocab_size is None:
+        raise ConfigError("the vocabulary size is not known", legal="--padded-vocab-size or --vocab-size")
+    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+    return -(-args.vocab_size // multiple) * multiple
