@@ -1,0 +1,71 @@
+"""Files and directories that appear whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_ext.errors import CheckpointError
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary file beside `path`, which takes its place when the block ends well and is removed otherwise."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _flush(path.parent)
+
+
+@contextmanager
+def fresh_directory(path: str | Path) -> Iterator[Path]:
+    """A temporary directory beside `path`, which becomes `path` when the block ends well and is removed otherwise.
+
+    Raises:
+        CheckpointError: `path` exists already and is not an empty directory.
+    """
+    path = Path(path)
+    refuse_existing(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            _flush(file)
+        temporary.chmod(0o777 & ~_umask())
+        refuse_existing(path)
+        temporary.rename(path)  # replaces an empty directory, and nothing else
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _flush(path.parent)
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise `CheckpointError` if there is anything at `path` that would be overwritten."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise CheckpointError("the output exists already and is not overwritten", got=path, legal="a new directory")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,141 @@
+"""What the calibration pass measured: one importance per position of every prunable axis, whatever layout measured it.
+
+Higher is more important. The names, with their shapes:
+
+- `hidden`: `(hidden_size,)`
+- `layers.{i}.ffn`: `(ffn_hidden_size,)`, for each MLP; `i` counts sub-layers of the pattern from 0
+- `layers.{i}.query_head`: `(num_attention_heads,)`, for each attention layer
+- `layers.{i}.mamba`: `(mamba_num_heads, mamba_head_dim)`, for each Mamba-2 layer
+- `block_influence`: `(number of sub-layers,)`
+- `block_influence.blocks`: `(number of blocks,)`, blocks as in `megatron_ext.models.pattern`
+"""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_ext.checkpoint.atomic import replacing
+from megatron_ext.errors import ConfigError, PlanError, nearest
+from megatron_ext.models.config import Architecture
+from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP
+
+FORMAT = "megatron_ext.scores/1"
+HIDDEN = "hidden"
+INFLUENCE = "block_influence"
+BLOCK_INFLUENCE = "block_influence.blocks"
+
+
+def ffn(layer: int) -> str:
+    """The name of an MLP's scores."""
+    return f"layers.{layer}.ffn"
+
+
+def query_head(layer: int) -> str:
+    """The name of an attention layer's scores."""
+    return f"layers.{layer}.query_head"
+
+
+def mamba(layer: int) -> str:
+    """The name of a Mamba-2 layer's scores."""
+    return f"layers.{layer}.mamba"
+
+
+def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every score that a model can have, and its shape."""
+    axes = {
+        MLP: (ffn, (arch.ffn_hidden_size,)),
+        ATTENTION: (query_head, (arch.num_attention_heads,)),
+        MAMBA: (mamba, (arch.mamba_num_heads, arch.mamba_head_dim)),
+    }
+    layers = {axes[unit][0](i): axes[unit][1] for i, unit in enumerate(arch.pattern)}
+    depth = {INFLUENCE: (len(arch.pattern),), BLOCK_INFLUENCE: (len(arch.layers.blocks),)}
+    return {HIDDEN: (arch.hidden_size,), **layers, **depth}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Scores of one model, and where they come from.
+
+    Attributes:
+        values: Name to tensor, as listed at the top of this file. A subset will do if a plan needs no more.
+        architecture: The model that was scored.
+        model: Its checkpoint directory.
+        iteration: Its training step.
+        fingerprint: Its checkpoint's fingerprint (`megatron_ext.checkpoint.layout`).
+        data: The calibration data.
+        seed: The seed that chose the samples.
+        samples: How many sequences were seen.
+        metric: How activations became numbers, such as `"l2 over the batch, mean over the sequence"`.
+
+    Raises:
+        PlanError: A name or a shape does not belong to this architecture, or a value is not finite.
+    """
+
+    values: dict[str, Tensor]
+    architecture: Architecture
+    model: str = ""
+    iteration: int = 0
+    fingerprint: str = ""
+    data: str = ""
+    seed: int = 0
+    samples: int = 0
+    metric: str = ""
+
+    def __post_init__(self) -> None:
+        legal = shapes(self.architecture)
+        for name, value in self.values.items():
+            if name not in legal:
+                raise PlanError(f"unknown score {name!r}", legal=nearest(name, legal))
+            if tuple(value.shape) != legal[name]:
+                raise PlanError(
+                    f"the score {name!r} has the wrong shape", got=tuple(value.shape), legal=legal[name]
+                )  # fmt: skip
+            if not torch.isfinite(value).all():
+                raise PlanError(f"the score {name!r} has values that are not finite")
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One score, in float64.
+
+        Raises:
+            PlanError: It was not measured.
+        """
+        if name not in self.values:
+            raise PlanError(
+                f"the scores lack {name!r}", legal=f"run the scoring pass for it; there are: {', '.join(self.values)}"
+            )
+        return self.values[name].double()
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, all or nothing; the metadata is in its header, each entry as JSON."""
+        metadata = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "values"}
+        metadata["architecture"] = self.architecture.to_dict()
+        header = {"format": FORMAT} | {name: json.dumps(value) for name, value in metadata.items()}
+        with replacing(path) as temporary:
+            save_file({name: value.contiguous() for name, value in self.values.items()}, temporary, metadata=header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            PlanError: The file is missing, damaged, or not a score file.
+        """
+        if not Path(path).is_file():
+            raise PlanError("the score file does not exist", got=path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = dict(file.metadata() or {})
+                values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if header.pop("format", None) != FORMAT:
+                raise PlanError("this is not a score file", got=path, legal=f"safetensors with format {FORMAT}")
+            metadata = {name: json.loads(value) for name, value in header.items()}
+            architecture = Architecture.from_dict(metadata.pop("architecture"))
+            return cls(values=values, architecture=architecture, **metadata)
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, ConfigError) as error:
+            raise PlanError(f"the score file is damaged: {error}", got=path) from error
