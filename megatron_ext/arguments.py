@@ -1,0 +1,60 @@
+"""Our flags: a frozen dataclass becomes a prefixed argparse group, and the parsed namespace becomes the dataclass again.
+
+    @dataclass(frozen=True)
+    class DistillOptions:
+        teacher: str | None = option(None, "Checkpoint of the teacher.")
+
+    add_options(parser, DistillOptions, prefix="distill")      # --distill-teacher
+    options = read_options(namespace, DistillOptions, prefix="distill")
+
+Megatron's own flags keep Megatron's names; ours carry the job's prefix (`--prune-*`, `--distill-*`, `--ext-*`).
+"""
+
+import argparse
+import dataclasses
+import types
+import typing
+from typing import Any, TypeVar
+
+Options = TypeVar("Options")
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field that becomes a flag. `%` in `help` needs no escaping."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def _argparse_type(annotation: Any) -> dict[str, Any]:
+    """argparse keywords of a field's annotation: int, float, str, bool, Literal, list[...], or one of them | None."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        (inner,) = (a for a in arguments if a is not type(None))
+        return _argparse_type(inner)
+    if origin is typing.Literal:
+        return {"choices": arguments, "type": type(arguments[0])}
+    if origin is list:
+        return {"nargs": "+", **_argparse_type(arguments[0])}
+    if annotation is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    return {"type": annotation}
+
+
+def add_options(parser: argparse.ArgumentParser, options: type, prefix: str) -> argparse.ArgumentParser:
+    """Add one flag per field of the dataclass `options`, named `--{prefix}-{field}`, and return the parser."""
+    doc = (options.__doc__ or "").strip().splitlines()[0]
+    group = parser.add_argument_group(f"megatron_ext {prefix}", doc)
+    annotations = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        keywords = _argparse_type(annotations[field.name])
+        name = f"{prefix}-{field.name}".replace("_", "-")
+        shown = field.metadata["help"].replace("%", "%%")
+        if field.default is not None and keywords.get("action") is None:
+            shown += " Default: %(default)s."
+        group.add_argument(f"--{name}", default=field.default, help=shown, **keywords)
+    return parser
+
+
+def read_options(namespace: argparse.Namespace, options: type[Options], prefix: str) -> Options:
+    """The dataclass `options` with the values that were parsed into `namespace`."""
+    names = [field.name for field in dataclasses.fields(options)]  # type: ignore[arg-type]
+    return options(**{name: getattr(namespace, f"{prefix}_{name}") for name in names})

@@ -1,0 +1,71 @@
+"""Where the product runs. This folder alone replaces names of other packages, and can put every one of them back.
+
+On a CPU, torch looks like a machine with one GPU per rank (`torch_cuda`, `tensors`, `gloo`). Where Transformer Engine,
+Apex or mamba-ssm are not installed, plain torch stands under their names (`transformer_engine`, `fused_adam`,
+`state_space`). On a GPU with all of them installed only a fault of the megatron-core wheel is mended (`wheel`).
+`replacements.table()` lists what is replaced and why.
+"""
+
+import logging
+import os
+import warnings
+
+from megatron_ext.platform import replacements, state_space
+from megatron_ext.platform.device import backend, device_type
+
+__all__ = ["backend", "device_type", "install", "installed", "uninstall"]
+
+
+def installed() -> bool:
+    """Whether any name is replaced."""
+    return next(replacements.table(), None) is not None
+
+
+def install(kernels: state_space.Kernels) -> None:
+    """Prepare this process, before anything of Megatron is imported. Calling it again does nothing.
+
+    Args:
+        kernels: What stands in for mamba_ssm and causal_conv1d where they cannot run.
+
+    Raises:
+        ConfigError: `MEGATRON_EXT_DEVICE` cannot be satisfied.
+    """
+    if installed():
+        return
+    _quiet()
+    on_cpu = device_type() == "cpu"
+    if on_cpu:
+        from megatron_ext.platform import gloo, tensors, torch_cuda
+
+        # Megatron's jit_fuser is torch.compile, which wants a C++ compiler and gains nothing on a CPU.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        torch_cuda.install()
+        tensors.install()
+        gloo.install()
+    from megatron_ext.platform import fused_adam, transformer_engine, wheel
+
+    if on_cpu or not state_space.available():
+        state_space.install(kernels)
+    wheel.install()
+    transformer_engine.install()
+    fused_adam.install()
+
+
+def uninstall() -> None:
+    """Put every replaced name back."""
+    replacements.restore()
+
+
+def _quiet() -> None:
+    """Hide the warnings of other packages about what this platform has already dealt with."""
+    for message in (
+        ".*Transformer Engine and Apex are not installed.*",
+        ".*Apex is not installed.*",
+        ".*Could not determine rank.*",
+        ".*No CUDA runtime is found.*",
+        ".*torch.distributed.*is deprecated.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # "CPU RNG state changed within GPU RNG context": on a CPU they are one and the same.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)

@@ -1,0 +1,32 @@
+"""Where this process runs: a CUDA device, or the host."""
+
+import functools
+import os
+
+import torch
+
+from megatron_ext.errors import ConfigError
+
+VARIABLE = "MEGATRON_EXT_DEVICE"
+CHOICES = ("auto", "cpu", "cuda")
+
+
+@functools.cache
+def device_type() -> str:
+    """`cuda` or `cpu`: what `MEGATRON_EXT_DEVICE` says, by default cuda where there is one.
+
+    Raises:
+        ConfigError: The variable has another value, or asks for a CUDA device that is not there.
+    """
+    asked = os.environ.get(VARIABLE, "auto")
+    if asked not in CHOICES:
+        raise ConfigError(f"{VARIABLE} does not name a device", got=asked, legal=", ".join(CHOICES))
+    found = torch.cuda.is_available()
+    if asked == "cuda" and not found:
+        raise ConfigError(f"{VARIABLE}=cuda, and torch sees no CUDA device", got=asked, legal="auto, cpu")
+    return "cuda" if found and asked != "cpu" else "cpu"
+
+
+def backend() -> str:
+    """The process-group backend of this device: nccl or gloo."""
+    return "nccl" if device_type() == "cuda" else "gloo"

@@ -1,0 +1,200 @@
+"""Plain torch modules under the names that Megatron-Core takes from Transformer Engine (where it is not installed).
+
+Megatron's stock hybrid spec is written in these names, and `HybridStack` hard-codes one of them. With torch modules
+behind them the stock spec builds unchanged, with the same parameter names, so that a checkpoint written without
+Transformer Engine loads with it, and back. They run on any device.
+
+Shapes: s sequence (local to the rank under sequence or context parallelism), b batch, h hidden, n heads, d channels.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_ext.platform.replacements import replace
+
+REASON = "plain torch under Transformer Engine's name (TE absent)"
+
+
+def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, zero_centered: bool) -> Tensor:
+    """RMSNorm, or LayerNorm if there is a bias, of x (..., h); `zero_centered` weights store gamma - 1."""
+    gamma = weight.to(x.dtype) + 1 if zero_centered else weight.to(x.dtype)
+    if bias is None:
+        return F.rms_norm(x, gamma.shape, gamma, eps)
+    return F.layer_norm(x, gamma.shape, gamma, bias.to(x.dtype), eps)
+
+
+def _norm_parameters(config: Any, size: int) -> tuple[torch.nn.Parameter, torch.nn.Parameter | None]:
+    """Weight (and bias for LayerNorm) of a norm over `size` channels, marked for sequence-parallel gradient sums."""
+    make = torch.zeros if config.layernorm_zero_centered_gamma else torch.ones
+    device = torch.cuda.current_device()
+    weight = torch.nn.Parameter(make(size, dtype=config.params_dtype, device=device))
+    bias = None
+    if config.normalization == "LayerNorm":
+        bias = torch.nn.Parameter(torch.zeros(size, dtype=config.params_dtype, device=device))
+    for parameter in (weight, bias):
+        if parameter is not None:
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return weight, bias
+
+
+class TorchNorm(torch.nn.Module):
+    """RMSNorm or LayerNorm, as `config.normalization` says."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        self.weight, bias = _norm_parameters(config, hidden_size)
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return normalize(x, self.weight, self.bias, self.eps, self.zero_centered)
+
+
+class TorchDotProductAttention(torch.nn.Module):
+    """Causal (or explicitly masked) scaled-dot-product attention, (s, b, n, d) in, (s, b, n * d) out.
+
+    Under context parallelism the keys and values are gathered over the group: rank r of C holds the r-th and the
+    (2C-1-r)-th of 2C equal pieces of the sequence, so that the causal work is balanced.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        from megatron.core import parallel_state
+
+        self.config, self.attn_mask_type, self.softmax_scale = config, attn_mask_type, softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.num_attention_heads = config.num_attention_heads // config.tensor_model_parallel_size
+        self.cp_group = None
+        if config.context_parallel_size > 1:
+            self.cp_group = pg_collection.cp if pg_collection else parallel_state.get_context_parallel_group()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **_: Any,
+    ) -> Tensor:
+        if packed_seq_params is not None or attention_bias is not None:
+            raise NotImplementedError("packed sequences and attention bias need Transformer Engine's attention")
+        kind = (attn_mask_type or self.attn_mask_type).name
+        causal, mask = "causal" in kind, None
+        if self.cp_group is not None:
+            key, value, mask = self._gather(query, key, value)
+            causal = False
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # b n s d
+        if causal and q.shape[2] != k.shape[2]:  # decoding: the queries are the last positions
+            mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+            causal = False
+        elif kind in ("padding", "arbitrary") and attention_mask is not None:
+            mask = ~attention_mask
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, dropout, causal, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _gather(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+        size, rank = self.cp_group.size(), self.cp_group.rank()  # type: ignore[union-attr]
+        half = query.shape[0] // 2
+        piece = torch.arange(half, device=query.device)
+        positions = [torch.cat([r * half + piece, (2 * size - 1 - r) * half + piece]) for r in range(size)]
+        order = torch.argsort(torch.cat(positions))
+        key, value = (
+            gather_from_sequence_parallel_region(t.contiguous(), group=self.cp_group)[order] for t in (key, value)
+        )
+        return key, value, positions[rank][:, None] >= torch.arange(2 * half * size, device=query.device)[None]
+
+
+def _linear_classes() -> dict[str, type]:
+    """Megatron's own parallel linears with the few attributes that callers expect of Transformer Engine's."""
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+    class TorchColumnParallelLinear(ColumnParallelLinear):
+        te_return_bias = True
+        return_layernorm_output = False
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.out_features, self.in_features = self.weight.shape
+
+    class TorchRowParallelLinear(RowParallelLinear):
+        te_return_bias = True
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.out_features, self.in_features = self.weight.shape
+
+    class TorchLayerNormColumnParallelLinear(TorchColumnParallelLinear):
+        """The pre-norm and the linear in one module: `layer_norm_weight`, `weight`."""
+
+        def __init__(self, input_size: int, output_size: int, *, config: Any, **kwargs: Any) -> None:
+            super().__init__(input_size, output_size, config=config, **kwargs)
+            self.eps, self.zero_centered = config.layernorm_epsilon, config.layernorm_zero_centered_gamma
+            self.layer_norm_weight, bias = _norm_parameters(config, input_size)
+            self.register_parameter("layer_norm_bias", bias)
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            normed = normalize(x, self.layer_norm_weight, self.layer_norm_bias, self.eps, self.zero_centered)
+            out, bias = super().forward(normed, *args, **kwargs)
+            return (out, bias, normed) if self.return_layernorm_output else (out, bias)
+
+    return {
+        "TEColumnParallelLinear": TorchColumnParallelLinear,
+        "TERowParallelLinear": TorchRowParallelLinear,
+        "TELayerNormColumnParallelLinear": TorchLayerNormColumnParallelLinear,
+    }
+
+
+def install() -> None:
+    """Put the torch modules under Transformer Engine's names; before any Megatron module spec is imported.
+
+    Raises:
+        RuntimeError: A module that reads these names was imported before.
+    """
+    import sys
+
+    import megatron.core.extensions.transformer_engine as extension
+
+    if extension.HAVE_TE:
+        return
+    readers = [f"megatron.core.models.{name}" for name in ("hybrid.hybrid_block", "hybrid.hybrid_layer_specs")]
+    late = [name for name in readers if name in sys.modules]
+    if late:
+        raise RuntimeError(f"prepare the platform before importing {', '.join(late)}")
+    names = {"TENorm": TorchNorm, "TEDotProductAttention": TorchDotProductAttention, **_linear_classes()}
+    for name, value in names.items():
+        replace(extension, name, value, REASON)
+    # Imported by the stock spec for layer types that need the real thing: a class to name, never built.
+    for name in ("TELinear", "TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"):
+        replace(extension, name, None, REASON)
+
+    import megatron.core.extensions.transformer_engine_spec_provider as provider
+    import megatron.core.models.gpt.gpt_layer_specs as gpt_specs
+    import megatron.core.utils as core_utils
+    from packaging.version import Version
+
+    # The specs compare versions; 1.8 is the oldest that has every name above.
+    replace(core_utils, "_te_version", Version("1.8.0"), REASON)
+    replace(gpt_specs, "TESpecProvider", provider.TESpecProvider, REASON)
+    replace(gpt_specs, "HAVE_TE", True, REASON)

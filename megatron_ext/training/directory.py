@@ -1,0 +1,91 @@
+"""The run directory: what a job may write where, and what it leaves there for people."""
+
+import importlib.metadata
+import os
+import platform as host
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_ext.errors import ConfigError
+from megatron_ext.training.launch import Launch
+
+CONFIG = "config.yaml"
+PACKAGES = ("megatron-ext", "megatron-core", "torch", "transformer-engine", "mamba-ssm", "causal-conv1d", "triton")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers; those that are installed."""
+    found = {"python": host.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the source tree this package runs from; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def check_save(save: Path, job: str, load: Path | None) -> None:
+    """Refuse a directory that belongs to something else.
+
+    Raises:
+        ConfigError: It holds another kind of job, a checkpoint this run does not continue, or foreign files.
+    """
+    from megatron_ext.checkpoint.resume import has_checkpoint
+
+    if not save.exists() or not any(save.iterdir()):
+        return
+    config = save / CONFIG
+    continues = load is not None and load.resolve() == save.resolve()
+    if config.is_file():
+        owner = (yaml.safe_load(config.read_text()) or {}).get("job")
+        if owner != job:
+            raise ConfigError(f"--save: this directory holds a {owner!r} job", got=save, legal="another directory")
+    elif not continues:
+        raise ConfigError("--save: this directory is not empty and no run of ours", got=save, legal="a new directory")
+    if has_checkpoint(save) and not continues:
+        raise ConfigError(
+            "--save: this directory holds a run with checkpoints", got=save,
+            legal=f"--load {save} to continue it, or another directory",
+        )  # fmt: skip
+
+
+def claim(launch: Launch) -> None:
+    """Write `config.yaml` into the run directory (rank 0): all flags, versions, the source's commit."""
+    args = launch.args
+    if not args.save or args.rank != 0:
+        return
+    save = Path(args.save)
+    save.mkdir(parents=True, exist_ok=True)
+    content: dict[str, Any] = {
+        "job": launch.job.name,
+        "model": launch.model_source,
+        "architecture": launch.architecture.to_dict(),
+        "versions": versions(),
+        "commit": git_commit(),
+        "flags": {name: _plain(value) for name, value in sorted(vars(args).items()) if not name.startswith("_")},
+    }
+    write_atomically(save / CONFIG, yaml.safe_dump(content, sort_keys=False, width=120))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    # The exact types: signals and other enumerations are integers too.
+    return value if value is None or type(value) in (bool, int, float, str) else str(value)

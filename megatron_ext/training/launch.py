@@ -1,0 +1,286 @@
+"""From a command line to validated arguments: everything that can be wrong is found here, before any process group.
+
+The model comes from `--preset` (a name, or a checkpoint whose architecture is taken), from the checkpoint to be
+loaded, or from Megatron's own flags. Its flags are put in front of the user's, so that explicit flags win.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import socket
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_ext import platform
+from megatron_ext.arguments import add_options, option, read_options
+from megatron_ext.errors import ConfigError, DataError
+from megatron_ext.models.backend import prepare
+from megatron_ext.models.config import Architecture
+from megatron_ext.models.pattern import parse as parse_pattern
+from megatron_ext.models.presets import preset
+
+VOCAB_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class Job:
+    """What kind of run this is.
+
+    Attributes:
+        name: `pretrain`, `prune`, `distill`: written into the run directory, which belongs to one kind.
+        options: Our option dataclasses by flag prefix.
+        defaults: Megatron flags that this job sets unless the user does.
+        trains: Whether the job needs batch sizes and data of the user.
+    """
+
+    name: str
+    options: dict[str, type] = field(default_factory=dict)
+    defaults: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A validated command line.
+
+    Attributes:
+        job: The kind of run.
+        args: Megatron's namespace, our flags among them.
+        architecture: The model.
+        dry_run: Whether to print and stop.
+        options: Our options by prefix, as instances of the job's dataclasses.
+        model_source: Where the architecture came from, for people.
+    """
+
+    job: Job
+    args: Namespace
+    architecture: Architecture
+    dry_run: bool
+    options: dict[str, Any]
+    model_source: str
+
+
+def _early_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--hybrid-layer-pattern")
+    parser.add_argument("--load", type=Path)
+    parser.add_argument("--save", type=Path)
+    parser.add_argument("--pretrained-checkpoint", type=Path)
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
+    parser.add_argument("--context-parallel-size", type=int, default=1)
+    parser.add_argument("--make-vocab-size-divisible-by", type=int)
+    parser.add_argument("--padded-vocab-size", type=int)
+    parser.add_argument("--tokenizer-model")
+    parser.add_argument("--tokenizer-type")
+    return parser
+
+
+def _equals_form(argv: Sequence[str]) -> list[str]:
+    """A pattern may begin with "-", which argparse would take for a flag: `--hybrid-layer-pattern=-M...`."""
+    argv, joined = list(argv), []
+    while argv:
+        word = argv.pop(0)
+        if word == "--hybrid-layer-pattern" and argv:
+            word += "=" + argv.pop(0)
+        joined.append(word)
+    return joined
+
+
+def architecture_of(source: str) -> tuple[Architecture, bool]:
+    """The architecture of a preset or a checkpoint directory, and whether it came from a checkpoint.
+
+    Raises:
+        ConfigError: It is neither.
+        CheckpointError: The directory holds no readable checkpoint.
+    """
+    if os.sep in source or Path(source).is_dir():
+        from megatron_ext.checkpoint.resume import architecture_on_disk
+
+        return architecture_on_disk(Path(source)), True
+    return preset(source).architecture, False
+
+
+def _model_flags(early: Namespace) -> tuple[list[str], str]:
+    """Flags of the model that `--preset` or the checkpoint to load names, and where they came from."""
+    source = early.preset
+    if source is None and early.hybrid_layer_pattern is None:
+        from megatron_ext.checkpoint.resume import has_checkpoint
+
+        for directory in (early.load, early.pretrained_checkpoint):
+            if directory is not None and has_checkpoint(directory):
+                source = str(directory)
+                break
+    if source is None:
+        return [], "flags"
+    architecture, from_checkpoint = architecture_of(source)
+    flags = architecture.to_flags()
+    if not from_checkpoint and (early.tokenizer_model or early.tokenizer_type):
+        # A preset's vocabulary is only its default: the tokenizer in use decides.
+        at = flags.index("--padded-vocab-size")
+        del flags[at : at + 2]
+    return flags, source
+
+
+def _platform_flags() -> list[str]:
+    flags = ["--ckpt-format", "torch_dist"]
+    if platform.device_type() == "cpu":
+        flags += [
+            "--distributed-backend", "gloo", "--num-workers", "0",
+            # Fused CUDA kernels without a counterpart on the host.
+            "--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion", "--no-persist-layer-norm",
+            "--no-rope-fusion", "--no-bias-swiglu-fusion", "--no-bias-gelu-fusion", "--no-bias-dropout-fusion",
+        ]  # fmt: skip
+    return flags
+
+
+def _vocab_flags(early: Namespace) -> list[str]:
+    # Megatron pads to a multiple of (divisor x TP). The model must not depend on TP, so the product is fixed.
+    if early.make_vocab_size_divisible_by is not None:
+        return []
+    tp = early.tensor_model_parallel_size
+    multiple = VOCAB_MULTIPLE if VOCAB_MULTIPLE % tp == 0 else VOCAB_MULTIPLE * tp
+    return ["--make-vocab-size-divisible-by", str(multiple // tp)]
+
+
+def _pipeline(pattern: str, stages: int) -> str:
+    """The pattern with pipeline borders, chosen evenly between blocks where the user gave none."""
+    parsed = parse_pattern(pattern)
+    if stages == 1 or parsed.borders:
+        return str(parsed)
+    return str(parsed.split(stages))
+
+
+@contextlib.contextmanager
+def _readable_refusals():
+    """Megatron refuses flags by assertion; say so in our form."""
+    try:
+        yield
+    except (AssertionError, ValueError) as error:
+        if isinstance(error, ConfigError | DataError):
+            raise
+        reason = str(error).strip() or "an assertion without a message (run with --dry-run under a debugger)"
+        raise ConfigError(f"Megatron refuses this combination of flags: {reason}") from error
+
+
+def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
+    """Parse and validate a command line, without starting anything.
+
+    Args:
+        job: The kind of run.
+        argv: The command line without the program's name; `sys.argv` by default.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: Something is wrong with it; nothing has been written.
+    """
+    given = _equals_form(sys.argv[1:] if argv is None else argv)
+    early, _ = _early_parser().parse_known_args(given)
+    if early.hybrid_layer_pattern is not None:
+        parse_pattern(early.hybrid_layer_pattern)
+    model_flags, source = _model_flags(early)
+    if early.dry_run:
+        layout = early.tensor_model_parallel_size * early.pipeline_model_parallel_size * early.context_parallel_size
+        os.environ.setdefault("WORLD_SIZE", str(layout))
+    _single_process()
+    prepare()
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.global_vars import set_global_variables
+
+    flags = [*_platform_flags(), *_vocab_flags(early), *job.defaults, *model_flags, *given]
+
+    def extra(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        group = parser.add_argument_group("megatron_ext", f"the job: {job.name}")
+        group.add_argument("--preset", help="a preset's name (see `megatron-ext presets`) or a checkpoint directory")
+        group.add_argument("--dry-run", action="store_true", help="validate, print model, memory and layout, and stop")
+        for prefix, options in job.options.items():
+            add_options(parser, options, prefix)
+        return parser
+
+    program, sys.argv = sys.argv, [sys.argv[0], *flags]
+    try:
+        args = parse_args(extra)
+    finally:
+        sys.argv = program
+    architecture = _check_model(args)
+    with _readable_refusals(), _silenced(args):
+        validate_args(args, {})
+    _check_data(args, early.dry_run)
+    with _readable_refusals(), _silenced(args):
+        set_global_variables(args)
+    # The tokenizer may have decided the vocabulary.
+    architecture = Architecture.from_args(args)
+    architecture.validate(tp=args.tensor_model_parallel_size, pp=args.pipeline_model_parallel_size)
+    options = {prefix: read_options(args, options, prefix) for prefix, options in job.options.items()}
+    return Launch(job, args, architecture, early.dry_run, options, source)
+
+
+def _check_model(args: Namespace) -> Architecture | None:
+    """Find what is wrong with the model before Megatron does, in words that help."""
+    if args.hybrid_layer_pattern is None:
+        raise ConfigError("no model given", legal="--preset NAME, --preset CHECKPOINT, or --hybrid-layer-pattern")
+    args.hybrid_layer_pattern = _pipeline(args.hybrid_layer_pattern, args.pipeline_model_parallel_size)
+    if args.padded_vocab_size is None and args.vocab_size is None:
+        return None  # the tokenizer will say
+    architecture = Architecture.from_args(args)
+    architecture.validate(tp=args.tensor_model_parallel_size, pp=args.pipeline_model_parallel_size)
+    return architecture
+
+
+def _check_data(args: Namespace, dry_run: bool) -> None:
+    """Every data prefix on the command line must exist, and so must the tokenizer (not in a dry run)."""
+    if dry_run or args.mock_data:
+        return
+    for flag in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        for word in getattr(args, flag) or []:
+            with contextlib.suppress(ValueError):
+                float(word)  # a blend's weight
+                continue
+            missing = [f"{word}{ending}" for ending in (".idx", ".bin") if not Path(f"{word}{ending}").is_file()]
+            if missing:
+                raise DataError(
+                    f"--{flag.replace('_', '-')}: no such data", got=", ".join(missing),
+                    legal="a prefix made by `megatron-ext data --out DIR`: DIR/text_document",
+                )  # fmt: skip
+    model = args.tokenizer_model
+    if args.tokenizer_type == "HuggingFaceTokenizer" and model is not None and not Path(model).exists():
+        raise DataError("--tokenizer-model: no such tokenizer", got=model, legal="a directory with tokenizer.json")
+
+
+@contextlib.contextmanager
+def _silenced(args: Namespace):
+    """Megatron prints its several hundred arguments; they are in config.yaml."""
+    if os.environ.get("MEGATRON_EXT_VERBOSE"):
+        yield
+        return
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def _single_process() -> None:
+    """Without torchrun, this process is a world of its own."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.setdefault("WORLD_SIZE", "1")
+
+
+def main(run: Callable[[], None]) -> int:
+    """Run a program; a user's mistake becomes one readable message and exit status 2."""
+    from megatron_ext.errors import MegatronExtError
+
+    try:
+        run()
+    except MegatronExtError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0

@@ -1,0 +1,133 @@
+"""What a run says while it works: `metrics.jsonl`, one line per step, and a live bar on a terminal.
+
+Megatron reports every scalar to its TensorBoard writer, in full precision; `MetricsLog` stands in that place, keeps what
+it needs and passes everything on to the real writer where there is one.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+NAMES = {"lm loss": "loss", "grad-norm": "grad_norm", "learning-rate": "learning_rate"}
+VALIDATION = " validation"
+
+
+def _float(value: Any) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None  # NaN is not JSON
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The steps in a `metrics.jsonl`; a last line that was cut off by a crash is left out."""
+    steps = []
+    for line in path.read_text().splitlines():
+        try:
+            steps.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return steps
+
+
+class MetricsLog:
+    """A TensorBoard `SummaryWriter` that also writes `metrics.jsonl`.
+
+    Args:
+        path: The file. Lines of steps after `start` (a run that died between two checkpoints) are dropped.
+        start: Step that the run resumes from.
+        tokens_per_step: Tokens of one step, read at each step because batch sizes may ramp up.
+        train_iters: The last step, for the bar and the remaining time.
+        inner: The real TensorBoard writer, if the user asked for one.
+    """
+
+    def __init__(
+        self, path: Path, start: int, tokens_per_step: Callable[[], int], train_iters: int, inner: Any = None
+    ) -> None:
+        self.path, self.inner = path, inner
+        self._tokens_per_step, self._train_iters = tokens_per_step, train_iters
+        self._record: dict[str, Any] = {}
+        self._time = time.perf_counter()
+        earlier = [r for r in read_metrics(path) if r["step"] <= start] if path.exists() else []
+        self._tokens = int(earlier[-1]["tokens"]) if earlier else 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in earlier))
+        os.replace(temporary, path)
+        self._file: TextIO = path.open("a")
+        self._bar = _bar(start, train_iters)
+
+    def add_scalar(self, tag: str, value: Any, step: int, *args: Any, **kwargs: Any) -> None:
+        """Called by Megatron for each scalar of a step; the first scalar of the next step closes the line."""
+        if self.inner is not None:
+            self.inner.add_scalar(tag, value, step, *args, **kwargs)
+        if tag.endswith(" vs samples"):
+            return
+        if self._record.get("step", step) != step:
+            self._write()
+        if tag.endswith(VALIDATION):
+            # Validation follows the step it belongs to, and its time is not training time.
+            key = NAMES.get(tag.removesuffix(VALIDATION), tag.removesuffix(VALIDATION).replace(" ", "_"))
+            self._record.update(step=step, **{f"val_{key}": _float(value)})
+            self._time = time.perf_counter()
+            return
+        if "tokens" not in self._record:
+            now = time.perf_counter()
+            tokens = self._tokens_per_step()
+            self._tokens += tokens
+            self._record.update(step=step, tokens=self._tokens, seconds=now - self._time)
+            self._record["tokens_per_second"] = tokens / (now - self._time)
+            self._time = now
+        self._record[NAMES.get(tag, tag.replace(" ", "_").replace("-", "_"))] = _float(value)
+
+    def _write(self) -> None:
+        if self._record:
+            self._file.write(json.dumps(self._record) + "\n")
+            self._file.flush()
+            if self._bar is not None:
+                self._bar(self._record)
+            self._record = {}
+
+    def flush(self) -> None:
+        if self.inner is not None:
+            self.inner.flush()
+
+    def close(self) -> None:
+        """Write the last step and close the files."""
+        self._write()
+        self._file.close()
+        if self.inner is not None:
+            self.inner.close()
+
+    def __getattr__(self, name: str) -> Any:
+        # add_text, add_histogram, ...: the real writer's, or nothing where there is none.
+        if self.inner is not None:
+            return getattr(self.inner, name)
+        return lambda *args, **kwargs: None
+
+
+def _bar(start: int, total: int) -> Callable[[dict[str, Any]], None] | None:
+    """A live bar on standard error if that is a terminal."""
+    if not sys.stderr.isatty():
+        return None
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[now]}"))
+    progress = Progress(*columns, console=Console(stderr=True))
+    task = progress.add_task("training", total=total, completed=start, now="")
+    progress.start()
+
+    def show(record: dict[str, Any]) -> None:
+        loss, validation = record.get("loss"), record.get("val_loss")
+        now = "" if loss is None else f"loss {loss:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
+        if validation is not None:
+            now += f"  validation {validation:.3f}"
+        progress.update(task, completed=record["step"], now=now)
+        if record["step"] >= total:
+            progress.stop()
+
+    return show

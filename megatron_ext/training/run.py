@@ -1,0 +1,60 @@
+"""Run a validated job through `megatron.training.pretrain`: Megatron's loop, our model, our log."""
+
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.platform.scalars import divert_scalars
+from megatron_ext.training.directory import claim
+from megatron_ext.training.launch import Launch
+from megatron_ext.training.log import MetricsLog
+
+Hook = Callable[[list[Any]], list[Any]]
+
+
+def train(launch: Launch, forward_step: Callable[..., Any] | None = None, hooks: tuple[Hook, ...] = ()) -> None:
+    """Train until `--train-iters`, with Megatron's own loop.
+
+    Args:
+        launch: The validated command line.
+        forward_step: Megatron's `forward_step_func`; language modelling by default.
+        hooks: Called in turn with the list of model chunks after they are built and before they are wrapped for data
+            parallelism (`ModelConfig.pre_wrap_hooks`).
+    """
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain, set_startup_timestamps
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from megatron_ext.models.builder import model_config
+    from megatron_ext.training.data import build_datasets
+    from megatron_ext.training.step import forward_step as language_model_step
+
+    args = launch.args
+    claim(launch)
+    config = model_config(args, launch.architecture)
+    config.pre_wrap_hooks = [*config.pre_wrap_hooks, *hooks]
+    now = time.time()
+    set_startup_timestamps(program_start=now, main_entry=now)
+    container = pretrain_cfg_container_from_args(args, config)
+    log = divert_scalars(lambda inner: _metrics_log(args, inner))
+    try:
+        pretrain(container, build_datasets, ModelType.encoder_or_decoder, forward_step or language_model_step)
+    finally:
+        if log is not None:
+            log.close()
+
+
+def _metrics_log(args: Namespace, inner: Any) -> Any:
+    """The last rank, which knows the loss, writes `metrics.jsonl` into the run directory."""
+    from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+
+    if not args.save or args.rank != args.world_size - 1:
+        return inner
+
+    def tokens_per_step() -> int:
+        return get_current_global_batch_size() * args.seq_length
+
+    path = Path(args.save) / "metrics.jsonl"
+    return MetricsLog(path, args.ckpt_step or 0, tokens_per_step, args.train_iters, inner)

@@ -1,0 +1,38 @@
+"""Package metadata; the build system and the tools are configured in pyproject.toml, exact versions in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-ext",
+    version="0.1.0",
+    description="Compress and train Transformer, Mamba-2 and hybrid language models on Megatron-Core",
+    long_description=(Path(__file__).parent / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.12,<3.13",
+    packages=find_packages(include=["megatron_ext", "megatron_ext.*"]),
+    entry_points={"console_scripts": ["megatron-ext = megatron_ext.cli:main"]},
+    install_requires=[
+        "megatron-core==0.19.2",
+        "torch>=2.11",
+        "numpy",
+        "einops",
+        "huggingface-hub",
+        "jaxtyping",
+        "matplotlib",
+        "psutil",  # megatron-core's checkpoints import it without declaring it
+        "pyyaml",
+        "rich",
+        "safetensors",
+        "tensorboard",
+        "tokenizers",
+        "transformers",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]", "mamba-ssm", "causal-conv1d"],
+        "eval": ["lm-eval"],
+        "dev": ["beartype", "hypothesis", "import-linter", "pyright", "pytest", "ruff"],
+    },
+)
