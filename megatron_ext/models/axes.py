@@ -163,6 +163,11 @@ TABLE: list[Weight] = [
     *_norm("", "decoder.final_norm."),
     Weight("", OUTPUT_LAYER, ("vocab", "hidden"), lambda a: a.untie_embeddings_and_output_weights),
 ]
+_WITH_STATE = {
+    MAMBA: ("mixer.in_proj", "mixer.out_proj"),
+    ATTENTION: ("self_attention.linear_qkv", "self_attention.core_attention", "self_attention.linear_proj"),
+    MLP: ("mlp.linear_fc1", "mlp.linear_fc2"),
+}
 _ROWS = {(weight.unit, weight.name): weight for weight in TABLE}
 _LAYER_KEY = re.compile(re.escape(LAYER) + r"\.(\d+)\.(.+)")
 
@@ -193,6 +198,12 @@ def keys(arch: "Architecture") -> list[str]:
         if weight.unit == unit and weight.exists(arch)
     ]
     return [model[0], *layers, *model[1:]]
+
+
+def modules_with_state(arch: "Architecture") -> list[str]:
+    """Modules that ask a checkpoint for an `_extra_state` object, on some backend; empty without FP8."""
+    layers = [f"{LAYER}.{i}.{module}" for i, unit in enumerate(arch.pattern) for module in _WITH_STATE[unit]]
+    return [*layers, "decoder.final_norm", "output_layer"]
 
 
 def shape(arch: "Architecture", key: str) -> tuple[int, ...]:

@@ -229,6 +229,27 @@ class Architecture:
             flags += ["--untie-embeddings-and-output-weights"]
         return flags
 
+    def to_args(self) -> dict[str, Any]:
+        """Megatron's parsed arguments for this model, as a checkpoint keeps them: `from_args` gives it back."""
+        return {
+            "hybrid_layer_pattern": self.pattern, "num_layers": len(self.pattern), "hidden_size": self.hidden_size,
+            "padded_vocab_size": self.vocab_size, "max_position_embeddings": self.max_position_embeddings,
+            "ffn_hidden_size": self.ffn_hidden_size, "swiglu": self.gated_linear_unit, "quick_geglu": False,
+            "squared_relu": self.activation == "squared_relu",
+            "num_attention_heads": self.num_attention_heads, "group_query_attention": True,
+            "num_query_groups": self.num_query_groups, "kv_channels": self.kv_channels,
+            "mamba_num_heads": self.mamba_num_heads, "mamba_head_dim": self.mamba_head_dim,
+            "mamba_state_dim": self.mamba_state_dim, "mamba_num_groups": self.mamba_num_groups,
+            "normalization": self.normalization, "layernorm_epsilon": self.norm_epsilon,
+            "layernorm_zero_centered_gamma": self.zero_centered_norm,
+            "position_embedding_type": self.position_embedding_type, "add_position_embedding": True,
+            "rotary_base": self.rotary_base, "rotary_percent": self.rotary_percent,
+            "use_rope_scaling": self.rope_scaling_factor is not None,
+            "rope_scaling_factor": self.rope_scaling_factor or 8.0,
+            "add_bias_linear": self.add_bias_linear, "add_qkv_bias": self.add_qkv_bias,
+            "untie_embeddings_and_output_weights": self.untie_embeddings_and_output_weights,
+        }  # fmt: skip
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON-serialisable values; the inverse of `from_dict`."""
         return asdict(self)

@@ -1,0 +1,263 @@
+"""What is on disk: which steps a checkpoint directory has, which are complete, and what a step says about itself.
+
+A directory holds `iter_0000100/` (training) or `release/` (weights only, Megatron's name for a starting point), and
+`latest_checkpointed_iteration.txt`. A step in Megatron's `torch_dist` format holds `.metadata`, `metadata.json` and
+`*.distcp`; the arguments are an object among the tensors (`common_state`), in older versions a file `common.pt`.
+Nothing here builds a model, needs a process group, or runs code that a checkpoint brings with it.
+"""
+
+import hashlib
+import io
+import json
+import pickle
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from megatron_ext.errors import CheckpointError
+from megatron_ext.models.config import Architecture
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+COMMON_STATE = "common_state/shard_0_1"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One saved step: its directory, and its iteration, 0 for `release`."""
+
+    path: Path
+    iteration: int
+
+    @property
+    def is_release(self) -> bool:
+        """Whether it holds weights only, to start from rather than to resume."""
+        return self.path.name == RELEASE
+
+
+def steps(directory: str | Path) -> list[Step]:
+    """All steps of a checkpoint directory, complete or not, oldest first, `release` before all others."""
+    found = [
+        Step(path, 0 if path.name == RELEASE else int(path.name.removeprefix("iter_")))
+        for path in Path(directory).glob("*")
+        if path.is_dir() and (path.name == RELEASE or path.name.removeprefix("iter_").isdigit())
+    ]
+    return sorted(found, key=lambda step: (not step.is_release, step.iteration))
+
+
+def newest(directory: str | Path) -> Step:
+    """The newest complete step of a checkpoint directory, whatever the tracker file says.
+
+    Raises:
+        CheckpointError: There is none; says why for each step there is.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError("the checkpoint directory does not exist", got=directory)
+    reasons = []
+    for step in reversed(steps(directory)):
+        try:
+            verify(step.path)
+            return step
+        except CheckpointError as error:
+            reasons.append(f"{step.path.name}: {str(error).splitlines()[0]}")
+    raise CheckpointError(
+        "no complete checkpoint",
+        got="; ".join(reasons) or f"{directory} has no steps",
+        legal="a directory with iter_* or release in Megatron's torch_dist format (--ckpt-format torch_dist)",
+    )
+
+
+def find(path: str | Path) -> Step:
+    """The step at `path`, which is a step's own directory or one that holds steps; then the newest complete one.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    path = Path(path)
+    if not any((path / name).exists() for name in (".metadata", "metadata.json")):
+        return newest(path)
+    verify(path)
+    number = path.name.removeprefix("iter_")
+    return Step(path, int(number) if number.isdigit() else 0)
+
+
+def verify(step: str | Path) -> Metadata:
+    """Check that a step is complete: in our format, described, and every byte that is described is there.
+
+    Raises:
+        CheckpointError: Says what is missing.
+    """
+    step = Path(step)
+    if any(step.glob("mp_rank_*")):
+        raise CheckpointError(
+            "the checkpoint is in Megatron's legacy format", got=step,
+            legal="torch_dist: load it in Megatron and save it with --ckpt-format torch_dist",
+        )  # fmt: skip
+    try:
+        form = json.loads((step / "metadata.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            "the checkpoint is incomplete: no metadata.json, which is written last", got=step
+        ) from None
+    except ValueError:
+        raise CheckpointError("the checkpoint is damaged: metadata.json is not JSON", got=step) from None
+    if not isinstance(form, dict) or form.get("sharded_backend") != FORMAT["sharded_backend"]:
+        raise CheckpointError("the checkpoint is in another format", got=form, legal="torch_dist")
+    metadata = read_metadata(step)
+    ends: dict[str, int] = {}
+    for info in metadata.storage_data.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    for name, end in ends.items():
+        file = step / name
+        if not file.is_file():
+            raise CheckpointError(f"the checkpoint is incomplete: {name} is missing", got=step)
+        if file.stat().st_size < end:
+            raise CheckpointError(
+                f"the checkpoint is damaged: {name} is cut short",
+                got=f"{file.stat().st_size} bytes",
+                legal=f"{end} bytes",
+            )
+    return metadata
+
+
+def read_metadata(step: str | Path) -> Metadata:
+    """The index of a step: keys, shapes and where each chunk lies.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
+    path = Path(step) / ".metadata"
+    try:
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except FileNotFoundError:
+        raise CheckpointError("the checkpoint is incomplete: no .metadata", got=step) from None
+    except Exception as error:  # pickle raises nearly anything on damaged bytes
+        raise CheckpointError(f"the checkpoint is damaged: .metadata cannot be read ({error})", got=step) from error
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise CheckpointError("the checkpoint is damaged: .metadata is not an index of tensors", got=step)
+    return metadata
+
+
+def tensors(step: str | Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Global shape and type of every model weight of a step; optimizer state is left out."""
+    return {
+        key: (tuple(entry.size), entry.properties.dtype)
+        for key, entry in read_metadata(step).state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer")
+    }
+
+
+def common(step: str | Path) -> dict[str, Any]:
+    """What is not a tensor: `args`, `iteration`, `checkpoint_version`. Objects of unknown classes are left out.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
+    step = Path(step)
+    try:
+        if (step / "common.pt").is_file():
+            values = _load((step / "common.pt").read_bytes())
+        else:
+            info = read_metadata(step).storage_data[MetadataIndex(COMMON_STATE)]
+            with (step / info.relative_path).open("rb") as file:
+                file.seek(info.offset)
+                values = _load(file.read(info.length))[0]
+        if not isinstance(values, dict):
+            raise TypeError("not a dictionary")
+        return _plain(values)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"the checkpoint's arguments cannot be read ({error!r})", got=step) from error
+
+
+def architecture(step: str | Path) -> Architecture:
+    """The model that a step holds, from the arguments saved with it.
+
+    Raises:
+        CheckpointError: It has no arguments, or not those of a `HybridModel`.
+    """
+    args = common(step).get("args")
+    try:
+        if not isinstance(args, Namespace):
+            raise AttributeError("no args")
+        return Architecture.from_args(args)
+    except AttributeError as error:
+        raise CheckpointError(f"the checkpoint does not say which model it holds: {error}", got=step) from error
+
+
+def fingerprint(step: str | Path) -> str:
+    """A hash that tells one saved step from another: of its index, which each save marks anew. 16 hex digits."""
+    path = Path(step) / ".metadata"
+    if not path.is_file():
+        raise CheckpointError("the checkpoint is incomplete: no .metadata", got=step)
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Unpickles an index and nothing else."""
+
+    MODULES = (
+        "torch.distributed.checkpoint.metadata",
+        "torch.distributed.checkpoint.filesystem",
+        "pathlib",
+        "collections",
+    )
+    NAMES = ("Size", "device")
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_type = module == "torch" and (
+            name in self.NAMES or isinstance(getattr(torch, name, None), torch.dtype | torch.layout)
+        )
+        if module in self.MODULES or is_type or (module, name) == ("torch.serialization", "_get_layout"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong into an index")
+
+
+class _Unknown:
+    """Stands for an object whose class we do not load."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __setstate__(self, state: Any) -> None: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> "_Unknown":
+        return self
+
+
+class _CommonUnpickler(pickle.Unpickler):
+    """Unpickles plain values, namespaces and tensors; anything else becomes an `_Unknown`."""
+
+    KNOWN = (("argparse", "Namespace"), ("types", "SimpleNamespace"), ("collections", "OrderedDict"))
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_storage = module == "torch" and (
+            name.endswith("Storage") or name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)
+        )
+        if (module, name) in self.KNOWN or is_storage or (module == "torch._utils" and name.startswith("_rebuild_")):
+            return super().find_class(module, name)
+        return _Unknown
+
+
+def _load(content: bytes) -> Any:
+    restricted = SimpleNamespace(Unpickler=_CommonUnpickler, load=pickle.load, __name__="restricted")
+    return torch.load(io.BytesIO(content), map_location="cpu", pickle_module=restricted, weights_only=False)
+
+
+def _plain(value: Any) -> Any:
+    """The value without `_Unknown`s: entries and attributes that are one, or hold one in a sequence, are left out."""
+    if isinstance(value, Namespace):
+        return Namespace(**_plain(vars(value)))
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if not _has_unknown(key) and not _has_unknown(item)}
+    return value
+
+
+def _has_unknown(value: Any) -> bool:
+    return isinstance(value, _Unknown) or (isinstance(value, list | tuple | set) and any(map(_has_unknown, value)))

@@ -1,0 +1,67 @@
+"""Applying a plan: a stream from checkpoint to checkpoint, tensor by tensor, at the speed of the disk."""
+
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.atomic import refuse_existing
+from megatron_ext.checkpoint.stream import Reader, check_shapes, writing
+from megatron_ext.models import axes
+from megatron_ext.pruning.plan import Plan
+
+PLAN_FILE = "plan.json"
+
+
+def apply(plan: Plan, source: str | Path, destination: str | Path) -> Path:
+    """Cut the checkpoint at `source` as `plan` says, into a new one at `destination`.
+
+    Any layout may have saved the one and may load the other. Only weights are carried over, in the type they were
+    saved in: the result starts from iteration 0 with a fresh optimizer. Kept values are copied bit for bit. The plan
+    is stored beside them. If anything goes wrong, nothing is left at `destination`.
+
+    Args:
+        plan: The plan.
+        source: A checkpoint directory (then its newest complete step), or a step in it.
+        destination: A new directory.
+
+    Returns:
+        The destination.
+
+    Raises:
+        CheckpointError: The source is missing or damaged, or the destination exists.
+        PlanError: The plan belongs to another model.
+    """
+    destination = Path(destination)
+    refuse_existing(destination)
+    reader = Reader(source)
+    plan.check(layout.architecture(reader.step.path))
+    check_shapes(plan.source, reader.shapes)
+    if plan.provenance.fingerprint not in ("", layout.fingerprint(reader.step.path)):
+        warnings.warn(f"the plan was made from other weights of this model than {reader.step.path}", stacklevel=2)
+    args = layout.common(reader.step.path).get("args")
+    with writing(destination, plan.target, args if isinstance(args, Namespace) else None) as writer:
+        for key, tensor in cut(plan, reader):
+            writer.write(key, tensor)
+        writer.attach(PLAN_FILE, plan.save)
+    return destination
+
+
+def cut(plan: Plan, reader: Reader) -> Iterator[tuple[str, Tensor]]:
+    """The weights of the smaller model, one after the other, in the order of the forward pass.
+
+    Yields:
+        The key in the smaller model, and the tensor, of the shape that `axes.shape(plan.target, key)` says.
+    """
+    for key in axes.keys(plan.target):
+        layer, weight = axes.locate(plan.target, key)
+        old_layer = None if layer is None else plan.units[layer]
+        old_key = key if old_layer is None else f"{axes.LAYER}.{old_layer}.{weight.name}"
+        tensor = reader.read(old_key)
+        for dimension, index in enumerate(axes.indices(plan.source, old_key, plan.kept(old_layer))):
+            if index is not None:
+                tensor = tensor.index_select(dimension, index)
+        yield key, tensor
