@@ -1,0 +1,127 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_ext.errors import CheckpointError
+from megatron_ext.models import axes
+from megatron_ext.models.axes import Kept
+from megatron_ext.models.presets import PRESETS
+
+ARCH = replace(
+    PRESETS["tiny-hybrid"].architecture,
+    pattern="M-*", hidden_size=24, vocab_size=64, ffn_hidden_size=10, num_attention_heads=6, num_query_groups=2,
+    kv_channels=4, mamba_num_heads=4, mamba_head_dim=8, mamba_state_dim=16, mamba_num_groups=2,
+    untie_embeddings_and_output_weights=True,
+)  # fmt: skip
+
+
+def test_keys_and_shapes_are_megatrons():
+    """As read from checkpoints that megatron-core 0.19.2 saved at TP=1 and TP=2."""
+    assert axes.tensors(ARCH) == {
+        "embedding.word_embeddings.weight": (64, 24),
+        "decoder.layers.0.mixer.in_proj.layer_norm_weight": (24,),
+        "decoder.layers.0.mixer.in_proj.weight.z": (32, 24),
+        "decoder.layers.0.mixer.in_proj.weight.x": (32, 24),
+        "decoder.layers.0.mixer.in_proj.weight.B": (32, 24),
+        "decoder.layers.0.mixer.in_proj.weight.C": (32, 24),
+        "decoder.layers.0.mixer.in_proj.weight.dt": (4, 24),
+        "decoder.layers.0.mixer.conv1d.weight.x": (32, 1, 4),
+        "decoder.layers.0.mixer.conv1d.weight.B": (32, 1, 4),
+        "decoder.layers.0.mixer.conv1d.weight.C": (32, 1, 4),
+        "decoder.layers.0.mixer.conv1d.bias.x": (32,),
+        "decoder.layers.0.mixer.conv1d.bias.B": (32,),
+        "decoder.layers.0.mixer.conv1d.bias.C": (32,),
+        "decoder.layers.0.mixer.dt_bias": (4,),
+        "decoder.layers.0.mixer.A_log": (4,),
+        "decoder.layers.0.mixer.D": (4,),
+        "decoder.layers.0.mixer.norm.weight": (32,),
+        "decoder.layers.0.mixer.out_proj.weight": (24, 32),
+        "decoder.layers.1.mlp.linear_fc1.layer_norm_weight": (24,),
+        "decoder.layers.1.mlp.linear_fc1.weight": (20, 24),
+        "decoder.layers.1.mlp.linear_fc2.weight": (24, 10),
+        "decoder.layers.2.self_attention.linear_qkv.layer_norm_weight": (24,),
+        "decoder.layers.2.self_attention.linear_qkv.weight": (40, 24),
+        "decoder.layers.2.self_attention.linear_proj.weight": (24, 24),
+        "decoder.final_norm.weight": (24,),
+        "output_layer.weight": (64, 24),
+    }
+
+
+def test_biases_exist_where_asked_for():
+    biased = replace(ARCH, normalization="LayerNorm", add_bias_linear=True, untie_embeddings_and_output_weights=False)
+    extra = set(axes.tensors(biased)) - set(axes.tensors(ARCH))
+    assert {key.removeprefix("decoder.") for key in extra} == {
+        "layers.0.mixer.in_proj.layer_norm_bias", "layers.1.mlp.linear_fc1.layer_norm_bias",
+        "layers.1.mlp.linear_fc1.bias", "layers.1.mlp.linear_fc2.bias",
+        "layers.2.self_attention.linear_qkv.layer_norm_bias", "layers.2.self_attention.linear_qkv.bias",
+        "layers.2.self_attention.linear_proj.bias", "final_norm.bias",
+    }  # fmt: skip
+    assert set(axes.tensors(ARCH)) - set(axes.tensors(biased)) == {"output_layer.weight"}
+
+
+def cut(key: str, tensor: torch.Tensor, kept: Kept) -> torch.Tensor:
+    for dimension, index in enumerate(axes.indices(ARCH, key, kept)):
+        if index is not None:
+            tensor = tensor.index_select(dimension, index)
+    return tensor
+
+
+def numbered(key: str) -> torch.Tensor:
+    return torch.arange(axes.size(ARCH, key)).view(axes.shape(ARCH, key))
+
+
+def test_gate_and_up_are_cut_alike():
+    key = "decoder.layers.1.mlp.linear_fc1.weight"
+    weight = numbered(key)
+    gate, up = weight[:10], weight[10:]
+    expected = torch.cat([gate[[1, 4]], up[[1, 4]]])[:, [0, 5]]
+    assert torch.equal(cut(key, weight, Kept(hidden=(0, 5), ffn=(1, 4))), expected)
+
+
+def test_qkv_keeps_keys_and_values_of_every_group():
+    key = "decoder.layers.2.self_attention.linear_qkv.weight"
+    weight = numbered(key)
+    heads = weight.view(10, 4, 24)  # q0 q1 q2 k v | q3 q4 q5 k v
+    expected = heads[[2, 3, 4, 5, 8, 9]].reshape(-1, 24)
+    assert torch.equal(cut(key, weight, Kept(query_heads=(2, 3))), expected)
+    key = "decoder.layers.2.self_attention.linear_proj.weight"
+    weight = numbered(key)
+    assert torch.equal(cut(key, weight, Kept(query_heads=(2, 3))), weight[:, 8:16])
+
+
+def test_mamba_heads_and_channels():
+    kept = Kept(hidden=(3, 7), mamba_heads=(1, 2), head_channels=(0, 6))
+    inner = [head * 8 + channel for head in (1, 2) for channel in (0, 6)]
+    for key, expected in {
+        "in_proj.weight.x": lambda w: w[inner][:, [3, 7]],
+        "in_proj.weight.B": lambda w: w[:, [3, 7]],
+        "in_proj.weight.dt": lambda w: w[[1, 2]][:, [3, 7]],
+        "conv1d.weight.x": lambda w: w[inner],
+        "conv1d.bias.C": lambda w: w,
+        "A_log": lambda w: w[[1, 2]],
+        "norm.weight": lambda w: w[inner],
+        "out_proj.weight": lambda w: w[[3, 7]][:, inner],
+    }.items():
+        key = f"decoder.layers.0.mixer.{key}"
+        assert torch.equal(cut(key, numbered(key), kept), expected(numbered(key))), key
+
+
+def test_keeping_everything_cuts_nothing():
+    for key in axes.keys(ARCH):
+        assert set(axes.indices(ARCH, key, Kept())) == {None}
+
+
+def test_unknown_keys_are_refused():
+    for key in ("decoder.layers.9.mixer.D", "decoder.layers.1.mixer.D", "decoder.layers.1.mlp.linear_fc1.bias", "x"):
+        with pytest.raises(CheckpointError, match="no weight"):
+            axes.locate(ARCH, key)
+
+
+def test_parameters_per_rank_add_up():
+    tied = replace(PRESETS["tiny-hybrid"].architecture)
+    assert axes.parameters_per_rank(tied) == [tied.num_parameters()]
+    table = tied.vocab_size * tied.hidden_size
+    assert sum(axes.parameters_per_rank(tied, pp=2)) == tied.num_parameters() + table  # the last stage holds a copy
+    norms = (len(tied.pattern) + 1) * tied.hidden_size  # norms are whole on every rank, the rest is split
+    assert axes.parameters_per_rank(tied, tp=2) == [(tied.num_parameters() - norms) // 2 + norms]

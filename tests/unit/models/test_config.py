@@ -1,0 +1,171 @@
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from dataclasses import replace
+
+import pytest
+
+from megatron_ext.errors import ConfigError
+from megatron_ext.models.config import Architecture
+from megatron_ext.models.presets import PRESETS
+
+TINY = PRESETS["tiny-hybrid"].architecture
+
+# Megatron's own defaults of the arguments that are read (arguments.py of megatron-core 0.19.2)
+MEGATRON = {
+    "hybrid_layer_pattern": None,
+    "hidden_size": None,
+    "ffn_hidden_size": None,
+    "num_attention_heads": None,
+    "num_query_groups": 1,
+    "group_query_attention": False,
+    "kv_channels": None,
+    "max_position_embeddings": None,
+    "mamba_num_heads": None,
+    "mamba_head_dim": 64,
+    "mamba_state_dim": 128,
+    "mamba_num_groups": 8,
+    "swiglu": False,
+    "squared_relu": False,
+    "quick_geglu": False,
+    "normalization": "LayerNorm",
+    "layernorm_epsilon": 1e-5,
+    "layernorm_zero_centered_gamma": False,
+    "position_embedding_type": "learned_absolute",
+    "rotary_base": 10000,
+    "rotary_percent": 1.0,
+    "use_rope_scaling": False,
+    "rope_scaling_factor": 8.0,
+    "add_bias_linear": True,
+    "add_qkv_bias": False,
+    "untie_embeddings_and_output_weights": False,
+    "padded_vocab_size": None,
+    "vocab_size": None,
+    "make_vocab_size_divisible_by": 128,
+    "tensor_model_parallel_size": 1,
+}
+# flag -> (destination, type); store_true and store_false have a value instead of a type
+FLAGS = {
+    "--apply-layernorm-1p": ("layernorm_zero_centered_gamma", True),
+    "--disable-bias-linear": ("add_bias_linear", False),
+    "--norm-epsilon": ("layernorm_epsilon", float),
+    "--rotary-percent": ("rotary_percent", float),
+    "--rope-scaling-factor": ("rope_scaling_factor", float),
+    "--normalization": ("normalization", str),
+    "--position-embedding-type": ("position_embedding_type", str),
+    "--hybrid-layer-pattern": ("hybrid_layer_pattern", str),
+}
+
+
+def megatron_parse(flags: list[str]) -> Namespace:
+    """Megatron's parser, reduced to the flags of an architecture."""
+    args, words = dict(MEGATRON), [word for flag in flags for word in flag.split("=", 1)]
+    while words:
+        flag = words.pop(0)
+        name, kind = FLAGS.get(flag, (flag[2:].replace("-", "_"), None))
+        assert name in args, flag
+        if kind is None:
+            kind = True if isinstance(args[name], bool) else int
+        args[name] = kind if isinstance(kind, bool) else kind(words.pop(0))
+    return Namespace(**args)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_flags_and_args_rebuild_every_preset(name):
+    arch = PRESETS[name].architecture
+    assert Architecture.from_args(megatron_parse(arch.to_flags())) == arch
+    assert Architecture.from_args(Namespace(**MEGATRON | arch.to_args())) == arch
+    assert Architecture.from_dict(json.loads(json.dumps(arch.to_dict()))) == arch
+
+
+@pytest.mark.parametrize(
+    "change", [{"add_bias_linear": True}, {"add_qkv_bias": True}, {"norm_epsilon": 1e-6}, {"pattern": "-M*"}]
+)
+def test_flags_rebuild_what_no_preset_has(change):
+    arch = replace(TINY, **change)
+    assert Architecture.from_args(megatron_parse(arch.to_flags())) == arch
+
+
+def test_megatrons_defaults():
+    args = {
+        "hybrid_layer_pattern": "M-|*-",
+        "hidden_size": 256,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 64,
+    }
+    args |= {"vocab_size": 1000, "tensor_model_parallel_size": 2, "position_embedding_type": "none"}
+    arch = Architecture.from_args(Namespace(**MEGATRON | args))
+    assert arch.pattern == "M-*-"
+    assert (arch.ffn_hidden_size, arch.kv_channels, arch.num_query_groups) == (1024, 32, 8)
+    assert arch.mamba_num_heads == 2 * 256 // 64
+    assert arch.vocab_size == 1024
+    gated = Architecture.from_args(Namespace(**MEGATRON | args | {"swiglu": True}))
+    assert gated.ffn_hidden_size == 640  # 4 * 256 * 2/3 = 682, down to a multiple of 64
+
+
+PARSE = """
+import argparse, json, sys
+from megatron.training.arguments import add_megatron_arguments
+parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+names, runs = json.load(sys.stdin)
+parsed = [{name: vars(parser.parse_args(flags))[name] for name in names} for flags in runs]
+print("parsed", json.dumps(parsed))
+"""
+
+
+def test_the_installed_megatron_has_these_flags_and_defaults():
+    """In its own process: Megatron must not be imported here, before a platform is installed."""
+    archs = [PRESETS[name].architecture for name in ("tiny-hybrid", "transformer-8b", "llama3.1-8b")]
+    request = json.dumps([list(MEGATRON), [[], *(arch.to_flags() for arch in archs)]])
+    run = subprocess.run([sys.executable, "-c", PARSE], input=request, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    defaults, *parsed = json.loads(run.stdout.rpartition("parsed ")[2])
+    assert defaults == MEGATRON
+    assert [Architecture.from_args(Namespace(**values)) for values in parsed] == archs
+
+
+@pytest.mark.parametrize(
+    ("change", "tp", "named"),
+    [
+        ({}, 4, "mamba_num_groups=2"),
+        ({}, 4, "num_query_groups=2"),
+        ({"ffn_hidden_size": 513}, 2, "ffn_hidden_size=513"),
+        ({"mamba_num_heads": 15}, 1, "mamba_num_heads=15"),
+        ({"num_attention_heads": 7}, 1, "num_attention_heads=7"),
+        ({"vocab_size": 4095}, 2, "vocab_size=4095"),
+    ],
+)
+def test_what_does_not_divide_is_named(change, tp, named):
+    with pytest.raises(ConfigError, match=named) as error:
+        replace(TINY, **change).validate(tp=tp)
+    assert "legal: tensor parallel 1" in str(error.value)
+
+
+def test_a_layer_kind_that_is_absent_constrains_nothing():
+    replace(TINY, pattern="*-", mamba_num_groups=3).validate(tp=2, pp=2)
+    with pytest.raises(ConfigError, match="fewer than pipeline"):
+        replace(TINY, pattern="*-").validate(pp=3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 0},
+        {"pattern": "E"},
+        {"activation": "gelu"},
+        {"normalization": "BatchNorm"},
+        {"position_embedding_type": "learned_absolute"},
+        {"hidden_size": 2.5},
+    ],
+)
+def test_what_cannot_be_is_refused(change):
+    with pytest.raises(ConfigError):
+        replace(TINY, **change)
+
+
+def test_from_dict_names_the_nearest_field():
+    with pytest.raises(ConfigError, match="did you mean 'hidden_size'"):
+        Architecture.from_dict(TINY.to_dict() | {"hiden_size": 1})
+    with pytest.raises(ConfigError, match="incomplete"):
+        Architecture.from_dict({"pattern": "M"})
