@@ -3,7 +3,6 @@
 Memory holds one tensor at a time, and a copy of it. No model is built, no process group is needed.
 """
 
-import io
 import json
 import pickle
 import uuid
@@ -12,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.atomic import fresh_directory
@@ -75,6 +75,7 @@ class Reader:
                 raise CheckpointError(f"the checkpoint is damaged: a part of {key!r} lies outside", got=self.step.path)
             whole[tuple(slice(start, start + size) for start, size in zip(offset, chunk.shape, strict=True))] = chunk
             covered += chunk.numel()
+            del chunk  # before the next one is read
         if covered != whole.numel():  # parts have distinct offsets and, from one grid, do not overlap
             raise CheckpointError(
                 f"the checkpoint is damaged: {key!r} is not whole", got=f"{covered} of {whole.numel()} elements"
@@ -83,12 +84,12 @@ class Reader:
 
     def _load(self, key: str, info: _StorageInfo) -> Tensor:
         with (self.step.path / info.relative_path).open("rb") as file:
-            file.seek(info.offset)
-            content = io.BytesIO(file.read(info.length))
-        try:
-            return torch.load(content, map_location="cpu", weights_only=True)
-        except Exception as error:  # the unpickler raises nearly anything on damaged bytes
-            raise CheckpointError(f"the checkpoint is damaged: {key!r} cannot be read", got=self.step.path) from error
+            try:
+                part = cast(BinaryIO, _create_file_view(file, info.offset, info.length))
+                return torch.load(part, map_location="cpu", weights_only=True)
+            except Exception as error:  # the unpickler raises nearly anything on damaged bytes
+                what = f"the checkpoint is damaged: {key!r} cannot be read"
+                raise CheckpointError(what, got=self.step.path) from error
 
 
 class Writer:
@@ -122,9 +123,7 @@ class Writer:
         if index.fqn in self._metadata:
             raise CheckpointError(f"{index.fqn!r} is written twice")
         offset = self._file.tell()
-        content = io.BytesIO()
-        torch.save(value, content)
-        self._file.write(content.getbuffer())
+        torch.save(value, self._file)
         self._metadata[index.fqn] = entry
         self._storage[index] = _StorageInfo(DATA_FILE, offset, self._file.tell() - offset)
 

@@ -9,7 +9,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with replacing(path) as temporary:
         temporary.write_text("one")
         assert not path.exists()
-    with pytest.raises(RuntimeError), replacing(path) as temporary:
+    with pytest.raises(RuntimeError), replacing(path) as temporary:  # noqa: PT012
         temporary.write_text("two")
         raise RuntimeError
     assert path.read_text() == "one"
@@ -17,7 +17,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):
-    with pytest.raises(RuntimeError), fresh_directory(tmp_path / "out") as temporary:
+    with pytest.raises(RuntimeError), fresh_directory(tmp_path / "out") as temporary:  # noqa: PT012
         (temporary / "part").write_text("x")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
