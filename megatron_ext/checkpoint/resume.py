@@ -1,27 +1,57 @@
-"""Where a run goes on: the newest step that verifies, found before any process group forms, never by chance."""
+"""Where a run goes on: the newest step that verifies, found before any process group forms, never by chance.
+
+Megatron writes its tracker file in place; one that is empty makes it exit with status 0, a missing one makes it start
+from random weights. So the step is settled here, and Megatron is told which one to load.
+"""
 
 import os
 import warnings
 from pathlib import Path
 
-import torch
-
+from megatron_ext.checkpoint import layout
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.config import Architecture
 
-TRACKER = "latest_checkpointed_iteration.txt"
-
-
-def steps_on_disk(directory: Path) -> list[int]:
-    """Iterations that `directory` has a folder for, ascending; complete or not."""
-    return sorted(int(p.name[5:]) for p in directory.glob("iter_*") if p.is_dir() and p.name[5:].isdigit())
-
 
 def has_checkpoint(directory: Path) -> bool:
-    """Whether anything in `directory` claims to be a Megatron checkpoint."""
-    return (directory / TRACKER).is_file() or bool(steps_on_disk(directory))
+    """Whether anything in `directory` claims to be a Megatron checkpoint, complete or not."""
+    return (directory / layout.TRACKER).is_file() or bool(layout.steps(directory))
 
 
-def architecture_on_disk(directory: Path) -> Architecture:
-    common = torch.load(directory / f"iter_{steps_on_disk(directory)[-1]:07d}" / "common.pt", weights_only=False)
-    return Architecture.from_args(common["args"])
+def architecture_on_disk(path: Path) -> Architecture:
+    """The model of the newest complete step at `path`.
+
+    Raises:
+        CheckpointError: There is none, or it does not say what it holds.
+    """
+    return layout.architecture(layout.find(path).path)
+
+
+def resume_point(directory: Path) -> layout.Step:
+    """The newest step of `directory` that verifies; warns when that is not what the tracker file says.
+
+    An empty or damaged tracker file is replaced (atomically, by each process alike), because Megatron cannot be
+    told to ignore it. A tracker that names another step is left alone.
+
+    Raises:
+        CheckpointError: No step verifies.
+    """
+    step = layout.newest(directory)
+    tracker = directory / layout.TRACKER
+    said = tracker.read_text().strip() if tracker.is_file() else None
+    named = layout.RELEASE if step.is_release else str(step.iteration)
+    if said == named:
+        return step
+    state = "is missing" if said is None else f"says {said!r}"
+    warnings.warn(f"{tracker} {state}; going on from {step.path.name}, the newest step that verifies", stacklevel=2)
+    if said is None or not (said.isdigit() or said == layout.RELEASE):
+        temporary = tracker.with_name(f".{tracker.name}.{os.getpid()}")
+        try:
+            temporary.write_text(named)
+            os.replace(temporary, tracker)
+        except OSError as error:
+            raise CheckpointError(
+                f"the tracker file {state} and cannot be written: {error}", got=tracker,
+                legal=f"a file that says {named}",
+            ) from error  # fmt: skip
+    return step

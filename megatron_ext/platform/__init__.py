@@ -33,6 +33,8 @@ def install(kernels: state_space.Kernels) -> None:
     if installed():
         return
     _quiet()
+    # Megatron wants its kernels in one hardware queue under tensor and context parallelism, and refuses to start else.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     on_cpu = device_type() == "cpu"
     if on_cpu:
         from megatron_ext.platform import gloo, tensors, torch_cuda

@@ -5,12 +5,15 @@ import os
 import platform as host
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from megatron_ext.checkpoint.resume import has_checkpoint
 from megatron_ext.errors import ConfigError
-from megatron_ext.training.launch import Launch
+
+if TYPE_CHECKING:
+    from megatron_ext.training.launch import Launch
 
 CONFIG = "config.yaml"
 PACKAGES = ("megatron-ext", "megatron-core", "torch", "transformer-engine", "mamba-ssm", "causal-conv1d", "triton")
@@ -47,8 +50,6 @@ def check_save(save: Path, job: str, load: Path | None) -> None:
     Raises:
         ConfigError: It holds another kind of job, a checkpoint this run does not continue, or foreign files.
     """
-    from megatron_ext.checkpoint.resume import has_checkpoint
-
     if not save.exists() or not any(save.iterdir()):
         return
     config = save / CONFIG
@@ -66,7 +67,7 @@ def check_save(save: Path, job: str, load: Path | None) -> None:
         )  # fmt: skip
 
 
-def claim(launch: Launch) -> None:
+def claim(launch: "Launch") -> None:
     """Write `config.yaml` into the run directory (rank 0): all flags, versions, the source's commit."""
     args = launch.args
     if not args.save or args.rank != 0:

@@ -18,11 +18,13 @@ from typing import Any
 
 from megatron_ext import platform
 from megatron_ext.arguments import add_options, option, read_options
+from megatron_ext.checkpoint.resume import architecture_on_disk, has_checkpoint, resume_point
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.models.backend import prepare
 from megatron_ext.models.config import Architecture
 from megatron_ext.models.pattern import parse as parse_pattern
 from megatron_ext.models.presets import preset
+from megatron_ext.training.directory import check_save
 
 VOCAB_MULTIPLE = 128
 
@@ -101,8 +103,6 @@ def architecture_of(source: str) -> tuple[Architecture, bool]:
         CheckpointError: The directory holds no readable checkpoint.
     """
     if os.sep in source or Path(source).is_dir():
-        from megatron_ext.checkpoint.resume import architecture_on_disk
-
         return architecture_on_disk(Path(source)), True
     return preset(source).architecture, False
 
@@ -111,8 +111,6 @@ def _model_flags(early: Namespace) -> tuple[list[str], str]:
     """Flags of the model that `--preset` or the checkpoint to load names, and where they came from."""
     source = early.preset
     if source is None and early.hybrid_layer_pattern is None:
-        from megatron_ext.checkpoint.resume import has_checkpoint
-
         for directory in (early.load, early.pretrained_checkpoint):
             if directory is not None and has_checkpoint(directory):
                 source = str(directory)
@@ -129,7 +127,8 @@ def _model_flags(early: Namespace) -> tuple[list[str], str]:
 
 
 def _platform_flags() -> list[str]:
-    flags = ["--ckpt-format", "torch_dist"]
+    # None of the models this product is about uses dropout; Megatron's default is 0.1.
+    flags = ["--ckpt-format", "torch_dist", "--hidden-dropout", "0", "--attention-dropout", "0"]
     if platform.device_type() == "cpu":
         flags += [
             "--distributed-backend", "gloo", "--num-workers", "0",
@@ -208,6 +207,9 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
     finally:
         sys.argv = program
     architecture = _check_model(args)
+    if args.save and not early.dry_run:
+        check_save(Path(args.save), job.name, early.load)
+    _choose_step(args, early)
     with _readable_refusals(), _silenced(args):
         validate_args(args, {})
     _check_data(args, early.dry_run)
@@ -230,6 +232,31 @@ def _check_model(args: Namespace) -> Architecture | None:
     architecture = Architecture.from_args(args)
     architecture.validate(tp=args.tensor_model_parallel_size, pp=args.pipeline_model_parallel_size)
     return architecture
+
+
+def _choose_step(args: Namespace, early: Namespace) -> None:
+    """Tell Megatron which step to load, so that it neither exits silently nor starts from random weights.
+
+    Raises:
+        CheckpointError: A directory that was asked for has no complete checkpoint.
+    """
+    if early.load is not None:
+        fresh = early.load == early.save and not has_checkpoint(early.load)
+        if not fresh or early.pretrained_checkpoint is None:
+            if fresh:
+                return  # the first start of a job that is launched with the same flags every time
+            if has_checkpoint(early.load) or early.pretrained_checkpoint is None:
+                _load_step(args, early.load)
+                return
+    if early.pretrained_checkpoint is not None:
+        _load_step(args, early.pretrained_checkpoint)
+
+
+def _load_step(args: Namespace, directory: Path) -> None:
+    step = resume_point(directory)
+    if args.ckpt_step is None and not step.is_release:
+        args.ckpt_step = step.iteration
+    args.exit_on_missing_checkpoint = True
 
 
 def _check_data(args: Namespace, dry_run: bool) -> None:
