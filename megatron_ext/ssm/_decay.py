@@ -78,6 +78,6 @@ def decays(
 def fill_tile(
     tile: Float[Tensor, "*k h L L"], target: Float[Tensor, "*k h L"], source: Float[Tensor, "*k h L"]
 ) -> None:
-    """Write dt_j times the decay from token j to token i into `tile[i, j]`; above the diagonal it is finite, not zero."""
+    """Write dt_j times the decay from token j to i into `tile[i, j]`; above the diagonal it is finite, not zero."""
     torch.sub(target.unsqueeze(-1), source.unsqueeze(-2), out=tile)
     tile.clamp_(FLOOR[tile.dtype], CEILING).exp2_()

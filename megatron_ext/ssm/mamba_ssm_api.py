@@ -62,7 +62,7 @@ def mamba_chunk_scan_combined(
     dt_bias: Float[Tensor, "h"] | None = None,
     initial_states: Float[Tensor, "b h p n"] | None = None,
     seq_idx: Int[Tensor, "b l"] | None = None,
-    cu_seqlens: Int[Tensor, "docs+1"] | None = None,
+    cu_seqlens: Int[Tensor, "boundaries"] | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = NO_LIMIT,
     return_final_states: bool = False,

@@ -1,0 +1,69 @@
+"""Choosing a backend: what is there is found, what is not is named."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from megatron_ext.errors import ConfigError
+from megatron_ext.ssm import dispatch, mamba_ssm_api
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    yield
+    dispatch.set_backend("auto")
+
+
+def test_auto_follows_set_backend() -> None:
+    assert dispatch.backend().name == "torch"
+    assert dispatch.set_backend("naive") is dispatch.backend("auto") is dispatch.backend("naive")
+    dispatch.set_backend("auto")
+    assert dispatch.backend().name == "torch"
+
+
+def test_the_functions_follow_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """set_backend decides what the mamba_ssm functions run."""
+    calls = []
+    spy = dispatch.Backend(
+        "spy", *(lambda *a, name=name: calls.append(name) or a[:2] for name in ("ssd", "conv", "norm"))
+    )
+    monkeypatch.setitem(dispatch._BUILT, "spy", spy)
+    dispatch.set_backend("spy")
+    x = torch.randn(1, 4, 2, 3)
+    mamba_ssm_api.mamba_chunk_scan_combined(x, x[..., 0].exp(), -torch.ones(2), x[:, :, :1], x[:, :, :1], 4)
+    mamba_ssm_api.causal_conv1d_fn(torch.randn(1, 3, 4), torch.randn(3, 4))
+    mamba_ssm_api.RMSNorm(3)(x)
+    assert calls == ["ssd", "conv", "norm"]
+
+
+def test_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger=dispatch.__name__):
+        dispatch.set_backend("naive")
+        dispatch.set_backend("naive")
+        dispatch.backend()
+    assert [record.getMessage() for record in caplog.records] == ["state-space kernels: naive"]
+
+
+def test_missing_backends_say_what_is_missing() -> None:
+    with pytest.raises(ConfigError, match="Triton"):
+        dispatch.set_backend("triton")
+    with pytest.raises(ConfigError, match="mamba_ssm"):
+        dispatch.set_backend("mamba_ssm")
+    with pytest.raises(ConfigError, match="did you mean 'torch'"):
+        dispatch.set_backend("torhc")
+    assert dispatch.backend().name == "torch"
+
+
+def test_an_installed_stand_in_is_not_mistaken_for_mamba_ssm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The platform puts our functions under mamba_ssm's name; that is not mamba_ssm."""
+    import sys
+    import types
+
+    for name in ("mamba_ssm", "causal_conv1d"):
+        if dispatch.PathFinder.find_spec(name) is not None:
+            pytest.skip(f"{name} is installed")
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    with pytest.raises(ConfigError, match="mamba_ssm, causal_conv1d not installed"):
+        dispatch.backend("mamba_ssm")
