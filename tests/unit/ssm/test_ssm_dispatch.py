@@ -1,7 +1,7 @@
 """Choosing a backend: what is there is found, what is not is named."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -26,16 +26,24 @@ def test_auto_follows_set_backend() -> None:
 def test_the_functions_follow_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """set_backend decides what the mamba_ssm functions run."""
     calls = []
-    spy = dispatch.Backend(
-        "spy", *(lambda *a, name=name: calls.append(name) or a[:2] for name in ("ssd", "conv", "norm"))
-    )
+    torch_backend = dispatch.backend("torch")
+
+    def spied(name: str) -> Callable:
+        def call(*arguments: object) -> object:
+            calls.append(name)
+            return getattr(torch_backend, name)(*arguments)
+
+        return call
+
+    names = ("ssd", "causal_conv1d", "gated_rms_norm")
+    spy = dispatch.Backend("spy", *(spied(name) for name in names))
     monkeypatch.setitem(dispatch._BUILT, "spy", spy)
     dispatch.set_backend("spy")
     x = torch.randn(1, 4, 2, 3)
-    mamba_ssm_api.mamba_chunk_scan_combined(x, x[..., 0].exp(), -torch.ones(2), x[:, :, :1], x[:, :, :1], 4)
+    mamba_ssm_api.mamba_chunk_scan_combined(x, x[..., 0].exp(), -torch.ones(2), x[:, :, :1], x[:, :, 1:], 4)
     mamba_ssm_api.causal_conv1d_fn(torch.randn(1, 3, 4), torch.randn(3, 4))
     mamba_ssm_api.RMSNorm(3)(x)
-    assert calls == ["ssd", "conv", "norm"]
+    assert calls == list(names)
 
 
 def test_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
