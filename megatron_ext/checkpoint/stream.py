@@ -115,7 +115,7 @@ class Writer:
         """Append one object, as a Megatron `ShardedObject` of one shard."""
         self._append(MetadataIndex(f"{key}/shard_0_1"), BytesStorageMetadata(), [value])
 
-    def attach(self, name: str, save: Callable[[Path], None]) -> None:
+    def attach(self, name: str, save: Callable[[Path], object]) -> None:
         """Let `save` write a file of this name beside the step, such as the plan that made it."""
         save(self._step.parent / name)
 

@@ -2,7 +2,7 @@
 
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -16,7 +16,12 @@ from megatron_ext.pruning.plan import Plan
 PLAN_FILE = "plan.json"
 
 
-def apply(plan: Plan, source: str | Path, destination: str | Path) -> Path:
+def apply(
+    plan: Plan,
+    source: str | Path,
+    destination: str | Path,
+    attachments: Mapping[str, Callable[[Path], object]] | None = None,
+) -> Path:
     """Cut the checkpoint at `source` as `plan` says, into a new one at `destination`.
 
     Any layout may have saved the one and may load the other. Only weights are carried over, in the type they were
@@ -27,6 +32,7 @@ def apply(plan: Plan, source: str | Path, destination: str | Path) -> Path:
         plan: The plan.
         source: A checkpoint directory (then its newest complete step), or a step in it.
         destination: A new directory.
+        attachments: Further files of the destination, by name, with what writes them.
 
     Returns:
         The destination.
@@ -46,7 +52,8 @@ def apply(plan: Plan, source: str | Path, destination: str | Path) -> Path:
     with writing(destination, plan.target, args if isinstance(args, Namespace) else None) as writer:
         for key, tensor in cut(plan, reader):
             writer.write(key, tensor)
-        writer.attach(PLAN_FILE, plan.save)
+        for name, save in {PLAN_FILE: plan.save, **(attachments or {})}.items():
+            writer.attach(name, save)
     return destination
 
 

@@ -68,21 +68,24 @@ def check_save(save: Path, job: str, load: Path | None) -> None:
 
 
 def claim(launch: "Launch") -> None:
-    """Write `config.yaml` into the run directory (rank 0): all flags, versions, the source's commit."""
-    args = launch.args
-    if not args.save or args.rank != 0:
-        return
-    save = Path(args.save)
-    save.mkdir(parents=True, exist_ok=True)
+    """Write `config.yaml` into the run directory (rank 0)."""
+    if launch.args.save and launch.args.rank == 0:
+        save = Path(launch.args.save)
+        save.mkdir(parents=True, exist_ok=True)
+        write_atomically(save / CONFIG, describe(launch))
+
+
+def describe(launch: "Launch") -> str:
+    """The run as YAML: job, model, versions, the source's commit, and every flag."""
     content: dict[str, Any] = {
         "job": launch.job.name,
         "model": launch.model_source,
         "architecture": launch.architecture.to_dict(),
         "versions": versions(),
         "commit": git_commit(),
-        "flags": {name: _plain(value) for name, value in sorted(vars(args).items()) if not name.startswith("_")},
+        "flags": {k: _plain(v) for k, v in sorted(vars(launch.args).items()) if not k.startswith("_")},
     }
-    write_atomically(save / CONFIG, yaml.safe_dump(content, sort_keys=False, width=120))
+    return yaml.safe_dump(content, sort_keys=False, width=120)
 
 
 def _plain(value: Any) -> Any:

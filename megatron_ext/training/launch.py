@@ -10,6 +10,7 @@ import io
 import os
 import socket
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from megatron_ext.checkpoint.resume import architecture_on_disk, has_checkpoint,
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.models.backend import prepare
 from megatron_ext.models.config import Architecture
+from megatron_ext.models.pattern import Pattern
 from megatron_ext.models.pattern import parse as parse_pattern
 from megatron_ext.models.presets import preset
 from megatron_ext.training.directory import check_save
@@ -37,7 +39,6 @@ class Job:
         name: `pretrain`, `prune`, `distill`: written into the run directory, which belongs to one kind.
         options: Our option dataclasses by flag prefix.
         defaults: Megatron flags that this job sets unless the user does.
-        trains: Whether the job needs batch sizes and data of the user.
     """
 
     name: str
@@ -64,6 +65,11 @@ class Launch:
     dry_run: bool
     options: dict[str, Any]
     model_source: str
+
+    @property
+    def pattern(self) -> Pattern:
+        """The layer pattern with this run's pipeline borders."""
+        return parse_pattern(self.args.hybrid_layer_pattern)
 
 
 def _early_parser() -> argparse.ArgumentParser:
@@ -164,7 +170,8 @@ def _readable_refusals():
     except (AssertionError, ValueError) as error:
         if isinstance(error, ConfigError | DataError):
             raise
-        reason = str(error).strip() or "an assertion without a message (run with --dry-run under a debugger)"
+        # Many of Megatron's assertions have no message: then the condition says it best.
+        reason = str(error).strip() or traceback.extract_tb(error.__traceback__)[-1].line
         raise ConfigError(f"Megatron refuses this combination of flags: {reason}") from error
 
 

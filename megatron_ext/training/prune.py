@@ -1,0 +1,162 @@
+"""The pruning job: score, plan, apply, and say what was cut."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.arguments import option
+from megatron_ext.checkpoint import layout
+from megatron_ext.errors import ConfigError
+from megatron_ext.pruning.apply import apply
+from megatron_ext.pruning.budget import Targets, resolve
+from megatron_ext.pruning.importance import METRIC, check_borders
+from megatron_ext.pruning.plan import Plan, make_plan
+from megatron_ext.pruning.scores import Scores
+from megatron_ext.training.directory import CONFIG, describe
+from megatron_ext.training.launch import Job, Launch
+
+SCORES = "scores.safetensors"
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """What the smaller model should be, and how importance is measured."""
+
+    target_params: float | None = option(None, "Parameters to keep: up to 1.0 a fraction, above it a count.")
+    target_non_embedding: bool = option(False, "--prune-target-params leaves out embedding and output layer.")
+    hidden_size: int | None = option(None, "Channels of the residual stream to keep.")
+    ffn_hidden_size: int | None = option(None, "Neurons of each MLP to keep.")
+    num_attention_heads: int | None = option(None, "Query heads to keep; each group keeps the same number.")
+    mamba_num_heads: int | None = option(None, "Mamba-2 heads to keep; each SSM group keeps the same number.")
+    mamba_head_dim: int | None = option(None, "Channels of each Mamba-2 head to keep.")
+    num_layers: int | None = option(None, "Layers to keep; a layer is a mixer with the MLPs after it.")
+    samples: int = option(1024, "Calibration sequences.")
+    scores: str | None = option(None, "Cut by this score file, made earlier, instead of calibrating.")
+    plan: str | None = option(None, "Apply this plan, instead of making one.")
+
+    def targets(self) -> Targets:
+        """The sizes asked for."""
+        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(Targets) if hasattr(self, f.name)}
+        return Targets(**sizes, params=self.target_params, embedding=not self.target_non_embedding)
+
+
+JOB = Job(
+    "prune",
+    options={"prune": PruneOptions},
+    defaults=(
+        "--micro-batch-size", "1", "--eval-iters", "0", "--train-iters", "1", "--lr", "0", "--skip-train", "--save-interval", "1",
+        "--no-load-optim", "--no-load-rng", "--finetune",
+    ),
+)  # fmt: skip
+
+
+def check(launch: Launch) -> None:
+    """Find what is wrong with the options before any work is done.
+
+    Raises:
+        ConfigError, PlanError, CheckpointError: Says what.
+    """
+    args, options = launch.args, launch.options["prune"]
+    for name in ("load", "save"):
+        if getattr(args, name) is None:
+            raise ConfigError(f"--{name} is missing", legal="--load MODEL --save NEW_DIRECTORY")
+    if options.plan is not None:
+        Plan.load(options.plan).check(launch.architecture)
+        return
+    targets = options.targets()
+    if options.scores is not None:
+        make_plan(_scores(launch), launch.architecture, targets)
+        return
+    targets.check(launch.architecture)
+    blocks = launch.architecture.layers.blocks
+    kept = [unit for block in blocks[: targets.num_layers] for unit in block]
+    resolve(launch.architecture, targets, "".join(launch.architecture.pattern[i] for i in kept))
+    check_borders(launch.pattern)
+    if options.samples < 1 or options.samples % args.global_batch_size:
+        raise ConfigError(
+            "--prune-samples must be a multiple of --global-batch-size", got=options.samples,
+            legal=f"multiples of {args.global_batch_size}",
+        )  # fmt: skip
+
+
+def prune(launch: Launch) -> None:
+    """Score (unless scores or a plan are given), plan and apply; rank 0 writes the run directory, all at once."""
+    args, options = launch.args, launch.options["prune"]
+    source = layout.find(args.load)
+    attachments: dict[str, Any] = {CONFIG: lambda path: path.write_text(describe(launch))}
+    scores, loss = None, None
+    if options.plan is None and options.scores is None:
+        from megatron_ext.training.calibrate import calibrate
+
+        values, loss = calibrate(launch, options.samples)
+        if values is not None:
+            data = " ".join(args.data_path or args.train_data_path or ["mock"])
+            scores = Scores(
+                values=values, architecture=launch.architecture, model=str(args.load), iteration=source.iteration,
+                fingerprint=layout.fingerprint(source.path), data=data, seed=args.seed, samples=options.samples,
+                metric=METRIC,
+            )  # fmt: skip
+    elif options.scores is not None:
+        scores = _scores(launch)
+    if args.rank == 0:
+        if options.plan is not None:
+            plan = Plan.load(options.plan)
+        else:
+            assert scores is not None
+            plan = make_plan(scores, launch.architecture, options.targets(), scores_path=options.scores or SCORES)
+        if scores is not None:
+            attachments[SCORES] = scores.save
+            attachments["importance.png"] = lambda path: _plot(scores, plan, path)
+        attachments["report.md"] = lambda path: path.write_text(report(plan, loss))
+        apply(plan, source.path, args.save, attachments)
+        print(report(plan, loss))
+        print(f"\nwritten to {args.save}", flush=True)
+    _wait()
+
+
+def report(plan: Plan, loss: float | None) -> str:
+    """What was cut, as Markdown."""
+    rows = ["| | before | after | kept |", "|---|---:|---:|---:|"]
+    source, target = plan.source, plan.target
+
+    def row(name: str, before: int, after: int) -> None:
+        rows.append(f"| {name} | {before:,} | {after:,} | {after / before:.0%} |")
+
+    row("parameters", source.num_parameters(), target.num_parameters())
+    row("without embeddings", source.num_parameters(embedding=False), target.num_parameters(embedding=False))
+    row("layers", len(source.layers.blocks), len(target.layers.blocks))
+    for name, field in (
+        ("hidden", "hidden_size"), ("FFN", "ffn_hidden_size"), ("query heads", "num_attention_heads"),
+        ("Mamba-2 heads", "mamba_num_heads"), ("Mamba-2 head channels", "mamba_head_dim"),
+    ):  # fmt: skip
+        row(name, getattr(source, field), getattr(target, field))
+    text = "# Pruned\n\n" + "\n".join(rows) + f"\n\nPattern `{source.pattern}` to `{target.pattern}`.\n"
+    if loss is not None:
+        text += f"\nLoss of the original on the calibration data: {loss:.4f} nats per token.\n"
+    return text
+
+
+def _scores(launch: Launch) -> Scores:
+    return Scores.load(launch.options["prune"].scores)
+
+
+def _plot(scores: Scores, plan: Plan, path: Path) -> None:
+    from megatron_ext.evaluation.report import plot_importance
+
+    one_dimensional = {name: value for name, value in scores.values.items() if value.dim() == 1}
+    kept: dict[str, Any] = {"hidden": list(plan.hidden or range(plan.source.hidden_size))}
+    kept["block_influence"] = list(plan.units)
+    blocks = plan.source.layers.blocks
+    kept["block_influence.blocks"] = [i for i, block in enumerate(blocks) if set(block) <= set(plan.units)]
+    for axis, values in (("ffn", plan.ffn), ("query_head", plan.query_heads)):
+        kept |= {f"layers.{layer}.{axis}": list(indices) for layer, indices in values.items()}
+    plot_importance(one_dimensional, kept, path)
+
+
+def _wait() -> None:
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

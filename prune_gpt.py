@@ -1,0 +1,20 @@
+"""Cut a trained model to a smaller one: `torchrun prune_gpt.py --load MODEL --save DIR --prune-target-params 0.5 ...`."""
+
+import sys
+
+from megatron_ext.training.launch import launch, main
+
+
+def run() -> None:
+    from megatron_ext.training import dry_run, prune
+
+    started = launch(prune.JOB)
+    prune.check(started)
+    if started.dry_run:
+        dry_run.show(started)
+    else:
+        prune.prune(started)
+
+
+if __name__ == "__main__":
+    sys.exit(main(run))
