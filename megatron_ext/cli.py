@@ -1,0 +1,168 @@
+"""The console command `megatron-ext`: one subcommand per job that needs no `torchrun`.
+
+A subcommand's module is imported when that subcommand is chosen, so that `megatron-ext --help` answers at once.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_ext.errors import DataError, MegatronExtError
+
+if TYPE_CHECKING:
+    from megatron_ext.models.presets import Preset
+
+PATTERN_SHOWN = 24  # characters of a layer pattern in the table
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand.
+
+    Attributes:
+        summary: One line for `megatron-ext --help`.
+        load: Imports what the subcommand needs; returns its `add_arguments(parser)` and its `main(namespace)`.
+    """
+
+    summary: str
+    load: Callable[[], tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]]
+
+
+def _module(name: str) -> Callable[[], tuple[Any, Any]]:
+    def load() -> tuple[Any, Any]:
+        module = importlib.import_module(name)
+        return module.add_arguments, module.main
+
+    return load
+
+
+def _presets_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON object, with whole patterns and architectures")
+
+
+def _presets(args: argparse.Namespace) -> None:
+    """Print every preset with its number of parameters, counted from the architecture, beside the published one."""
+    from megatron_ext.models.presets import PRESETS
+
+    if args.json:
+        print(json.dumps({name: _preset_values(preset) for name, preset in PRESETS.items()}, indent=2))
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("preset", no_wrap=True)
+    table.add_column("layers", overflow="fold")
+    for name in ("hidden", "parameters", "published", "source"):
+        table.add_column(name, justify="right", no_wrap=True)
+    sources: list[str] = []
+    for name, preset in PRESETS.items():
+        architecture = preset.architecture
+        counted, published = _short(architecture.num_parameters()), preset.parameters
+        if preset.non_embedding is not None:
+            counted += f" ({_short(architecture.num_parameters(embedding=False))})"
+            published += f" ({preset.non_embedding})"
+        if preset.source not in sources:
+            sources.append(preset.source)
+        reference = str(1 + sources.index(preset.source))
+        layers = _abbreviated(architecture.pattern)
+        table.add_row(name, layers, f"{architecture.hidden_size:,}", counted, published, reference)
+    console = Console()
+    console.print(table, markup=False, highlight=False)
+    notes = ["layers: M Mamba-2, * attention, - MLP; in brackets: parameters without embeddings"]
+    notes += [f"{number} {source}" for number, source in enumerate(sources, start=1)]
+    console.print("\n".join(notes), markup=False, highlight=False, soft_wrap=True)
+
+
+def _preset_values(preset: "Preset") -> dict[str, Any]:
+    architecture = preset.architecture
+    return {
+        "architecture": architecture.to_dict(),
+        "parameters": architecture.num_parameters(),
+        "non_embedding_parameters": architecture.num_parameters(embedding=False),
+        "published": preset.parameters,
+        "published_non_embedding": preset.non_embedding,
+        "source": preset.source,
+    }
+
+
+def _abbreviated(pattern: str) -> str:
+    """`*-*-*-*-` as "4 x *-"; a long pattern that does not repeat is cut."""
+    for length in range(1, len(pattern) // 2 + 1):
+        if pattern == pattern[:length] * (len(pattern) // length):
+            return f"{len(pattern) // length} x {pattern[:length]}"
+    if len(pattern) <= PATTERN_SHOWN:
+        return pattern
+    return f"{pattern[: PATTERN_SHOWN - 3]}... ({len(pattern)})"
+
+
+def _short(count: int) -> str:
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="a demo's directory, or the --save of a training job")
+
+
+def _report(args: argparse.Namespace) -> None:
+    """Draw a run directory's report again from its numbers: `report.json` of a demo, else `metrics.jsonl`."""
+    run: Path = args.run
+    if not run.is_dir():
+        raise DataError("no such run directory", got=run, legal="the --out of a demo or the --save of a training job")
+    numbers, metrics = run / "report.json", run / "metrics.jsonl"
+    if not numbers.is_file() and not metrics.is_file():
+        raise DataError("nothing to report on", got=run, legal="a directory with report.json or metrics.jsonl")
+    from megatron_ext.evaluation.report import plot_training, write_report
+
+    if numbers.is_file():
+        try:
+            measured = json.loads(numbers.read_text())
+        except ValueError as error:
+            raise DataError(f"the report's numbers are not JSON: {error}", got=numbers) from error
+        if not isinstance(measured, dict):
+            raise DataError("the report's numbers are not an object", got=numbers)
+        write_report(run, measured)
+        print(f"wrote {run / 'report.md'} and {run / 'report.png'}")
+    if metrics.is_file():
+        plot_training(metrics, run / "metrics.png")
+        print(f"wrote {run / 'metrics.png'}")
+
+
+COMMANDS = {
+    "demo": Command("train a small model, halve it, distil it back, and report", _module("megatron_ext.training.demo")),
+    "data": Command(
+        "turn text, source files or JSONL into Megatron's dataset", _module("megatron_ext.training.corpus")
+    ),
+    "presets": Command("list the named architectures", lambda: (_presets_arguments, _presets)),
+    "report": Command("draw a run directory's report again", lambda: (_report_arguments, _report)),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; a user's mistake becomes one readable message and exit status 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="megatron-ext", description="Compress and train language models.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    chosen = words[0] if words else None
+    run: Callable[[argparse.Namespace], None] | None = None
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(
+            name, help=command.summary, description=command.summary[0].upper() + command.summary[1:]
+        )
+        if name == chosen:
+            add_arguments, run = command.load()
+            add_arguments(sub)
+    args = parser.parse_args(words)
+    assert run is not None  # argparse has refused every other word
+    try:
+        run(args)
+    except MegatronExtError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
