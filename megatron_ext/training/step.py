@@ -1,6 +1,6 @@
 """One micro-batch of language modelling: forward, and the sums that Megatron reduces."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -27,8 +27,16 @@ def masked_sum(
     return total, count, {"lm loss": torch.cat([total.clone().detach().view(1), count.view(1)])}
 
 
-def forward_step(data: Iterator[dict[str, Any]], model: torch.nn.Module) -> tuple[Tensor, Any]:
-    """Run the model on the next micro-batch; (output, loss function) as Megatron's schedules expect."""
+def forward_step(
+    data: Iterator[dict[str, Any]], model: torch.nn.Module, loss: Callable[..., Any] = masked_sum
+) -> tuple[Tensor, Any]:
+    """Run the model on the next micro-batch; (output, loss function) as Megatron's schedules expect.
+
+    Args:
+        data: This rank's micro-batches.
+        model: The model, wrapped as Megatron wraps it.
+        loss: From the loss mask and the model's output to Megatron's loss contract (see `masked_sum`).
+    """
     timer = get_timers()("batch-generator", log_level=2)
     timer.start()
     batch = get_batch(data, get_attr_wrapped_model(model, "vp_stage"))
@@ -40,4 +48,4 @@ def forward_step(data: Iterator[dict[str, Any]], model: torch.nn.Module) -> tupl
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
     )
-    return output, partial(masked_sum, batch["loss_mask"])
+    return output, partial(loss, batch["loss_mask"])

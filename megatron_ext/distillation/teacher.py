@@ -1,0 +1,95 @@
+"""The teacher before it is built: which checkpoint, which model, and whether a student can learn from it."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.stream import check_shapes
+from megatron_ext.errors import CheckpointError, ConfigError
+from megatron_ext.models.config import Architecture
+
+PADDING = 128
+"""Megatron's default multiple to which a vocabulary is padded, for checkpoints that do not say theirs."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher's weights on disk.
+
+    Attributes:
+        step: The complete step that they are read from.
+        architecture: The model, as saved.
+    """
+
+    step: Path
+    architecture: Architecture
+
+    @classmethod
+    def find(cls, path: str | Path) -> "Teacher":
+        """The newest complete step at `path`, a checkpoint directory or a step in one.
+
+        Raises:
+            CheckpointError: There is none, it is damaged, or its tensors are not those of the model it names.
+        """
+        step = layout.find(path).path
+        architecture = layout.architecture(step)
+        check_shapes(architecture, {key: shape for key, (shape, _) in layout.tensors(step).items()})
+        return cls(step, architecture)
+
+    def check(self, student: Architecture, *, tokens: int, student_multiple: int, tp: int, stages: int) -> None:
+        """Check that `student` can learn from this teacher, on this layout.
+
+        Args:
+            student: The student.
+            tokens: Entries of the tokenizer, without padding.
+            student_multiple: Multiple to which the student's vocabulary is padded.
+            tp: Tensor-parallel size.
+            stages: Pipeline stages, virtual ones included.
+
+        Raises:
+            ConfigError: The vocabularies differ by more than padding, or the teacher does not fit the layout.
+        """
+        try:
+            self.architecture.validate(tp=tp, pp=stages)
+            if stages > 1:
+                self.architecture.layers.split(stages)
+        except ConfigError as error:
+            raise ConfigError(f"the teacher cannot run beside the student: {error}") from error
+        check_vocabularies(
+            tokens, student.vocab_size, student_multiple, self.architecture.vocab_size, self._padding_multiple()
+        )
+
+    def beside(self, student: Architecture) -> Architecture:
+        """This teacher, its vocabulary padded as the student's is, so that the ranks' parts of both line up."""
+        return replace(self.architecture, vocab_size=student.vocab_size)
+
+    def _padding_multiple(self) -> int:
+        try:
+            args = layout.common(self.step).get("args")
+        except CheckpointError:
+            return PADDING
+        divisor = getattr(args, "make_vocab_size_divisible_by", None) or PADDING
+        return divisor * (getattr(args, "tensor_model_parallel_size", None) or 1)
+
+
+def check_vocabularies(tokens: int, student: int, student_multiple: int, teacher: int, teacher_multiple: int) -> None:
+    """Two padded vocabularies are one if they are equal, or if each is `tokens` entries and padding.
+
+    Args:
+        tokens: Entries of the tokenizer.
+        student: Rows of the student's embedding.
+        student_multiple: Multiple to which they are padded; less than this is padding.
+        teacher: Rows of the teacher's embedding.
+        teacher_multiple: As above, of the teacher.
+
+    Raises:
+        ConfigError: They are not one.
+    """
+    short = min(student, teacher) < tokens
+    padded = student - tokens < student_multiple and teacher - tokens < teacher_multiple
+    if short or (student != teacher and not padded):
+        raise ConfigError(
+            "teacher and student have different vocabularies",
+            got=f"teacher {teacher:,}, student {student:,}, tokenizer {tokens:,}",
+            legal="a student and a tokenizer with the teacher's vocabulary; only the padding may differ",
+        )

@@ -1,0 +1,100 @@
+"""The distillation job: a student and its frozen teacher in Megatron's own loop."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from megatron_ext.arguments import option
+from megatron_ext.distillation.losses import Losses
+from megatron_ext.distillation.teacher import Teacher
+from megatron_ext.errors import ConfigError
+from megatron_ext.training.launch import Job, Launch
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """Whom the student learns from, and how the losses are weighted."""
+
+    teacher: str | None = option(None, "Checkpoint of the teacher: a directory of steps, or one step.")
+    temperature: float = option(1.0, "Temperature of both distributions; the loss is multiplied by its square.")
+    kd_weight: float = option(1.0, "Weight of KL(teacher || student).")
+    ce_weight: float = option(0.0, "Weight of the cross-entropy with the data's next token.")
+
+
+JOB = Job("distill", options={"distill": DistillOptions})
+
+
+def check(launch: Launch) -> Teacher:
+    """Find what is wrong with the options, and the teacher, before any process group.
+
+    Raises:
+        ConfigError: An option is missing or illegal, the vocabularies differ, or the teacher does not fit the layout.
+        CheckpointError: There is no usable checkpoint of the teacher.
+    """
+    from megatron.training import get_tokenizer
+
+    args, options = launch.args, launch.options["distill"]
+    if options.teacher is None:
+        raise ConfigError("--distill-teacher is missing", legal="the checkpoint directory of the teacher")
+    if not options.temperature > 0:
+        raise ConfigError("--distill-temperature must be positive", got=options.temperature)
+    if min(options.kd_weight, options.ce_weight) < 0 or not options.kd_weight + options.ce_weight > 0:
+        raise ConfigError(
+            "--distill-kd-weight and --distill-ce-weight must not be negative, nor both zero",
+            got=f"{options.kd_weight} and {options.ce_weight}",
+        )
+    teacher = Teacher.find(options.teacher)
+    teacher.check(
+        launch.architecture,
+        tokens=get_tokenizer().vocab_size,
+        student_multiple=args.make_vocab_size_divisible_by * args.tensor_model_parallel_size,
+        tp=args.tensor_model_parallel_size,
+        stages=args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1),
+    )
+    return teacher
+
+
+def distill(launch: Launch, teacher: Teacher) -> None:
+    """Train the student until `--train-iters`.
+
+    `metrics.jsonl` has `loss` and `val_loss`, the student's cross-entropy as in pre-training, and `kd_loss`; also
+    `total_loss`, what is minimised, where that is neither of them.
+    """
+    from megatron.training import get_tokenizer
+
+    from megatron_ext.distillation.model import with_teacher
+    from megatron_ext.training import run
+    from megatron_ext.training.step import forward_step
+
+    options: DistillOptions = launch.options["distill"]
+
+    def hook(students: list[Any]) -> list[Any]:
+        return with_teacher(
+            students, teacher, launch.args, launch.architecture,
+            temperature=options.temperature, kd_weight=options.kd_weight, ce_weight=options.ce_weight,
+            vocab_size=get_tokenizer().vocab_size,
+        )  # fmt: skip
+
+    mixed = (options.kd_weight, options.ce_weight) not in ((1.0, 0.0), (0.0, 1.0))
+    run.train(launch, partial(forward_step, loss=partial(masked_sums, mixed)), hooks=(hook,))
+
+
+def masked_sums(
+    mixed: bool, loss_mask: Float[Tensor, "b s"], losses: Losses
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Megatron's loss contract: sum of `total` over unmasked tokens, how many they are, and each component to log.
+
+    Args:
+        mixed: Whether to log `total` too.
+        loss_mask: 1 where a token counts.
+        losses: Of each token.
+    """
+    mask = loss_mask.reshape(-1).float()
+    count = mask.sum().to(torch.int)
+    total, kd, ce = (torch.sum(loss.reshape(-1) * mask) for loss in losses)
+    logged = {"lm loss": ce, "kd loss": kd} | ({"total loss": total} if mixed else {})
+    return total, count, {name: torch.cat([x.detach().view(1), count.view(1)]) for name, x in logged.items()}
