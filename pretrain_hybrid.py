@@ -1,4 +1,7 @@
-"""Pre-train a Transformer, Mamba-2 or hybrid model, or continue: `torchrun pretrain_hybrid.py --preset NAME ...`."""
+"""Pre-train a Transformer, Mamba-2 or hybrid model, or continue: `torchrun pretrain_hybrid.py --preset NAME ...`.
+
+With `--skip-train`, measure the validation loss of a checkpoint instead.
+"""
 
 import sys
 
@@ -9,10 +12,12 @@ JOB = Job("pretrain")
 
 def run() -> None:
     started = launch(JOB)
-    from megatron_ext.training import dry_run, run
+    from megatron_ext.training import dry_run, evaluate, run
 
     if started.dry_run:
         dry_run.show(started)
+    elif started.args.skip_train:
+        evaluate.evaluate(started)
     else:
         run.train(started)
 

@@ -1,0 +1,114 @@
+"""Forward passes without training: load a model on any layout, and its mean loss on a data split."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megatron_ext.training.directory import claim, write_atomically
+from megatron_ext.training.launch import Launch
+
+
+def load_model(launch: Launch) -> list[Any]:
+    """Start Megatron, build this rank's chunks of the model and load its weights; in evaluation mode."""
+    from megatron.core.enums import ModelType
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training import initialize_megatron
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.training import setup_model_and_optimizer
+
+    from megatron_ext.models.builder import model_config
+
+    launch.args.skip_train = True  # no optimizer, no gradient buffers
+    initialize_megatron()
+    container = pretrain_cfg_container_from_args(launch.args, model_config(launch.args, launch.architecture))
+    model, _, _ = setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        cfg_container=container,
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    for chunk in model:
+        chunk.eval()
+    return model
+
+
+@torch.no_grad()
+def mean_loss(
+    launch: Launch,
+    model: list[Any],
+    split: Literal["train", "valid"],
+    samples: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[float, int]:
+    """Mean loss in nats per token over the first sequences of a split; the same on every layout.
+
+    Args:
+        launch: The validated command line; its batch sizes decide how many sequences go through at once.
+        model: From `load_model`.
+        split: Which part of the data.
+        samples: Sequences, a multiple of the global batch; all whole batches of the split by default.
+        progress: Called with sequences done and in all.
+
+    Returns:
+        The loss, and the number of sequences.
+    """
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron_ext.training.step import forward_step
+
+    args = launch.args
+    loaders = [_loader(split, samples, stage) for stage in range(len(model))]
+    total = loaders[0][1] if samples is None else samples
+    steps = total // args.global_batch_size
+    iterators = [iter(loader) if loader is not None else None for loader, _ in loaders]
+    run = get_forward_backward_func()
+    sums = torch.zeros(2, dtype=torch.float64)
+    for step in range(steps):
+        losses: list[dict[str, torch.Tensor]] = run(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(model) > 1 else iterators[0],
+            model=model,
+            num_microbatches=get_num_microbatches(),
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size,
+            forward_only=True,
+        )
+        for loss in losses:
+            sums += loss["lm loss"].double().cpu()
+        progress((step + 1) * args.global_batch_size, steps * args.global_batch_size)
+    # Tensor-parallel ranks repeat the same sums, which cancels in the ratio; other pipeline stages add nothing.
+    everywhere = sums.to(torch.cuda.current_device())
+    torch.distributed.all_reduce(everywhere)
+    return float(everywhere[0] / everywhere[1]), steps * args.global_batch_size
+
+
+def _loader(split: str, samples: int | None, stage: int) -> tuple[Any, int]:
+    """A data loader on the ranks that read data, and the number of sequences in the split on every rank."""
+    from megatron.training.datasets.data_samplers import build_pretraining_data_loader
+
+    from megatron_ext.training.data import build_datasets
+
+    wanted = (samples, None) if split == "train" else (None, samples)
+    dataset = build_datasets((*wanted, None), vp_stage=stage)[0 if split == "train" else 1]
+    count = torch.tensor([len(dataset) if dataset is not None else 0], device=torch.cuda.current_device())
+    torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
+    return build_pretraining_data_loader(dataset, 0), int(count)
+
+
+def evaluate(launch: Launch) -> None:
+    """`--skip-train`: the loss of a checkpoint on the whole validation split, into `results.json` of the run directory."""
+    args = launch.args
+    args.full_validation = False  # that sampler has batches of its own
+    model = load_model(launch)
+    loss, sequences = mean_loss(launch, model, "valid")
+    if args.rank == 0:
+        result = {"val_loss": loss, "sequences": sequences, "tokens": sequences * args.seq_length}
+        print(f"validation loss {loss:.6f} nats per token over {sequences:,} sequences of {args.seq_length} tokens")
+        if args.save:
+            claim(launch)
+            write_atomically(Path(args.save) / "results.json", json.dumps(result, indent=2) + "\n")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
