@@ -1,4 +1,4 @@
-"""Cut a trained model to a smaller one: `torchrun prune_gpt.py --load MODEL --save DIR --prune-target-params 0.5 ...`."""
+"""Cut a trained model to a smaller one: `torchrun prune_gpt.py --load DIR --save DIR --prune-target-params 0.5 ...`."""
 
 import sys
 

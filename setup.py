@@ -1,4 +1,4 @@
-"""Package metadata; the build system and the tools are configured in pyproject.toml, exact versions in constraints.txt."""
+"""Package metadata; build system and tools are configured in pyproject.toml, exact versions in constraints.txt."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Our flags: a frozen dataclass becomes a prefixed argparse group, and the parsed namespace becomes the dataclass again.
+"""Our flags: a frozen dataclass becomes a prefixed argparse group, and the parsed namespace the dataclass again.
 
     @dataclass(frozen=True)
     class DistillOptions:
@@ -14,9 +14,7 @@ import argparse
 import dataclasses
 import types
 import typing
-from typing import Any, TypeVar
-
-Options = TypeVar("Options")
+from typing import Any
 
 
 def option(default: Any, help: str) -> Any:
@@ -54,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser, options: type, prefix: str) -> 
     return parser
 
 
-def read_options(namespace: argparse.Namespace, options: type[Options], prefix: str) -> Options:
+def read_options[Options](namespace: argparse.Namespace, options: type[Options], prefix: str) -> Options:
     """The dataclass `options` with the values that were parsed into `namespace`."""
     names = [field.name for field in dataclasses.fields(options)]  # type: ignore[arg-type]
     return options(**{name: getattr(namespace, f"{prefix}_{name}") for name in names})

@@ -13,7 +13,7 @@ import warnings
 from megatron_ext.platform import replacements, state_space
 from megatron_ext.platform.device import backend, device_type
 
-__all__ = ["backend", "device_type", "install", "installed", "uninstall"]
+__all__ = ["backend", "device_type", "install", "installed", "quiet", "uninstall"]
 
 
 def installed() -> bool:
@@ -32,7 +32,7 @@ def install(kernels: state_space.Kernels) -> None:
     """
     if installed():
         return
-    _quiet()
+    quiet()
     # Megatron wants its kernels in one hardware queue under tensor and context parallelism, and refuses to start else.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     on_cpu = device_type() == "cpu"
@@ -58,7 +58,7 @@ def uninstall() -> None:
     replacements.restore()
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Hide the warnings of other packages about what this platform has already dealt with."""
     for message in (
         ".*Transformer Engine and Apex are not installed.*",

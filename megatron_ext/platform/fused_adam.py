@@ -1,7 +1,7 @@
 """Adam with the contract of Apex's and Transformer Engine's FusedAdam, in plain torch (where neither is installed).
 
-With torch's own AdamW Megatron's distributed optimizer takes another path, whose checkpoints do not resume. The contract:
-state `exp_avg` and `exp_avg_sq` per parameter, and `step` as an integer in the parameter group.
+With torch's own AdamW Megatron's distributed optimizer takes another path, whose checkpoints do not resume. The
+contract: state `exp_avg` and `exp_avg_sq` per parameter, and `step` as an integer in the parameter group.
 """
 
 from collections.abc import Callable, Iterable

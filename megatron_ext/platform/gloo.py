@@ -51,6 +51,8 @@ def install() -> None:
 
     @functools.wraps(gather)
     def all_gather_into_tensor(output_tensor: Any, input_tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        return gather(output_tensor, input_tensor.reshape(1) if input_tensor.dim() == 0 else input_tensor, *args, **kwargs)
+        return gather(
+            output_tensor, input_tensor.reshape(1) if input_tensor.dim() == 0 else input_tensor, *args, **kwargs
+        )
 
     replace(dist, "all_gather_into_tensor", all_gather_into_tensor, "gloo gathers no 0-dim tensors (on CPU)")

@@ -89,7 +89,7 @@ class _MemoryStats(dict):
 
 class _HostProperties:
     name = "cpu"
-    gcnArchName = uuid = "cpu"
+    gcnArchName = uuid = "cpu"  # noqa: N815 - torch's own name
     major = minor = 0
     multi_processor_count = os.cpu_count() or 1
     total_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from megatron_ext import platform
 from megatron_ext.errors import ConfigError, DataError
 
 EOD = "<|endoftext|>"
@@ -35,6 +36,7 @@ TOKENIZER_SAMPLE_BYTES = 16 << 20  # a few thousand merges do not change with mo
 BATCH_BYTES = 2 << 20  # one parallel encode
 # Left out of the default corpus: other people's packages, what Linux distributions leave out, and generated tables.
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
+STDLIB_GENERATED = "_sysconfigdata"  # how this Python was built: another text on each machine
 
 
 @dataclass(frozen=True)
@@ -254,7 +256,11 @@ def _files(path: Path) -> list[Path]:
 def _standard_library() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     found = {file.relative_to(root): file for file in root.rglob("*.py") if file.is_file()}
-    return [found[name] for name in sorted(found) if STDLIB_LEFT_OUT.isdisjoint(name.parts)]
+    return [
+        found[name]
+        for name in sorted(found)
+        if STDLIB_LEFT_OUT.isdisjoint(name.parts) and not name.name.startswith(STDLIB_GENERATED)
+    ]
 
 
 def _lines(file: Path) -> Iterator[Document]:
@@ -358,6 +364,8 @@ def _write_indexed(prefix: Path, texts: Iterator[str], tokenizer: Any, total_byt
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what megatron says about absent GPU packages does not matter here
         import torch
+
+        platform.quiet()
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     encoder = tokenizer.backend_tokenizer

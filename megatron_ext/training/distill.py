@@ -35,8 +35,6 @@ def check(launch: Launch) -> Teacher:
         ConfigError: An option is missing or illegal, the vocabularies differ, or the teacher does not fit the layout.
         CheckpointError: There is no usable checkpoint of the teacher.
     """
-    from megatron.training import get_tokenizer
-
     args, options = launch.args, launch.options["distill"]
     if options.teacher is None:
         raise ConfigError("--distill-teacher is missing", legal="the checkpoint directory of the teacher")
@@ -50,7 +48,7 @@ def check(launch: Launch) -> Teacher:
     teacher = Teacher.find(options.teacher)
     teacher.check(
         launch.architecture,
-        tokens=get_tokenizer().vocab_size,
+        tokens=_tokens(),
         student_multiple=args.make_vocab_size_divisible_by * args.tensor_model_parallel_size,
         tp=args.tensor_model_parallel_size,
         stages=args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1),
@@ -64,8 +62,6 @@ def distill(launch: Launch, teacher: Teacher) -> None:
     `metrics.jsonl` has `loss` and `val_loss`, the student's cross-entropy as in pre-training, and `kd_loss`; also
     `total_loss`, what is minimised, where that is neither of them.
     """
-    from megatron.training import get_tokenizer
-
     from megatron_ext.distillation.model import with_teacher
     from megatron_ext.training import run
     from megatron_ext.training.step import forward_step
@@ -76,7 +72,7 @@ def distill(launch: Launch, teacher: Teacher) -> None:
         return with_teacher(
             students, teacher, launch.args, launch.architecture,
             temperature=options.temperature, kd_weight=options.kd_weight, ce_weight=options.ce_weight,
-            vocab_size=get_tokenizer().vocab_size,
+            vocab_size=_tokens(),
         )  # fmt: skip
 
     mixed = (options.kd_weight, options.ce_weight) not in ((1.0, 0.0), (0.0, 1.0))
@@ -98,3 +94,11 @@ def masked_sums(
     total, kd, ce = (torch.sum(loss.reshape(-1) * mask) for loss in losses)
     logged = {"lm loss": ce, "kd loss": kd} | ({"total loss": total} if mixed else {})
     return total, count, {name: torch.cat([x.detach().view(1), count.view(1)]) for name, x in logged.items()}
+
+
+def _tokens() -> int:
+    """Entries of the tokenizer, without padding."""
+    from megatron.training import get_tokenizer
+
+    tokenizer: Any = get_tokenizer()
+    return tokenizer.vocab_size

@@ -99,7 +99,7 @@ def _loader(split: str, samples: int | None, stage: int) -> tuple[Any, int]:
 
 
 def evaluate(launch: Launch) -> None:
-    """`--skip-train`: the loss of a checkpoint on the whole validation split, into `results.json` of the run directory."""
+    """`--skip-train`: the loss of a checkpoint on the whole validation split, into `results.json`."""
     args = launch.args
     args.full_validation = False  # that sampler has batches of its own
     model = load_model(launch)

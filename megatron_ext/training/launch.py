@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext import platform
-from megatron_ext.arguments import add_options, option, read_options
+from megatron_ext.arguments import add_options, read_options
 from megatron_ext.checkpoint.resume import architecture_on_disk, has_checkpoint, resume_point
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.models.backend import prepare

@@ -1,7 +1,7 @@
 """What a run says while it works: `metrics.jsonl`, one line per step, and a live bar on a terminal.
 
-Megatron reports every scalar to its TensorBoard writer, in full precision; `MetricsLog` stands in that place, keeps what
-it needs and passes everything on to the real writer where there is one.
+Megatron reports every scalar to its TensorBoard writer, in full precision; `MetricsLog` stands in that place, keeps
+what it needs and passes everything on to the real writer where there is one.
 """
 
 import json
@@ -116,7 +116,13 @@ def _bar(start: int, total: int) -> Callable[[dict[str, Any]], None] | None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[now]}"))
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[now]}"),
+    )
     progress = Progress(*columns, console=Console(stderr=True))
     task = progress.add_task("training", total=total, completed=start, now="")
     progress.start()

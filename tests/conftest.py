@@ -1,0 +1,42 @@
+"""For every test: shapes in signatures are checked, and GPU tests run only where there is a GPU."""
+
+import os
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# The modules with shapes in their signatures. Before any test imports them: jaxtyping's shapes then are checked at each
+# call, and across the arguments of one call.
+CHECKED = [
+    "megatron_ext.ssm",
+    "megatron_ext.distillation",
+    "megatron_ext.pruning.importance",
+    "megatron_ext.training.step",
+]
+install_import_hook(CHECKED, "beartype.beartype")
+
+HAS_GPU = torch.cuda.is_available()  # asked once, before a test makes the CPU look like one
+
+# What tests start (torchrun workers, our own programs) inherits this: two busy thread pools on one core are slow.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the tests marked `gpu` where there is no CUDA device."""
+    if HAS_GPU:
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=gpu)
+        config.stash[DESELECTED] = len(gpu)
+
+
+DESELECTED = pytest.StashKey[int]()
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
+    """Say why they are deselected."""
+    count = config.stash.get(DESELECTED, 0)
+    return [f"deselected {count} tests marked gpu: torch sees no CUDA device"] if count else []

@@ -1,0 +1,127 @@
+"""Distillation: any layout trains the same, only the student is saved, and bad requests end at once."""
+
+import pytest
+import yaml
+from workspace import TRAIN, Workspace
+
+from megatron_ext.checkpoint import layout
+
+STUDENT = [
+    "--hybrid-layer-pattern=M-*-", "--hidden-size", "32", "--ffn-hidden-size", "48", "--num-attention-heads", "4",
+    "--group-query-attention", "--num-query-groups", "2", "--kv-channels", "8", "--mamba-num-heads", "4",
+    "--mamba-head-dim", "8", "--mamba-state-dim", "8", "--mamba-num-groups", "2", "--normalization", "RMSNorm",
+    "--swiglu", "--disable-bias-linear", "--position-embedding-type", "rope", "--max-position-embeddings", "64",
+]  # fmt: skip
+LAYOUTS = {
+    "tp2": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+    "pp2": (2, ["--pipeline-model-parallel-size", "2"]),
+    "vpp2": (2, ["--pipeline-model-parallel-size", "2", "--hybrid-layer-pattern=M|-|*|-"]),
+    "dp2": (2, ["--use-distributed-optimizer"]),
+    "cp2": (2, ["--context-parallel-size", "2"]),
+    "tp2-pp2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
+}
+TWO_STEPS = [*TRAIN, "--train-iters", "2"]
+
+
+@pytest.fixture(scope="module")
+def student(workspace: Workspace) -> str:
+    """A narrower and shallower model after two steps."""
+    workspace.run("pretrain_hybrid.py", *STUDENT, *workspace.data, *TWO_STEPS, "--save", "student")
+    return "student"
+
+
+@pytest.fixture(scope="module")
+def distilled(workspace: Workspace, teacher: str, student: str) -> str:
+    """The student after two steps with the teacher, on one process."""
+    flags = ["--distill-teacher", teacher, "--pretrained-checkpoint", student, "--save", "distilled"]
+    workspace.run("distill_gpt.py", *flags, *workspace.data, *TWO_STEPS)
+    return "distilled"
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_layout_changes_nothing(
+    workspace: Workspace, teacher: str, student: str, distilled: str, name: str
+) -> None:
+    ranks, flags = LAYOUTS[name]
+    flags = [*STUDENT, "--pretrained-checkpoint", student, "--distill-teacher", teacher, *flags]
+    workspace.run("distill_gpt.py", *flags, *workspace.data, *TWO_STEPS, "--save", f"distilled-{name}", ranks=ranks)
+    expected, got = workspace.metrics(distilled), workspace.metrics(f"distilled-{name}")
+    assert len(got) == 2
+    for key in ("loss", "kd_loss", "grad_norm"):
+        assert [step[key] for step in got] == pytest.approx([step[key] for step in expected], rel=1e-5)
+    for key in ("val_loss", "val_kd_loss"):
+        assert got[-1][key] == pytest.approx(expected[-1][key], rel=1e-5)
+
+
+def test_the_checkpoint_is_the_students(workspace: Workspace, student: str, distilled: str) -> None:
+    steps = [layout.find(workspace.path / name).path for name in (student, distilled)]
+    names = [set(layout.read_metadata(step).state_dict_metadata) for step in steps]
+    assert names[0] == names[1]
+    assert layout.tensors(steps[0]) == layout.tensors(steps[1])
+    assert yaml.safe_load((workspace.path / distilled / "config.yaml").read_text())["job"] == "distill"
+    assert workspace.loss(distilled, "distilled-alone") == pytest.approx(
+        workspace.metrics(distilled)[-1]["val_loss"], rel=1e-3
+    )
+
+
+def test_resumes_exactly(workspace: Workspace, teacher: str, student: str) -> None:
+    flags = [
+        "--distill-teacher", teacher, "--pretrained-checkpoint", student, *workspace.data, *TRAIN,
+        "--distill-ce-weight", "0.5", "--distill-temperature", "2",
+    ]  # fmt: skip
+    workspace.run("distill_gpt.py", *flags, "--train-iters", "4", "--save", "straight")
+    workspace.run("distill_gpt.py", *flags, "--train-iters", "4", "--exit-interval", "2", "--save", "halves")
+    workspace.run("distill_gpt.py", *flags, "--train-iters", "4", "--load", "halves", "--save", "halves")
+    straight, halves = workspace.metrics("straight"), workspace.metrics("halves")
+    assert len(halves) == 4
+    for key in ("loss", "kd_loss", "total_loss", "grad_norm"):
+        assert [step[key] for step in halves] == [step[key] for step in straight]
+
+
+def test_a_model_has_nothing_to_learn_from_itself(workspace: Workspace, teacher: str) -> None:
+    flags = ["--distill-teacher", teacher, "--pretrained-checkpoint", teacher, "--save", "itself", "--train-iters", "1"]
+    workspace.run("distill_gpt.py", *flags, *workspace.data, *TRAIN)
+    (step,) = workspace.metrics("itself")
+    assert abs(step["kd_loss"]) < 1e-6
+    assert step["grad_norm"] < 1e-6
+
+
+def test_cross_entropy_alone_is_pretraining(workspace: Workspace, teacher: str, student: str) -> None:
+    flags = ["--pretrained-checkpoint", student, *workspace.data, *TWO_STEPS]
+    workspace.run("pretrain_hybrid.py", *flags, "--save", "pretrained")
+    only = ["--distill-teacher", teacher, "--distill-kd-weight", "0", "--distill-ce-weight", "1"]
+    workspace.run("distill_gpt.py", *flags, *only, "--save", "cross-entropy")
+    runs = [workspace.metrics(name) for name in ("pretrained", "cross-entropy")]
+    for key in ("loss", "grad_norm"):
+        assert [step[key] for step in runs[1]] == pytest.approx([step[key] for step in runs[0]], rel=1e-6)
+    assert runs[1][-1]["val_loss"] == pytest.approx(runs[0][-1]["val_loss"], rel=1e-6)
+
+
+def test_padding_of_the_vocabulary_does_not_matter(workspace: Workspace, teacher: str, distilled: str) -> None:
+    """A student with other padding runs beside the teacher, split or not, and its padding is not distilled."""
+    losses = []
+    for ranks in (1, 2):
+        name = f"padded-{ranks}"
+        flags = [*STUDENT, "--distill-teacher", teacher, "--tensor-model-parallel-size", str(ranks), "--save", name]
+        workspace.run("distill_gpt.py", *flags, *workspace.data, *TWO_STEPS, "--padded-vocab-size", "528", ranks=ranks)
+        losses.append([step["kd_loss"] for step in workspace.metrics(name)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--distill-teacher is missing"),
+        (["--distill-teacher", "nowhere"], "does not exist"),
+        (["--distill-teacher", "teacher", "--distill-temperature", "0"], "must be positive"),
+        (["--distill-teacher", "teacher", "--distill-kd-weight", "0"], "nor both zero"),
+        (["--distill-teacher", "teacher", "--padded-vocab-size", "1024"], "different vocabularies"),
+    ],
+)
+def test_bad_requests_end_at_once(workspace: Workspace, teacher: str, flags: list[str], message: str) -> None:
+    save = workspace.path / "refused"
+    done = workspace.run("distill_gpt.py", *STUDENT, *workspace.data, *TWO_STEPS, *flags, "--save", "refused", ok=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not save.exists()

@@ -1,0 +1,105 @@
+"""Pre-training: the layout does not matter, resuming is exact, and nothing restarts from random weights."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from workspace import MODEL, TRAIN, Workspace
+
+from megatron_ext.checkpoint.stream import Reader
+
+GOLDEN = Path(__file__).parent / "golden_losses.txt"
+LAYOUTS = {
+    "dp2-distributed-optimizer": (2, ["--use-distributed-optimizer", "--overlap-grad-reduce"]),
+    "tp2-sequence-parallel": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+    "pp2": (2, ["--pipeline-model-parallel-size", "2"]),
+    "vpp2": (2, ["--pipeline-model-parallel-size", "2", "--hybrid-layer-pattern", "M|-*|-M|-"]),
+    "cp2": (2, ["--context-parallel-size", "2"]),
+    "recompute": (
+        1,
+        ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"],
+    ),
+    "tp2-pp2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--sequence-parallel"]),
+}
+
+
+@pytest.fixture(scope="module")
+def reference(workspace: Workspace, teacher: str) -> list[dict[str, float]]:
+    """Two more steps from the teacher's weights on one process."""
+    flags = [*workspace.data, *TRAIN, "--train-iters", "2"]
+    workspace.run("pretrain_hybrid.py", "--pretrained-checkpoint", teacher, *flags, "--save", "reference")
+    return workspace.metrics("reference")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layout_changes_no_loss(
+    workspace: Workspace, teacher: str, reference: list[dict[str, float]], layout: str
+) -> None:
+    ranks, flags = LAYOUTS[layout]
+    common = [*workspace.data, *TRAIN, "--train-iters", "2", "--pretrained-checkpoint", teacher, "--save", layout]
+    if "--hybrid-layer-pattern" in flags:
+        common += ["--preset", teacher]
+    workspace.run("pretrain_hybrid.py", *common, *flags, ranks=ranks)
+    metrics = workspace.metrics(layout)
+    assert [step["step"] for step in metrics] == [1, 2]
+    for step, expected in zip(metrics, reference, strict=True):
+        assert step["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert step["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    assert metrics[-1]["val_loss"] == pytest.approx(reference[-1]["val_loss"], rel=1e-6)
+
+
+def test_resume_is_bit_exact(workspace: Workspace, teacher: str) -> None:
+    flags = [*MODEL, *workspace.data, *TRAIN, "--save", "half", "--load", "half", "--lr-decay-iters", "4"]
+    workspace.run("pretrain_hybrid.py", *flags, "--train-iters", "4", "--exit-interval", "2")
+    assert [step["step"] for step in workspace.metrics("half")] == [1, 2]
+    workspace.run("pretrain_hybrid.py", *flags, "--train-iters", "4")
+    keys = ("step", "loss", "grad_norm", "tokens")
+    resumed, straight = (
+        [[step[key] for key in keys] for step in workspace.metrics(name)] for name in ("half", teacher)
+    )
+    assert resumed == straight
+    left, right = (Reader(workspace.path / name) for name in ("half", teacher))
+    assert left.shapes.keys() == right.shapes.keys()
+    for key in left.shapes:
+        assert torch.equal(left.read(key), right.read(key)), key
+
+
+def test_a_damaged_last_step_falls_back_to_the_one_before(workspace: Workspace, teacher: str) -> None:
+    run = workspace.path / "damaged"
+    shutil.copytree(workspace.path / teacher, run)
+    data = max((run / "iter_0000004").glob("*.distcp"), key=lambda file: file.stat().st_size)
+    data.write_bytes(data.read_bytes()[:1000])
+    (run / "latest_checkpointed_iteration.txt").write_text("")
+    flags = [*workspace.data, *TRAIN, "--train-iters", "4", "--load", "damaged", "--save", "damaged"]
+    done = workspace.run("pretrain_hybrid.py", *flags)
+    assert "iter_0000002" in done.stderr
+    for ours, straight in zip(workspace.metrics("damaged"), workspace.metrics(teacher), strict=True):
+        assert ours["loss"] == straight["loss"]
+
+
+def test_nothing_left_to_resume_is_an_error(workspace: Workspace, teacher: str) -> None:
+    run = workspace.path / "hopeless"
+    shutil.copytree(workspace.path / teacher, run)
+    for index in run.glob("iter_*/.metadata"):
+        index.unlink()
+    flags = [*MODEL, *workspace.data, *TRAIN, "--train-iters", "4", "--load", "hopeless", "--save", "hopeless"]
+    done = workspace.run("pretrain_hybrid.py", *flags, ok=False)
+    assert "no complete checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_losses_are_the_golden_ones(workspace: Workspace) -> None:
+    """On generated data, because the corpus changes with Python's patch releases."""
+    flags = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "511", "--padded-vocab-size", "512"]
+    flags += ["--seq-length", "64", "--micro-batch-size", "2", "--global-batch-size", "8", "--train-iters", "4"]
+    workspace.run("pretrain_hybrid.py", *MODEL, *flags, *TRAIN, "--save", "golden")
+    golden = [float(line) for line in GOLDEN.read_text().split()]
+    assert [step["loss"] for step in workspace.metrics("golden")] == pytest.approx(golden, rel=1e-4)
+
+
+def test_bfloat16_trains(workspace: Workspace) -> None:
+    flags = [*MODEL, *workspace.data, *TRAIN, "--train-iters", "4", "--bf16", "--save", "bf16", "--lr", "5e-3"]
+    workspace.run("pretrain_hybrid.py", *flags, "--use-distributed-optimizer", ranks=2)
+    losses = [step["loss"] for step in workspace.metrics("bf16")]
+    assert losses[-1] < losses[0] - 0.05

@@ -1,0 +1,136 @@
+"""Pruning: any layout measures the same, a masked model equals the sliced one, and bad requests end at once."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from workspace import Workspace
+
+from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.stream import Reader, writing
+from megatron_ext.models import axes
+from megatron_ext.pruning.plan import Plan
+
+CALIBRATE = ["--prune-samples", "16"]
+SMALLER = [
+    "--prune-hidden-size", "48", "--prune-ffn-hidden-size", "64", "--prune-num-attention-heads", "2",
+    "--prune-mamba-num-heads", "4", "--prune-mamba-head-dim", "8", "--prune-num-layers", "2",
+]  # fmt: skip
+LAYOUTS = {
+    "tp2": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+    "pp2": (2, ["--pipeline-model-parallel-size", "2"]),
+    "dp2": (2, []),
+    "cp2": (2, ["--context-parallel-size", "2"]),
+    "tp2-pp2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
+}
+
+
+@pytest.fixture(scope="module")
+def pruned(workspace: Workspace, teacher: str) -> str:
+    """The teacher cut on every axis, scored on one process."""
+    workspace.run("prune_gpt.py", "--load", teacher, "--save", "pruned", *workspace.data, *CALIBRATE, *SMALLER)
+    return "pruned"
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_layout_changes_no_score_and_no_plan(workspace: Workspace, teacher: str, pruned: str, name: str) -> None:
+    ranks, flags = LAYOUTS[name]
+    save = f"pruned-{name}"
+    workspace.run(
+        "prune_gpt.py", "--load", teacher, "--save", save, *workspace.data, *CALIBRATE, *SMALLER, *flags, ranks=ranks
+    )
+    expected = load_file(workspace.path / pruned / "scores.safetensors")
+    scores = load_file(workspace.path / save / "scores.safetensors")
+    assert scores.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(scores[key], value, rtol=1e-4, atol=0)
+    plans = [Plan.load(workspace.path / run / "plan.json") for run in (pruned, save)]
+    assert plans[0].fingerprint == plans[1].fingerprint
+
+
+def test_the_run_directory_is_complete(workspace: Workspace, pruned: str) -> None:
+    names = {path.name for path in (workspace.path / pruned).iterdir()}
+    assert {"plan.json", "scores.safetensors", "config.yaml", "report.md", "importance.png", "release"} <= names
+
+
+def test_cutting_again_by_the_scores_gives_the_same_weights(workspace: Workspace, teacher: str, pruned: str) -> None:
+    scores = f"{pruned}/scores.safetensors"
+    workspace.run(
+        "prune_gpt.py", "--load", teacher, "--save", "again", "--prune-scores", scores, *SMALLER, *workspace.data
+    )
+    left, right = Reader(workspace.path / pruned), Reader(workspace.path / "again")
+    assert left.shapes == right.shapes
+    assert all(torch.equal(left.read(key), right.read(key)) for key in left.shapes)
+
+
+def test_a_masked_model_equals_the_sliced_one(workspace: Workspace, teacher: str, pruned: str) -> None:
+    """What the plan drops is set to zero in the full-size model instead, which then must have the sliced one's loss.
+
+    A norm over fewer channels divides by fewer: the masked model's norm weights make up for it.
+    """
+    plan = Plan.load(workspace.path / pruned / "plan.json")
+    reader = Reader(workspace.path / teacher)
+    source, target = plan.source, plan.target
+    hidden = math.sqrt(target.hidden_size / source.hidden_size)
+    inner = math.sqrt(target.mamba_inner_size / source.mamba_inner_size)
+    args = layout.common(reader.step.path)["args"]
+    with writing(workspace.path / "masked", source, args) as writer:
+        for key in axes.keys(source):
+            tensor = reader.read(key).clone()
+            layer, weight = axes.locate(source, key)
+            if layer is not None and layer not in plan.units:
+                if weight.name.endswith(("out_proj.weight", "linear_proj.weight", "linear_fc2.weight")):
+                    tensor.zero_()  # a sub-layer that adds nothing is one that is not there
+            else:
+                for dimension, index in enumerate(axes.indices(source, key, plan.kept(layer))):
+                    if index is not None:
+                        mask = torch.zeros(tensor.shape[dimension], dtype=torch.bool)
+                        mask[index] = True
+                        tensor.movedim(dimension, 0)[~mask] = 0
+                if "layer_norm" in key or "final_norm" in key:
+                    tensor *= hidden
+                elif key.endswith("mixer.norm.weight"):
+                    tensor *= inner
+            writer.write(key, tensor)
+    # The norms' epsilon is the one thing that the masking cannot scale.
+    assert workspace.loss("masked", "loss-masked") == pytest.approx(workspace.loss(pruned, "loss-sliced"), rel=1e-5)
+
+
+def test_keeping_everything_is_the_identity(workspace: Workspace, teacher: str) -> None:
+    arch = layout.architecture(layout.find(workspace.path / teacher).path)
+    Plan.keep_everything(arch).save(workspace.path / "identity.json")
+    workspace.run(
+        "prune_gpt.py", "--load", teacher, "--save", "identity", "--prune-plan", "identity.json", *workspace.data
+    )
+    left, right = Reader(workspace.path / teacher), Reader(workspace.path / "identity")
+    assert left.shapes == right.shapes
+    assert all(torch.equal(left.read(key), right.read(key)) for key in left.shapes)
+    assert workspace.loss("identity", "loss-identity") == workspace.loss(teacher, "loss-teacher")
+
+
+def test_a_pruned_model_trains_on(workspace: Workspace, pruned: str) -> None:
+    flags = ["--lr", "1e-3", "--train-iters", "2", "--eval-iters", "0", "--save-interval", "2", "--save", "retrained"]
+    workspace.run("pretrain_hybrid.py", "--pretrained-checkpoint", pruned, *workspace.data, *flags, ranks=2)
+    assert len(workspace.metrics("retrained")) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prune-target-params", "1e-6"], "no plan reaches the target"),
+        (["--prune-num-attention-heads", "3"], "cannot be cut to 3"),
+        (["--prune-samples", "3", "--prune-hidden-size", "48"], "--prune-samples must be a multiple"),
+        ([], "no target given"),
+        (["--prune-plan", "foreign.json"], "the plan belongs to another model"),
+    ],
+)
+def test_bad_requests_end_at_once(workspace: Workspace, teacher: str, flags: list[str], message: str) -> None:
+    arch = layout.architecture(layout.find(workspace.path / teacher).path)
+    from dataclasses import replace
+
+    Plan.keep_everything(replace(arch, hidden_size=128)).save(workspace.path / "foreign.json")
+    done = workspace.run("prune_gpt.py", "--load", teacher, "--save", "refused", *workspace.data, *flags, ok=False)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (workspace.path / "refused").exists()
