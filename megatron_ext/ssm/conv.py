@@ -4,7 +4,6 @@ It works in blocks of tokens that fit the cache and keeps nothing but its inputs
 computed again in the backward.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,10 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_ext.errors import ConfigError
+from megatron_ext.ssm._blocks import blocks
 from megatron_ext.ssm.naive import is_silu
-
-# Elements of a block, (batch, tokens, channels): a quarter of a megabyte of float32 on a CPU, to stay in cache.
-BLOCK = {"cpu": 1 << 16, "cuda": 1 << 26}
 
 
 def causal_conv1d(
@@ -61,7 +58,8 @@ class _CausalConv(torch.autograd.Function):
         ctx.save_for_backward(x, past, weight, bias, same)
         ctx.silu = silu
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for start, stop in _blocks(x):
+        for block in blocks(x.shape[1], x.shape[0] * x.shape[2], x.device):
+            start, stop = block.start, block.stop
             z = _weighted(_window(x, past, start, stop), weight, bias, same, start)
             y[:, start:stop] = F.silu(z) if silu else z
         return y
@@ -75,7 +73,8 @@ class _CausalConv(torch.autograd.Function):
         dpadded = torch.zeros(x.shape[0], x.shape[1] + taps - 1, x.shape[2], dtype=dtype, device=x.device)
         dweight, dbias = torch.zeros_like(weight.T, dtype=dtype), torch.zeros_like(weight[:, 0], dtype=dtype)
         kernel = weight.T.to(dtype).contiguous()
-        for start, stop in _blocks(x):
+        for block in blocks(x.shape[1], x.shape[0] * x.shape[2], x.device):
+            start, stop = block.start, block.stop
             window = _window(x, past, start, stop)
             dz = dy[:, start:stop].to(dtype)
             if ctx.silu:
@@ -87,13 +86,6 @@ class _CausalConv(torch.autograd.Function):
                 dpadded[:, start + k : stop + k].addcmul_(dtap, kernel[k])
         dpast, dx = dpadded.to(x.dtype).split([taps - 1, x.shape[1]], 1)
         return dx, dpast, dweight.T.to(weight.dtype), None if bias is None else dbias.to(bias.dtype), None, None
-
-
-def _blocks(x: Float[Tensor, "b l d"]) -> Iterator[tuple[int, int]]:
-    """First token and end of each block."""
-    size = max(1, BLOCK.get(x.device.type, BLOCK["cuda"]) // (x.shape[0] * x.shape[2]))
-    for start in range(0, x.shape[1], size):
-        yield start, min(start + size, x.shape[1])
 
 
 def _window(

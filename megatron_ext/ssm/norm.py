@@ -4,7 +4,6 @@ It works in blocks of tokens that fit the cache and keeps its inputs and one num
 computed again.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Elements of a block, (tokens, channels): a quarter of a megabyte of float32 on a CPU, to stay in cache.
-BLOCK = {"cpu": 1 << 16, "cuda": 1 << 26}
+from megatron_ext.ssm._blocks import blocks
 
 
 def gated_rms_norm(
@@ -48,7 +46,7 @@ class _GatedNorm(torch.autograd.Function):
         xs, zs = _rows(x), None if z is None else _rows(z)
         y = torch.empty_like(xs, memory_format=torch.contiguous_format)
         scale = torch.empty(xs.shape[0], xs.shape[1] // group_size, 1, dtype=dtype, device=x.device)
-        for k in _blocks(xs):
+        for k in blocks(xs.shape[0], xs.shape[1], xs.device):
             gate = None if zs is None else F.silu(zs[k].to(dtype))
             u = _times(xs[k].to(dtype), None if norm_before_gate else gate).unflatten(1, (-1, group_size))
             scale[k] = torch.rsqrt(u.square().mean(-1, keepdim=True).add_(eps))
@@ -67,7 +65,7 @@ class _GatedNorm(torch.autograd.Function):
         dx = torch.empty_like(xs, memory_format=torch.contiguous_format)
         dz = None if zs is None else torch.empty_like(zs, memory_format=torch.contiguous_format)
         dweight = torch.zeros_like(wide)
-        for k in _blocks(xs):
+        for k in blocks(xs.shape[0], xs.shape[1], xs.device):
             xk, dyk = xs[k].to(dtype), dys[k].to(dtype)
             gate = None if zs is None else F.silu(zs[k].to(dtype))
             inner, outer = (None, gate) if ctx.norm_before_gate else (gate, None)
@@ -87,12 +85,6 @@ class _GatedNorm(torch.autograd.Function):
 
 def _rows(t: Float[Tensor, "*batch d"]) -> Float[Tensor, "rows d"]:
     return t.reshape(-1, t.shape[-1])
-
-
-def _blocks(rows: Float[Tensor, "rows d"]) -> Iterator[slice]:
-    size = max(1, BLOCK.get(rows.device.type, BLOCK["cuda"]) // rows.shape[1])
-    for start in range(0, rows.shape[0], size):
-        yield slice(start, start + size)
 
 
 def _times(t: Tensor, gate: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
 from megatron_ext.ssm import naive, norm
+from megatron_ext.ssm._blocks import BUDGET
 from megatron_ext.ssm.mamba_ssm_api import RMSNorm
 
 
@@ -16,7 +17,10 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("group_size", [None, 4, 6])
 @pytest.mark.parametrize("norm_before_gate", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
-def test_agrees_with_the_definition(group_size: int | None, norm_before_gate: bool, gated: bool) -> None:
+def test_agrees_with_the_definition(
+    monkeypatch: pytest.MonkeyPatch, group_size: int | None, norm_before_gate: bool, gated: bool
+) -> None:
+    monkeypatch.setitem(BUDGET, "cpu", 4 * 12)  # blocks of 4 tokens and then 2
     leaves = [normal(2, 3, 12), normal(12, seed=1)] + ([normal(2, 3, 12, seed=2)] if gated else [])
     outcomes = []
     for f in (naive.gated_rms_norm, norm.gated_rms_norm):

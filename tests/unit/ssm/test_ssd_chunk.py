@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_ext.errors import ConfigError
 from megatron_ext.ssm import chunk, naive
+from megatron_ext.ssm._blocks import BUDGET
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial_states")
 
@@ -173,8 +174,9 @@ def test_the_state_carries_on() -> None:
 
 
 def test_documents_do_not_see_each_other() -> None:
-    """A packed row is its documents one by one, wherever they end, and weak decay does not carry over."""
+    """A packed row is its documents one by one, wherever they end, and a loud one is not heard through a weak decay."""
     given = inputs(60, batch=1, decay=1e-6)
+    given["x"][:, :5] *= 1e20
     ends = [0, 5, 32, 33, 60]
     seq_idx = torch.cat([torch.full((1, b - a), i) for i, (a, b) in enumerate(pairwise(ends))], 1)
     y, final = chunk.ssd(**given, seq_idx=seq_idx, chunk_size=16)
@@ -185,6 +187,31 @@ def test_documents_do_not_see_each_other() -> None:
         alone, state = chunk.ssd(**own)
         torch.testing.assert_close(y[:, start:end], alone, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(final, state, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("whole_batch", [False, True])
+@pytest.mark.parametrize("budget", [1, 200, 1 << 20])
+def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, budget: int, whole_batch: bool) -> None:
+    """One chunk at a time or many, one row at a time (as on a CPU) or all (as on a GPU)."""
+    given = inputs(37)
+    expected = results(chunk.ssd, given, torch.float64, chunk_size=4)
+    monkeypatch.setitem(BUDGET, "cpu", budget)
+    if whole_batch:
+        rows_first = chunk._blocks
+        monkeypatch.setattr(
+            chunk, "_blocks", lambda b, *rest: [(slice(0, b), chunks) for _, chunks in rows_first(1, *rest)]
+        )
+    assert_agree(results(chunk.ssd, given, torch.float64, chunk_size=4), expected, 1e-12)
+
+
+def test_every_tensor_is_made_on_the_device_of_the_inputs() -> None:
+    """On the meta device: any other tensor that takes part would raise."""
+    given = {name: t.to("meta").requires_grad_() for name, t in inputs(37).items()}
+    seq_idx = torch.zeros(2, 37, dtype=torch.int32, device="meta")
+    y, final = chunk.ssd(**given, seq_idx=seq_idx)
+    assert (y.shape, final.shape) == (given["x"].shape, given["initial_states"].shape)
+    gradients = torch.autograd.grad((y.sum(), final.sum()), list(given.values()))
+    assert all(g.is_meta and g.shape == t.shape for g, t in zip(gradients, given.values(), strict=True))
 
 
 def test_memory_is_linear_in_the_sequence() -> None:
