@@ -17,7 +17,7 @@ from megatron_ext.errors import DataError, MegatronExtError
 if TYPE_CHECKING:
     from megatron_ext.models.presets import Preset
 
-PATTERN_SHOWN = 24  # characters of a layer pattern in the table
+PATTERN_SHOWN = 15  # characters of a layer pattern in the table, which fits into 80 columns
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,13 @@ def _presets(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({name: _preset_values(preset) for name, preset in PRESETS.items()}, indent=2))
         return
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
     table.add_column("preset", no_wrap=True)
-    table.add_column("layers", overflow="fold")
-    for name in ("hidden", "parameters", "published", "source"):
+    table.add_column("layers", no_wrap=True)
+    for name in ("hidden", "parameters", "published", "ref"):
         table.add_column(name, justify="right", no_wrap=True)
     sources: list[str] = []
     for name, preset in PRESETS.items():
@@ -73,9 +72,9 @@ def _presets(args: argparse.Namespace) -> None:
         reference = str(1 + sources.index(preset.source))
         layers = _abbreviated(architecture.pattern)
         table.add_row(name, layers, f"{architecture.hidden_size:,}", counted, published, reference)
-    console = Console()
+    console = Console(width=max(80, Console().width))
     console.print(table, markup=False, highlight=False)
-    notes = ["layers: M Mamba-2, * attention, - MLP; in brackets: parameters without embeddings"]
+    notes = ["layers: M Mamba-2, * attention, - MLP; parameters in brackets: without embeddings"]
     notes += [f"{number} {source}" for number, source in enumerate(sources, start=1)]
     console.print("\n".join(notes), markup=False, highlight=False, soft_wrap=True)
 
@@ -93,13 +92,14 @@ def _preset_values(preset: "Preset") -> dict[str, Any]:
 
 
 def _abbreviated(pattern: str) -> str:
-    """`*-*-*-*-` as "4 x *-"; a long pattern that does not repeat is cut."""
+    """`*-*-*-*-` as "4 x *-"; a long pattern that does not repeat is cut, with its length in brackets."""
     for length in range(1, len(pattern) // 2 + 1):
         if pattern == pattern[:length] * (len(pattern) // length):
             return f"{len(pattern) // length} x {pattern[:length]}"
     if len(pattern) <= PATTERN_SHOWN:
         return pattern
-    return f"{pattern[: PATTERN_SHOWN - 3]}... ({len(pattern)})"
+    ending = f"... ({len(pattern)})"
+    return pattern[: PATTERN_SHOWN - len(ending)] + ending
 
 
 def _short(count: int) -> str:

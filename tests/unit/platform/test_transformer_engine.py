@@ -1,0 +1,104 @@
+"""The torch modules that stand under Transformer Engine's names, against formulas written out here."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_ext.platform.transformer_engine import TorchDotProductAttention, TorchNorm
+
+EPS = 1e-3
+
+
+def make_norm(monkeypatch, normalization, zero_centered):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    config = SimpleNamespace(
+        normalization=normalization, layernorm_zero_centered_gamma=zero_centered, params_dtype=torch.float64,
+        sequence_parallel=True,
+    )  # fmt: skip
+    return TorchNorm(config, 6, eps=EPS)
+
+
+@pytest.mark.parametrize("zero_centered", [False, True])
+@pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
+def test_norm(monkeypatch, normalization, zero_centered):
+    norm = make_norm(monkeypatch, normalization, zero_centered)
+    x = torch.randn(3, 2, 6, dtype=torch.float64) + 1
+    centred = x - x.mean(-1, keepdim=True) if normalization == "LayerNorm" else x
+    scaled = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + EPS)
+    torch.testing.assert_close(norm(x), scaled, msg="a new norm scales by one")
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.copy_(torch.randn(6))
+    expected = scaled * (norm.weight + zero_centered)
+    if normalization == "LayerNorm":
+        expected = expected + norm.bias
+    torch.testing.assert_close(norm(x), expected, rtol=1e-12, atol=1e-12)
+    assert (norm.bias is None) == (normalization == "RMSNorm")
+    assert all(p.sequence_parallel for p in norm.parameters()), "gradients are summed over the sequence's ranks"
+
+
+def make_attention(kind, *, dropout=0.0, scale=None, heads=4):
+    config = SimpleNamespace(
+        attention_dropout=dropout, num_attention_heads=heads, tensor_model_parallel_size=1, context_parallel_size=1
+    )
+    return TorchDotProductAttention(config, 1, SimpleNamespace(name=kind), "self", softmax_scale=scale)
+
+
+def naive(q, k, v, allowed, scale):
+    """softmax(q k^T * scale) v, one head of one sequence at a time. q: (s, b, n, d); k, v: (t, b, groups, d)."""
+    out = torch.zeros_like(q)
+    share = q.shape[2] // k.shape[2]
+    for b in range(q.shape[1]):
+        for n in range(q.shape[2]):
+            scores = q[:, b, n] @ k[:, b, n // share].T * scale
+            weights = torch.softmax(scores.masked_fill(~allowed, float("-inf")), -1)
+            out[:, b, n] = weights @ v[:, b, n // share]
+    return out.reshape(*q.shape[:2], -1)
+
+
+def inputs(queries, keys, groups):
+    torch.manual_seed(queries)
+    shapes = ((queries, 2, 4, 8), (keys, 2, groups, 8), (keys, 2, groups, 8))
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("queries", [7, 3, 1])
+def test_causal_attention(queries, groups):
+    """Fewer queries than keys is decoding: the queries are the last positions."""
+    q, k, v = inputs(queries, 7, groups)
+    allowed = torch.arange(7)[None] <= torch.arange(7 - queries, 7)[:, None]
+    out = make_attention("causal")(q, k, v, None)
+    torch.testing.assert_close(out, naive(q, k, v, allowed, 1 / math.sqrt(8)))
+
+
+def test_a_mask_names_what_is_hidden_and_a_scale_is_obeyed():
+    q, k, v = inputs(5, 5, 2)
+    hidden = torch.zeros(1, 1, 5, 5, dtype=torch.bool)
+    hidden[..., 1:3] = True
+    out = make_attention("padding", scale=0.5)(q, k, v, hidden)
+    torch.testing.assert_close(out, naive(q, k, v, ~hidden[0, 0], 0.5))
+    causal = make_attention("padding")(q, k, v, hidden, attn_mask_type=SimpleNamespace(name="causal"))
+    torch.testing.assert_close(causal, naive(q, k, v, torch.ones(5, 5).tril().bool(), 1 / math.sqrt(8)))
+
+
+def test_no_mask_is_full_attention():
+    q, k, v = inputs(4, 4, 4)
+    out = make_attention("no_mask")(q, k, v, None)
+    torch.testing.assert_close(out, naive(q, k, v, torch.ones(4, 4).bool(), 1 / math.sqrt(8)))
+
+
+def test_dropout_is_for_training_only():
+    q, k, v = inputs(6, 6, 4)
+    attention = make_attention("causal", dropout=0.5)
+    assert not torch.equal(attention(q, k, v, None), attention(q, k, v, None))
+    attention.eval()
+    assert torch.equal(attention(q, k, v, None), attention(q, k, v, None))
+
+
+def test_what_it_cannot_do_is_refused():
+    q, k, v = inputs(4, 4, 4)
+    with pytest.raises(NotImplementedError, match="Transformer Engine"):
+        make_attention("causal")(q, k, v, None, packed_seq_params=object())
