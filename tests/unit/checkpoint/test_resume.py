@@ -1,0 +1,124 @@
+import os
+import warnings
+from argparse import Namespace
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.resume import architecture_on_disk, has_checkpoint, resume_point
+from megatron_ext.checkpoint.stream import writing
+from megatron_ext.errors import CheckpointError
+from megatron_ext.models import axes
+from megatron_ext.models.presets import PRESETS
+
+ARCH = replace(PRESETS["tiny-hybrid"].architecture, pattern="M-", hidden_size=16, vocab_size=32)
+
+
+def write(directory, step):
+    with writing(directory / "made", ARCH, Namespace(seed=1)) as writer:
+        for key, shape in axes.tensors(ARCH).items():
+            writer.write(key, torch.zeros(shape))
+    (directory / "made" / "release").rename(directory / step)
+    for path in (directory / "made").iterdir():
+        path.unlink()
+    (directory / "made").rmdir()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with the steps 2 and 4, whose tracker says 4."""
+    for step in ("iter_0000002", "iter_0000004"):
+        write(tmp_path, step)
+    (tmp_path / layout.TRACKER).write_text("4")
+    return tmp_path
+
+
+def test_the_step_that_the_tracker_names_needs_no_warning(run):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resume_point(run).iteration == 4
+    assert (run / layout.TRACKER).read_text() == "4"
+
+
+@pytest.mark.parametrize("content", ["", "\n", "abc", "4x", "\x00\x00"])
+def test_a_damaged_tracker_is_mended_with_a_warning(run, content):
+    (run / layout.TRACKER).write_text(content)
+    with pytest.warns(UserWarning, match="going on from iter_0000004"):
+        assert resume_point(run).iteration == 4
+    assert (run / layout.TRACKER).read_text() == "4"
+    assert not [path for path in run.iterdir() if path.name.startswith(".")], "no temporary file is left"
+
+
+def test_a_missing_tracker_is_made_with_a_warning(run):
+    (run / layout.TRACKER).unlink()
+    assert has_checkpoint(run)
+    with pytest.warns(UserWarning, match="is missing; going on from iter_0000004"):
+        assert resume_point(run).iteration == 4
+    assert (run / layout.TRACKER).read_text() == "4"
+
+
+def test_a_damaged_last_step_falls_back_to_the_one_before(run):
+    os.truncate(run / "iter_0000004" / "__0_0.distcp", 100)
+    with pytest.warns(UserWarning, match=r"says '4'; going on from iter_0000002"):
+        assert resume_point(run).iteration == 2
+    assert (run / layout.TRACKER).read_text() == "4", "Megatron is told the step: the file is left alone"
+    assert architecture_on_disk(run) == ARCH
+
+
+def test_a_step_that_a_crash_interrupted_is_passed_over(run):
+    (run / "iter_0000006").mkdir()
+    (run / "iter_0000006" / "__0_0.distcp").write_bytes(b"half")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resume_point(run).iteration == 4
+
+
+def test_a_tracker_that_names_a_step_that_is_gone(run):
+    (run / layout.TRACKER).write_text("8")
+    with pytest.warns(UserWarning, match=r"says '8'; going on from iter_0000004"):
+        assert resume_point(run).iteration == 4
+
+
+def test_nothing_valid_is_an_error_that_says_why_of_each_step(run):
+    os.truncate(run / "iter_0000004" / "__0_0.distcp", 100)
+    (run / "iter_0000002" / "metadata.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint") as error:
+        resume_point(run)
+    assert "iter_0000004: the checkpoint is damaged: __0_0.distcp is cut short" in str(error.value)
+    assert "iter_0000002: the checkpoint is incomplete: no metadata.json" in str(error.value)
+
+
+def test_a_tracker_without_steps_is_an_error_not_a_fresh_start(tmp_path):
+    (tmp_path / layout.TRACKER).write_text("4")
+    assert has_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="has no steps"):
+        resume_point(tmp_path)
+
+
+def test_an_empty_directory_claims_nothing(tmp_path):
+    assert not has_checkpoint(tmp_path)
+    assert not has_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        resume_point(tmp_path / "nowhere")
+
+
+def test_weights_to_start_from_are_found(tmp_path):
+    write(tmp_path, "release")
+    (tmp_path / layout.TRACKER).write_text("release")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step = resume_point(tmp_path)
+    assert step.is_release
+    (tmp_path / layout.TRACKER).write_text("")
+    with pytest.warns(UserWarning, match="going on from release"):
+        resume_point(tmp_path)
+    assert (tmp_path / layout.TRACKER).read_text() == "release"
+
+
+def test_a_tracker_that_cannot_be_mended_is_an_error(run):
+    (run / layout.TRACKER).unlink()
+    (run / layout.TRACKER).mkdir()
+    with pytest.warns(UserWarning, match="is missing"), pytest.raises(CheckpointError, match="cannot be written"):
+        resume_point(run)

@@ -1,0 +1,147 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from megatron_ext import cli
+from megatron_ext.errors import ConfigError
+from megatron_ext.models.presets import PRESETS
+
+HEAVY = ("torch", "megatron", "transformers", "matplotlib", "numpy", "rich")
+ROW = {"params": 10, "non_embedding_params": 5, "val_loss": 2.0, "tokens": 100, "seconds": 1.0,
+       "tokens_per_second": 100.0, "pattern": "M-"}  # fmt: skip
+
+
+def test_help_answers_without_importing_anything_heavy():
+    code = (
+        "import sys; from megatron_ext import cli\n"
+        "try: cli.main(['--help'])\nexcept SystemExit as end: assert end.code == 0\n"
+        f"print('imported:', [name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("imported: []\n")
+    for name, command in cli.COMMANDS.items():
+        assert name in done.stdout
+        assert command.summary[:20] in done.stdout
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_every_subcommand_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([name, "--help"])
+    assert end.value.code == 0
+    assert f"usage: megatron-ext {name}" in capsys.readouterr().out
+
+
+def test_only_the_chosen_subcommand_is_loaded(monkeypatch):
+    def explode():
+        raise AssertionError("loaded without being chosen")
+
+    others = {name: cli.Command(c.summary, explode) for name, c in cli.COMMANDS.items() if name != "presets"}
+    monkeypatch.setattr(cli, "COMMANDS", others | {"presets": cli.COMMANDS["presets"]})
+    assert cli.main(["presets", "--json"]) == 0
+
+
+@pytest.mark.parametrize("words", [[], ["prestes"], ["presets", "extra"], ["data"]])
+def test_a_wrong_command_line_ends_with_status_2(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(words)
+    assert end.value.code == 2
+    assert "usage: megatron-ext" in capsys.readouterr().err
+
+
+def test_a_users_mistake_is_one_message_and_status_2(monkeypatch, capsys):
+    def fail(args):
+        raise ConfigError("the sky is green", got="green", legal="blue")
+
+    monkeypatch.setattr(cli, "COMMANDS", {"look": cli.Command("look up", lambda: (lambda parser: None, fail))})
+    assert cli.main(["look"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "error: the sky is green\n  got:   green\n  legal: blue\n"
+
+
+def test_a_fault_of_ours_is_not_hidden(monkeypatch):
+    def fail(args):
+        raise KeyError("ours")
+
+    monkeypatch.setattr(cli, "COMMANDS", {"look": cli.Command("look up", lambda: (lambda parser: None, fail))})
+    with pytest.raises(KeyError):
+        cli.main(["look"])
+
+
+def test_presets_shows_counted_beside_published(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")  # a narrow terminal must not cut numbers
+    assert cli.main(["presets"]) == 0
+    out = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in out.splitlines() if line.split()}
+    assert set(PRESETS) < set(lines)
+    assert lines["mamba2-hybrid-8b"].split()[1:] == ["M-M-M--...", "(56)", "4,096", "8.65B", "8.65B", "1"]
+    assert lines["llama3.1-minitron-4b-width"].split()[1:4] == ["32", "x", "*-"]
+    assert "4.51B (3.72B) 4.5B (3.7B)" in lines["llama3.1-minitron-4b-width"]
+    assert "\n1 An Empirical Study of Mamba-based Language Models, arXiv 2406.07887" in out
+    assert all(len(line) <= 80 for line in lines.values() if line.split()[0] in PRESETS)
+
+
+def test_presets_as_json_is_complete(capsys):
+    assert cli.main(["presets", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert list(values) == list(PRESETS)
+    hybrid = values["mamba2-hybrid-8b"]
+    assert hybrid["architecture"]["pattern"] == PRESETS["mamba2-hybrid-8b"].architecture.pattern
+    assert hybrid["published"] == "8.65B"
+    assert round(hybrid["parameters"] / 1e9, 2) == 8.65
+    assert hybrid["parameters"] - hybrid["non_embedding_parameters"] == 2 * 256_000 * 4096
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shown"),
+    [
+        ("M" * 56, "56 x M"),
+        ("*-" * 16, "16 x *-"),
+        ("M-*-M-", "M-*-M-"),
+        ("M-*-" * 3 + "M", "M-*-M-*-M-*-M"),
+        ("M*-M--M*M-M*-MM-", "M*-M--M... (16)"),
+        ("M", "M"),
+    ],
+)
+def test_patterns_are_shortened_without_lying(pattern, shown):
+    assert cli._abbreviated(pattern) == shown
+
+
+def test_report_draws_a_demo_and_a_training_run_again(tmp_path, capsys):
+    (tmp_path / "report.json").write_text(
+        json.dumps({name: ROW for name in ("teacher", "pruned", "distilled", "scratch")})
+    )
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n')
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert "wrote" in capsys.readouterr().out
+    assert "| teacher | 10 | 5 | 2.000 |" in (tmp_path / "report.md").read_text()
+    for name in ("report.png", "metrics.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "nothing to report on"),
+        ({"report.json": "{"}, "not JSON"),
+        ({"report.json": "[]"}, "not an object"),
+        ({"report.json": "{}"}, "lacks measurements"),
+        ({"metrics.jsonl": ""}, "no step was logged"),
+    ],
+)
+def test_report_refuses_what_is_not_a_run(tmp_path, capsys, content, message):
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+    assert cli.main(["report", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert message in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(content)
+
+
+def test_report_names_a_missing_directory(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
+    assert "no such run directory" in capsys.readouterr().err
