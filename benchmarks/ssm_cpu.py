@@ -4,12 +4,14 @@
 
 The block is transformers' Mamba2Mixer (input projection, convolution, scan, gated norm, output projection) with one set
 of weights; ours is `mamba_split_conv1d_scan_combined` between the same two projections. Each case runs in a process of
-its own, in turns, so that a noisy neighbour disturbs all alike. Writes results/ssm_cpu.json and prints one table.
+its own, in turns. Times are CPU times, which equal wall times on an idle machine; the load is written down.
+Writes results/ssm_cpu.json and prints one table.
 """
 
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import resource
 import statistics
@@ -72,7 +74,7 @@ class Ours(torch.nn.Module):
 
 
 def measure(case: str, arguments: argparse.Namespace) -> dict[str, float]:
-    """Seconds of the median step and of its forward, how far the step raised the peak RSS, the output's checksum."""
+    """CPU seconds of the median step and of its forward, the growth of the peak RSS, the output's checksum."""
     torch.set_num_threads(1)
     mixer, run = block(case, arguments.hidden, arguments.head_dim, arguments.state)
     x = torch.randn(arguments.batch, arguments.length, arguments.hidden, requires_grad=True)
@@ -80,11 +82,11 @@ def measure(case: str, arguments: argparse.Namespace) -> dict[str, float]:
     start_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     steps, forwards = [], []
     for _ in range(arguments.steps + 1):
-        start = time.perf_counter()
+        start = time.process_time()
         y = run(x)
-        middle = time.perf_counter()
+        middle = time.process_time()
         y.square().mean().backward()
-        steps.append(time.perf_counter() - start)
+        steps.append(time.process_time() - start)
         forwards.append(middle - start)
         mixer.zero_grad()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start_rss
@@ -124,9 +126,10 @@ def main() -> None:
     cpu = Path("/proc/cpuinfo")
     models = [line for line in cpu.read_text().splitlines() if line.startswith("model name")] if cpu.exists() else []
     report = {
-        "what": "Mamba-2 mixer block, forward + backward, float32, one thread",
+        "what": "Mamba-2 mixer block, forward + backward, float32, one thread; times are CPU times",
         "sizes": {name: getattr(arguments, name) for name in sizes},
         "machine": models[0].split(":")[1].strip() if models else platform.processor(),
+        "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
