@@ -84,7 +84,7 @@ class _Distillation(torch.autograd.Function):
                 group,
                 gradient is not None,
             )
-            if gradient is not None:
+            if gradient is not None and slope is not None:
                 gradient[part] = slope
         if gradient is not None:
             ctx.save_for_backward(gradient.view(student.shape))

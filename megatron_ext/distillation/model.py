@@ -31,6 +31,9 @@ class DistillationModel(MegatronModule):
         **loss: Keywords of `distillation_losses`.
     """
 
+    module: HybridModel
+    teacher: HybridModel
+
     def __init__(self, student: HybridModel, teacher: HybridModel, **loss: Any) -> None:
         super().__init__(student.config)
         self.module = student
@@ -44,7 +47,8 @@ class DistillationModel(MegatronModule):
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take `[student | teacher]` from the previous stage, (s, b, h_student + h_teacher); None on the first."""
         (both,) = input_tensor if isinstance(input_tensor, list) else [input_tensor]
-        student = teacher = None
+        student: Any = None
+        teacher: Any = None
         if both is not None:
             student, teacher = both.split([self.config.hidden_size, self.teacher.config.hidden_size], dim=-1)
             student, teacher = student.contiguous(), teacher.detach().contiguous()
@@ -117,6 +121,6 @@ def load(chunks: list[HybridModel], teacher: Teacher) -> None:
     """Read the teacher's weights into its chunks, whatever layout saved them."""
     metadata = dist_checkpointing.load_content_metadata(str(teacher.step)) or {}
     wanted = {str(i): chunk.sharded_state_dict(metadata=dict(metadata)) for i, chunk in enumerate(chunks)}
-    found = dist_checkpointing.load(wanted, str(teacher.step))
+    found: Any = dist_checkpointing.load(wanted, str(teacher.step))
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(found[str(i)])

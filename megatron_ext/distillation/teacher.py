@@ -9,7 +9,7 @@ from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.models.config import Architecture
 
 PADDING = 128
-"""Megatron's default multiple to which a vocabulary is padded, for checkpoints that do not say theirs."""
+"""Megatron's default multiple to which a vocabulary is padded; so much padding passes anywhere."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def check_vocabularies(tokens: int, student: int, student_multiple: int, teacher
     Args:
         tokens: Entries of the tokenizer.
         student: Rows of the student's embedding.
-        student_multiple: Multiple to which they are padded; less than this is padding.
+        student_multiple: Multiple to which they are padded; less than this, or than `PADDING`, is padding.
         teacher: Rows of the teacher's embedding.
         teacher_multiple: As above, of the teacher.
 
@@ -86,7 +86,7 @@ def check_vocabularies(tokens: int, student: int, student_multiple: int, teacher
         ConfigError: They are not one.
     """
     short = min(student, teacher) < tokens
-    padded = student - tokens < student_multiple and teacher - tokens < teacher_multiple
+    padded = student - tokens < max(PADDING, student_multiple) and teacher - tokens < max(PADDING, teacher_multiple)
     if short or (student != teacher and not padded):
         raise ConfigError(
             "teacher and student have different vocabularies",
