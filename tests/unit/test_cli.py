@@ -111,9 +111,7 @@ def test_patterns_are_shortened_without_lying(pattern, shown):
 
 
 def test_report_draws_a_demo_and_a_training_run_again(tmp_path, capsys):
-    (tmp_path / "report.json").write_text(
-        json.dumps({name: ROW for name in ("teacher", "pruned", "distilled", "scratch")})
-    )
+    (tmp_path / "report.json").write_text(json.dumps(dict.fromkeys(("teacher", "pruned", "distilled", "scratch"), ROW)))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n')
     assert cli.main(["report", str(tmp_path)]) == 0
     assert "wrote" in capsys.readouterr().out

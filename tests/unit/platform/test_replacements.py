@@ -46,7 +46,8 @@ missing = object()
 changed = [f"{o}.{n}" for o in before for n in during[o] if during[o][n] is not before[o].get(n, missing)]
 kept = [f"{o}.{n}" for o in before for n in before[o] if n not in after[o] or after[o][n] is not before[o][n]]
 values = {id(entry.value) for entry in entries if callable(entry.value)}
-left = [f"{o}.{n}" for o in after for n, value in after[o].items() if id(value) in values and n not in before.get(o, {})]
+new = [(o, n) for o in after for n in after[o] if n not in before.get(o, {})]
+left = [f"{o}.{n}" for o, n in new if id(after[o][n]) in values]
 stubs = [name for name in sys.modules if name.split(".")[0] in ("mamba_ssm", "causal_conv1d") and name not in modules]
 print(json.dumps({
     "entries": [str(entry) for entry in entries], "again": again, "changed": changed, "kept": kept, "left": left,
