@@ -132,9 +132,11 @@ def _model_flags(early: Namespace) -> tuple[list[str], str]:
     return flags, source
 
 
-def _platform_flags() -> list[str]:
+def _default_flags() -> list[str]:
     # None of the models this product is about uses dropout; Megatron's default is 0.1.
     flags = ["--ckpt-format", "torch_dist", "--hidden-dropout", "0", "--attention-dropout", "0"]
+    # Megatron has no defaults for these, and fails late and obscurely without them.
+    flags += ["--eval-interval", "1000", "--save-interval", "1000"]
     if platform.device_type() == "cpu":
         flags += [
             "--distributed-backend", "gloo", "--num-workers", "0",
@@ -198,7 +200,7 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 
-    flags = [*_platform_flags(), *_vocab_flags(early), *job.defaults, *model_flags, *given]
+    flags = [*_default_flags(), *_vocab_flags(early), *job.defaults, *model_flags, *given]
 
     def extra(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         group = parser.add_argument_group("megatron_ext", f"the job: {job.name}")

@@ -1,6 +1,7 @@
 """Pruning: any layout measures the same, a masked model equals the sliced one, and bad requests end at once."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from workspace import Workspace
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.stream import Reader, writing
 from megatron_ext.models import axes
-from megatron_ext.pruning.plan import Plan
+from megatron_ext.pruning.apply import apply
+from megatron_ext.pruning.plan import Plan, Provenance
 
 CALIBRATE = ["--prune-samples", "16"]
 SMALLER = [
@@ -67,17 +69,25 @@ def test_cutting_again_by_the_scores_gives_the_same_weights(workspace: Workspace
 def test_a_masked_model_equals_the_sliced_one(workspace: Workspace, teacher: str, pruned: str) -> None:
     """What the plan drops is set to zero in the full-size model instead, which then must have the sliced one's loss.
 
-    A norm over fewer channels divides by fewer: the masked model's norm weights make up for it.
+    A norm over fewer channels divides by fewer: the masked model's norm weights and epsilon make up for it. The weights
+    are loud (ten times the initial ones), so that every slice matters and the fixed epsilon of the gated norm does not.
     """
     plan = Plan.load(workspace.path / pruned / "plan.json")
     reader = Reader(workspace.path / teacher)
     source, target = plan.source, plan.target
+    args = layout.common(reader.step.path)["args"]
+    loud = {key: reader.read(key) * (10 if reader.read(key).dim() == 2 else 1) for key in axes.keys(source)}
+    with writing(workspace.path / "loud", source, args) as writer:
+        for key, tensor in loud.items():
+            writer.write(key, tensor)
+    apply(replace(plan, provenance=Provenance()), workspace.path / "loud", workspace.path / "sliced")
+
     hidden = math.sqrt(target.hidden_size / source.hidden_size)
     inner = math.sqrt(target.mamba_inner_size / source.mamba_inner_size)
-    args = layout.common(reader.step.path)["args"]
-    with writing(workspace.path / "masked", source, args) as writer:
-        for key in axes.keys(source):
-            tensor = reader.read(key).clone()
+    # x / sqrt(sum / H + e H'/H), times sqrt(H'/H), is x / sqrt(sum / H' + e).
+    full = replace(source, norm_epsilon=source.norm_epsilon * hidden**2)
+    with writing(workspace.path / "masked", full, args) as writer:
+        for key, tensor in loud.items():
             layer, weight = axes.locate(source, key)
             if layer is not None and layer not in plan.units:
                 if weight.name.endswith(("out_proj.weight", "linear_proj.weight", "linear_fc2.weight")):
@@ -93,8 +103,9 @@ def test_a_masked_model_equals_the_sliced_one(workspace: Workspace, teacher: str
                 elif key.endswith("mixer.norm.weight"):
                     tensor *= inner
             writer.write(key, tensor)
-    # The norms' epsilon is the one thing that the masking cannot scale.
-    assert workspace.loss("masked", "loss-masked") == pytest.approx(workspace.loss(pruned, "loss-sliced"), rel=1e-5)
+    sliced, uncut = (workspace.loss(name, f"loss-{name}") for name in ("sliced", "loud"))
+    assert abs(sliced - uncut) > 0.1  # the cut is felt
+    assert workspace.loss("masked", "loss-masked") == pytest.approx(sliced, rel=1e-5)
 
 
 def test_keeping_everything_is_the_identity(workspace: Workspace, teacher: str) -> None:
@@ -127,8 +138,6 @@ def test_a_pruned_model_trains_on(workspace: Workspace, pruned: str) -> None:
 )
 def test_bad_requests_end_at_once(workspace: Workspace, teacher: str, flags: list[str], message: str) -> None:
     arch = layout.architecture(layout.find(workspace.path / teacher).path)
-    from dataclasses import replace
-
     Plan.keep_everything(replace(arch, hidden_size=128)).save(workspace.path / "foreign.json")
     done = workspace.run("prune_gpt.py", "--load", teacher, "--save", "refused", *workspace.data, *flags, ok=False)
     assert message in done.stderr
