@@ -1,0 +1,201 @@
+"""A wrong command line ends at once, with one readable error, and nothing is written. Right ones are dry runs here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[3] / "pretrain_hybrid.py"
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")} | {
+    "MEGATRON_EXT_DEVICE": "cpu",
+    "OMP_NUM_THREADS": "1",
+}
+# Importing Megatron takes seconds, so one process does it and each command line runs in a fork of that process.
+NURSERY = """
+import json, os, runpy, sys
+from megatron_ext.models.backend import prepare
+prepare()
+import megatron.training
+
+print("ready", flush=True)
+for line in sys.stdin:
+    case = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.chdir(case["directory"])
+        os.environ |= case["environment"]
+        for descriptor, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(case[name], os.O_WRONLY | os.O_CREAT), descriptor)
+        sys.argv = [case["script"], *case["flags"]]
+        status = 70
+        try:
+            runpy.run_path(case["script"], run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+OK = ["--preset", "tiny-hybrid", "--micro-batch-size", "1", "--seq-length", "64", "--train-iters", "2", "--lr", "1e-3"]
+MOCK = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "4096"]
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", NURSERY],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    yield process
+    process.communicate(timeout=30)
+
+
+@pytest.fixture
+def run(nursery, tmp_path):
+    """Run pretrain_hybrid.py in the empty directory tmp_path/work: status, standard output, standard error."""
+    work = tmp_path / "work"
+    work.mkdir()
+
+    def start(*flags: str, **environment: str) -> tuple[int, str, str]:
+        outputs = {name: str(tmp_path / name) for name in ("out", "err")}
+        case = {"flags": flags, "script": str(SCRIPT), "directory": str(work), "environment": environment, **outputs}
+        nursery.stdin.write(json.dumps(case) + "\n")
+        nursery.stdin.flush()
+        status = int(nursery.stdout.readline())
+        return status, Path(outputs["out"]).read_text(), Path(outputs["err"]).read_text()
+
+    return start
+
+
+def contents(directory: Path) -> dict[str, str]:
+    return {str(p.relative_to(directory)): p.read_text() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def check_refusal(status: int, err: str, *messages: str) -> None:
+    assert status == 2, err
+    assert "Traceback" not in err
+    assert err.count("error: ") == 1, err
+    assert len(err[err.index("error: ") :].splitlines()) < 12
+    for message in messages:
+        assert message in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "messages"),
+    [
+        (["--preset", "tiny-hibrid"], ["unknown preset 'tiny-hibrid'", "did you mean 'tiny-hybrid'?", "mamba2-8b"]),
+        (["--hybrid-layer-pattern", "MXM"], ["unknown letter 'X' at position 1", "got:   MXM", "'M' Mamba-2"]),
+        (["--hybrid-layer-pattern", "-m"], ["unknown letter 'm'", "did you mean 'M'?"]),
+        (["--micro-batch-size", "1"], ["no model given", "--preset NAME"]),
+        (["--preset", "runs/nowhere"], ["the checkpoint directory does not exist", "got:   runs/nowhere"]),
+        (
+            [*OK, *MOCK, "--tensor-model-parallel-size", "3"],
+            ["num_query_groups=2 does not divide by tensor parallel size=3", "legal: tensor parallel 1, 2;"],
+        ),
+        ([*OK, *MOCK, "--pipeline-model-parallel-size", "13"], ["12 sub-layers cannot be split", "1 to 12"]),
+        ([*OK, *MOCK, "--micro-batch-size", "2", "--global-batch-size", "3"], ["Megatron refuses", "3", "2"]),
+        ([*OK, *MOCK, "--load", "nowhere"], ["the checkpoint directory does not exist", "got:   nowhere"]),
+        (
+            [*OK, "--split", "90,10,0", "--data-path", "corpus/text_document"],
+            ["--data-path: no such data", "corpus/text_document.idx, corpus/text_document.bin", "megatron-ext data"],
+        ),
+    ],
+    ids=lambda value: " ".join(value)[-40:] if value and value[0].startswith("--") else "",
+)
+def test_a_wrong_command_line_is_refused(run, tmp_path, flags, messages):
+    status, out, err = run(*flags, "--save", "run")
+    check_refusal(status, err, *messages)
+    assert out == ""
+    assert list((tmp_path / "work").iterdir()) == [], "something was written"
+
+
+def test_a_missing_tokenizer_is_not_looked_for_elsewhere(run, tmp_path):
+    corpus = tmp_path / "work" / "corpus"
+    corpus.mkdir()
+    for ending in ("idx", "bin"):
+        (corpus / f"text_document.{ending}").write_text("")
+    data = ["--split", "90,10,0", "--data-path", "corpus/text_document"]
+    tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "corpus/tokenizer"]
+    status, _, err = run(*OK, *data, *tokenizer, "--save", "run")
+    check_refusal(status, err, "--tokenizer-model: no such tokenizer", "got:   corpus/tokenizer")
+    assert set(contents(tmp_path / "work")) == {"corpus/text_document.idx", "corpus/text_document.bin"}
+
+
+def test_the_program_itself_answers_so_without_torchrun_and_on_the_first_rank_only():
+    """Twice as a real process: of two ranks, only the first one speaks, and both end with the status."""
+    for rank, said in (("0", "error: unknown preset 'tiny'"), ("1", "")):
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT), "--preset", "tiny"], capture_output=True, text=True, timeout=60, check=False,
+            env=ENVIRONMENT | {"RANK": rank, "WORLD_SIZE": "2"},
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr.startswith(said)
+        assert bool(done.stderr) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("files", "flags", "messages"),
+    [
+        ({"config.yaml": "job: prune\n"}, [], ["holds a 'prune' job", "legal: another directory"]),
+        ({"thesis.tex": "years of work"}, [], ["not empty and no run of ours", "legal: a new directory"]),
+        (
+            {"config.yaml": "job: pretrain\n", "latest_checkpointed_iteration.txt": "4"},
+            [],
+            ["holds a run with checkpoints", "--load run to continue it"],
+        ),
+        (
+            {"config.yaml": "job: pretrain\n", "latest_checkpointed_iteration.txt": "4"},
+            ["--load", "run"],
+            ["no complete checkpoint", "has no steps"],
+        ),
+    ],
+    ids=["another job", "foreign files", "a run with checkpoints", "a run without a step"],
+)
+def test_a_directory_in_use_is_left_alone(run, tmp_path, files, flags, messages):
+    directory = tmp_path / "work" / "run"
+    directory.mkdir()
+    for name, text in files.items():
+        (directory / name).write_text(text)
+    status, _, err = run(*OK, *MOCK, "--save", "run", *flags)
+    check_refusal(status, err, *messages)
+    assert contents(tmp_path / "work") == {f"run/{name}": text for name, text in files.items()}
+
+
+def test_a_dry_run_prints_model_parameters_memory_and_layout(run, tmp_path):
+    status, out, err = run(
+        *OK, *MOCK, "--dry-run", "--save", "run", "--tensor-model-parallel-size", "2", "--global-batch-size", "8",
+        "--pipeline-model-parallel-size", "2", WORLD_SIZE="16",
+    )  # fmt: skip
+    assert status == 0, err
+    text = " ".join(out.split())
+    assert "tiny-hybrid, pattern M-M-*-|M-M-*-" in text
+    assert "hidden 256, FFN 512, vocabulary 4,096, 8 heads in 2 groups" in text
+    assert "(0.01B)" in text
+    assert "16 ranks = tensor 2 x pipeline 2 x context 1 x data 4" in text
+    assert "8 x 64 = 512 tokens a step, micro-batch 1, 2 steps, 1,024 tokens" in text
+    assert "GiB: weights" in text
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_an_explicit_flag_wins_over_the_preset(run):
+    status, out, err = run(*OK, *MOCK, "--dry-run", "--hidden-size", "128", "--ffn-hidden-size=96")
+    assert status == 0, err
+    assert "hidden 128, FFN 96" in out
+
+
+@pytest.mark.parametrize("tp", ["1", "2"])
+def test_the_model_does_not_depend_on_the_layout(run, tp):
+    """Megatron pads the vocabulary to a multiple of divisor x TP: 300 is 384 at any TP here."""
+    flags = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "300"]
+    status, out, err = run(*OK, *flags, "--dry-run", "--tensor-model-parallel-size", tp)
+    assert status == 0, err
+    assert "vocabulary 384" in out
