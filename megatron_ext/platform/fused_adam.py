@@ -11,6 +11,8 @@ import torch
 
 from megatron_ext.platform.replacements import replace
 
+_T: Any = torch  # torch.optim's own multi-tensor functions, which torch does not export
+
 
 class FusedAdam(torch.optim.Optimizer):
     """Adam (arXiv 1412.6980) or AdamW (arXiv 1711.05101, `adam_w_mode`), moments in fp32.
@@ -66,16 +68,16 @@ class FusedAdam(torch.optim.Optimizer):
         first = [self.state[p]["exp_avg"] for p in params]
         second = [self.state[p]["exp_avg_sq"] for p in params]
         if decay and not self.adam_w_mode:
-            grads = torch._foreach_add(grads, [p.float() for p in params], alpha=decay)
-        torch._foreach_lerp_(first, grads, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, grads, grads, value=1 - beta2)
+            grads = _T._foreach_add(grads, [p.float() for p in params], alpha=decay)
+        _T._foreach_lerp_(first, grads, 1 - beta1)
+        _T._foreach_mul_(second, beta2)
+        _T._foreach_addcmul_(second, grads, grads, value=1 - beta2)
         if decay and self.adam_w_mode:
-            torch._foreach_mul_(params, 1 - lr * decay)
-        denominator = torch._foreach_div(second, c2)
-        torch._foreach_sqrt_(denominator)
-        torch._foreach_add_(denominator, group["eps"])
-        torch._foreach_addcdiv_(params, first, denominator, value=-lr / c1)
+            _T._foreach_mul_(params, 1 - lr * decay)
+        denominator = _T._foreach_div(second, c2)
+        _T._foreach_sqrt_(denominator)
+        _T._foreach_add_(denominator, group["eps"])
+        _T._foreach_addcdiv_(params, first, denominator, value=-lr / c1)
 
 
 def install() -> None:

@@ -109,7 +109,7 @@ def install() -> None:
 
     class Generator(real_generator):
         def __new__(cls, device: Any = None) -> Any:
-            return real_generator.__new__(cls, on_host(device) if device is not None else "cpu")
+            return real_generator.__new__(cls, on_host(device) if device is not None else "cpu")  # type: ignore[call-arg]
 
     class autocast(real_autocast):  # noqa: N801 - torch's own name
         def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:

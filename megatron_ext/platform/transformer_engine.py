@@ -47,6 +47,7 @@ class TorchNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.zero_centered = config.layernorm_zero_centered_gamma
+        self.bias: torch.nn.Parameter | None
         self.weight, bias = _norm_parameters(config, hidden_size)
         self.register_parameter("bias", bias)
 
@@ -136,14 +137,16 @@ def _linear_classes() -> dict[str, type]:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.out_features, self.in_features = self.weight.shape
+            weight: Any = self.weight
+            self.out_features, self.in_features = weight.shape
 
     class TorchRowParallelLinear(RowParallelLinear):
         te_return_bias = True
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.out_features, self.in_features = self.weight.shape
+            weight: Any = self.weight
+            self.out_features, self.in_features = weight.shape
 
     class TorchLayerNormColumnParallelLinear(TorchColumnParallelLinear):
         """The pre-norm and the linear in one module: `layer_norm_weight`, `weight`."""
@@ -151,6 +154,7 @@ def _linear_classes() -> dict[str, type]:
         def __init__(self, input_size: int, output_size: int, *, config: Any, **kwargs: Any) -> None:
             super().__init__(input_size, output_size, config=config, **kwargs)
             self.eps, self.zero_centered = config.layernorm_epsilon, config.layernorm_zero_centered_gamma
+            self.layer_norm_bias: torch.nn.Parameter | None
             self.layer_norm_weight, bias = _norm_parameters(config, input_size)
             self.register_parameter("layer_norm_bias", bias)
 

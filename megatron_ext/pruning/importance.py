@@ -82,6 +82,7 @@ class Importance:
         self._squares: dict[str, Tensor] = {}
         self._cosines: dict[str, Tensor] = {}
         self._samples = 0
+        self._unit_input: Tensor | None = None
         self._block_input: Tensor | None = None
         self._handles: list[Any] = []
         self._ends = {block[-1]: number for number, block in enumerate(architecture.layers.blocks)}
@@ -159,6 +160,7 @@ class Importance:
     def _leave(self, index: int) -> Callable[..., None]:
         def see(_: Any, __: Any, ___: Any, output: Any) -> None:
             after = output[0] if isinstance(output, tuple) else output
+            assert self._unit_input is not None
             self._count(f"{names.INFLUENCE}.{index}", self._unit_input, after)
             if index in self._ends:
                 assert self._block_input is not None

@@ -27,14 +27,14 @@ KEYS = (
 )
 
 
-def build_datasets(num_samples: Sequence[int], vp_stage: int | None = None) -> Any:
+def build_datasets(num_samples: Sequence[int | None], vp_stage: int | None = None) -> Any:
     """Train, validation and test `GPTDataset` for Megatron's `--data-path`, `--split` or `--*-data-path` flags.
 
     Args:
-        num_samples: Sequences wanted of each of the three.
+        num_samples: Sequences wanted of each of the three; None for one pass over the split.
         vp_stage: Virtual pipeline stage that asks.
     """
-    args = get_args()
+    args: Any = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
         random_seed=args.seed,
@@ -58,7 +58,8 @@ def build_datasets(num_samples: Sequence[int], vp_stage: int | None = None) -> A
         return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
 
     dataset = MockGPTDataset if args.mock_data else GPTDataset
-    return BlendedMegatronDatasetBuilder(dataset, num_samples, built_here, config).build()
+    build: Any = BlendedMegatronDatasetBuilder  # its annotation denies the None that it documents
+    return build(dataset, list(num_samples), built_here, config).build()
 
 
 build_datasets.is_distributed = True  # type: ignore[attr-defined] - Megatron's mark: call it on every rank
@@ -71,7 +72,9 @@ def get_batch(data: Iterator[dict[str, Any]] | None, vp_stage: int | None) -> di
     """
     if not is_first_or_last_pipeline_stage(vp_stage):
         return dict.fromkeys(KEYS)
-    args = get_args()
+    args: Any = get_args()
+    tp_group: Any = mpu.get_tensor_model_parallel_group()
+    cp_group: Any = mpu.get_context_parallel_group()
     batch: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert data is not None
@@ -80,7 +83,7 @@ def get_batch(data: Iterator[dict[str, Any]] | None, vp_stage: int | None) -> di
     batch = get_batch_on_this_tp_rank(
         batch,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        broadcast_group=tp_group,
         has_cu_seqlens=False,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
@@ -93,4 +96,4 @@ def get_batch(data: Iterator[dict[str, Any]] | None, vp_stage: int | None) -> di
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
-    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=cp_group)

@@ -63,7 +63,7 @@ def mean_loss(
     loaders = [_loader(split, samples, stage) for stage in range(len(model))]
     total = loaders[0][1] if samples is None else samples
     steps = total // args.global_batch_size
-    iterators = [iter(loader) if loader is not None else None for loader, _ in loaders]
+    iterators: Any = [iter(loader) if loader is not None else None for loader, _ in loaders]
     run = get_forward_backward_func()
     sums = torch.zeros(2, dtype=torch.float64)
     for step in range(steps):

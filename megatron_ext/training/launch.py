@@ -6,6 +6,7 @@ loaded, or from Megatron's own flags. Its flags are put in front of the user's, 
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import os
 import socket
@@ -137,13 +138,14 @@ def _default_flags() -> list[str]:
     flags = ["--ckpt-format", "torch_dist", "--hidden-dropout", "0", "--attention-dropout", "0"]
     # Megatron has no defaults for these, and fails late and obscurely without them.
     flags += ["--eval-interval", "1000", "--save-interval", "1000"]
-    if platform.device_type() == "cpu":
-        flags += [
-            "--distributed-backend", "gloo", "--num-workers", "0",
-            # Fused CUDA kernels without a counterpart on the host.
-            "--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion", "--no-persist-layer-norm",
-            "--no-rope-fusion", "--no-bias-swiglu-fusion", "--no-bias-gelu-fusion", "--no-bias-dropout-fusion",
-        ]  # fmt: skip
+    on_cpu = platform.device_type() == "cpu"
+    if on_cpu:
+        flags += ["--distributed-backend", "gloo", "--num-workers", "0"]
+        flags += ["--no-bias-swiglu-fusion", "--no-bias-gelu-fusion", "--no-bias-dropout-fusion"]  # torch.compile
+    if on_cpu or importlib.util.find_spec("transformer_engine") is None:
+        # CUDA kernels of Transformer Engine and Apex.
+        flags += ["--no-gradient-accumulation-fusion", "--no-rope-fusion"]
+        flags += ["--no-masked-softmax-fusion", "--no-persist-layer-norm"]
     return flags
 
 

@@ -37,9 +37,11 @@ def forward_step(
         model: The model, wrapped as Megatron wraps it.
         loss: From the loss mask and the model's output to Megatron's loss contract (see `masked_sum`).
     """
-    timer = get_timers()("batch-generator", log_level=2)
+    timers: Any = get_timers()
+    timer = timers("batch-generator", log_level=2)
     timer.start()
-    batch = get_batch(data, get_attr_wrapped_model(model, "vp_stage"))
+    vp_stage: Any = get_attr_wrapped_model(model, "vp_stage")
+    batch = get_batch(data, vp_stage)
     timer.stop()
     output = model(
         batch["tokens"],
