@@ -29,7 +29,7 @@ from megatron_ext.training.log import read_metrics
 
 PROCESSES = 2
 SEQUENCE, BATCH = 256, 8
-TEACHER_STEPS, STUDENT_STEPS = 360, 240
+TEACHER_STEPS, STUDENT_STEPS = 300, 200
 SETTINGS = {"teacher_steps": TEACHER_STEPS, "student_steps": STUDENT_STEPS, "sequence": SEQUENCE, "batch": BATCH}
 
 
@@ -121,7 +121,7 @@ def stages(out: Path) -> list[Stage]:
         return [
             "--train-iters", str(steps), "--lr", lr, "--min-lr", "1e-4", "--lr-decay-style", "cosine",
             "--lr-warmup-iters", "20", "--weight-decay", "0.1", "--adam-beta2", "0.95", "--clip-grad", "1.0",
-            "--eval-interval", "40", "--eval-iters", "8", "--save-interval", "120",
+            "--eval-interval", "40", "--eval-iters", "8", "--save-interval", "100",
         ]  # fmt: skip
 
     def train(name: str, title: str, script: str, flags: list[str], steps: int, lr: str = "2e-3") -> Stage:

@@ -8,11 +8,12 @@ from typing import Any
 from megatron_ext.arguments import option
 from megatron_ext.checkpoint import layout
 from megatron_ext.errors import ConfigError
+from megatron_ext.models.pattern import MAMBA
 from megatron_ext.pruning.apply import apply
 from megatron_ext.pruning.budget import Targets, resolve
 from megatron_ext.pruning.importance import METRIC, check_borders
 from megatron_ext.pruning.plan import Plan, make_plan
-from megatron_ext.pruning.scores import Scores
+from megatron_ext.pruning.scores import Scores, mamba
 from megatron_ext.training.directory import CONFIG, describe
 from megatron_ext.training.launch import Job, Launch
 
@@ -149,8 +150,11 @@ def _plot(scores: Scores, plan: Plan, path: Path) -> None:
     kept["block_influence"] = list(plan.units)
     blocks = plan.source.layers.blocks
     kept["block_influence.blocks"] = [i for i, block in enumerate(blocks) if set(block) <= set(plan.units)]
-    for axis, values in (("ffn", plan.ffn), ("query_head", plan.query_heads)):
+    for axis, values in (("ffn", plan.ffn), ("query_head", plan.query_heads), ("mamba_head", plan.mamba_heads)):
         kept |= {f"layers.{layer}.{axis}": list(indices) for layer, indices in values.items()}
+    for layer in plan.source.layers.indices(MAMBA):
+        channels = list(plan.head_channels.get(layer, range(plan.source.mamba_head_dim)))
+        one_dimensional[f"layers.{layer}.mamba_head"] = scores[mamba(layer)][:, channels].norm(dim=1)
     plot_importance(one_dimensional, kept, path)
 
 

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.evaluation.report import plot_training
 from megatron_ext.platform.scalars import divert_scalars
 from megatron_ext.training.directory import claim
 from megatron_ext.training.launch import Launch
-from megatron_ext.training.log import MetricsLog
+from megatron_ext.training.log import MetricsLog, read_metrics
 
 Hook = Callable[[list[Any]], list[Any]]
 
@@ -44,6 +45,8 @@ def train(launch: Launch, forward_step: Callable[..., Any] | None = None, hooks:
     finally:
         if log is not None:
             log.close()
+    if isinstance(log, MetricsLog) and read_metrics(log.path):
+        plot_training(log.path, log.path.with_name("training.png"))
 
 
 def _metrics_log(args: Namespace, inner: Any) -> Any:
