@@ -8,7 +8,9 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import logging
 import os
+import re
 import socket
 import sys
 import traceback
@@ -16,12 +18,12 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_ext import platform
 from megatron_ext.arguments import add_options, read_options
 from megatron_ext.checkpoint.resume import architecture_on_disk, has_checkpoint, resume_point
-from megatron_ext.errors import ConfigError, DataError
+from megatron_ext.errors import ConfigError, DataError, nearest
 from megatron_ext.models.backend import prepare
 from megatron_ext.models.config import Architecture
 from megatron_ext.models.pattern import Pattern
@@ -137,7 +139,7 @@ def _default_flags() -> list[str]:
     # None of the models this product is about uses dropout; Megatron's default is 0.1.
     flags = ["--ckpt-format", "torch_dist", "--hidden-dropout", "0", "--attention-dropout", "0"]
     # Megatron has no defaults for these, and fails late and obscurely without them.
-    flags += ["--eval-interval", "1000", "--save-interval", "1000"]
+    flags += ["--micro-batch-size", "1", "--eval-interval", "1000", "--save-interval", "1000"]
     on_cpu = platform.device_type() == "cpu"
     if on_cpu:
         flags += ["--distributed-backend", "gloo", "--num-workers", "0"]
@@ -197,6 +199,10 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
     if early.dry_run:
         layout = early.tensor_model_parallel_size * early.pipeline_model_parallel_size * early.context_parallel_size
         os.environ.setdefault("WORLD_SIZE", str(layout))
+        if early.tokenizer_type is None and "--padded-vocab-size" in model_flags:
+            # The preset's vocabulary will do to look at the model.
+            words = model_flags[model_flags.index("--padded-vocab-size") + 1]
+            model_flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(int(words) - 1)]
     _single_process()
     prepare()
     from megatron.training.arguments import parse_args, validate_args
@@ -210,6 +216,7 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
         group.add_argument("--dry-run", action="store_true", help="validate, print model, memory and layout, and stop")
         for prefix, options in job.options.items():
             add_options(parser, options, prefix)
+        _mend(parser)
         return parser
 
     program, sys.argv = sys.argv, [sys.argv[0], *flags]
@@ -217,7 +224,9 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
         args = parse_args(extra)
     finally:
         sys.argv = program
-    architecture = _check_model(args)
+    _check_model(args)
+    if not (args.skip_train or early.dry_run or args.train_samples or (args.train_iters or 0) > 0):
+        raise ConfigError("nothing to train", got=f"--train-iters {args.train_iters}", legal="a positive number")
     if args.save and not early.dry_run:
         check_save(Path(args.save), job.name, early.load)
     _choose_step(args, early)
@@ -233,16 +242,29 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
     return Launch(job, args, architecture, early.dry_run, options, source)
 
 
-def _check_model(args: Namespace) -> Architecture | None:
+def _mend(parser: argparse.ArgumentParser) -> None:
+    """Refuse wrong flags in one line instead of Megatron's 600 of usage, and make its `--help` work."""
+    names = [name for action in parser._actions for name in action.option_strings]
+
+    def refuse(message: str) -> NoReturn:
+        words = [word.split("=")[0] for word in message.split() if word.startswith("--")]
+        raise ConfigError(message, legal=nearest(words[0], names).split("? ")[0] + "?" if words else "see --help")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    for action in parser._actions:
+        if action.help:  # a bare % in one of Megatron's texts
+            action.help = re.sub(r"%(%|\(\w+\)s)?", lambda found: found[0] if found[1] else "%%", action.help)
+
+
+def _check_model(args: Namespace) -> None:
     """Find what is wrong with the model before Megatron does, in words that help."""
     if args.hybrid_layer_pattern is None:
         raise ConfigError("no model given", legal="--preset NAME, --preset CHECKPOINT, or --hybrid-layer-pattern")
     args.hybrid_layer_pattern = _pipeline(args.hybrid_layer_pattern, args.pipeline_model_parallel_size)
     if args.padded_vocab_size is None and args.vocab_size is None:
-        return None  # the tokenizer will say
+        return  # the tokenizer will say
     architecture = Architecture.from_args(args)
     architecture.validate(tp=args.tensor_model_parallel_size, pp=args.pipeline_model_parallel_size)
-    return architecture
 
 
 def _choose_step(args: Namespace, early: Namespace) -> None:
@@ -251,27 +273,26 @@ def _choose_step(args: Namespace, early: Namespace) -> None:
     Raises:
         CheckpointError: A directory that was asked for has no complete checkpoint.
     """
-    if early.load is not None:
-        fresh = early.load == early.save and not has_checkpoint(early.load)
-        if not fresh or early.pretrained_checkpoint is None:
-            if fresh:
-                return  # the first start of a job that is launched with the same flags every time
-            if has_checkpoint(early.load) or early.pretrained_checkpoint is None:
-                _load_step(args, early.load)
-                return
-    if early.pretrained_checkpoint is not None:
-        _load_step(args, early.pretrained_checkpoint)
-
-
-def _load_step(args: Namespace, directory: Path) -> None:
-    step = resume_point(directory)
+    source = None
+    if early.load is not None and has_checkpoint(early.load):
+        source = early.load
+    elif early.pretrained_checkpoint is not None:
+        source = early.pretrained_checkpoint
+    elif early.load is not None and early.load != early.save:
+        source = early.load  # there is nothing, which is an error; but --load = --save is how a job starts and goes on
+    if source is None:
+        return
+    step = resume_point(source)
     if args.ckpt_step is None and not step.is_release:
         args.ckpt_step = step.iteration
     args.exit_on_missing_checkpoint = True
 
 
 def _check_data(args: Namespace, dry_run: bool) -> None:
-    """Every data prefix on the command line must exist, and so must the tokenizer (not in a dry run)."""
+    """The tokenizer on the command line must exist, and so must every data prefix (not in a dry run)."""
+    model = args.tokenizer_model
+    if args.tokenizer_type == "HuggingFaceTokenizer" and model is not None and not Path(model).exists():
+        raise DataError("--tokenizer-model: no such tokenizer", got=model, legal="a directory with tokenizer.json")
     if dry_run or args.mock_data:
         return
     for flag in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
@@ -285,9 +306,6 @@ def _check_data(args: Namespace, dry_run: bool) -> None:
                     f"--{flag.replace('_', '-')}: no such data", got=", ".join(missing),
                     legal="a prefix made by `megatron-ext data --out DIR`: DIR/text_document",
                 )  # fmt: skip
-    model = args.tokenizer_model
-    if args.tokenizer_type == "HuggingFaceTokenizer" and model is not None and not Path(model).exists():
-        raise DataError("--tokenizer-model: no such tokenizer", got=model, legal="a directory with tokenizer.json")
 
 
 @contextlib.contextmanager
@@ -296,8 +314,12 @@ def _silenced(args: Namespace):
     if os.environ.get("MEGATRON_EXT_VERBOSE"):
         yield
         return
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
+    logging.disable(logging.INFO)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _single_process() -> None:

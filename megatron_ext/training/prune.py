@@ -46,7 +46,7 @@ JOB = Job(
     "prune",
     options={"prune": PruneOptions},
     defaults=(
-        "--micro-batch-size", "1", "--eval-iters", "0", "--train-iters", "1", "--lr", "0", "--skip-train",
+        "--eval-iters", "0", "--train-iters", "1", "--lr", "0", "--skip-train",
         "--no-load-optim", "--no-load-rng", "--finetune",
     ),
 )  # fmt: skip
