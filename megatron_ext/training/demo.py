@@ -29,7 +29,7 @@ from megatron_ext.training.log import read_metrics
 
 PROCESSES = 2
 SEQUENCE, BATCH = 256, 8
-TEACHER_STEPS, STUDENT_STEPS = 300, 200
+TEACHER_STEPS, STUDENT_STEPS = 240, 160
 SETTINGS = {"teacher_steps": TEACHER_STEPS, "student_steps": STUDENT_STEPS, "sequence": SEQUENCE, "batch": BATCH}
 
 
@@ -113,7 +113,7 @@ def stages(out: Path) -> list[Stage]:
         "--data-path", str(out / "data" / "text_document"),
         "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(out / "data" / "tokenizer"),
         "--make-vocab-size-divisible-by", str(manifest["vocab_divisor"]),
-        "--split", "95,5,0", "--seq-length", str(SEQUENCE),
+        "--split", "96,4,0", "--seq-length", str(SEQUENCE),
         "--micro-batch-size", str(BATCH // PROCESSES), "--global-batch-size", str(BATCH),
     ]  # fmt: skip
 
@@ -121,7 +121,7 @@ def stages(out: Path) -> list[Stage]:
         return [
             "--train-iters", str(steps), "--lr", lr, "--min-lr", "1e-4", "--lr-decay-style", "cosine",
             "--lr-warmup-iters", "20", "--weight-decay", "0.1", "--adam-beta2", "0.95", "--clip-grad", "1.0",
-            "--eval-interval", "40", "--eval-iters", "8", "--save-interval", "100",
+            "--eval-interval", "40", "--eval-iters", "8", "--save-interval", "80",
         ]  # fmt: skip
 
     def train(name: str, title: str, script: str, flags: list[str], steps: int, lr: str = "2e-3") -> Stage:
@@ -261,7 +261,7 @@ def _watch(stage: Stage, process: subprocess.Popen, console: Console) -> None:
                     console.print(f"  {stage.title}: {now}", highlight=False)
             if ended:
                 break
-            time.sleep(0.5)
+            time.sleep(1.0)
         progress.update(task, total=stage.steps or 1, completed=stage.steps or 1)
 
 
