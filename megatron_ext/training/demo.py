@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> None:
     started = time.monotonic()
     console.print("[bold]A hybrid Mamba-2/attention model: trained, halved, distilled back, and measured.[/bold]")
     if not (out / "data" / "manifest.json").is_file():
-        console.print("\n$ megatron-ext data --out " + str(out / "data"), highlight=False)
+        console.print("\n$ megatron-ext data --out " + str(out / "data"), highlight=False, soft_wrap=True)
         build_dataset(out / "data")
     seconds = _seconds(out)
     for stage in stages(out):
@@ -95,15 +95,18 @@ def main(args: argparse.Namespace) -> None:
         write_atomically(out / "seconds.json", json.dumps(seconds))
     report = collect(out, seconds)
     write_report(out, report)
-    console.print(f"\n[bold]{headline(report)}.[/bold]\n")
+    console.print(f"\n[bold]{headline(report)}.[/bold]\n", highlight=False, soft_wrap=True)
     for name in ("teacher", "pruned", "distilled", "scratch"):
         row = report[name]
         console.print(
             f"  {name:<10} {row['params']:>10,} parameters   validation loss {row['val_loss']:.3f}   "
             f"{row['tokens']:>9,} tokens   {row['seconds']:>4.0f} s",
             highlight=False,
+            soft_wrap=True,
         )
-    console.print(f"\n{time.monotonic() - started:.0f} s in all. {out / 'report.md'}, {out / 'report.png'}")
+    console.print(
+        f"\n{time.monotonic() - started:.0f} s in all. {out / 'report.md'}, {out / 'report.png'}", soft_wrap=True
+    )
 
 
 def stages(out: Path) -> list[Stage]:
@@ -208,7 +211,9 @@ def _run(stage: Stage, console: Console) -> float:
     log = stage.directory.parent / "logs" / f"{stage.title.replace(' ', '-')}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     console.print(
-        f"\n$ torchrun --nproc-per-node {PROCESSES} {stage.script} {shlex.join(stage.flags)}", highlight=False
+        f"\n$ torchrun --nproc-per-node {PROCESSES} {stage.script} {shlex.join(stage.flags)}",
+        highlight=False,
+        soft_wrap=True,
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
     # Spinning threads of two processes on two cores take each other's time.
@@ -258,7 +263,7 @@ def _watch(stage: Stage, process: subprocess.Popen, console: Console) -> None:
                 progress.update(task, completed=last["step"], now=now)
                 if not console.is_terminal and last["step"] >= shown + 40:
                     shown = int(last["step"])
-                    console.print(f"  {stage.title}: {now}", highlight=False)
+                    console.print(f"  {stage.title}: {now}", highlight=False, soft_wrap=True)
             if ended:
                 break
             time.sleep(1.0)
