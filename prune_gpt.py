@@ -9,9 +9,9 @@ def run() -> None:
     from megatron_ext.training import dry_run, prune
 
     started = launch(prune.JOB)
-    prune.check(started)
+    target = prune.check(started)
     if started.dry_run:
-        dry_run.show(started)
+        dry_run.show(started, becomes=target)
     else:
         prune.prune(started)
 

@@ -27,6 +27,11 @@ def architecture_on_disk(path: Path) -> Architecture:
     return layout.architecture(layout.find(path).path)
 
 
+def sequence_length_on_disk(path: Path) -> int | None:
+    """The sequence length that the newest complete step at `path` was trained with, if it says so."""
+    return getattr(layout.common(layout.find(path).path).get("args"), "seq_length", None)
+
+
 def resume_point(directory: Path) -> layout.Step:
     """The newest step of `directory` that verifies; warns when that is not what the tracker file says.
 

@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_ext.models.axes import parameters_per_rank
+from megatron_ext.models.config import Architecture
 from megatron_ext.training.launch import Launch
 
 GIB = 2**30
@@ -41,8 +42,8 @@ def memory_per_gpu(launch: Launch) -> dict[str, float]:
     }
 
 
-def show(launch: Launch) -> None:
-    """Print model, parameters, memory per GPU and layout."""
+def show(launch: Launch, becomes: Architecture | None = None) -> None:
+    """Print model, parameters, memory per GPU and layout, and what the model `becomes` if it is cut."""
     args, architecture = launch.args, launch.architecture
     table = Table(title=f"{launch.job.name}: dry run, nothing started, nothing written", show_header=False)
     table.add_column(style="bold")
@@ -56,6 +57,15 @@ def show(launch: Launch) -> None:
     )
     total, body = architecture.num_parameters(), architecture.num_parameters(embedding=False)
     table.add_row("parameters", f"{total:,} ({total / 1e9:.2f}B), without embeddings {body:,}")
+    if becomes is not None:
+        small = becomes.num_parameters()
+        table.add_row(
+            "becomes",
+            f"{small:,} parameters ({small / total:.0%}): "
+            f"{len(becomes.layers.blocks)} of {len(architecture.layers.blocks)} layers, hidden {becomes.hidden_size:,}, "
+            f"FFN {becomes.ffn_hidden_size:,}, "
+            f"{becomes.num_attention_heads} query heads, {becomes.mamba_num_heads} x {becomes.mamba_head_dim} Mamba-2",
+        )
     memory = memory_per_gpu(launch)
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items())
     table.add_row("memory per GPU", f"{sum(memory.values()) / GIB:.2f} GiB: {parts}")

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from megatron_ext import platform
 from megatron_ext.arguments import add_options, read_options
-from megatron_ext.checkpoint.resume import architecture_on_disk, has_checkpoint, resume_point
+from megatron_ext.checkpoint.resume import architecture_on_disk, has_checkpoint, resume_point, sequence_length_on_disk
 from megatron_ext.errors import ConfigError, DataError, nearest
 from megatron_ext.models.backend import prepare
 from megatron_ext.models.config import Architecture
@@ -42,11 +42,13 @@ class Job:
         name: `pretrain`, `prune`, `distill`: written into the run directory, which belongs to one kind.
         options: Our option dataclasses by flag prefix.
         defaults: Megatron flags that this job sets unless the user does.
+        offline: Our flags under which the job reads no data, and so needs no tokenizer.
     """
 
     name: str
     options: dict[str, type] = field(default_factory=dict)
     defaults: tuple[str, ...] = ()
+    offline: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,8 @@ def _model_flags(early: Namespace) -> tuple[list[str], str]:
         # A preset's vocabulary is only its default: the tokenizer in use decides.
         at = flags.index("--padded-vocab-size")
         del flags[at : at + 2]
+    if from_checkpoint and (length := sequence_length_on_disk(Path(source))):
+        flags += ["--seq-length", str(length)]
     return flags, source
 
 
@@ -199,10 +203,10 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
     if early.dry_run:
         layout = early.tensor_model_parallel_size * early.pipeline_model_parallel_size * early.context_parallel_size
         os.environ.setdefault("WORLD_SIZE", str(layout))
-        if early.tokenizer_type is None and "--padded-vocab-size" in model_flags:
-            # The preset's vocabulary will do to look at the model.
-            words = model_flags[model_flags.index("--padded-vocab-size") + 1]
-            model_flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(int(words) - 1)]
+    offline = early.dry_run or any(word.split("=")[0] in job.offline for word in given)
+    if offline and early.tokenizer_type is None and "--padded-vocab-size" in model_flags:
+        words = model_flags[model_flags.index("--padded-vocab-size") + 1]
+        model_flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(int(words) - 1)]
     _single_process()
     prepare()
     from megatron.training.arguments import parse_args, validate_args

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_ext.arguments import option
 from megatron_ext.checkpoint import layout
 from megatron_ext.errors import ConfigError
+from megatron_ext.models.config import Architecture
 from megatron_ext.models.pattern import MAMBA
 from megatron_ext.pruning.apply import apply
 from megatron_ext.pruning.budget import Targets, resolve
@@ -49,11 +50,15 @@ JOB = Job(
         "--eval-iters", "0", "--train-iters", "1", "--lr", "0", "--skip-train",
         "--no-load-optim", "--no-load-rng", "--finetune",
     ),
+    offline=("--prune-scores", "--prune-plan"),
 )  # fmt: skip
 
 
-def check(launch: Launch) -> None:
+def check(launch: Launch) -> Architecture:
     """Find what is wrong with the options before any work is done.
+
+    Returns:
+        What the model will become; which of its layers stay is not known before it is scored.
 
     Raises:
         ConfigError, PlanError, CheckpointError: Says what.
@@ -63,22 +68,23 @@ def check(launch: Launch) -> None:
         if getattr(args, name) is None:
             raise ConfigError(f"--{name} is missing", legal="--load MODEL --save NEW_DIRECTORY")
     if options.plan is not None:
-        Plan.load(options.plan).check(launch.architecture)
-        return
+        plan = Plan.load(options.plan)
+        plan.check(launch.architecture)
+        return plan.target
     targets = options.targets()
     if options.scores is not None:
-        make_plan(_scores(launch), launch.architecture, targets)
-        return
+        return make_plan(_scores(launch), launch.architecture, targets).target
     targets.check(launch.architecture)
     blocks = launch.architecture.layers.blocks
     kept = [unit for block in blocks[: targets.num_layers] for unit in block]
-    resolve(launch.architecture, targets, "".join(launch.architecture.pattern[i] for i in kept))
+    target = resolve(launch.architecture, targets, "".join(launch.architecture.pattern[i] for i in kept))
     check_borders(launch.pattern)
     if options.samples < 1 or options.samples % args.global_batch_size:
         raise ConfigError(
             "--prune-samples must be a multiple of --global-batch-size", got=options.samples,
             legal=f"multiples of {args.global_batch_size}",
         )  # fmt: skip
+    return target
 
 
 def prune(launch: Launch) -> None:
