@@ -58,11 +58,11 @@ def show(launch: Launch, becomes: Architecture | None = None) -> None:
     total, body = architecture.num_parameters(), architecture.num_parameters(embedding=False)
     table.add_row("parameters", f"{total:,} ({total / 1e9:.2f}B), without embeddings {body:,}")
     if becomes is not None:
-        small = becomes.num_parameters()
+        small, kept, of = becomes.num_parameters(), len(becomes.layers.blocks), len(architecture.layers.blocks)
         table.add_row(
             "becomes",
             f"{small:,} parameters ({small / total:.0%}): "
-            f"{len(becomes.layers.blocks)} of {len(architecture.layers.blocks)} layers, hidden {becomes.hidden_size:,}, "
+            f"{kept} of {of} layers, hidden {becomes.hidden_size:,}, "
             f"FFN {becomes.ffn_hidden_size:,}, "
             f"{becomes.num_attention_heads} query heads, {becomes.mamba_num_heads} x {becomes.mamba_head_dim} Mamba-2",
         )
