@@ -4,11 +4,11 @@ Megatron writes its tracker file in place; one that is empty makes it exit with 
 from random weights. So the step is settled here, and Megatron is told which one to load.
 """
 
-import os
 import warnings
 from pathlib import Path
 
 from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.atomic import replacing
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.config import Architecture
 
@@ -50,10 +50,9 @@ def resume_point(directory: Path) -> layout.Step:
     state = "is missing" if said is None else f"says {said!r}"
     warnings.warn(f"{tracker} {state}; going on from {step.path.name}, the newest step that verifies", stacklevel=2)
     if said is None or not (said.isdigit() or said == layout.RELEASE):
-        temporary = tracker.with_name(f".{tracker.name}.{os.getpid()}")
         try:
-            temporary.write_text(named)
-            os.replace(temporary, tracker)
+            with replacing(tracker) as temporary:
+                temporary.write_text(named)
         except OSError as error:
             raise CheckpointError(
                 f"the tracker file {state} and cannot be written: {error}", got=tracker,

@@ -1,14 +1,14 @@
 """Activation importance and Block Influence, measured by hooks in one forward pass, the same on every parallel layout.
 
-Width (arXiv 2407.14679, section 2.2): an activation is aggregated by the mean of its magnitude over the sequence, then
+Width (arXiv 2407.14679): an activation is aggregated by the mean of its magnitude over the sequence, then
 by the L2 norm over the calibration samples.
 
 - hidden channel: the output of each sub-layer's pre-norm, summed over sub-layers;
 - FFN neuron: the input of the down projection;
 - query head: the L2 norm of the head's output, before the output projection;
-- Mamba-2 head and head channel: the `x` part of the input projection (Minitron-SSM, arXiv 2504.11409, section 3).
+- Mamba-2 head and head channel: the `x` part of the input projection (Minitron-SSM, arXiv 2504.11409).
 
-Depth: Block Influence, `1 - E[cos(input, output)]` over tokens (arXiv 2407.14679, section 2.3), for each sub-layer and
+Depth: Block Influence, `1 - E[cos(input, output)]` over tokens (arXiv 2407.14679), for each sub-layer and
 for each block.
 
 Shapes: s sequence (this rank's part), b micro-batch, h hidden, f FFN, n heads, d channels; n and f are this rank's.

@@ -204,7 +204,7 @@ class Plan:
 def make_plan(scores: Scores, arch: Architecture, targets: Targets, *, scores_path: str | Path = "") -> Plan:
     """The plan that keeps the most important positions of every axis. Deterministic; of equal scores, the first stays.
 
-    Depth: blocks of the highest influence stay (Block Influence, arXiv 2407.14679, section 2.2). Width, per layer:
+    Depth: blocks of the highest influence stay (Block Influence, arXiv 2407.14679). Width, per layer:
     the neurons of the highest score; the query heads of the highest score within each key/value group; for Mamba-2
     the head channels of the highest `||s[:, d]||_2`, then within each SSM group the heads of the highest
     `||s[h, D_top]||_2` (Minitron-SSM, arXiv 2504.11409). Sizes: as `budget.resolve` says.

@@ -1,7 +1,6 @@
 """The run directory: what a job may write where, and what it leaves there for people."""
 
 import importlib.metadata
-import os
 import platform as host
 import subprocess
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from megatron_ext.checkpoint.atomic import replacing
 from megatron_ext.checkpoint.resume import has_checkpoint
 from megatron_ext.errors import ConfigError
 
@@ -39,9 +39,8 @@ def git_commit() -> str | None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text)
 
 
 def check_save(save: Path, job: str, load: Path | None) -> None:
