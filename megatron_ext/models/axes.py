@@ -33,19 +33,27 @@ LAYER = "decoder.layers"
 class Kept:
     """What is kept of one sub-layer: ascending indices on each prunable axis, `None` for all of it.
 
+    What lies in groups is numbered over all groups of the original, and every group that stays keeps the same number.
+
     Attributes:
         hidden: Channels of the residual stream; the same for every sub-layer of a model.
         ffn: Neurons of the MLP.
-        query_heads: Query heads, numbered over all key/value groups; every group keeps the same number.
-        mamba_heads: Mamba-2 heads, numbered over all SSM groups; every group keeps the same number.
+        kv_groups: Key/value groups, each a key head, a value head and its query heads.
+        query_heads: Query heads, of the groups that stay.
+        mamba_groups: SSM groups, each its heads and its part of B and C.
+        mamba_heads: Mamba-2 heads, of the groups that stay.
         head_channels: Channels inside a Mamba-2 head, the same for every head.
+        states: State channels (rows of B and of C), of the groups that stay.
     """
 
     hidden: Sequence[int] | None = None
     ffn: Sequence[int] | None = None
+    kv_groups: Sequence[int] | None = None
     query_heads: Sequence[int] | None = None
+    mamba_groups: Sequence[int] | None = None
     mamba_heads: Sequence[int] | None = None
     head_channels: Sequence[int] | None = None
+    states: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,29 @@ def _outer(rows: Sequence[int] | None, num_rows: int, columns: Sequence[int] | N
     return (r[:, None] * num_columns + c).flatten()
 
 
+def _members(
+    groups: Sequence[int] | None, num_groups: int, members: Sequence[int] | None, num_members: int
+) -> Sequence[int] | None:
+    """What stays of members that lie in groups: those named, or else all members of the groups that stay."""
+    if members is not None or groups is None:
+        return members
+    per_group = num_members // num_groups
+    return [group * per_group + i for group in groups for i in range(per_group)]
+
+
+def _query_heads(arch: "Architecture", kept: Kept) -> Sequence[int] | None:
+    return _members(kept.kv_groups, arch.num_query_groups, kept.query_heads, arch.num_attention_heads)
+
+
+def _mamba_heads(arch: "Architecture", kept: Kept) -> Sequence[int] | None:
+    return _members(kept.mamba_groups, arch.mamba_num_groups, kept.mamba_heads, arch.mamba_num_heads)
+
+
+def _states(arch: "Architecture", kept: Kept) -> Sequence[int] | None:
+    total = arch.mamba_num_groups * arch.mamba_state_dim
+    return _members(kept.mamba_groups, arch.mamba_num_groups, kept.states, total)
+
+
 def _gate_and_up(arch: "Architecture", kept: Kept) -> Tensor | None:
     # [gate; up] stacked: apply_swiglu_sharded_factory gives each half its own global offset, whatever TP is
     return _outer(None, 2 if arch.gated_linear_unit else 1, kept.ffn, arch.ffn_hidden_size)
@@ -87,13 +118,14 @@ def _gate_and_up(arch: "Architecture", kept: Kept) -> Tensor | None:
 
 def _qkv(arch: "Architecture", kept: Kept) -> Tensor | None:
     # per kv group: its query heads, then its key head, then its value head
-    if kept.query_heads is None:
+    query_heads = _query_heads(arch, kept)
+    if query_heads is None:
         return None
     per_group = arch.num_attention_heads // arch.num_query_groups
     heads = []
-    for group in range(arch.num_query_groups):
+    for group in range(arch.num_query_groups) if kept.kv_groups is None else kept.kv_groups:
         first = group * (per_group + 2)
-        heads += [first + head % per_group for head in kept.query_heads if head // per_group == group]
+        heads += [first + head % per_group for head in query_heads if head // per_group == group]
         heads += [first + per_group, first + per_group + 1]
     return _outer(heads, len(heads), None, arch.kv_channels)
 
@@ -106,14 +138,16 @@ AXES: dict[str, Axis] = {
     "qkv": Axis(lambda a: (a.num_attention_heads + 2 * a.num_query_groups) * a.kv_channels, _qkv),
     "query_head*channel": Axis(
         lambda a: a.num_attention_heads * a.kv_channels,
-        lambda a, k: _outer(k.query_heads, a.num_attention_heads, None, a.kv_channels),
+        lambda a, k: _outer(_query_heads(a, k), a.num_attention_heads, None, a.kv_channels),
     ),
-    "mamba_head": Axis(lambda a: a.mamba_num_heads, lambda a, k: _indices(k.mamba_heads)),
+    "mamba_head": Axis(lambda a: a.mamba_num_heads, lambda a, k: _indices(_mamba_heads(a, k))),
     "mamba_head*channel": Axis(
         lambda a: a.mamba_num_heads * a.mamba_head_dim,
-        lambda a, k: _outer(k.mamba_heads, a.mamba_num_heads, k.head_channels, a.mamba_head_dim),
+        lambda a, k: _outer(_mamba_heads(a, k), a.mamba_num_heads, k.head_channels, a.mamba_head_dim),
     ),
-    "mamba_group*state": Axis(lambda a: a.mamba_num_groups * a.mamba_state_dim),
+    "mamba_group*state": Axis(
+        lambda a: a.mamba_num_groups * a.mamba_state_dim, lambda a, k: _indices(_states(a, k))
+    ),
     "one": Axis(lambda a: 1, split=False),
     "conv": Axis(lambda a: CONV_KERNEL, split=False),
 }
@@ -208,7 +242,9 @@ def modules_with_state(arch: "Architecture") -> list[str]:
 
 def shape(arch: "Architecture", key: str) -> tuple[int, ...]:
     """The global shape of one weight."""
-    return tuple(AXES[axis].size(arch) for axis in locate(arch, key)[1].axes)
+    layer, weight = locate(arch, key)
+    own = arch if layer is None else arch.at(layer)
+    return tuple(AXES[axis].size(own) for axis in weight.axes)
 
 
 def size(arch: "Architecture", key: str, *, tp: int = 1) -> int:
@@ -230,7 +266,9 @@ def indices(arch: "Architecture", key: str, kept: Kept) -> tuple[Tensor | None, 
         key: The checkpoint key of the weight in that model.
         kept: What is kept of the weight's sub-layer.
     """
-    return tuple(AXES[axis].index(arch, kept) for axis in locate(arch, key)[1].axes)
+    layer, weight = locate(arch, key)
+    own = arch if layer is None else arch.at(layer)
+    return tuple(AXES[axis].index(own, kept) for axis in weight.axes)
 
 
 def parameters_per_rank(arch: "Architecture", *, tp: int = 1, pp: int = 1) -> list[int]:

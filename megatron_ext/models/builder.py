@@ -11,6 +11,7 @@ from megatron.training.models import HybridModelConfig
 from megatron.training.models.hybrid import HybridModelBuilder
 
 from megatron_ext.models.config import Architecture
+from megatron_ext.models.specs import stack_spec
 
 
 @dataclass(kw_only=True)
@@ -56,6 +57,7 @@ def model_config(args: Namespace, architecture: Architecture) -> PatternModelCon
     config = hybrid_config_from_args(own, core_transformer_config_from_args(own), PatternModelConfig)
     config.vocab_size, config.should_pad_vocab = architecture.vocab_size, False
     config.rope_scaling_factor = architecture.rope_scaling_factor
+    config.hybrid_stack_spec = stack_spec(architecture) or config.hybrid_stack_spec
     return config
 
 
@@ -75,6 +77,7 @@ def with_architecture(args: Namespace, architecture: Architecture) -> Namespace:
         setattr(other, name, getattr(architecture, name))
     other.group_query_attention = True
     other.padded_vocab_size = architecture.vocab_size
+    other.ext_layer_sizes = architecture.layer_sizes_text
     other.layernorm_epsilon = architecture.norm_epsilon
     other.apply_layernorm_1p = other.layernorm_zero_centered_gamma = architecture.zero_centered_norm
     other.use_rope_scaling = architecture.rope_scaling_factor is not None

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from math import gcd
 from typing import Any, Literal, Self
 
@@ -14,6 +14,8 @@ CONV_KERNEL = axes.CONV_KERNEL
 MAMBA_EXPAND = 2
 # Megatron's flags cannot say any other combination of gating and activation.
 _ACTIVATIONS = {(True, "silu"): ["--swiglu"], (False, "gelu"): [], (False, "squared_relu"): ["--squared-relu"]}
+# Sizes that may differ from layer to layer, and the kind of layer that has them.
+PER_LAYER = {"ffn_hidden_size": MLP, "mamba_num_heads": MAMBA}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class Architecture:
         mamba_num_heads: Heads of a Mamba-2 layer; its inner width is `mamba_num_heads * mamba_head_dim`.
         zero_centered_norm: Norm weights are stored minus one (Megatron's `--apply-layernorm-1p`).
         rope_scaling_factor: Llama 3.1's frequency scaling, `None` for plain RoPE.
+        layer_sizes: Sizes that differ from layer to layer: for `ffn_hidden_size` or `mamba_num_heads`, one for each
+            layer of the kind, in the pattern's order. The field of that name is then the largest of them.
 
     Sizes of kinds of layer that the pattern does not have are kept but mean nothing.
 
@@ -61,6 +65,7 @@ class Architecture:
     add_bias_linear: bool = False
     add_qkv_bias: bool = False
     untie_embeddings_and_output_weights: bool = True
+    layer_sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         units = parse(self.pattern).units
@@ -83,6 +88,33 @@ class Architecture:
         ):  # fmt: skip
             if getattr(self, name) not in legal:
                 raise ConfigError(f"unknown {name}", got=getattr(self, name), legal=", ".join(legal))
+        object.__setattr__(self, "layer_sizes", self._uneven_sizes(units))
+
+    def _uneven_sizes(self, units: str) -> dict[str, tuple[int, ...]]:
+        """`layer_sizes` checked, without those that are equal after all; sets the fields to the largest."""
+        uneven = {}
+        for name, sizes in self.layer_sizes.items():
+            if name not in PER_LAYER:
+                raise ConfigError(f"{name!r} cannot differ from layer to layer", legal=", ".join(PER_LAYER))
+            count = units.count(PER_LAYER[name])
+            if len(sizes) != count or any(not isinstance(size, int) or size < 1 for size in sizes):
+                raise ConfigError(
+                    f"{name} of each layer", got=",".join(map(str, sizes)), legal=f"{count} positive whole numbers"
+                )
+            if sizes:
+                object.__setattr__(self, name, max(sizes))
+            if len(set(sizes)) > 1:
+                uneven[name] = tuple(sizes)
+        return uneven
+
+    def at(self, layer: int) -> "Architecture":
+        """This model with the sizes of one of its sub-layers everywhere; itself if no sizes differ."""
+        if not self.layer_sizes:
+            return self
+        unit = self.pattern[layer]
+        place = self.pattern[:layer].count(unit)
+        own = {name: sizes[place] for name, sizes in self.layer_sizes.items() if PER_LAYER[name] == unit}
+        return replace(self, layer_sizes={}, **own)
 
     @property
     def layers(self) -> Pattern:
@@ -112,8 +144,9 @@ class Architecture:
         wrong = []
 
         def divides(name: str, by: int, reason: str) -> None:
-            value = getattr(self, name)
-            if value % by:
+            for value in dict.fromkeys(self.layer_sizes.get(name, (getattr(self, name),))):
+                if value % by == 0:
+                    continue
                 near = [n for n in (value // by * by, (value // by + 1) * by) if n]
                 wrong.append(f"{name}={value} does not divide by {reason}={by} (nearest: {', '.join(map(str, near))})")
 
@@ -144,9 +177,10 @@ class Architecture:
         if ATTENTION in self.pattern:
             common = gcd(common, self.num_query_groups)
         if MAMBA in self.pattern:
-            common = gcd(common, self.mamba_num_groups, self.mamba_num_heads)
+            heads = self.layer_sizes.get("mamba_num_heads", (self.mamba_num_heads,))
+            common = gcd(common, self.mamba_num_groups, *heads)
         if MLP in self.pattern:
-            common = gcd(common, self.ffn_hidden_size)
+            common = gcd(common, *self.layer_sizes.get("ffn_hidden_size", (self.ffn_hidden_size,)))
         return [tp for tp in range(1, min(common, 64) + 1) if common % tp == 0]
 
     @classmethod
@@ -197,6 +231,7 @@ class Architecture:
             add_bias_linear=args.add_bias_linear,
             add_qkv_bias=args.add_qkv_bias,
             untie_embeddings_and_output_weights=args.untie_embeddings_and_output_weights,
+            layer_sizes=_parse_layer_sizes(getattr(args, "ext_layer_sizes", None)),
         )
 
     def to_flags(self) -> list[str]:
@@ -227,7 +262,14 @@ class Architecture:
                 flags += ["--add-qkv-bias"]
         if self.untie_embeddings_and_output_weights:
             flags += ["--untie-embeddings-and-output-weights"]
+        if self.layer_sizes:
+            flags += ["--ext-layer-sizes", self.layer_sizes_text]
         return flags
+
+    @property
+    def layer_sizes_text(self) -> str:
+        """`layer_sizes` as the flag `--ext-layer-sizes` takes it: `ffn_hidden_size=96,80 mamba_num_heads=8,4`."""
+        return " ".join(f"{name}={','.join(map(str, sizes))}" for name, sizes in self.layer_sizes.items())
 
     def to_args(self) -> dict[str, Any]:
         """Megatron's parsed arguments for this model, as a checkpoint keeps them: `from_args` gives it back."""
@@ -248,6 +290,7 @@ class Architecture:
             "rope_scaling_factor": self.rope_scaling_factor or 8.0,
             "add_bias_linear": self.add_bias_linear, "add_qkv_bias": self.add_qkv_bias,
             "untie_embeddings_and_output_weights": self.untie_embeddings_and_output_weights,
+            "ext_layer_sizes": self.layer_sizes_text,
         }  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -269,6 +312,15 @@ class Architecture:
             return cls(**values)
         except TypeError as error:  # a required field is missing
             raise ConfigError(f"incomplete architecture: {error}", legal=", ".join(names)) from None
+
+
+def _parse_layer_sizes(text: str | None) -> dict[str, tuple[int, ...]]:
+    """The inverse of `Architecture.layer_sizes_text`."""
+    try:
+        entries = [entry.split("=") for entry in (text or "").split()]
+        return {name: tuple(int(size) for size in sizes.split(",")) for name, sizes in entries}
+    except ValueError:
+        raise ConfigError("--ext-layer-sizes", got=text, legal="ffn_hidden_size=96,80,96 mamba_num_heads=8,4") from None
 
 
 def _padded_vocab_size(args: Namespace) -> int:

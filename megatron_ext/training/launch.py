@@ -218,6 +218,8 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
         group = parser.add_argument_group("megatron_ext", f"the job: {job.name}")
         group.add_argument("--preset", help="a preset's name (see `megatron-ext presets`) or a checkpoint directory")
         group.add_argument("--dry-run", action="store_true", help="validate, print model, memory and layout, and stop")
+        sizes = "sizes that differ from layer to layer, such as 'ffn_hidden_size=96,80 mamba_num_heads=8,4'"
+        group.add_argument("--ext-layer-sizes", metavar="SIZES", help=sizes)
         for prefix, options in job.options.items():
             add_options(parser, options, prefix)
         _mend(parser)

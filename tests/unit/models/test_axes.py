@@ -125,3 +125,26 @@ def test_parameters_per_rank_add_up():
     assert sum(axes.parameters_per_rank(tied, pp=2)) == tied.num_parameters() + table  # the last stage holds a copy
     norms = (len(tied.pattern) + 1) * tied.hidden_size  # norms are whole on every rank, the rest is split
     assert axes.parameters_per_rank(tied, tp=2) == [(tied.num_parameters() - norms) // 2 + norms]
+
+
+def test_whole_groups_take_their_heads_and_states_along():
+    qkv = numbered("decoder.layers.2.self_attention.linear_qkv.weight").view(10, 4, 24)  # q0 q1 q2 k v | q3 q4 q5 k v
+    key = "decoder.layers.2.self_attention.linear_qkv.weight"
+    assert torch.equal(cut(key, numbered(key), Kept(kv_groups=(1,))), qkv[5:].reshape(-1, 24))
+    one_head = Kept(kv_groups=(1,), query_heads=(4,))
+    assert torch.equal(cut(key, numbered(key), one_head), qkv[[6, 8, 9]].reshape(-1, 24))
+    key = "decoder.layers.2.self_attention.linear_proj.weight"
+    assert torch.equal(cut(key, numbered(key), Kept(kv_groups=(1,))), numbered(key)[:, 12:])
+    rows_of = {"in_proj.weight.B": range(16, 32), "in_proj.weight.dt": (2, 3), "norm.weight": range(16, 32)}
+    for name, rows in rows_of.items():
+        key = f"decoder.layers.0.mixer.{name}"
+        assert torch.equal(cut(key, numbered(key), Kept(mamba_groups=(1,))), numbered(key)[list(rows)]), key
+
+
+def test_states_are_rows_of_b_and_c():
+    states = (0, 5, 17, 30)
+    for name in ("in_proj.weight.B", "in_proj.weight.C", "conv1d.weight.C", "conv1d.bias.B"):
+        key = f"decoder.layers.0.mixer.{name}"
+        assert torch.equal(cut(key, numbered(key), Kept(states=states)), numbered(key)[list(states)]), key
+    key = "decoder.layers.0.mixer.in_proj.weight.x"
+    assert torch.equal(cut(key, numbered(key), Kept(states=states)), numbered(key))

@@ -169,3 +169,39 @@ def test_from_dict_names_the_nearest_field():
         Architecture.from_dict(TINY.to_dict() | {"hiden_size": 1})
     with pytest.raises(ConfigError, match="incomplete"):
         Architecture.from_dict({"pattern": "M"})
+
+
+UNEVEN = replace(TINY, layer_sizes={"ffn_hidden_size": (512, 256, 512, 384, 512, 8), "mamba_num_heads": (16, 4, 8, 2)})
+
+
+def test_sizes_may_differ_from_layer_to_layer():
+    assert UNEVEN.ffn_hidden_size == 512
+    assert UNEVEN.at(3).ffn_hidden_size == 256
+    assert UNEVEN.at(2).mamba_num_heads == 4
+    assert UNEVEN.at(2).layer_sizes == {}
+    gated_mlp = 3 * TINY.hidden_size
+    dropped_heads = 16 * 4 - (16 + 4 + 8 + 2)
+    per_head = 2 * TINY.hidden_size * 32 + TINY.hidden_size + 32 * 4 + 32 + 3 + 32 + 32 * TINY.hidden_size
+    fewer = gated_mlp * (6 * 512 - (512 + 256 + 512 + 384 + 512 + 8)) + per_head * dropped_heads
+    assert UNEVEN.num_parameters() == TINY.num_parameters() - fewer
+    assert TINY.at(3) is TINY
+    equal = replace(TINY, layer_sizes={"ffn_hidden_size": (256,) * 6})
+    assert equal == replace(TINY, ffn_hidden_size=256)
+
+
+def test_uneven_sizes_survive_flags_arguments_and_json():
+    args = {"ext_layer_sizes": UNEVEN.to_flags()[-1]}
+    assert Architecture.from_args(Namespace(**MEGATRON | TINY.to_args() | args)) == UNEVEN
+    assert Architecture.from_args(Namespace(**MEGATRON | UNEVEN.to_args())) == UNEVEN
+    assert Architecture.from_dict(json.loads(json.dumps(UNEVEN.to_dict()))) == UNEVEN
+
+
+def test_wrong_uneven_sizes_are_refused():
+    with pytest.raises(ConfigError, match="6 positive whole numbers"):
+        replace(TINY, layer_sizes={"ffn_hidden_size": (512, 256)})
+    with pytest.raises(ConfigError, match="ffn_hidden_size, mamba_num_heads"):
+        replace(TINY, layer_sizes={"kv_channels": (1, 2)})
+    with pytest.raises(ConfigError, match="mamba_num_heads=3 does not divide"):
+        replace(TINY, layer_sizes={"mamba_num_heads": (16, 3, 8, 2)}).validate()
+    with pytest.raises(ConfigError, match="ffn_hidden_size=96,80"):
+        Architecture.from_args(Namespace(**MEGATRON | TINY.to_args() | {"ext_layer_sizes": "ffn_hidden_size"}))

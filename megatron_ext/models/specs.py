@@ -1,0 +1,35 @@
+"""Module specs for what the stock `hybrid_stack_spec` cannot say: sizes that differ from layer to layer."""
+
+import copy
+from typing import Any
+
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from megatron_ext.models.config import Architecture
+
+
+def stack_spec(architecture: Architecture) -> ModuleSpec | None:
+    """The spec that builds each layer at its own size; None where the stock one does."""
+    if not architecture.layer_sizes:
+        return None
+    spec = copy.copy(hybrid_stack_spec)
+    spec.submodules = copy.copy(spec.submodules)
+    for name in ("mamba_layer", "mlp_layer"):
+        layer = copy.copy(getattr(spec.submodules, name))
+        layer.module = _sized(layer.module, architecture)
+        setattr(spec.submodules, name, layer)
+    return spec
+
+
+def _sized(layer: Any, architecture: Architecture) -> Any:
+    """A layer class that is built with the sizes its position in the model has."""
+
+    class Sized(layer):
+        def __init__(self, config: Any, *args: Any, layer_number: int, **kwargs: Any) -> None:
+            sizes = architecture.at(layer_number - 1)
+            own = copy.copy(config)  # not dataclasses.replace: validation would derive other fields anew
+            own.ffn_hidden_size, own.mamba_num_heads = sizes.ffn_hidden_size, sizes.mamba_num_heads
+            super().__init__(own, *args, layer_number=layer_number, **kwargs)
+
+    return Sized
