@@ -145,9 +145,7 @@ AXES: dict[str, Axis] = {
         lambda a: a.mamba_num_heads * a.mamba_head_dim,
         lambda a, k: _outer(_mamba_heads(a, k), a.mamba_num_heads, k.head_channels, a.mamba_head_dim),
     ),
-    "mamba_group*state": Axis(
-        lambda a: a.mamba_num_groups * a.mamba_state_dim, lambda a, k: _indices(_states(a, k))
-    ),
+    "mamba_group*state": Axis(lambda a: a.mamba_num_groups * a.mamba_state_dim, lambda a, k: _indices(_states(a, k))),
     "one": Axis(lambda a: 1, split=False),
     "conv": Axis(lambda a: CONV_KERNEL, split=False),
 }

@@ -73,10 +73,10 @@ class Architecture:
         object.__setattr__(self, "add_qkv_bias", self.add_qkv_bias or self.add_bias_linear)  # as Megatron does
         if MOE in units:
             raise ConfigError("mixture-of-experts layers cannot be built yet", got=units, legal="layers M, * and -")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{field.name} must be a positive whole number", got=repr(value))
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.type is int and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{entry.name} must be a positive whole number", got=repr(value))
         if (self.gated_linear_unit, self.activation) not in _ACTIVATIONS:
             raise ConfigError(
                 "this activation does not exist in Megatron's flags",

@@ -2,22 +2,17 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-from torch import Tensor
-
 from megatron_ext.checkpoint.atomic import replacing
 from megatron_ext.errors import ConfigError, PlanError
 from megatron_ext.models.axes import Kept
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.config import PER_LAYER, Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP
-from megatron_ext.pruning import scores as names
-from megatron_ext.pruning.budget import Targets, resolve
-from megatron_ext.pruning.scores import Scores
 
 FORMAT = "megatron_ext.plan/1"
 
@@ -45,13 +40,46 @@ class Provenance:
     metric: str = ""
 
 
-# (field of Plan, kind of sub-layer, size in Architecture, number of groups that must stay equal)
-_PER_LAYER = (
-    ("ffn", MLP, "ffn_hidden_size", None),
-    ("query_heads", ATTENTION, "num_attention_heads", "num_query_groups"),
-    ("mamba_heads", MAMBA, "mamba_num_heads", "mamba_num_groups"),
-    ("head_channels", MAMBA, "mamba_head_dim", None),
+@dataclass(frozen=True)
+class PrunedAxis:
+    """An axis of one kind of sub-layer on which a plan keeps positions.
+
+    Attributes:
+        field: Of `Plan`, and of `Kept`.
+        kind: Sub-layers that have it.
+        size: Of `Architecture`: how many positions there are, per group if `per_group`.
+        groups: Of `Architecture`: how many groups the positions lie in, each of which keeps as many; None for none.
+        kept_groups: Of `Plan`: the axis of these groups.
+        per_group: Whether `size` counts one group's positions.
+    """
+
+    field: str
+    kind: str
+    size: str
+    groups: str | None = None
+    kept_groups: str | None = None
+    per_group: bool = False
+
+    def num_groups(self, arch: Architecture) -> int:
+        """Groups of the axis, 1 if it has none."""
+        return 1 if self.groups is None else getattr(arch, self.groups)
+
+    def positions(self, arch: Architecture) -> int:
+        """Positions over all groups."""
+        return getattr(arch, self.size) * (self.num_groups(arch) if self.per_group else 1)
+
+
+PRUNED_AXES = (
+    PrunedAxis("ffn", MLP, "ffn_hidden_size"),
+    PrunedAxis("kv_groups", ATTENTION, "num_query_groups"),
+    PrunedAxis("query_heads", ATTENTION, "num_attention_heads", "num_query_groups", "kv_groups"),
+    PrunedAxis("mamba_groups", MAMBA, "mamba_num_groups"),
+    PrunedAxis("mamba_heads", MAMBA, "mamba_num_heads", "mamba_num_groups", "mamba_groups"),
+    PrunedAxis("head_channels", MAMBA, "mamba_head_dim"),
+    PrunedAxis("states", MAMBA, "mamba_state_dim", "mamba_num_groups", "mamba_groups", per_group=True),
 )
+_PER_LAYER_FIELDS = (*(axis.field for axis in PRUNED_AXES), "merged_heads")
+_Kept = Mapping[int, tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +87,15 @@ class Plan:
     """What is kept of the model `source`, which makes it the model `target`.
 
     All indices count positions of the source, ascending. Per-layer entries are keyed by the sub-layer's index in the
-    source; an absent one keeps everything, as does `hidden=None`.
+    source; an absent one keeps everything (of the groups that stay), as does `hidden=None`.
 
     Attributes:
         units: Sub-layers that stay.
         hidden: Channels of the residual stream that stay.
-        ffn: MLP neurons.
-        query_heads: Query heads, numbered over all groups; each group keeps the same number.
-        mamba_heads: Mamba-2 heads, numbered over all SSM groups; each group keeps the same number.
-        head_channels: Channels within a Mamba-2 head, the same for all heads of a layer.
+        ffn, kv_groups, query_heads, mamba_groups, mamba_heads, head_channels, states: Positions that stay, for each
+            sub-layer; what they are says `megatron_ext.models.axes.Kept`.
+        merged_heads: For each attention layer, pairs (kept query head, dropped one): the kept head becomes twice itself
+            minus the dropped one (Minitron's head merge, arXiv 2407.14679).
 
     Raises:
         PlanError: Indices are out of order or range, groups become unequal, or the result is not `target`.
@@ -77,10 +105,14 @@ class Plan:
     target: Architecture
     units: tuple[int, ...]
     hidden: tuple[int, ...] | None = None
-    ffn: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    query_heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    mamba_heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    head_channels: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    ffn: _Kept = field(default_factory=dict)
+    kv_groups: _Kept = field(default_factory=dict)
+    query_heads: _Kept = field(default_factory=dict)
+    mamba_groups: _Kept = field(default_factory=dict)
+    mamba_heads: _Kept = field(default_factory=dict)
+    head_channels: _Kept = field(default_factory=dict)
+    states: _Kept = field(default_factory=dict)
+    merged_heads: Mapping[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     provenance: Provenance = Provenance()
 
     def __post_init__(self) -> None:
@@ -90,23 +122,59 @@ class Plan:
         if self.hidden is not None:
             _check_indices("hidden", self.hidden, source.hidden_size)
             result["hidden_size"] = len(self.hidden)
-        for axis, kind, size, groups in _PER_LAYER:
-            entries: Mapping[int, tuple[int, ...]] = getattr(self, axis)
-            for layer, kept in entries.items():
-                if layer not in self.units or source.pattern[layer] != kind:
-                    raise PlanError(f"{axis} of sub-layer {layer}: it is not kept, or has no such axis")
-                _check_indices(f"{axis} of sub-layer {layer}", kept, getattr(source, size))
-                if groups is not None:
-                    _check_groups(f"{axis} of sub-layer {layer}", kept, getattr(source, size), getattr(source, groups))
-            layers = [i for i in self.units if source.pattern[i] == kind]
-            kept_sizes = {len(entries[i]) if i in entries else getattr(source, size) for i in layers}
-            if len(kept_sizes) > 1:
-                raise PlanError(f"{axis}: layers keep different numbers", got=sorted(kept_sizes), legal="one number")
-            result[size] = kept_sizes.pop() if kept_sizes else getattr(target, size)
-        if wrong := _differences(replace(source, **result), target):
+        uneven: dict[str, tuple[int, ...]] = {}
+        for axis in PRUNED_AXES:
+            for layer in getattr(self, axis.field):
+                if layer not in self.units or source.pattern[layer] != axis.kind:
+                    raise PlanError(f"{axis.field} of sub-layer {layer}: it is not kept, or has no such axis")
+            sizes = tuple(self._size(axis, i) for i in self.units if source.pattern[i] == axis.kind)
+            if not sizes:
+                result[axis.size] = getattr(target, axis.size)
+            elif len(set(sizes)) == 1:
+                result[axis.size] = sizes[0]
+            elif axis.size in PER_LAYER:
+                uneven[axis.size] = sizes
+            else:
+                raise PlanError(
+                    f"{axis.field}: layers keep different numbers", got=sorted(set(sizes)), legal="one number"
+                )
+        self._check_merged()
+        if wrong := differences(replace(source, **result, layer_sizes=uneven), target):
             raise PlanError(
                 "what is kept does not make the target", got=wrong, legal="; ".join(map(str, result.items()))
             )
+
+    def _size(self, axis: PrunedAxis, layer: int) -> int:
+        """What the size that an axis sets becomes in one sub-layer, once its indices are checked."""
+        own = self.source.at(layer)
+        kept = getattr(self, axis.field).get(layer)
+        groups = axis.num_groups(own)
+        kept_groups = getattr(self, axis.kept_groups).get(layer) if axis.kept_groups else None
+        kept_groups = range(groups) if kept_groups is None else kept_groups
+        if kept is None:
+            size = axis.positions(own) // groups * len(kept_groups)
+        else:
+            what = f"{axis.field} of sub-layer {layer}"
+            _check_indices(what, kept, axis.positions(own))
+            per_group = axis.positions(own) // groups
+            counts = Counter(i // per_group for i in kept)
+            if axis.groups is not None and (set(counts) != set(kept_groups) or len(set(counts.values())) > 1):
+                numbers = ", ".join(f"group {group}: {counts[group]}" for group in sorted(counts.keys() | kept_groups))
+                legal = "equal numbers in the groups that stay: " + ", ".join(map(str, kept_groups))
+                raise PlanError(f"{what}: the groups keep different numbers", got=numbers, legal=legal)
+            size = len(kept)
+        return size // len(kept_groups) if axis.per_group else size
+
+    def _check_merged(self) -> None:
+        per_group = self.source.num_attention_heads // self.source.num_query_groups
+        for layer, pairs in self.merged_heads.items():
+            kept = set(self.query_heads.get(layer, ()))
+            for head, dropped in pairs:
+                if head not in kept or dropped in kept or head // per_group != dropped // per_group:
+                    raise PlanError(
+                        f"merged_heads of sub-layer {layer}", got=(head, dropped),
+                        legal="a query head that stays and one of its group that does not",
+                    )  # fmt: skip
 
     @classmethod
     def keep_everything(cls, arch: Architecture) -> Self:
@@ -117,7 +185,8 @@ class Plan:
         """What is kept of a sub-layer of the source; of the model's own weights for `None`."""
         if layer is None:
             return Kept(hidden=self.hidden)
-        return Kept(hidden=self.hidden, **{axis: getattr(self, axis).get(layer) for axis, *_ in _PER_LAYER})
+        own = {axis.field: getattr(self, axis.field).get(layer) for axis in PRUNED_AXES}
+        return Kept(hidden=self.hidden, **own)
 
     def check(self, arch: Architecture) -> None:
         """Check that this plan was made for `arch`.
@@ -125,7 +194,7 @@ class Plan:
         Raises:
             PlanError: Names every difference.
         """
-        if wrong := _differences(self.source, arch):
+        if wrong := differences(self.source, arch):
             raise PlanError("the plan belongs to another model", got=wrong)
 
     @property
@@ -138,8 +207,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """As JSON-serialisable values; the inverse of `from_dict`."""
         per_layer = {
-            axis: {str(layer): list(kept) for layer, kept in sorted(getattr(self, axis).items())}
-            for axis, *_ in _PER_LAYER
+            name: {str(layer): list(kept) for layer, kept in sorted(getattr(self, name).items())}
+            for name in _PER_LAYER_FIELDS
         }
         return {
             "format": FORMAT,
@@ -168,7 +237,7 @@ class Plan:
                 units=tuple(values["units"]),
                 hidden=None if hidden is None else tuple(hidden),
                 provenance=Provenance(**values["provenance"]),
-                **{axis: {int(i): tuple(kept) for i, kept in values[axis].items()} for axis, *_ in _PER_LAYER},
+                **{name: _entries(values.get(name, {})) for name in _PER_LAYER_FIELDS},
             )
         except (KeyError, TypeError, AttributeError, ConfigError) as error:
             raise PlanError(f"the plan is damaged: {error!r}") from error
@@ -201,66 +270,12 @@ class Plan:
         return cls.from_dict(values)
 
 
-def make_plan(scores: Scores, arch: Architecture, targets: Targets, *, scores_path: str | Path = "") -> Plan:
-    """The plan that keeps the most important positions of every axis. Deterministic; of equal scores, the first stays.
-
-    Depth: blocks of the highest influence stay (Block Influence, arXiv 2407.14679). Width, per layer:
-    the neurons of the highest score; the query heads of the highest score within each key/value group; for Mamba-2
-    the head channels of the highest `||s[:, d]||_2`, then within each SSM group the heads of the highest
-    `||s[h, D_top]||_2` (Minitron-SSM, arXiv 2504.11409). Sizes: as `budget.resolve` says.
-
-    Args:
-        scores: The scores of `arch`.
-        arch: The model to be cut.
-        targets: What to cut it to.
-        scores_path: Recorded in the provenance.
-
-    Raises:
-        PlanError: The scores belong to another model or lack something, or the targets cannot be reached.
-    """
-    if wrong := _differences(scores.architecture, arch):
-        raise PlanError("the scores belong to another model", got=wrong)
-    targets.check(arch)
-    units = tuple(range(len(arch.pattern)))
-    if targets.num_layers is not None and targets.num_layers < len(arch.layers.blocks):
-        blocks = top(scores[names.BLOCK_INFLUENCE], targets.num_layers)
-        units = tuple(i for block in blocks for i in arch.layers.blocks[block])
-    target = resolve(arch, targets, "".join(arch.pattern[i] for i in units))
-
-    hidden, ffn, query_heads, mamba_heads, head_channels = None, {}, {}, {}, {}
-    if target.hidden_size < arch.hidden_size:
-        hidden = top(scores[names.HIDDEN], target.hidden_size)
-    for i in units:
-        kind = arch.pattern[i]
-        if kind == MLP and target.ffn_hidden_size < arch.ffn_hidden_size:
-            ffn[i] = top(scores[names.ffn(i)], target.ffn_hidden_size)
-        elif kind == ATTENTION and target.num_attention_heads < arch.num_attention_heads:
-            query_heads[i] = top(scores[names.query_head(i)], target.num_attention_heads, arch.num_query_groups)
-        elif kind == MAMBA:
-            channels = range(arch.mamba_head_dim)
-            if target.mamba_head_dim < arch.mamba_head_dim:
-                channels = head_channels[i] = top(scores[names.mamba(i)].norm(dim=0), target.mamba_head_dim)
-            if target.mamba_num_heads < arch.mamba_num_heads:
-                head_scores = scores[names.mamba(i)][:, list(channels)].norm(dim=1)
-                mamba_heads[i] = top(head_scores, target.mamba_num_heads, arch.mamba_num_groups)
-    return Plan(
-        source=arch, target=target, units=units, hidden=hidden, ffn=ffn, query_heads=query_heads,
-        mamba_heads=mamba_heads, head_channels=head_channels,
-        provenance=Provenance(
-            model=scores.model, iteration=scores.iteration, fingerprint=scores.fingerprint, scores=str(scores_path),
-            data=scores.data, seed=scores.seed, metric=scores.metric,
-        ),
-    )  # fmt: skip
+def _entries(values: Mapping[str, Sequence[Any]]) -> dict[int, tuple[Any, ...]]:
+    """Per-layer entries from JSON, which has neither whole numbers as keys nor tuples."""
+    return {int(i): tuple(tuple(v) if isinstance(v, list) else v for v in kept) for i, kept in values.items()}
 
 
-def top(scores: Tensor, keep: int, groups: int = 1) -> tuple[int, ...]:
-    """Ascending indices of the `keep` highest scores, the same number from each of `groups` equal runs of positions."""
-    grouped = scores.view(groups, -1)
-    order = torch.argsort(grouped, dim=1, descending=True, stable=True)[:, : keep // groups].sort(dim=1).values
-    return tuple((order + torch.arange(groups)[:, None] * grouped.shape[1]).flatten().tolist())
-
-
-def _differences(expected: Architecture, got: Architecture) -> str:
+def differences(expected: Architecture, got: Architecture) -> str:
     """What differs between two models, `""` if nothing does. How far positions go is a matter of the run."""
     values = got.to_dict()
     return ", ".join(
@@ -277,9 +292,3 @@ def _check_indices(what: str, kept: Sequence[int], size: int) -> None:
         raise PlanError(f"{what}: indices must be whole numbers in ascending order, each once")
     if kept[0] < 0 or kept[-1] >= size:
         raise PlanError(f"{what}: an index is out of range", got=f"{kept[0]} to {kept[-1]}", legal=f"0 to {size - 1}")
-
-
-def _check_groups(what: str, kept: Sequence[int], size: int, groups: int) -> None:
-    counts = [sum(i * groups // size == group for i in kept) for group in range(groups)]
-    if len(set(counts)) > 1:
-        raise PlanError(f"{what}: the {groups} groups keep different numbers", got=counts, legal="equal numbers")

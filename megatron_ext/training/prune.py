@@ -13,8 +13,9 @@ from megatron_ext.models.pattern import MAMBA
 from megatron_ext.pruning.apply import apply
 from megatron_ext.pruning.budget import Targets, resolve
 from megatron_ext.pruning.importance import METRIC, check_borders
-from megatron_ext.pruning.plan import Plan, make_plan
+from megatron_ext.pruning.plan import Plan
 from megatron_ext.pruning.scores import Scores, mamba
+from megatron_ext.pruning.select import make_plan
 from megatron_ext.training.directory import CONFIG, describe
 from megatron_ext.training.launch import Job, Launch
 

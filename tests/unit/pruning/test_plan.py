@@ -7,8 +7,9 @@ import torch
 from megatron_ext.errors import PlanError
 from megatron_ext.models.presets import PRESETS
 from megatron_ext.pruning.budget import Targets
-from megatron_ext.pruning.plan import Plan, make_plan, top
+from megatron_ext.pruning.plan import Plan
 from megatron_ext.pruning.scores import Scores, shapes
+from megatron_ext.pruning.select import make_plan, top
 
 ARCH = PRESETS["tiny-hybrid"].architecture
 
@@ -137,7 +138,9 @@ def test_what_is_not_a_plan_is_refused(tmp_path):
         ({"hidden": [3, 1]}, "ascending"), ({"hidden": [1, 1]}, "ascending"), ({"hidden": [0, 256]}, "out of range"),
         ({"hidden": []}, "nothing is kept"), ({"hidden": [0, 1]}, "does not make the target"),
         ({"query_heads": {"4": [0, 1], "10": [0, 1]}}, "groups keep different numbers"),
-        ({"ffn": {"1": [0, 1]}}, "layers keep different numbers"), ({"ffn": {"0": [0, 1]}}, "no such axis"),
+        ({"head_channels": {"0": [0, 1]}}, "layers keep different numbers"),
+        ({"ffn": {"1": [0, 1]}}, "does not make the target"), ({"states": {"0": [0, 1]}}, "equal numbers in the groups"),
+        ({"merged_heads": {"4": [[0, 1]]}}, "a query head that stays"), ({"ffn": {"0": [0, 1]}}, "no such axis"),
         ({"units": [0, 1]}, "does not make the target"),
     ],
 )  # fmt: skip

@@ -1,0 +1,60 @@
+"""What a model costs to serve: bytes of weights, of caches, and those that one generated token moves.
+
+Decoding is bound by memory traffic: each step reads the weights once for the whole batch, and for each sequence its
+keys and values so far and its Mamba-2 states, which it also writes back.
+"""
+
+from dataclasses import dataclass
+
+from megatron_ext.models.axes import CONV_KERNEL
+from megatron_ext.models.config import Architecture
+from megatron_ext.models.pattern import ATTENTION, MAMBA
+
+BYTES = 2  # of a value in 16 bits: weights, keys and values, states
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How a model is served.
+
+    Attributes:
+        batch: Sequences at once.
+        context: Tokens of each sequence that are cached.
+    """
+
+    batch: int = 1
+    context: int = 8192
+
+
+def kv_bytes_per_token(arch: Architecture) -> int:
+    """Bytes that each cached token of a sequence adds: a key and a value per group and attention layer."""
+    return BYTES * arch.pattern.count(ATTENTION) * 2 * arch.num_query_groups * arch.kv_channels
+
+
+def state_bytes_per_sequence(arch: Architecture) -> int:
+    """Bytes of the Mamba-2 states of a sequence, whatever its length: the SSM state and the convolution's window."""
+    total = 0
+    for layer in arch.layers.indices(MAMBA):
+        own = arch.at(layer)
+        convolved = own.mamba_inner_size + 2 * own.mamba_num_groups * own.mamba_state_dim
+        total += own.mamba_inner_size * own.mamba_state_dim + convolved * CONV_KERNEL
+    return BYTES * total
+
+
+def cache_bytes(arch: Architecture, workload: Workload) -> int:
+    """Bytes of all caches."""
+    return workload.batch * (workload.context * kv_bytes_per_token(arch) + state_bytes_per_sequence(arch))
+
+
+def memory_bytes(arch: Architecture, workload: Workload) -> int:
+    """Bytes of weights and caches; what activations need while decoding is not counted."""
+    return BYTES * arch.num_parameters() + cache_bytes(arch, workload)
+
+
+def decode_bytes_per_token(arch: Architecture, workload: Workload) -> float:
+    """Bytes moved for one generated token at the end of the context: a lower bound of its time, times bandwidth."""
+    weights = arch.num_parameters()
+    if arch.untie_embeddings_and_output_weights:
+        weights -= arch.vocab_size * arch.hidden_size  # one row of the embedding is read, not the table
+    states = 2 * state_bytes_per_sequence(arch)
+    return BYTES * weights / workload.batch + workload.context * kv_bytes_per_token(arch) + states
