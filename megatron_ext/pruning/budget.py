@@ -1,37 +1,75 @@
-"""What the smaller model should be: sizes asked for, or a number of parameters that sizes are found for."""
+"""What the smaller model should be: sizes asked for, or a budget that sizes are found for."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from math import lcm
+from typing import Any
 
 from megatron_ext.errors import PlanError
 from megatron_ext.models.config import Architecture
+from megatron_ext.models.cost import Workload, memory_bytes
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP
 
 GRID = 32  # widths are tried in steps of 1/32 of the original
-ALIGNMENT = 8  # and are multiples of 8, which matrix units want
+WIDE = 2048  # from this width up, widths are multiples of 64; below, of 8, which matrix units want
 TOLERANCE = Fraction(5, 100)  # a plan may be this much smaller than the budget, never larger
 BALANCE = Fraction(4, 3)  # hidden and inner widths shrink by factors that differ by no more than this
+
+_KINDS = {
+    "ffn_hidden_size": MLP,
+    "num_query_groups": ATTENTION,
+    "num_attention_heads": ATTENTION,
+    "mamba_num_groups": MAMBA,
+    "mamba_num_heads": MAMBA,
+    "mamba_head_dim": MAMBA,
+    "mamba_state_dim": MAMBA,
+}
+# What lies in groups, and the size that counts these.
+_GROUPS = {"num_attention_heads": "num_query_groups", "mamba_num_heads": "mamba_num_groups"}
+SIZES = ("hidden_size", *_KINDS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """What is asked for; `None` is "as it is", or, with `params`, "as the budget needs".
+    """What is asked for; `None` is "as it is", or, with a budget, "as the budget needs".
 
     Attributes:
+        num_attention_heads: Query heads over all groups that stay. Where `num_query_groups` is cut and this is not
+            asked for, the heads of the dropped groups go; so it is with `mamba_num_heads` and `mamba_num_groups`.
         num_layers: Blocks to keep (a mixer and its MLPs; see `megatron_ext.models.pattern`).
         params: A number of parameters: up to 1.0 a fraction of the original's, above it a count.
         embedding: Whether `params` counts the word embedding and the output layer.
+        memory: Bytes of 16-bit weights and of the caches of `workload`.
+        workload: What `memory` is to serve.
+        per_layer: Sizes that become an average: `ffn_hidden_size`, `mamba_num_heads`; each layer keeps as many as its
+            share of the most important ones.
+        hidden_divisor, ffn_divisor, mamba_heads_divisor: What sizes found for a budget, or layer by layer, are
+            multiples of; by default 64 for a width from 2048 up, 8 below it, and the SSM groups for Mamba-2 heads.
     """
 
     hidden_size: int | None = None
     ffn_hidden_size: int | None = None
+    num_query_groups: int | None = None
     num_attention_heads: int | None = None
+    mamba_num_groups: int | None = None
     mamba_num_heads: int | None = None
     mamba_head_dim: int | None = None
+    mamba_state_dim: int | None = None
     num_layers: int | None = None
     params: float | None = None
     embedding: bool = True
+    memory: float | None = None
+    workload: Workload = field(default_factory=Workload)
+    per_layer: tuple[str, ...] = ()
+    hidden_divisor: int | None = None
+    ffn_divisor: int | None = None
+    mamba_heads_divisor: int | None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes asked for, by their names in `Architecture`."""
+        return {name: size for name in SIZES if (size := getattr(self, name)) is not None}
 
     def check(self, arch: Architecture) -> None:
         """Check that each size can be cut out of `arch`.
@@ -39,40 +77,59 @@ class Targets:
         Raises:
             PlanError: A size is out of range, does not keep groups equal, or is of a kind of layer the model lacks.
         """
-        if all(getattr(self, field.name) is None for field in fields(self) if field.name != "embedding"):
-            raise PlanError("no target given", legal="a size, a number of layers, or a number of parameters")
-        kinds = {
-            "ffn_hidden_size": MLP,
-            "num_attention_heads": ATTENTION,
-            "mamba_num_heads": MAMBA,
-            "mamba_head_dim": MAMBA,
-        }
-        sizes = {field.name: getattr(arch, field.name, None) for field in fields(self)}
-        sizes["num_layers"] = len(arch.layers.blocks)
-        steps = {"num_attention_heads": arch.num_query_groups, "mamba_num_heads": arch.mamba_num_groups}
-        for name, size in sizes.items():
-            asked = getattr(self, name)
-            if size is None or asked is None:
-                continue
-            if name in kinds and kinds[name] not in arch.pattern:
+        if not self.sizes and self.num_layers is None and self.params is None and self.memory is None:
+            raise PlanError("no target given", legal="a size, a number of layers, or a budget")
+        if self.params is not None and self.memory is not None:
+            raise PlanError("two budgets given", got="params and memory", legal="one of them")
+        asked_for = self.sizes if self.num_layers is None else self.sizes | {"num_layers": self.num_layers}
+        for name, asked in asked_for.items():
+            size = len(arch.layers.blocks) if name == "num_layers" else getattr(arch, name)
+            if name in _KINDS and _KINDS[name] not in arch.pattern:
                 raise PlanError(f"{name} cannot be cut: the model has no such layer", got=arch.pattern)
-            step = steps.get(name, 1)
-            if not 1 <= asked <= size or asked % step:
-                legal = f"{step} to {size}" + (f" in steps of {step}, so that groups stay equal" if step > 1 else "")
+            step, most = 1, size
+            if name in _GROUPS:
+                groups: int = getattr(arch, _GROUPS[name])
+                step: int = self.sizes.get(_GROUPS[name], groups)
+                most = size // groups * step
+            if not 1 <= asked <= most or asked % step:
+                legal = f"{step} to {most}" + (f" in steps of {step}, so that groups stay equal" if step > 1 else "")
                 raise PlanError(f"{name} cannot be cut to {asked}", got=f"{name}={size} in the model", legal=legal)
-        if self.params is not None and self.params <= 0:
-            raise PlanError("the number of parameters must be positive", got=self.params)
+        for name in ("params", "memory", "hidden_divisor", "ffn_divisor", "mamba_heads_divisor"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise PlanError(f"{name} must be positive", got=value)
+        for name in self.per_layer:
+            if name not in ("ffn_hidden_size", "mamba_num_heads") or _KINDS[name] not in arch.pattern:
+                legal = [name for name in ("ffn_hidden_size", "mamba_num_heads") if _KINDS[name] in arch.pattern]
+                raise PlanError(f"{name} cannot differ from layer to layer", legal=", ".join(legal) or "none here")
+
+    def divisor(self, arch: Architecture, name: str) -> int:
+        """What the size `name` of a model cut from `arch` is a multiple of, where it is ours to choose."""
+        if name == "mamba_num_heads":
+            groups = self.mamba_num_groups or arch.mamba_num_groups
+            return lcm(groups, self.mamba_heads_divisor or 1)
+        asked = self.hidden_divisor if name == "hidden_size" else self.ffn_divisor
+        return asked or (64 if getattr(arch, name) >= WIDE else 8)
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """A limit on one number of a model."""
+
+    limit: int
+    whole: int
+    unit: str
+    measure: Callable[[Architecture], int]
 
 
 def resolve(arch: Architecture, targets: Targets, pattern: str) -> Architecture:
-    """The architecture of the smaller model, once it is known which sub-layers stay.
+    """The architecture of the smaller model, once it is known which sub-layers stay; widths even in all layers.
 
-    Without `targets.params`, sizes are what is asked for. With it, this rule finds those that are not:
+    Without a budget, sizes are what is asked for. With one, this rule finds those that are not:
 
-    - `hidden_size` takes the widths i/32 of the original, rounded down to multiples of 8; `ffn_hidden_size` and
-      `mamba_num_heads` take the widths j/32 together, rounded down to multiples of 8 and of the SSM groups;
+    - `hidden_size` takes the widths i/32 of the original, rounded down to its divisor; `ffn_hidden_size` and
+      `mamba_num_heads` take the widths j/32 together, rounded down to theirs (`Targets.divisor`);
     - the two shrink in step: their factors differ by at most 4/3, unless one of them was asked for;
-    - attention heads, Mamba head channels and depth stay as they are, unless asked for;
+    - attention heads, groups, states, head channels and depth stay as they are, unless asked for;
     - of all that are within 5% below the budget, the nearest wins; of equals, the widest hidden.
 
     Args:
@@ -83,40 +140,48 @@ def resolve(arch: Architecture, targets: Targets, pattern: str) -> Architecture:
     Raises:
         PlanError: No candidate is within 5% below the budget; says what is reachable.
     """
-    fixed = {field.name: getattr(targets, field.name) for field in fields(targets)}
-    for name in ("num_layers", "params", "embedding"):
-        fixed.pop(name)
-    fixed = {name: value for name, value in fixed.items() if value is not None}
-    shallow = replace(arch, pattern=pattern)
-    if targets.params is None:
+    fixed = targets.sizes
+    for name, groups in _GROUPS.items():
+        if groups in fixed and name not in fixed:
+            fixed[name] = getattr(arch, name) // getattr(arch, groups) * fixed[groups]
+    shallow = replace(arch, pattern=pattern, layer_sizes={})
+    budget = _budget(arch, targets)
+    if budget is None:
         return replace(shallow, **fixed)
 
-    total = arch.num_parameters(embedding=targets.embedding)
-    budget = round(targets.params * total) if targets.params <= 1 else round(targets.params)
-    sized = [(small.num_parameters(embedding=targets.embedding), small) for small in _candidates(shallow, fixed)]
-    within = [
-        (count, small.hidden_size, small) for count, small in sized if (1 - TOLERANCE) * budget <= count <= budget
-    ]
+    sized = [(budget.measure(small), small) for small in _candidates(shallow, fixed, targets)]
+    lowest = (1 - TOLERANCE) * budget.limit
+    within = [(count, small.hidden_size, small) for count, small in sized if lowest <= count <= budget.limit]
     if within:
         return max(within, key=lambda entry: entry[:2])[2]
 
     counts = sorted(count for count, _ in sized)
-    below = max((count for count in counts if count <= budget), default=None)
-    above = min((count for count in counts if count > budget), default=None)
+    below = max((count for count in counts if count <= budget.limit), default=None)
+    above = min((count for count in counts if count > budget.limit), default=None)
     nearby = " and ".join(f"{count:,}" for count in (below, above) if count is not None)
     raise PlanError(
         "no plan reaches the target",
-        got=f"{budget:,} parameters ({'with' if targets.embedding else 'without'} embeddings), of {total:,}",
+        got=f"{budget.limit:,} {budget.unit}, of {budget.whole:,}",
         legal=f"{counts[0]:,} to {counts[-1]:,}, at most 5% below the target; nearest: {nearby}",
     )
 
 
-def _candidates(arch: Architecture, fixed: dict[str, int]) -> Iterator[Architecture]:
-    inner = {}
-    if MLP in arch.pattern and "ffn_hidden_size" not in fixed:
-        inner["ffn_hidden_size"] = (arch.ffn_hidden_size, ALIGNMENT)
-    if MAMBA in arch.pattern and "mamba_num_heads" not in fixed:
-        inner["mamba_num_heads"] = (arch.mamba_num_heads, arch.mamba_num_groups)
+def _budget(arch: Architecture, targets: Targets) -> _Budget | None:
+    if targets.memory is not None:
+        whole, load = memory_bytes(arch, targets.workload), targets.workload
+        unit = f"bytes (16-bit weights, caches of {load.batch} x {load.context:,} tokens)"
+        return _Budget(round(targets.memory), whole, unit, lambda small: memory_bytes(small, load))
+    if targets.params is None:
+        return None
+    whole = arch.num_parameters(embedding=targets.embedding)
+    limit = round(targets.params * whole) if targets.params <= 1 else round(targets.params)
+    unit = f"parameters ({'with' if targets.embedding else 'without'} embeddings)"
+    return _Budget(limit, whole, unit, lambda small: small.num_parameters(embedding=targets.embedding))
+
+
+def _candidates(arch: Architecture, fixed: dict[str, int], targets: Targets) -> Iterator[Architecture]:
+    inner = [name for name in ("ffn_hidden_size", "mamba_num_heads") if _KINDS[name] in arch.pattern]
+    inner = [name for name in inner if name not in fixed]
     hidden_steps = [GRID] if "hidden_size" in fixed else range(1, GRID + 1)
     inner_steps = range(1, GRID + 1) if inner else [GRID]
     in_step = "hidden_size" not in fixed and bool(inner)
@@ -124,8 +189,8 @@ def _candidates(arch: Architecture, fixed: dict[str, int]) -> Iterator[Architect
         for j in inner_steps:
             if in_step and max(Fraction(i, j), Fraction(j, i)) > BALANCE:
                 continue
-            sizes = {"hidden_size": _round(arch.hidden_size, i, ALIGNMENT)}
-            sizes |= {name: _round(size, j, unit) for name, (size, unit) in inner.items()}
+            steps: dict[str, Any] = {"hidden_size": i} | dict.fromkeys(inner, j)
+            sizes = {n: _round(getattr(arch, n), step, targets.divisor(arch, n)) for n, step in steps.items()}
             yield replace(arch, **(sizes | fixed))
 
 

@@ -6,6 +6,7 @@ Higher is more important. The names, with their shapes:
 - `layers.{i}.ffn`: `(ffn_hidden_size,)`, for each MLP; `i` counts sub-layers of the pattern from 0
 - `layers.{i}.query_head`: `(num_attention_heads,)`, for each attention layer
 - `layers.{i}.mamba`: `(mamba_num_heads, mamba_head_dim)`, for each Mamba-2 layer
+- `layers.{i}.state`: `(mamba_num_groups, mamba_state_dim)`, for each Mamba-2 layer
 - `block_influence`: `(number of sub-layers,)`
 - `block_influence.blocks`: `(number of blocks,)`, blocks as in `megatron_ext.models.pattern`
 """
@@ -46,14 +47,23 @@ def mamba(layer: int) -> str:
     return f"layers.{layer}.mamba"
 
 
+def state(layer: int) -> str:
+    """The name of the scores of a Mamba-2 layer's states."""
+    return f"layers.{layer}.state"
+
+
 def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Every score that a model can have, and its shape."""
-    axes = {
-        MLP: (ffn, (arch.ffn_hidden_size,)),
-        ATTENTION: (query_head, (arch.num_attention_heads,)),
-        MAMBA: (mamba, (arch.mamba_num_heads, arch.mamba_head_dim)),
-    }
-    layers = {axes[unit][0](i): axes[unit][1] for i, unit in enumerate(arch.pattern)}
+    layers: dict[str, tuple[int, ...]] = {}
+    for i, unit in enumerate(arch.pattern):
+        own = arch.at(i)
+        if unit == MLP:
+            layers[ffn(i)] = (own.ffn_hidden_size,)
+        elif unit == ATTENTION:
+            layers[query_head(i)] = (own.num_attention_heads,)
+        elif unit == MAMBA:
+            layers[mamba(i)] = (own.mamba_num_heads, own.mamba_head_dim)
+            layers[state(i)] = (own.mamba_num_groups, own.mamba_state_dim)
     depth = {INFLUENCE: (len(arch.pattern),), BLOCK_INFLUENCE: (len(arch.layers.blocks),)}
     return {HIDDEN: (arch.hidden_size,), **layers, **depth}
 

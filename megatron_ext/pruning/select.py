@@ -1,5 +1,7 @@
 """From scores to a plan: what stays on every axis."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,19 +16,28 @@ from megatron_ext.pruning.plan import Plan, Provenance, differences
 from megatron_ext.pruning.scores import Scores
 
 
-def make_plan(scores: Scores, arch: Architecture, targets: Targets, *, scores_path: str | Path = "") -> Plan:
+def make_plan(
+    scores: Scores, arch: Architecture, targets: Targets, *, scores_path: str | Path = "", merge_heads: bool = False
+) -> Plan:
     """The plan that keeps the most important positions of every axis. Deterministic; of equal scores, the first stays.
 
     Depth: blocks of the highest influence stay (Block Influence, arXiv 2407.14679). Width, per layer:
-    the neurons of the highest score; the query heads of the highest score within each key/value group; for Mamba-2
-    the head channels of the highest `||s[:, d]||_2`, then within each SSM group the heads of the highest
-    `||s[h, D_top]||_2` (Minitron-SSM, arXiv 2504.11409). Sizes: as `budget.resolve` says.
+
+    - the neurons of the highest score;
+    - the key/value groups whose query heads' scores have the largest L2 norm, then in each the heads of the highest;
+    - for Mamba-2 the head channels of the highest `||s[:, d]||_2`, the SSM groups of the highest norm over their heads,
+      and in each the heads of the highest `||s[h, D_top]||_2` (Minitron-SSM, arXiv 2504.11409) and the states of the
+      highest score.
+
+    Sizes: as `budget.resolve` says. Those of `targets.per_layer` are then spread over the layers: each layer's scores
+    are divided by their sum, and the most important slices of a divisor's width, over all layers, stay.
 
     Args:
         scores: The scores of `arch`.
         arch: The model to be cut.
         targets: What to cut it to.
         scores_path: Recorded in the provenance.
+        merge_heads: Fold dropped query heads into those that stay (`merged_heads` of the plan).
 
     Raises:
         PlanError: The scores belong to another model or lack something, or the targets cannot be reached.
@@ -39,26 +50,23 @@ def make_plan(scores: Scores, arch: Architecture, targets: Targets, *, scores_pa
         blocks = top(scores[names.BLOCK_INFLUENCE], targets.num_layers)
         units = tuple(i for block in blocks for i in arch.layers.blocks[block])
     target = resolve(arch, targets, "".join(arch.pattern[i] for i in units))
+    if targets.per_layer:
+        target = _spread(scores, arch, target, targets, units)
 
-    hidden, ffn, query_heads, mamba_heads, head_channels = None, {}, {}, {}, {}
+    hidden = None
     if target.hidden_size < arch.hidden_size:
         hidden = top(scores[names.HIDDEN], target.hidden_size)
-    for i in units:
-        kind = arch.pattern[i]
-        if kind == MLP and target.ffn_hidden_size < arch.ffn_hidden_size:
-            ffn[i] = top(scores[names.ffn(i)], target.ffn_hidden_size)
-        elif kind == ATTENTION and target.num_attention_heads < arch.num_attention_heads:
-            query_heads[i] = top(scores[names.query_head(i)], target.num_attention_heads, arch.num_query_groups)
-        elif kind == MAMBA:
-            channels = range(arch.mamba_head_dim)
-            if target.mamba_head_dim < arch.mamba_head_dim:
-                channels = head_channels[i] = top(scores[names.mamba(i)].norm(dim=0), target.mamba_head_dim)
-            if target.mamba_num_heads < arch.mamba_num_heads:
-                head_scores = scores[names.mamba(i)][:, list(channels)].norm(dim=1)
-                mamba_heads[i] = top(head_scores, target.mamba_num_heads, arch.mamba_num_groups)
+    widths = _Widths()
+    for place, i in enumerate(units):
+        old, new = arch.at(i), target.at(place)
+        if arch.pattern[i] == MLP and new.ffn_hidden_size < old.ffn_hidden_size:
+            widths.ffn[i] = top(scores[names.ffn(i)], new.ffn_hidden_size)
+        elif arch.pattern[i] == ATTENTION:
+            widths.cut_attention(i, scores, old, new, merge_heads)
+        elif arch.pattern[i] == MAMBA:
+            widths.cut_mamba(i, scores, old, new)
     return Plan(
-        source=arch, target=target, units=units, hidden=hidden, ffn=ffn, query_heads=query_heads,
-        mamba_heads=mamba_heads, head_channels=head_channels,
+        source=arch, target=target, units=units, hidden=hidden, **vars(widths),
         provenance=Provenance(
             model=scores.model, iteration=scores.iteration, fingerprint=scores.fingerprint, scores=str(scores_path),
             data=scores.data, seed=scores.seed, metric=scores.metric,
@@ -66,8 +74,109 @@ def make_plan(scores: Scores, arch: Architecture, targets: Targets, *, scores_pa
     )  # fmt: skip
 
 
-def top(scores: Tensor, keep: int, groups: int = 1) -> tuple[int, ...]:
-    """Ascending indices of the `keep` highest scores, the same number from each of `groups` equal runs of positions."""
+_Kept = dict[int, tuple[int, ...]]
+
+
+@dataclass
+class _Widths:
+    """The per-layer fields of a plan, while they are found."""
+
+    ffn: _Kept = field(default_factory=dict)
+    kv_groups: _Kept = field(default_factory=dict)
+    query_heads: _Kept = field(default_factory=dict)
+    merged_heads: dict[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    mamba_groups: _Kept = field(default_factory=dict)
+    mamba_heads: _Kept = field(default_factory=dict)
+    head_channels: _Kept = field(default_factory=dict)
+    states: _Kept = field(default_factory=dict)
+
+    def cut_attention(self, i: int, scores: Scores, old: Architecture, new: Architecture, merge: bool) -> None:
+        groups = None
+        if new.num_query_groups < old.num_query_groups:
+            per_group = scores[names.query_head(i)].view(old.num_query_groups, -1).norm(dim=1)
+            groups = self.kv_groups[i] = top(per_group, new.num_query_groups)
+        staying = old.num_query_groups if groups is None else len(groups)
+        if new.num_attention_heads < old.num_attention_heads // old.num_query_groups * staying:
+            heads = scores[names.query_head(i)]
+            self.query_heads[i] = top(heads, new.num_attention_heads, old.num_query_groups, groups)
+            if merge:
+                self.merged_heads[i] = _merged(heads, self.query_heads[i], old.num_query_groups)
+
+    def cut_mamba(self, i: int, scores: Scores, old: Architecture, new: Architecture) -> None:
+        channels, groups = list(range(old.mamba_head_dim)), None
+        if new.mamba_head_dim < old.mamba_head_dim:
+            self.head_channels[i] = top(scores[names.mamba(i)].norm(dim=0), new.mamba_head_dim)
+            channels = list(self.head_channels[i])
+        if new.mamba_num_groups < old.mamba_num_groups:
+            per_group = scores[names.mamba(i)][:, channels].reshape(old.mamba_num_groups, -1).norm(dim=1)
+            groups = self.mamba_groups[i] = top(per_group, new.mamba_num_groups)
+        staying = old.mamba_num_groups if groups is None else len(groups)
+        if new.mamba_num_heads < old.mamba_num_heads // old.mamba_num_groups * staying:
+            heads = scores[names.mamba(i)][:, channels].norm(dim=1)
+            self.mamba_heads[i] = top(heads, new.mamba_num_heads, old.mamba_num_groups, groups)
+        if new.mamba_state_dim < old.mamba_state_dim:
+            states = scores[names.state(i)].flatten()
+            self.states[i] = top(states, new.mamba_state_dim * staying, old.mamba_num_groups, groups)
+
+
+def top(scores: Tensor, keep: int, groups: int = 1, kept_groups: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Ascending indices of the `keep` highest scores, the same number from each of `groups` equal runs of positions.
+
+    Args:
+        scores: `(positions,)`.
+        keep: How many stay, over all groups.
+        groups: How many groups the positions lie in.
+        kept_groups: The groups that stay; all by default.
+    """
     grouped = scores.view(groups, -1)
-    order = torch.argsort(grouped, dim=1, descending=True, stable=True)[:, : keep // groups].sort(dim=1).values
-    return tuple((order + torch.arange(groups)[:, None] * grouped.shape[1]).flatten().tolist())
+    chosen = list(range(groups) if kept_groups is None else kept_groups)
+    order = torch.argsort(grouped[chosen], dim=1, descending=True, stable=True)[:, : keep // len(chosen)]
+    first = torch.tensor(chosen)[:, None] * grouped.shape[1]
+    return tuple((order.sort(dim=1).values + first).flatten().tolist())
+
+
+def _merged(scores: Tensor, kept: Sequence[int], groups: int) -> tuple[tuple[int, int], ...]:
+    """Which dropped query head is folded into which kept one, in each group of L heads, K of them kept.
+
+    With heads ranked from the most important, 1 to L, head `i` takes in head `2K - i + 1`, for `i` from `2K - L + 1` to
+    K (Minitron, arXiv 2407.14679): the last that stays takes the first that goes, and so on outwards.
+    """
+    pairs = []
+    per_group = scores.numel() // groups
+    for group in dict.fromkeys(head // per_group for head in kept):
+        members = torch.arange(group * per_group, (group + 1) * per_group)
+        ranked = members[torch.argsort(scores[members], descending=True, stable=True)].tolist()
+        count = sum(head // per_group == group for head in kept)
+        pairs += [(ranked[i], ranked[2 * count - 1 - i]) for i in range(max(0, 2 * count - per_group), count)]
+    return tuple(sorted(pairs))
+
+
+def _spread(
+    scores: Scores, arch: Architecture, target: Architecture, targets: Targets, units: Sequence[int]
+) -> Architecture:
+    """`target` with the sizes of `targets.per_layer` shared out over the layers, their sums unchanged or just below."""
+    uneven = {}
+    for name in targets.per_layer:
+        divisor = targets.divisor(arch, name)
+        layers = [i for i in units if arch.pattern[i] == (MLP if name == "ffn_hidden_size" else MAMBA)]
+        slices = []  # of each layer, its most important first
+        for i in layers:
+            if name == "ffn_hidden_size":
+                values = scores[names.ffn(i)].view(1, -1)
+            else:
+                values = scores[names.mamba(i)].norm(dim=1).view(arch.mamba_num_groups, -1)
+                values = values[list(top(values.norm(dim=1), target.mamba_num_groups))]
+            width = divisor // values.shape[0]
+            ranked = values.sort(dim=1, descending=True).values
+            whole = ranked[:, : ranked.shape[1] // width * width]
+            slices.append(whole.unflatten(1, (-1, width)).sum(dim=(0, 2)) / values.sum())
+        total = getattr(target, name) * len(layers) // divisor
+        if total < len(layers):
+            raise PlanError(f"{name} is too small to spread", got=getattr(target, name), legal=f"at least {divisor}")
+        # The best slice of every layer stays, so that none is empty; then the best of the others.
+        counts = [1] * len(layers)
+        others = [(-float(value), place) for place, own in enumerate(slices) for value in own[1:]]
+        for _, place in sorted(others)[: total - len(layers)]:
+            counts[place] += 1
+        uneven[name] = tuple(count * divisor for count in counts)
+    return replace(target, layer_sizes=uneven)

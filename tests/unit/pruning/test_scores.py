@@ -19,7 +19,8 @@ def scores(**changes) -> Scores:
 def test_names_and_shapes():
     arch = replace(ARCH, pattern="M--*")
     assert shapes(arch) == {
-        "hidden": (256,), "layers.0.mamba": (16, 32), "layers.1.ffn": (512,), "layers.2.ffn": (512,),
+        "hidden": (256,), "layers.0.mamba": (16, 32), "layers.0.state": (2, 32), "layers.1.ffn": (512,),
+            "layers.2.ffn": (512,),
         "layers.3.query_head": (8,), "block_influence": (4,), "block_influence.blocks": (2,),
     }  # fmt: skip
 
