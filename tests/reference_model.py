@@ -1,47 +1,74 @@
 """A hybrid model in plain formulas and float64, straight from a checkpoint's tensors: nothing of Megatron's, no layout.
 
 Shapes: b batch, s sequence, h hidden, g groups, n heads, d channels.
+
+Positions that a plan drops can be masked: their activations are zero, and norms count the others only. So a masked
+model is the smaller one, found without slicing a weight.
 """
+
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ext.models.axes import Kept
 from megatron_ext.models.config import Architecture
+from megatron_ext.pruning.plan import Plan
 from megatron_ext.ssm import naive
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+def mask(kept: Sequence[int] | None, size: int) -> Tensor:
+    """1.0 at what is kept, 0.0 elsewhere, (size,)."""
+    result = torch.ones(size, dtype=torch.float64)
+    if kept is not None:
+        result = torch.zeros(size, dtype=torch.float64)
+        result[list(kept)] = 1
+    return result
 
 
-def attention(arch: Architecture, w: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, counted: Tensor) -> Tensor:
+    """x and `counted` (0 or 1): (..., h)."""
+    return (
+        x
+        * counted
+        / ((x * counted).square().sum(-1, keepdim=True) / counted.sum(-1, keepdim=True) + eps).sqrt()
+        * (weight)
+    )
+
+
+def attention(arch: Architecture, w: dict[str, Tensor], x: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
     """The update of an attention layer without positions, and its heads' outputs (b, s, n, d)."""
     b, s, _ = x.shape
     groups, d = arch.num_query_groups, arch.kv_channels
     per_group = arch.num_attention_heads // groups
     qkv = (x @ w["self_attention.linear_qkv.weight"].T).view(b, s, groups, per_group + 2, d)
     heads = torch.empty(b, s, groups, per_group, d, dtype=x.dtype)
-    mask = torch.ones(s, s, dtype=torch.bool).tril()
+    causal = torch.ones(s, s, dtype=torch.bool).tril()
     for group in range(groups):
         key, value = qkv[:, :, group, per_group], qkv[:, :, group, per_group + 1]
         for head in range(per_group):
             logits = (qkv[:, :, group, head] @ key.mT) / d**0.5
-            heads[:, :, group, head] = logits.masked_fill(~mask, -torch.inf).softmax(-1) @ value
-    out = heads.reshape(b, s, -1) @ w["self_attention.linear_proj.weight"].T
-    return out, heads.reshape(b, s, -1, d)
+            heads[:, :, group, head] = logits.masked_fill(~causal, -torch.inf).softmax(-1) @ value
+    inner = heads.reshape(b, s, -1, d)
+    stay = mask(kept.kv_groups, groups).repeat_interleave(per_group) * mask(kept.query_heads, groups * per_group)
+    return (inner * stay[:, None]).flatten(2) @ w["self_attention.linear_proj.weight"].T, inner
 
 
-def mlp(w: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+def mlp(w: dict[str, Tensor], x: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
     """The update of a gated MLP, and its neurons (b, s, f)."""
     gate, up = (x @ w["mlp.linear_fc1.weight"].T).chunk(2, dim=-1)
     neurons = F.silu(gate) * up
-    return neurons @ w["mlp.linear_fc2.weight"].T, neurons
+    return neurons * mask(kept.ffn, neurons.shape[-1]) @ w["mlp.linear_fc2.weight"].T, neurons
 
 
-def mamba(arch: Architecture, w: dict[str, Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
-    """The update of a Mamba-2 layer, and the x part of its input projection (b, s, n, d)."""
+def mamba(arch: Architecture, w: dict[str, Tensor], u: Tensor, kept: Kept) -> tuple[Tensor, dict[str, Tensor]]:
+    """The update of a Mamba-2 layer, and the parts x (b, s, n, d), B and C (b, s, g, state) of its input projection."""
     groups = arch.mamba_num_groups
+    group = mask(kept.mamba_groups, groups)
+    head = group.repeat_interleave(arch.mamba_num_heads // groups) * mask(kept.mamba_heads, arch.mamba_num_heads)
+    inner = (head[:, None] * mask(kept.head_channels, arch.mamba_head_dim)).flatten()
+    states = mask(kept.states, groups * arch.mamba_state_dim).view(groups, -1)
     z, x, B, C, dt = (u @ w[f"mixer.in_proj.weight.{name}"].T for name in ("z", "x", "B", "C", "dt"))
     convolved = []
     for name, value in (("x", x), ("B", B), ("C", C)):
@@ -52,32 +79,57 @@ def mamba(arch: Architecture, w: dict[str, Tensor], u: Tensor) -> tuple[Tensor, 
         cx.unflatten(-1, (-1, arch.mamba_head_dim)),
         F.softplus(dt + w["mixer.dt_bias"]),
         -w["mixer.A_log"].exp(),
-        cB.unflatten(-1, (groups, -1)),
+        cB.unflatten(-1, (groups, -1)) * states,
         cC.unflatten(-1, (groups, -1)),
         w["mixer.D"],
     )
     gated = (y.flatten(2) * F.silu(z)).unflatten(-1, (groups, -1))
-    normed = rms_norm(gated, torch.ones((), dtype=u.dtype), 1e-5).flatten(2) * w["mixer.norm.weight"]
-    return normed @ w["mixer.out_proj.weight"].T, x.unflatten(-1, (-1, arch.mamba_head_dim))
+    # A group that is dropped has nothing to count; what its norm gives does not matter.
+    counted = inner.view(groups, -1) + (1 - group[:, None])
+    normed = rms_norm(gated, torch.ones((), dtype=u.dtype), 1e-5, counted).flatten(2) * w["mixer.norm.weight"]
+    parts = {"x": x.unflatten(-1, (-1, arch.mamba_head_dim)), "B": B.unflatten(-1, (groups, -1))}
+    return (normed * inner) @ w["mixer.out_proj.weight"].T, parts | {"C": C.unflatten(-1, (groups, -1))}
 
 
-def forward(arch: Architecture, weights: dict[str, Tensor], tokens: Tensor) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Logits (b, s, v), and for each sub-layer its `input`, `norm`, `inner` activation and `output`."""
+def forward(
+    arch: Architecture,
+    weights: dict[str, Tensor],
+    tokens: Tensor,
+    *,
+    skip: Collection[int] = (),
+    plan: Plan | None = None,
+) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """Logits (b, s, v), and for each sub-layer that is not skipped its `input`, `norm`, inner activations and `output`.
+
+    Args:
+        arch: The model.
+        weights: Its tensors by checkpoint key.
+        tokens: (b, s).
+        skip: Sub-layers that are left out.
+        plan: What it drops is masked.
+    """
     weights = {key: value.double() for key, value in weights.items()}
-    hidden = weights["embedding.word_embeddings.weight"][tokens]
+    channels = mask(plan.hidden if plan else None, arch.hidden_size)
+    hidden = weights["embedding.word_embeddings.weight"][tokens] * channels
     seen = []
     for i, kind in enumerate(arch.pattern):
+        if i in skip or (plan and i not in plan.units):
+            continue
+        kept, own = plan.kept(i) if plan else Kept(), arch.at(i)
         prefix = f"decoder.layers.{i}."
         w = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
         (norm_weight,) = (value for key, value in w.items() if key.endswith("layer_norm_weight"))
-        normed = rms_norm(hidden, norm_weight, arch.norm_epsilon)
+        normed = rms_norm(hidden, norm_weight, arch.norm_epsilon, channels)
         if kind == "*":
-            update, inner = attention(arch, w, normed)
+            update, inner = attention(own, w, normed, kept)
         elif kind == "-":
-            update, inner = mlp(w, normed)
+            update, inner = mlp(w, normed, kept)
         else:
-            update, inner = mamba(arch, w, normed)
-        seen.append({"input": hidden, "norm": normed, "inner": inner, "output": hidden + update})
-        hidden = hidden + update
-    final = rms_norm(hidden, weights["decoder.final_norm.weight"], arch.norm_epsilon)
-    return final @ weights["output_layer.weight"].T, seen
+            update, parts = mamba(own, w, normed, kept)
+            inner = parts["x"]
+        inputs = {"input": hidden, "norm": normed, "inner": inner}
+        hidden = hidden + update * channels
+        seen.append(inputs | {"output": hidden} | (parts if kind == "M" else {}))
+    final = rms_norm(hidden, weights["decoder.final_norm.weight"], arch.norm_epsilon, channels)
+    output_layer = weights.get("output_layer.weight", weights["embedding.word_embeddings.weight"])
+    return final @ output_layer.T, seen

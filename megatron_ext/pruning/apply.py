@@ -11,6 +11,7 @@ from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.atomic import refuse_existing
 from megatron_ext.checkpoint.stream import Reader, check_shapes, writing
 from megatron_ext.models import axes
+from megatron_ext.pruning.merge import merge_heads
 from megatron_ext.pruning.plan import Plan
 
 PLAN_FILE = "plan.json"
@@ -68,6 +69,8 @@ def cut(plan: Plan, reader: Reader) -> Iterator[tuple[str, Tensor]]:
         old_layer = None if layer is None else plan.units[layer]
         old_key = key if old_layer is None else f"{axes.LAYER}.{old_layer}.{weight.name}"
         tensor = reader.read(old_key)
+        if weight.axes[0] == "qkv" and old_layer is not None and (pairs := plan.merged_heads.get(old_layer)):
+            tensor = merge_heads(plan.source, tensor, pairs)
         for dimension, index in enumerate(axes.indices(plan.source, old_key, plan.kept(old_layer))):
             if index is not None:
                 tensor = tensor.index_select(dimension, index)
