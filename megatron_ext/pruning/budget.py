@@ -9,7 +9,8 @@ from typing import Any
 from megatron_ext.errors import PlanError
 from megatron_ext.models.config import Architecture
 from megatron_ext.models.cost import Workload, memory_bytes
-from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP
+from megatron_ext.models.pattern import ATTENTION, KINDS, MAMBA, MLP, MOE
+from megatron_ext.pruning.scores import DEPTH_METRICS
 
 GRID = 32  # widths are tried in steps of 1/32 of the original
 WIDE = 2048  # from this width up, widths are multiples of 64; below, of 8, which matrix units want
@@ -27,6 +28,9 @@ _KINDS = {
 }
 # What lies in groups, and the size that counts these.
 _GROUPS = {"num_attention_heads": "num_query_groups", "mamba_num_heads": "mamba_num_groups"}
+# Targets that count the sub-layers of one kind.
+_LAYERS = {"attention_layers": ATTENTION, "mamba_layers": MAMBA, "mlp_layers": MLP, "moe_layers": MOE}
+DEPTH_CHOICES = (*DEPTH_METRICS, "scan_loss", "scan_task")
 SIZES = ("hidden_size", *_KINDS)
 
 
@@ -38,6 +42,11 @@ class Targets:
         num_attention_heads: Query heads over all groups that stay. Where `num_query_groups` is cut and this is not
             asked for, the heads of the dropped groups go; so it is with `mamba_num_heads` and `mamba_num_groups`.
         num_layers: Blocks to keep (a mixer and its MLPs; see `megatron_ext.models.pattern`).
+        num_sublayers: Sub-layers to keep, of whatever kind.
+        attention_layers, mamba_layers, mlp_layers, moe_layers: Sub-layers of one kind to keep: from 1 up a number, below
+            1 a fraction, rounded to the nearest number (half up).
+        depth_metric: By which sub-layers or blocks are chosen: `scores.DEPTH_METRICS`, or `scan_loss` and `scan_task`,
+            which drop one contiguous run.
         params: A number of parameters: up to 1.0 a fraction of the original's, above it a count.
         embedding: Whether `params` counts the word embedding and the output layer.
         memory: Bytes of 16-bit weights and of the caches of `workload`.
@@ -57,6 +66,12 @@ class Targets:
     mamba_head_dim: int | None = None
     mamba_state_dim: int | None = None
     num_layers: int | None = None
+    num_sublayers: int | None = None
+    attention_layers: float | None = None
+    mamba_layers: float | None = None
+    mlp_layers: float | None = None
+    moe_layers: float | None = None
+    depth_metric: str = "block_influence"
     params: float | None = None
     embedding: bool = True
     memory: float | None = None
@@ -71,19 +86,28 @@ class Targets:
         """The sizes asked for, by their names in `Architecture`."""
         return {name: size for name in SIZES if (size := getattr(self, name)) is not None}
 
+    def kinds(self, arch: Architecture) -> dict[str, int]:
+        """How many sub-layers of each kind are asked for, by their letters."""
+        counts = {}
+        for name, kind in _LAYERS.items():
+            if (asked := getattr(self, name)) is not None:
+                counts[kind] = int(asked * arch.pattern.count(kind) + 0.5) if asked < 1 else int(asked)
+        return counts
+
     def check(self, arch: Architecture) -> None:
         """Check that each size can be cut out of `arch`.
 
         Raises:
             PlanError: A size is out of range, does not keep groups equal, or is of a kind of layer the model lacks.
         """
-        if not self.sizes and self.num_layers is None and self.params is None and self.memory is None:
+        self._check_depth(arch)
+        depth = self.num_layers is not None or self.num_sublayers is not None or self.kinds(arch)
+        if not self.sizes and not depth and self.params is None and self.memory is None:
             raise PlanError("no target given", legal="a size, a number of layers, or a budget")
         if self.params is not None and self.memory is not None:
             raise PlanError("two budgets given", got="params and memory", legal="one of them")
-        asked_for = self.sizes if self.num_layers is None else self.sizes | {"num_layers": self.num_layers}
-        for name, asked in asked_for.items():
-            size = len(arch.layers.blocks) if name == "num_layers" else getattr(arch, name)
+        for name, asked in self.sizes.items():
+            size: int = getattr(arch, name)
             if name in _KINDS and _KINDS[name] not in arch.pattern:
                 raise PlanError(f"{name} cannot be cut: the model has no such layer", got=arch.pattern)
             step, most = 1, size
@@ -101,6 +125,28 @@ class Targets:
             if name not in ("ffn_hidden_size", "mamba_num_heads") or _KINDS[name] not in arch.pattern:
                 legal = [name for name in ("ffn_hidden_size", "mamba_num_heads") if _KINDS[name] in arch.pattern]
                 raise PlanError(f"{name} cannot differ from layer to layer", legal=", ".join(legal) or "none here")
+
+    def _check_depth(self, arch: Architecture) -> None:
+        if self.depth_metric not in DEPTH_CHOICES:
+            raise PlanError("unknown depth metric", got=self.depth_metric, legal=", ".join(DEPTH_CHOICES))
+        kinds = self.kinds(arch)
+        ways = [self.num_layers is not None, self.num_sublayers is not None, bool(kinds)]
+        if sum(ways) > 1:
+            legal = "one of: num_layers; num_sublayers; the layers of each kind"
+            raise PlanError("depth is asked for in more than one way", legal=legal)
+        if kinds and self.depth_metric.startswith("scan_"):
+            raise PlanError(f"{self.depth_metric} drops a run of whatever kind", legal="num_layers or num_sublayers")
+        limits = {"num_layers": len(arch.layers.blocks), "num_sublayers": len(arch.pattern)}
+        for name, most in limits.items():
+            if (asked := getattr(self, name)) is not None and not 1 <= asked <= most:
+                raise PlanError(f"{name} cannot be cut to {asked}", got=f"{most} in the model", legal=f"1 to {most}")
+        for name, kind in _LAYERS.items():
+            asked, most = getattr(self, name), arch.pattern.count(kind)
+            if asked is not None and (not 0 <= asked <= most or (asked >= 1 and asked != int(asked))):
+                legal = f"0 to {most}, or a fraction below 1" if most else f"no such target: no {KINDS[kind]} layers"
+                raise PlanError(f"{name} cannot be cut to {asked:g}", got=arch.pattern, legal=legal)
+        if sum(kinds.get(unit, 1) for unit in set(arch.pattern)) == 0:
+            raise PlanError("nothing would be left of the model", got=f"{kinds}", legal="at least one layer")
 
     def divisor(self, arch: Architecture, name: str) -> int:
         """What the size `name` of a model cut from `arch` is a multiple of, where it is ours to choose."""

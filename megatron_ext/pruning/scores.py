@@ -7,8 +7,11 @@ Higher is more important. The names, with their shapes:
 - `layers.{i}.query_head`: `(num_attention_heads,)`, for each attention layer
 - `layers.{i}.mamba`: `(mamba_num_heads, mamba_head_dim)`, for each Mamba-2 layer
 - `layers.{i}.state`: `(mamba_num_groups, mamba_state_dim)`, for each Mamba-2 layer
-- `block_influence`: `(number of sub-layers,)`
-- `block_influence.blocks`: `(number of blocks,)`, blocks as in `megatron_ext.models.pattern`
+- `depth.{metric}`: `(number of sub-layers,)`, for a metric of `DEPTH_METRICS`
+- `depth.{metric}.blocks`: `(number of blocks,)`, blocks as in `megatron_ext.models.pattern`
+- `depth.shapley_{value}.stderr`, `depth.shapley_{value}.blocks.stderr`: the standard errors of the two above
+- `depth.scan_{loss,task}.{n}`, `depth.scan_{loss,task}.blocks.{n}`: what is lost without the n sub-layers, or blocks,
+  that begin at each position
 """
 
 import json
@@ -28,8 +31,14 @@ from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP
 
 FORMAT = "megatron_ext.scores/1"
 HIDDEN = "hidden"
-INFLUENCE = "block_influence"
-BLOCK_INFLUENCE = "block_influence.blocks"
+BLOCKS = ".blocks"
+STDERR = ".stderr"
+# What can be measured of a sub-layer or block: how it changes the residual stream, what leaving it out alone does, and
+# its Shapley value.
+DEPTH_METRICS = (
+    "block_influence", "relative_l1", "relative_l2", "loss", "logit_mse", "logit_distance", "shapley_loss",
+    "shapley_logit_distance",
+)  # fmt: skip
 
 
 def ffn(layer: int) -> str:
@@ -52,6 +61,16 @@ def state(layer: int) -> str:
     return f"layers.{layer}.state"
 
 
+def depth(metric: str, *, blocks: bool = False) -> str:
+    """The name of the depth scores of sub-layers, or of blocks."""
+    return f"depth.{metric}{BLOCKS if blocks else ''}"
+
+
+def scan(value: str, length: int, *, blocks: bool = False) -> str:
+    """The name of the scan that leaves out every run of `length` sub-layers, or blocks."""
+    return f"{depth(f'scan_{value}', blocks=blocks)}.{length}"
+
+
 def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Every score that a model can have, and its shape."""
     layers: dict[str, tuple[int, ...]] = {}
@@ -64,8 +83,14 @@ def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
         elif unit == MAMBA:
             layers[mamba(i)] = (own.mamba_num_heads, own.mamba_head_dim)
             layers[state(i)] = (own.mamba_num_groups, own.mamba_state_dim)
-    depth = {INFLUENCE: (len(arch.pattern),), BLOCK_INFLUENCE: (len(arch.layers.blocks),)}
-    return {HIDDEN: (arch.hidden_size,), **layers, **depth}
+    for blocks, count in ((False, len(arch.pattern)), (True, len(arch.layers.blocks))):
+        for metric in DEPTH_METRICS:
+            layers[depth(metric, blocks=blocks)] = (count,)
+            if metric.startswith("shapley"):
+                layers[depth(metric, blocks=blocks) + STDERR] = (count,)
+        for value in ("loss", "task"):
+            layers |= {scan(value, n, blocks=blocks): (count - n + 1,) for n in range(1, count)}
+    return {HIDDEN: (arch.hidden_size,), **layers}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ def make_plan(
 ) -> Plan:
     """The plan that keeps the most important positions of every axis. Deterministic; of equal scores, the first stays.
 
-    Depth: blocks of the highest influence stay (Block Influence, arXiv 2407.14679). Width, per layer:
+    Depth: see `keep_units`. Width, per layer:
 
     - the neurons of the highest score;
     - the key/value groups whose query heads' scores have the largest L2 norm, then in each the heads of the highest;
@@ -45,10 +45,7 @@ def make_plan(
     if wrong := differences(scores.architecture, arch):
         raise PlanError("the scores belong to another model", got=wrong)
     targets.check(arch)
-    units = tuple(range(len(arch.pattern)))
-    if targets.num_layers is not None and targets.num_layers < len(arch.layers.blocks):
-        blocks = top(scores[names.BLOCK_INFLUENCE], targets.num_layers)
-        units = tuple(i for block in blocks for i in arch.layers.blocks[block])
+    units = keep_units(scores, arch, targets)
     target = resolve(arch, targets, "".join(arch.pattern[i] for i in units))
     if targets.per_layer:
         target = _spread(scores, arch, target, targets, units)
@@ -119,6 +116,44 @@ class _Widths:
             self.states[i] = top(states, new.mamba_state_dim * staying, old.mamba_num_groups, groups)
 
 
+def keep_units(scores: Scores, arch: Architecture, targets: Targets) -> tuple[int, ...]:
+    """The sub-layers that stay: those of the highest score, or all but the run that costs least (a scan).
+
+    Args:
+        scores: Those of `targets.depth_metric`.
+        arch: The model.
+        targets: Checked targets.
+
+    Raises:
+        PlanError: The scores lack the metric.
+    """
+    everything = range(len(arch.pattern))
+    if targets.num_layers is not None:
+        blocks = arch.layers.blocks
+        kept = _keep(scores, targets, len(blocks), targets.num_layers, blocks=True)
+        return tuple(i for block in kept for i in blocks[block])
+    if targets.num_sublayers is not None:
+        return _keep(scores, targets, len(arch.pattern), targets.num_sublayers, blocks=False)
+    dropped: set[int] = set()
+    for kind, count in targets.kinds(arch).items():
+        units = arch.layers.indices(kind)
+        if count < len(units):
+            importance = scores[names.depth(targets.depth_metric)][units]
+            dropped |= set(units) - {units[place] for place in top(importance, count)}
+    return tuple(i for i in everything if i not in dropped)
+
+
+def _keep(scores: Scores, targets: Targets, size: int, count: int, *, blocks: bool) -> tuple[int, ...]:
+    if count == size:
+        return tuple(range(size))
+    if targets.depth_metric.startswith("scan_"):
+        run = size - count
+        lost = scores[names.scan(targets.depth_metric.removeprefix("scan_"), run, blocks=blocks)]
+        first = int(lost.argmin())
+        return tuple(i for i in range(size) if not first <= i < first + run)
+    return top(scores[names.depth(targets.depth_metric, blocks=blocks)], count)
+
+
 def top(scores: Tensor, keep: int, groups: int = 1, kept_groups: Sequence[int] | None = None) -> tuple[int, ...]:
     """Ascending indices of the `keep` highest scores, the same number from each of `groups` equal runs of positions.
 
@@ -130,6 +165,8 @@ def top(scores: Tensor, keep: int, groups: int = 1, kept_groups: Sequence[int] |
     """
     grouped = scores.view(groups, -1)
     chosen = list(range(groups) if kept_groups is None else kept_groups)
+    if not keep:
+        return ()
     order = torch.argsort(grouped[chosen], dim=1, descending=True, stable=True)[:, : keep // len(chosen)]
     first = torch.tensor(chosen)[:, None] * grouped.shape[1]
     return tuple((order.sort(dim=1).values + first).flatten().tolist())

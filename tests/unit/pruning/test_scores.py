@@ -21,7 +21,7 @@ def test_names_and_shapes():
     assert shapes(arch) == {
         "hidden": (256,), "layers.0.mamba": (16, 32), "layers.0.state": (2, 32), "layers.1.ffn": (512,),
             "layers.2.ffn": (512,),
-        "layers.3.query_head": (8,), "block_influence": (4,), "block_influence.blocks": (2,),
+        "layers.3.query_head": (8,),
     }  # fmt: skip
 
 
