@@ -87,7 +87,7 @@ def mamba(arch: Architecture, w: dict[str, Tensor], u: Tensor, kept: Kept) -> tu
     # A group that is dropped has nothing to count; what its norm gives does not matter.
     counted = inner.view(groups, -1) + (1 - group[:, None])
     normed = rms_norm(gated, torch.ones((), dtype=u.dtype), 1e-5, counted).flatten(2) * w["mixer.norm.weight"]
-    parts = {"x": x.unflatten(-1, (-1, arch.mamba_head_dim)), "B": B.unflatten(-1, (groups, -1))}
+    parts = {"out": normed, "x": x.unflatten(-1, (-1, arch.mamba_head_dim)), "B": B.unflatten(-1, (groups, -1))}
     return (normed * inner) @ w["mixer.out_proj.weight"].T, parts | {"C": C.unflatten(-1, (groups, -1))}
 
 

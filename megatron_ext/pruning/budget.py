@@ -43,8 +43,8 @@ class Targets:
             asked for, the heads of the dropped groups go; so it is with `mamba_num_heads` and `mamba_num_groups`.
         num_layers: Blocks to keep (a mixer and its MLPs; see `megatron_ext.models.pattern`).
         num_sublayers: Sub-layers to keep, of whatever kind.
-        attention_layers, mamba_layers, mlp_layers, moe_layers: Sub-layers of one kind to keep: from 1 up a number, below
-            1 a fraction, rounded to the nearest number (half up).
+        attention_layers, mamba_layers, mlp_layers, moe_layers: Sub-layers of one kind to keep: from 1 up a number,
+            below 1 a fraction, rounded to the nearest number (half up).
         depth_metric: By which sub-layers or blocks are chosen: `scores.DEPTH_METRICS`, or `scan_loss` and `scan_task`,
             which drop one contiguous run.
         params: A number of parameters: up to 1.0 a fraction of the original's, above it a count.

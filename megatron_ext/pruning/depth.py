@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -43,11 +42,10 @@ def change(before: Float[Tensor, "s b h"], after: Float[Tensor, "s b h"]) -> Flo
     """The sums over tokens of the three measures, in the order of `STATIC`, and the number of tokens, in float64."""
     before, after = before.float(), after.float()
     update = after - before
-    sums = [
-        1 - F.cosine_similarity(before, after, dim=-1),
-        update.abs().sum(-1) / before.abs().sum(-1),
-        update.norm(dim=-1) / before.norm(dim=-1),
-    ]
+    length, new_length = before.norm(dim=-1), after.norm(dim=-1)
+    # 1 - cos(x, y) without its cancellation: half the squared distance of the two unit vectors.
+    turn = (after / new_length[..., None]).sub_(before / length[..., None])
+    sums = [turn.square().sum(-1) / 2, update.abs().sum(-1) / before.abs().sum(-1), update.norm(dim=-1) / length]
     return torch.stack([*(s.double().sum() for s in sums), torch.tensor(sums[0].numel(), device=before.device)])
 
 

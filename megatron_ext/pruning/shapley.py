@@ -1,7 +1,7 @@
 """Shapley values by permutation sampling: the average part that each player has in a game's value.
 
-Source: "A deeper look at depth pruning of LLMs" (arXiv 2407.16286), which scores transformer blocks so. Here players are
-the units of a model, and a coalition's value is what the model with only these units is worth.
+Source: "A deeper look at depth pruning of LLMs" (arXiv 2407.16286), which scores transformer blocks so. Here players
+are the units of a model, and a coalition's value is what the model with only these units is worth.
 """
 
 import math
@@ -66,7 +66,7 @@ def shapley(
         )  # fmt: skip
     leaving = max(1, len(players) - math.ceil(keep * len(players)))
     draws: dict[int, list[float]] = {player: [] for player in players}
-    samples = 0
+    samples, values, errors = 0, list[float](), list[float]()
     for order in _orders(players, random.Random(seed)):
         charges: dict[int, list[float]] = {player: [] for player in players}
         for direction in (order, order[::-1]):

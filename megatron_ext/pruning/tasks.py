@@ -8,7 +8,7 @@ one forward pass decides that, because each token of a right answer is the argma
 import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,12 +40,12 @@ def load_task(name: str) -> Task:
     """
     module, _, function = name.partition(":")
     try:
-        task = getattr(importlib.import_module(module), function)
+        task: Any = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"the task cannot be loaded: {error}", got=name, legal="package.module:function") from error
     if not callable(task):
         raise ConfigError("the task is not a function", got=name, legal="package.module:function")
-    return task
+    return cast(Task, task)
 
 
 def batches(samples: Sequence[Sample], length: int, size: int) -> list[dict[str, Tensor]]:

@@ -1,7 +1,8 @@
 """Forward passes without training: load a model on any layout, and its mean loss on a data split."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,22 +55,51 @@ def mean_loss(
     Returns:
         The loss, and the number of sequences.
     """
+    loaders = [_loader(split, samples, stage) for stage in range(len(model))]
+    total = loaders[0][1] if samples is None else samples
+    iterators = [iter(loader) if loader is not None else None for loader, _ in loaders]
+    steps = total // launch.args.global_batch_size
+    return forward_all(launch, model, iterators, steps, progress), steps * launch.args.global_batch_size
+
+
+def micro_batches(launch: Launch, model: list[Any], split: Literal["train", "valid"], samples: int) -> list[Any]:
+    """The first sequences of a split as this rank's micro-batches, for each chunk of the model that reads data."""
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+    count = samples // launch.args.global_batch_size * get_num_microbatches()
+    loaders = [_loader(split, samples, stage)[0] for stage in range(len(model))]
+    return [list(islice(loader, count)) if loader is not None else None for loader in loaders]
+
+
+@torch.no_grad()
+def forward_all(
+    launch: Launch,
+    model: list[Any],
+    iterators: Sequence[Any],
+    steps: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> float:
+    """Mean loss in nats per token over so many global batches, on all ranks.
+
+    Args:
+        launch: The validated command line.
+        model: From `load_model`.
+        iterators: Of micro-batches, one for each chunk of the model; None where it reads none.
+        steps: Global batches.
+        progress: Called with sequences done and in all.
+    """
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_ext.training.step import forward_step
 
     args = launch.args
-    loaders = [_loader(split, samples, stage) for stage in range(len(model))]
-    total = loaders[0][1] if samples is None else samples
-    steps = total // args.global_batch_size
-    iterators: Any = [iter(loader) if loader is not None else None for loader, _ in loaders]
     run = get_forward_backward_func()
     sums = torch.zeros(2, dtype=torch.float64)
     for step in range(steps):
         losses: list[dict[str, torch.Tensor]] = run(
             forward_step_func=forward_step,
-            data_iterator=iterators if len(model) > 1 else iterators[0],
+            data_iterator=list(iterators) if len(model) > 1 else iterators[0],
             model=model,
             num_microbatches=get_num_microbatches(),
             seq_length=args.seq_length,
@@ -82,7 +112,7 @@ def mean_loss(
     # Tensor-parallel ranks repeat the same sums, which cancels in the ratio; other pipeline stages add nothing.
     everywhere = sums.to(torch.cuda.current_device())
     torch.distributed.all_reduce(everywhere)
-    return float(everywhere[0] / everywhere[1]), steps * args.global_batch_size
+    return float(everywhere[0] / everywhere[1])
 
 
 def _loader(split: str, samples: int | None, stage: int) -> tuple[Any, int]:

@@ -1,47 +1,26 @@
 """The pruning job: score, plan, apply, and say what was cut."""
 
-import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.arguments import option
 from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.stream import Reader
 from megatron_ext.errors import ConfigError
 from megatron_ext.models.config import Architecture
 from megatron_ext.models.pattern import MAMBA
+from megatron_ext.pruning import tasks
 from megatron_ext.pruning.apply import apply
 from megatron_ext.pruning.budget import Targets, resolve
-from megatron_ext.pruning.importance import METRIC, check_borders
+from megatron_ext.pruning.depth import check_borders
+from megatron_ext.pruning.magnitude import magnitudes
 from megatron_ext.pruning.plan import Plan
-from megatron_ext.pruning.scores import Scores, mamba
+from megatron_ext.pruning.scores import BLOCKS, STDERR, Scores, mamba
 from megatron_ext.pruning.select import make_plan
 from megatron_ext.training.directory import CONFIG, describe
 from megatron_ext.training.launch import Job, Launch
+from megatron_ext.training.prune_options import PruneOptions
 
 SCORES = "scores.safetensors"
-
-
-@dataclass(frozen=True)
-class PruneOptions:
-    """What the smaller model should be, and how importance is measured."""
-
-    target_params: float | None = option(None, "Parameters to keep: up to 1.0 a fraction, above it a count.")
-    target_non_embedding: bool = option(False, "--prune-target-params leaves out embedding and output layer.")
-    hidden_size: int | None = option(None, "Channels of the residual stream to keep.")
-    ffn_hidden_size: int | None = option(None, "Neurons of each MLP to keep.")
-    num_attention_heads: int | None = option(None, "Query heads to keep; each group keeps the same number.")
-    mamba_num_heads: int | None = option(None, "Mamba-2 heads to keep; each SSM group keeps the same number.")
-    mamba_head_dim: int | None = option(None, "Channels of each Mamba-2 head to keep.")
-    num_layers: int | None = option(None, "Layers to keep; a layer is a mixer with the MLPs after it.")
-    samples: int = option(1024, "Calibration sequences.")
-    scores: str | None = option(None, "Cut by this score file, made earlier, instead of calibrating.")
-    plan: str | None = option(None, "Apply this plan, instead of making one.")
-
-    def targets(self) -> Targets:
-        """The sizes asked for."""
-        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(Targets) if hasattr(self, f.name)}
-        return Targets(**sizes, params=self.target_params, embedding=not self.target_non_embedding)
 
 
 JOB = Job(
@@ -74,18 +53,33 @@ def check(launch: Launch) -> Architecture:
         return plan.target
     targets = options.targets()
     if options.scores is not None:
-        return make_plan(_scores(launch), launch.architecture, targets).target
+        plan = make_plan(_scores(launch), launch.architecture, targets, merge_heads=options.merge_heads)
+        return plan.target
     targets.check(launch.architecture)
-    blocks = launch.architecture.layers.blocks
-    kept = [unit for block in blocks[: targets.num_layers] for unit in block]
-    target = resolve(launch.architecture, targets, "".join(launch.architecture.pattern[i] for i in kept))
+    target = resolve(launch.architecture, targets, _some_layers(launch.architecture, targets))
     check_borders(launch.pattern)
+    if (options.depth_metric == "scan_task") != (options.task is not None):
+        raise ConfigError("--prune-depth-metric scan_task goes with --prune-task", got=options.task)
+    if options.task is not None:
+        tasks.load_task(options.task)
     if options.samples < 1 or options.samples % args.global_batch_size:
         raise ConfigError(
             "--prune-samples must be a multiple of --global-batch-size", got=options.samples,
             legal=f"multiples of {args.global_batch_size}",
         )  # fmt: skip
     return target
+
+
+def _some_layers(arch: Architecture, targets: Targets) -> str:
+    """A pattern with as many layers as are asked for; which ones stay is not known before they are scored."""
+    if targets.num_layers is not None:
+        return "".join(arch.pattern[i] for block in arch.layers.blocks[: targets.num_layers] for i in block)
+    left = targets.kinds(arch)
+    pattern = ""
+    for unit in arch.pattern[: targets.num_sublayers]:
+        left[unit] = left.get(unit, len(arch.pattern)) - 1
+        pattern += unit if left[unit] >= 0 else ""
+    return pattern
 
 
 def prune(launch: Launch) -> None:
@@ -97,13 +91,16 @@ def prune(launch: Launch) -> None:
     if options.plan is None and options.scores is None:
         from megatron_ext.training.calibrate import calibrate
 
-        values, loss = calibrate(launch, options.samples)
+        calibration = options.calibration(launch.architecture, args.seed)
+        values, loss = calibrate(launch, calibration)
         if values is not None:
+            if options.width_metric == "magnitude":
+                values |= magnitudes(Reader(source.path), launch.architecture)
             data = " ".join(args.data_path or args.train_data_path or ["mock"])
             scores = Scores(
                 values=values, architecture=launch.architecture, model=str(args.load), iteration=source.iteration,
                 fingerprint=layout.fingerprint(source.path), data=data, seed=args.seed, samples=options.samples,
-                metric=METRIC,
+                metric=options.metric(),
             )  # fmt: skip
     elif options.scores is not None:
         scores = _scores(launch)
@@ -112,7 +109,13 @@ def prune(launch: Launch) -> None:
             plan = Plan.load(options.plan)
         else:
             assert scores is not None
-            plan = make_plan(scores, launch.architecture, options.targets(), scores_path=options.scores or SCORES)
+            plan = make_plan(
+                scores,
+                launch.architecture,
+                options.targets(),
+                scores_path=options.scores or SCORES,
+                merge_heads=options.merge_heads,
+            )
         if scores is not None:
             attachments[SCORES] = scores.save
             attachments["importance.png"] = lambda path: _plot(scores, plan, path)
@@ -154,15 +157,23 @@ def _plot(scores: Scores, plan: Plan, path: Path) -> None:
 
     one_dimensional = {name: value for name, value in scores.values.items() if value.dim() == 1}
     kept: dict[str, Any] = {"hidden": list(plan.hidden or range(plan.source.hidden_size))}
-    kept["block_influence"] = list(plan.units)
     blocks = plan.source.layers.blocks
-    kept["block_influence.blocks"] = [i for i, block in enumerate(blocks) if set(block) <= set(plan.units)]
+    staying = [i for i, block in enumerate(blocks) if set(block) <= set(plan.units)]
+    one_dimensional = {name: value for name, value in one_dimensional.items() if not _is_detail(name)}
+    for name in one_dimensional:
+        if name.startswith("depth."):
+            kept[name] = staying if name.endswith(BLOCKS) else list(plan.units)
     for axis, values in (("ffn", plan.ffn), ("query_head", plan.query_heads), ("mamba_head", plan.mamba_heads)):
         kept |= {f"layers.{layer}.{axis}": list(indices) for layer, indices in values.items()}
     for layer in plan.source.layers.indices(MAMBA):
         channels = list(plan.head_channels.get(layer, range(plan.source.mamba_head_dim)))
         one_dimensional[f"layers.{layer}.mamba_head"] = scores[mamba(layer)][:, channels].norm(dim=1)
     plot_importance(one_dimensional, kept, path)
+
+
+def _is_detail(name: str) -> bool:
+    """Scores that a picture would not gain by."""
+    return name.endswith(STDERR) or name.startswith("depth.scan_")
 
 
 def _wait() -> None:

@@ -14,14 +14,14 @@ from megatron_ext.models import axes
 from megatron_ext.pruning.apply import apply
 from megatron_ext.pruning.plan import Plan, Provenance
 
-CALIBRATE = ["--prune-samples", "16"]
+CALIBRATE = ["--prune-samples", "16", "--prune-depth-metric", "loss"]
 SMALLER = [
     "--prune-hidden-size", "48", "--prune-ffn-hidden-size", "64", "--prune-num-attention-heads", "2",
     "--prune-mamba-num-heads", "4", "--prune-mamba-head-dim", "8", "--prune-num-layers", "2",
 ]  # fmt: skip
 LAYOUTS = {
     "tp2": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
-    "pp2": (2, ["--pipeline-model-parallel-size", "2"]),
+    "pp2": (2, ["--pipeline-model-parallel-size", "2", "--hybrid-layer-pattern=M-|*-M-"]),
     "dp2": (2, []),
     "cp2": (2, ["--context-parallel-size", "2"]),
     "tp2-pp2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
@@ -46,7 +46,8 @@ def test_the_layout_changes_no_score_and_no_plan(workspace: Workspace, teacher: 
     scores = load_file(workspace.path / save / "scores.safetensors")
     assert scores.keys() == expected.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(scores[key], value, rtol=1e-4, atol=0)
+        # What is left out costs a difference of two losses, each of them exact to 1e-7 or so.
+        torch.testing.assert_close(scores[key], value, rtol=1e-4, atol=2e-6 if key.startswith("depth.loss") else 0)
     plans = [Plan.load(workspace.path / run / "plan.json") for run in (pruned, save)]
     assert plans[0].fingerprint == plans[1].fingerprint
 

@@ -18,11 +18,15 @@ def scores(**changes) -> Scores:
 
 def test_names_and_shapes():
     arch = replace(ARCH, pattern="M--*")
-    assert shapes(arch) == {
+    names = shapes(arch)
+    assert {name: shape for name, shape in names.items() if not name.startswith("depth.")} == {
         "hidden": (256,), "layers.0.mamba": (16, 32), "layers.0.state": (2, 32), "layers.1.ffn": (512,),
-            "layers.2.ffn": (512,),
-        "layers.3.query_head": (8,),
+        "layers.2.ffn": (512,), "layers.3.query_head": (8,),
     }  # fmt: skip
+    assert (names["depth.loss"], names["depth.relative_l1.blocks"]) == ((4,), (2,))
+    assert names["depth.shapley_loss.blocks.stderr"] == (2,)
+    assert (names["depth.scan_loss.3"], names["depth.scan_task.blocks.1"]) == ((2,), (2,))
+    assert "depth.scan_loss.4" not in names
 
 
 def test_saving_and_loading_is_exact(tmp_path):

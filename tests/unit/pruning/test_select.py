@@ -54,7 +54,7 @@ def test_every_axis_keeps_its_highest_scores():
 
 def test_the_least_influential_blocks_go():
     influence = torch.tensor([0.9, 0.1, 0.5, 0.1, 0.8, 0.3])
-    plan = make_plan(random_scores(ARCH, **{"block_influence.blocks": influence}), ARCH, Targets(num_layers=4))
+    plan = make_plan(random_scores(ARCH, **{"depth.block_influence.blocks": influence}), ARCH, Targets(num_layers=4))
     assert plan.units == (0, 1, 4, 5, 8, 9, 10, 11)  # blocks 1 and 3 are sub-layers 2, 3 and 6, 7
     assert plan.target == replace(ARCH, pattern="M-*-M-*-")
     assert (plan.hidden, plan.ffn) == (None, {})

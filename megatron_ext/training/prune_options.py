@@ -1,0 +1,127 @@
+"""The flags of the pruning job, `--prune-*`."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_ext.arguments import option
+from megatron_ext.models.config import Architecture
+from megatron_ext.models.cost import Workload
+from megatron_ext.pruning.budget import Targets
+from megatron_ext.pruning.importance import Aggregation, WidthMetric
+from megatron_ext.pruning.leave_out import Sampling
+from megatron_ext.training.calibrate import Calibration
+
+GIB = 2**30
+DepthMetric = Literal[
+    "block_influence", "relative_l1", "relative_l2", "loss", "logit_mse", "logit_distance", "shapley_loss",
+    "shapley_logit_distance", "scan_loss", "scan_task",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """What the smaller model should be, and how importance is measured."""
+
+    target_params: float | None = option(None, "Parameters to keep: up to 1.0 a fraction, above it a count.")
+    target_non_embedding: bool = option(False, "--prune-target-params leaves out embedding and output layer.")
+    target_memory: float | None = option(None, "GiB of 16-bit weights and caches to fit in.")
+    memory_batch: int = option(1, "Sequences whose caches --prune-target-memory counts.")
+    memory_context: int = option(8192, "Tokens of each of these sequences.")
+    hidden_size: int | None = option(None, "Channels of the residual stream to keep.")
+    ffn_hidden_size: int | None = option(None, "Neurons of each MLP to keep.")
+    num_query_groups: int | None = option(None, "Key/value groups to keep; the query heads of the others go too.")
+    num_attention_heads: int | None = option(None, "Query heads to keep; each group keeps the same number.")
+    mamba_num_groups: int | None = option(None, "SSM groups to keep; the Mamba-2 heads of the others go too.")
+    mamba_num_heads: int | None = option(None, "Mamba-2 heads to keep; each SSM group keeps the same number.")
+    mamba_head_dim: int | None = option(None, "Channels of each Mamba-2 head to keep.")
+    mamba_state_dim: int | None = option(None, "State channels of each SSM group to keep.")
+    per_layer: list[Literal["ffn", "mamba"]] | None = option(
+        None, "FFN neurons, Mamba-2 heads: layers keep different numbers by importance; the size is their average."
+    )
+    hidden_divisor: int | None = option(
+        None, "Hidden sizes found for a budget are multiples of it; 64 for models from 2048 up, else 8, if not given."
+    )
+    ffn_divisor: int | None = option(None, "The same for FFN sizes, also those of --prune-per-layer.")
+    mamba_heads_divisor: int | None = option(
+        None, "The same for Mamba-2 heads, which are multiples of the SSM groups in any case."
+    )
+    num_layers: int | None = option(None, "Layers to keep; a layer is a mixer with the MLPs after it.")
+    num_sublayers: int | None = option(None, "Sub-layers to keep, of whatever kind.")
+    attention_layers: float | None = option(None, "Attention sub-layers to keep: a number, or a fraction below 1.")
+    mamba_layers: float | None = option(None, "Mamba-2 sub-layers to keep: a number, or a fraction below 1.")
+    mlp_layers: float | None = option(None, "MLP sub-layers to keep: a number, or a fraction below 1.")
+    width_metric: Literal["activation", "wanda", "magnitude"] = option(
+        "activation", "Importance of widths: activations, weight times activation, or weights alone."
+    )
+    batch_aggregation: Aggregation = option("l2", "How activations are aggregated over the samples.")
+    sequence_aggregation: Aggregation = option("mean", "How activations are aggregated over a sample's tokens.")
+    merge_heads: bool = option(False, "Fold what is lost with dropped query heads into those that stay.")
+    depth_metric: DepthMetric = option(
+        "block_influence",
+        "Importance of layers and sub-layers. The first three come for free; loss and logit metrics leave each out in "
+        "turn, shapley averages over sub-networks, scan drops the one contiguous run that costs least.",
+    )
+    task: str | None = option(None, "What scan_task is scored by: package.module:function.")
+    shapley_samples: int = option(16, "Pairs of permutations at most.")
+    shapley_tolerance: float = option(0.05, "Stop at this standard error, as a share of the range of the values.")
+    shapley_keep: float = option(0.0, "Share of the layers that always stay in the sampled sub-networks.")
+    cache_gib: float = option(8.0, "Activations that each rank may keep, so that no layer runs twice.")
+    iterations: int = option(1, "Cut in so many rounds, and measure anew before each.")
+    samples: int = option(1024, "Calibration sequences.")
+    scores: str | None = option(None, "Cut by this score file, made earlier, instead of calibrating.")
+    plan: str | None = option(None, "Apply this plan, instead of making one.")
+
+    def targets(self) -> Targets:
+        """What is asked for."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(Targets) if hasattr(self, f.name)}
+        spread = {"ffn": "ffn_hidden_size", "mamba": "mamba_num_heads"}
+        given["per_layer"] = tuple(spread[name] for name in self.per_layer or ())
+        return Targets(
+            **given,
+            params=self.target_params,
+            embedding=not self.target_non_embedding,
+            memory=None if self.target_memory is None else self.target_memory * GIB,
+            workload=self.served,
+        )
+
+    @property
+    def served(self) -> Workload:
+        """What caches are counted for."""
+        return Workload(self.memory_batch, self.memory_context)
+
+    def calibration(self, arch: Architecture, seed: int) -> Calibration:
+        """What the calibration pass measures for these targets."""
+        blocks = self.num_layers is not None
+        run = 0
+        if self.num_layers is not None:
+            run = len(arch.layers.blocks) - self.num_layers
+        elif self.num_sublayers is not None:
+            run = len(arch.pattern) - self.num_sublayers
+        deep = blocks or any(
+            getattr(self, name) is not None
+            for name in ("num_sublayers", "attention_layers", "mamba_layers", "mlp_layers")
+        )
+        kind = "wanda" if self.width_metric == "wanda" else "activation"
+        return Calibration(
+            samples=self.samples,
+            width=WidthMetric(kind, self.batch_aggregation, self.sequence_aggregation),
+            depth=self.depth_metric if deep else "block_influence",
+            blocks=blocks,
+            run=run,
+            sampling=Sampling(self.shapley_samples, self.shapley_tolerance, self.shapley_keep, seed),
+            memory=round(self.cache_gib * GIB),
+            task=self.task,
+        )
+
+    def metric(self) -> str:
+        """How importance is measured, in words."""
+        width = str(WidthMetric("activation", self.batch_aggregation, self.sequence_aggregation))
+        if self.width_metric != "activation":
+            width = {"wanda": str(WidthMetric("wanda")), "magnitude": "l2 norms of weights"}[self.width_metric]
+        depth = self.depth_metric
+        if depth == "scan_task":
+            depth += f" of {self.task}"
+        elif depth.startswith("shapley"):
+            depth += f", {self.shapley_keep:g} of the layers always there"
+        return f"{width}; depth by {depth}"
