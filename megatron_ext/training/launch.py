@@ -118,13 +118,18 @@ def architecture_of(source: str) -> tuple[Architecture, bool]:
     return preset(source).architecture, False
 
 
+def _is_its_pattern(pattern: str | None, checkpoint: Path) -> bool:
+    """Whether a pattern on the command line only adds pipeline borders to the checkpoint's own."""
+    return pattern is None or parse_pattern(pattern).units == architecture_on_disk(checkpoint).pattern
+
+
 def _model_flags(early: Namespace) -> tuple[list[str], str]:
     """Flags of the model that `--preset` or the checkpoint to load names, and where they came from."""
     source = early.preset
-    if source is None and early.hybrid_layer_pattern is None:
+    if source is None:
         for directory in (early.load, early.pretrained_checkpoint):
             if directory is not None and has_checkpoint(directory):
-                source = str(directory)
+                source = str(directory) if _is_its_pattern(early.hybrid_layer_pattern, directory) else None
                 break
     if source is None:
         return [], "flags"
