@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ext.platform.grouped_linear import TorchColumnParallelGroupedLinear, TorchRowParallelGroupedLinear
 from megatron_ext.platform.replacements import replace
 
 REASON = "plain torch under Transformer Engine's name (TE absent)"
@@ -186,12 +187,14 @@ def install() -> None:
     late = [name for name in readers if name in sys.modules]
     if late:
         raise RuntimeError(f"prepare the platform before importing {', '.join(late)}")
-    names = {"TENorm": TorchNorm, "TEDotProductAttention": TorchDotProductAttention, **_linear_classes()}
+    names = {
+        "TENorm": TorchNorm, "TEDotProductAttention": TorchDotProductAttention, **_linear_classes(),
+        "TEColumnParallelGroupedLinear": TorchColumnParallelGroupedLinear,
+        "TERowParallelGroupedLinear": TorchRowParallelGroupedLinear,
+        "TELinear": None,  # imported by the stock spec for layer types that need the real thing, never built
+    }  # fmt: skip
     for name, value in names.items():
         replace(extension, name, value, REASON)
-    # Imported by the stock spec for layer types that need the real thing: a class to name, never built.
-    for name in ("TELinear", "TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"):
-        replace(extension, name, None, REASON)
 
     import megatron.core.extensions.transformer_engine_spec_provider as provider
     import megatron.core.models.gpt.gpt_layer_specs as gpt_specs
