@@ -111,9 +111,10 @@ class Writer:
         entry = TensorStorageMetadata(properties=properties, size=tensor.shape, chunks=[chunk])
         self._append(MetadataIndex(key, origin), entry, tensor)
 
-    def write_object(self, key: str, value: Any) -> None:
-        """Append one object, as a Megatron `ShardedObject` of one shard."""
-        self._append(MetadataIndex(f"{key}/shard_0_1"), BytesStorageMetadata(), [value])
+    def write_object(self, key: str, value: Any, shards: int = 1) -> None:
+        """Append one object, as a Megatron `ShardedObject` whose shards are all alike."""
+        for shard in range(shards):
+            self._append(MetadataIndex(f"{key}/shard_{shard}_{shards}"), BytesStorageMetadata(), [value])
 
     def attach(self, name: str, save: Callable[[Path], object]) -> None:
         """Let `save` write a file of this name beside the step, such as the plan that made it."""
@@ -163,8 +164,8 @@ def writing(path: str | Path, arch: Architecture, args: Namespace | None = None)
             writer = Writer(step, file)
             yield writer
             check_shapes(arch, writer.shapes)
-            for module in axes.modules_with_state(arch):
-                writer.write_object(f"{module}._extra_state", None)
+            for module, count in axes.modules_with_state(arch).items():
+                writer.write_object(f"{module}._extra_state", None, count)
             writer.finish(_common_state(arch, args))
         (directory / layout.TRACKER).write_text(layout.RELEASE, encoding="utf-8")
 

@@ -5,20 +5,21 @@ whatever parallel layout saved it. This table names the axis of every dimension.
 checkpoint, masking an elastic model and planning memory all read it.
 
 The keys are those of the stock `hybrid_stack_spec`, whose pre-norms are fused into the linear layer that follows
-(`megatron/core/models/hybrid/hybrid_block.py`, `ssm/mamba_mixer.py`, `transformer/attention.py`, `transformer/mlp.py`).
+(`megatron/core/models/hybrid/hybrid_block.py`, `ssm/mamba_mixer.py`, `transformer/attention.py`, `transformer/mlp.py`),
+but for a mixture of experts, whose pre-norm stands alone; its experts are one tensor (`transformer/moe/experts.py`).
 """
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from megatron_ext.errors import CheckpointError
-from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, parse
+from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE, parse
 
 if TYPE_CHECKING:  # config.py counts with this table
     from megatron_ext.models.config import Architecture
@@ -44,6 +45,10 @@ class Kept:
         mamba_heads: Mamba-2 heads, of the groups that stay.
         head_channels: Channels inside a Mamba-2 head, the same for every head.
         states: State channels (rows of B and of C), of the groups that stay.
+        experts: Experts of a mixture.
+        expert_ffn: Neurons of the experts that stay: each keeps as many, but its own; neuron n of expert e of F neurons
+            is number e * F + n.
+        shared_ffn: Neurons of the shared expert.
     """
 
     hidden: Sequence[int] | None = None
@@ -54,15 +59,21 @@ class Kept:
     mamba_heads: Sequence[int] | None = None
     head_channels: Sequence[int] | None = None
     states: Sequence[int] | None = None
+    experts: Sequence[int] | None = None
+    expert_ffn: Sequence[int] | None = None
+    shared_ffn: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: its length, the positions that a `Kept` leaves (`None`: all), and whether TP splits it."""
+    """One axis: its length, the positions that a `Kept` leaves (`None`: all), and the parallelism that splits it.
+
+    Positions are `(kept,)`, or `(kept experts, kept)` where each expert, dimension 0 of its weight, keeps its own.
+    """
 
     size: Callable[["Architecture"], int]
     index: Callable[["Architecture", Kept], Tensor | None] = lambda arch, kept: None
-    split: bool = True
+    split: Literal["tp", "ep", "etp"] | None = "tp"
 
 
 @dataclass(frozen=True)
@@ -111,9 +122,27 @@ def _states(arch: "Architecture", kept: Kept) -> Sequence[int] | None:
     return _members(kept.mamba_groups, arch.mamba_num_groups, kept.states, total)
 
 
-def _gate_and_up(arch: "Architecture", kept: Kept) -> Tensor | None:
-    # [gate; up] stacked: apply_swiglu_sharded_factory gives each half its own global offset, whatever TP is
-    return _outer(None, 2 if arch.gated_linear_unit else 1, kept.ffn, arch.ffn_hidden_size)
+def _halves(arch: "Architecture") -> int:
+    return 2 if arch.gated_linear_unit else 1
+
+
+# [gate; up] stacked: apply_swiglu_sharded_factory gives each half its own global offset, whatever TP is
+def _gate_and_up(arch: "Architecture", kept: Sequence[int] | None, size: int) -> Tensor | None:
+    return _outer(None, _halves(arch), kept, size)
+
+
+def _expert_neurons(arch: "Architecture", kept: Kept) -> Tensor | None:
+    if kept.expert_ffn is None:
+        return None
+    experts = arch.num_experts if kept.experts is None else len(kept.experts)
+    return torch.tensor(kept.expert_ffn).view(experts, -1) % arch.moe_ffn_hidden_size
+
+
+def _expert_gate_and_up(arch: "Architecture", kept: Kept) -> Tensor | None:
+    neurons = _expert_neurons(arch, kept)
+    if neurons is None:
+        return None
+    return torch.cat([neurons + half * arch.moe_ffn_hidden_size for half in range(_halves(arch))], dim=1)
 
 
 def _qkv(arch: "Architecture", kept: Kept) -> Tensor | None:
@@ -131,10 +160,10 @@ def _qkv(arch: "Architecture", kept: Kept) -> Tensor | None:
 
 
 AXES: dict[str, Axis] = {
-    "hidden": Axis(lambda a: a.hidden_size, lambda a, k: _indices(k.hidden), split=False),
+    "hidden": Axis(lambda a: a.hidden_size, lambda a, k: _indices(k.hidden), split=None),
     "vocab": Axis(lambda a: a.vocab_size),
     "ffn": Axis(lambda a: a.ffn_hidden_size, lambda a, k: _indices(k.ffn)),
-    "gate+up": Axis(lambda a: a.ffn_hidden_size * (2 if a.gated_linear_unit else 1), _gate_and_up),
+    "gate+up": Axis(lambda a: a.ffn_hidden_size * _halves(a), lambda a, k: _gate_and_up(a, k.ffn, a.ffn_hidden_size)),
     "qkv": Axis(lambda a: (a.num_attention_heads + 2 * a.num_query_groups) * a.kv_channels, _qkv),
     "query_head*channel": Axis(
         lambda a: a.num_attention_heads * a.kv_channels,
@@ -146,8 +175,17 @@ AXES: dict[str, Axis] = {
         lambda a, k: _outer(_mamba_heads(a, k), a.mamba_num_heads, k.head_channels, a.mamba_head_dim),
     ),
     "mamba_group*state": Axis(lambda a: a.mamba_num_groups * a.mamba_state_dim, lambda a, k: _indices(_states(a, k))),
-    "one": Axis(lambda a: 1, split=False),
-    "conv": Axis(lambda a: CONV_KERNEL, split=False),
+    "expert": Axis(lambda a: a.num_experts, lambda a, k: _indices(k.experts), split="ep"),
+    "routed": Axis(lambda a: a.num_experts, lambda a, k: _indices(k.experts), split=None),
+    "expert_ffn": Axis(lambda a: a.moe_ffn_hidden_size, _expert_neurons, split="etp"),
+    "expert_gate+up": Axis(lambda a: a.moe_ffn_hidden_size * _halves(a), _expert_gate_and_up, split="etp"),
+    "shared_ffn": Axis(lambda a: a.moe_shared_expert_intermediate_size, lambda a, k: _indices(k.shared_ffn)),
+    "shared_gate+up": Axis(
+        lambda a: a.moe_shared_expert_intermediate_size * _halves(a),
+        lambda a, k: _gate_and_up(a, k.shared_ffn, a.moe_shared_expert_intermediate_size),
+    ),
+    "one": Axis(lambda a: 1, split=None),
+    "conv": Axis(lambda a: CONV_KERNEL, split=None),
 }
 
 
@@ -157,6 +195,10 @@ def _has_norm_bias(arch: "Architecture") -> bool:
 
 def _has_bias(arch: "Architecture") -> bool:
     return arch.add_bias_linear
+
+
+def _has_shared_expert(arch: "Architecture") -> bool:
+    return arch.moe_shared_expert_intermediate_size > 0
 
 
 def _norm(unit: str, name: str) -> list[Weight]:
@@ -192,6 +234,16 @@ TABLE: list[Weight] = [
     Weight(MLP, "mlp.linear_fc1.bias", ("gate+up",), _has_bias),
     Weight(MLP, "mlp.linear_fc2.weight", ("hidden", "ffn")),
     Weight(MLP, "mlp.linear_fc2.bias", ("hidden",), _has_bias),
+    *_norm(MOE, "pre_mlp_layernorm."),
+    Weight(MOE, "mlp.router.weight", ("routed", "hidden")),
+    Weight(MOE, "mlp.router.bias", ("routed",), _has_bias),
+    Weight(MOE, "mlp.router.expert_bias", ("routed",), lambda a: a.moe_router_enable_expert_bias),
+    Weight(MOE, "mlp.experts.experts.linear_fc1.weight", ("expert", "expert_gate+up", "hidden")),
+    Weight(MOE, "mlp.experts.experts.linear_fc1.bias", ("expert", "expert_gate+up"), _has_bias),
+    Weight(MOE, "mlp.experts.experts.linear_fc2.weight", ("expert", "hidden", "expert_ffn")),
+    Weight(MOE, "mlp.experts.experts.linear_fc2.bias", ("expert", "hidden"), _has_bias),
+    Weight(MOE, "mlp.shared_experts.linear_fc1.weight", ("shared_gate+up", "hidden"), _has_shared_expert),
+    Weight(MOE, "mlp.shared_experts.linear_fc2.weight", ("hidden", "shared_ffn"), _has_shared_expert),
     *_norm("", "decoder.final_norm."),
     Weight("", OUTPUT_LAYER, ("vocab", "hidden"), lambda a: a.untie_embeddings_and_output_weights),
 ]
@@ -199,7 +251,9 @@ _WITH_STATE = {
     MAMBA: ("mixer.in_proj", "mixer.out_proj"),
     ATTENTION: ("self_attention.linear_qkv", "self_attention.core_attention", "self_attention.linear_proj"),
     MLP: ("mlp.linear_fc1", "mlp.linear_fc2"),
+    MOE: ("pre_mlp_layernorm", "mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2"),
 }
+_SHARED_WITH_STATE = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
 _ROWS = {(weight.unit, weight.name): weight for weight in TABLE}
 _LAYER_KEY = re.compile(re.escape(LAYER) + r"\.(\d+)\.(.+)")
 
@@ -232,10 +286,17 @@ def keys(arch: "Architecture") -> list[str]:
     return [model[0], *layers, *model[1:]]
 
 
-def modules_with_state(arch: "Architecture") -> list[str]:
-    """Modules that ask a checkpoint for an `_extra_state` object, on some backend; empty without FP8."""
-    layers = [f"{LAYER}.{i}.{module}" for i, unit in enumerate(arch.pattern) for module in _WITH_STATE[unit]]
-    return [*layers, "decoder.final_norm", "output_layer"]
+def modules_with_state(arch: "Architecture") -> dict[str, int]:
+    """Modules that ask a checkpoint for an `_extra_state` object, on some backend; empty without FP8.
+
+    Returns:
+        Their keys, with how many such objects each has: one, or one per expert.
+    """
+    modules = {}
+    for i, unit in enumerate(arch.pattern):
+        for module in (*_WITH_STATE[unit], *(_SHARED_WITH_STATE if unit == MOE and _has_shared_expert(arch) else ())):
+            modules[f"{LAYER}.{i}.{module}"] = arch.num_experts if ".experts.experts." in module else 1
+    return modules | {"decoder.final_norm": 1, "output_layer": 1}
 
 
 def shape(arch: "Architecture", key: str) -> tuple[int, ...]:
@@ -245,10 +306,15 @@ def shape(arch: "Architecture", key: str) -> tuple[int, ...]:
     return tuple(AXES[axis].size(own) for axis in weight.axes)
 
 
-def size(arch: "Architecture", key: str, *, tp: int = 1) -> int:
-    """Elements of one weight on one of `tp` tensor parallel ranks."""
-    is_split = any(AXES[axis].split for axis in locate(arch, key)[1].axes)
-    return prod(shape(arch, key)) // (tp if is_split else 1)
+def size(arch: "Architecture", key: str, *, tp: int = 1, ep: int = 1, etp: int | None = None) -> int:
+    """Elements of one weight on one rank of these tensor, expert and expert tensor (`etp`: `tp`) parallel sizes."""
+    ranks = {"tp": tp, "ep": ep, "etp": etp or tp, None: 1}
+    return prod(shape(arch, key)) // prod(ranks[AXES[axis].split] for axis in locate(arch, key)[1].axes)
+
+
+def is_expert(arch: "Architecture", key: str) -> bool:
+    """Whether a weight belongs to the experts of a mixture: tokens that are not sent to one do not use its part."""
+    return "expert" in locate(arch, key)[1].axes
 
 
 def tensors(arch: "Architecture") -> dict[str, tuple[int, ...]]:
@@ -257,7 +323,7 @@ def tensors(arch: "Architecture") -> dict[str, tuple[int, ...]]:
 
 
 def indices(arch: "Architecture", key: str, kept: Kept) -> tuple[Tensor | None, ...]:
-    """For each dimension of a weight of `arch`, the positions that `kept` leaves of it, `None` for all.
+    """For each dimension of a weight of `arch`, the positions that `kept` leaves of it (see `Axis`), `None` for all.
 
     Args:
         arch: The model that is cut.
@@ -269,7 +335,17 @@ def indices(arch: "Architecture", key: str, kept: Kept) -> tuple[Tensor | None, 
     return tuple(AXES[axis].index(own, kept) for axis in weight.axes)
 
 
-def parameters_per_rank(arch: "Architecture", *, tp: int = 1, pp: int = 1) -> list[int]:
+def take(tensor: Tensor, dimension: int, index: Tensor) -> Tensor:
+    """The positions `index` of one dimension of a weight, once the dimensions before are cut; see `indices`."""
+    if index.dim() == 1:
+        return tensor.index_select(dimension, index)
+    experts = [index.shape[0] if i == 0 else index.shape[1] if i == dimension else 1 for i in range(tensor.dim())]
+    return tensor.take_along_dim(index.view(experts), dimension)
+
+
+def parameters_per_rank(
+    arch: "Architecture", *, tp: int = 1, pp: int = 1, ep: int = 1, etp: int | None = None
+) -> list[int]:
     """Parameters that one rank of each pipeline stage holds, stages in order.
 
     The pattern is split as `Pattern.split` does. Tied embeddings are held twice where the first and the last stage
@@ -279,7 +355,8 @@ def parameters_per_rank(arch: "Architecture", *, tp: int = 1, pp: int = 1) -> li
     stage_of = [stage for stage, units in enumerate(parse(arch.pattern).split(pp).stages) for _ in units]
     for key in keys(arch):
         layer, weight = locate(arch, key)
-        sizes[stage_of[layer] if layer is not None else 0 if key == EMBEDDING else -1] += size(arch, key, tp=tp)
+        own = size(arch, key, tp=tp, ep=ep, etp=etp)
+        sizes[stage_of[layer] if layer is not None else 0 if key == EMBEDDING else -1] += own
         if weight.name == EMBEDDING and not arch.untie_embeddings_and_output_weights and pp > 1:
-            sizes[-1] += size(arch, key, tp=tp)
+            sizes[-1] += own
     return sizes

@@ -77,6 +77,7 @@ def with_architecture(args: Namespace, architecture: Architecture) -> Namespace:
         setattr(other, name, getattr(architecture, name))
     other.group_query_attention = True
     other.padded_vocab_size = architecture.vocab_size
+    vars(other).update(architecture.mixture_args())
     other.ext_layer_sizes = architecture.layer_sizes_text
     other.layernorm_epsilon = architecture.norm_epsilon
     other.apply_layernorm_1p = other.layernorm_zero_centered_gamma = architecture.zero_centered_norm

@@ -16,6 +16,18 @@ MAMBA_EXPAND = 2
 _ACTIVATIONS = {(True, "silu"): ["--swiglu"], (False, "gelu"): [], (False, "squared_relu"): ["--squared-relu"]}
 # Sizes that may differ from layer to layer, and the kind of layer that has them.
 PER_LAYER = {"ffn_hidden_size": MLP, "mamba_num_heads": MAMBA}
+# The fields of a mixture of experts, with the values they have where there is none; Megatron's names.
+_MOE_FIELDS: dict[str, Any] = {
+    "num_experts": 0, "moe_ffn_hidden_size": 0, "moe_shared_expert_intermediate_size": 0, "moe_router_topk": 2,
+    "moe_router_score_function": "softmax", "moe_router_pre_softmax": False, "moe_router_topk_scaling_factor": None,
+    "moe_router_enable_expert_bias": False,
+}  # fmt: skip
+# What changes the function of a mixture and is not one of these fields.
+_MOE_REFUSED = (
+    "moe_latent_size", "moe_shared_expert_gate", "moe_router_num_groups", "moe_router_group_topk",
+    "moe_expert_capacity_factor", "moe_input_jitter_eps", "moe_apply_probs_on_input", "moe_mlp_glu_interleave_size",
+    "moe_shared_expert_glu_interleave_size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +43,14 @@ class Architecture:
         mamba_num_heads: Heads of a Mamba-2 layer; its inner width is `mamba_num_heads * mamba_head_dim`.
         zero_centered_norm: Norm weights are stored minus one (Megatron's `--apply-layernorm-1p`).
         rope_scaling_factor: Llama 3.1's frequency scaling, `None` for plain RoPE.
+        num_experts: Experts of a mixture, of which each token runs through `moe_router_topk`, and all tokens through
+            the shared expert; 0 (as the other sizes) where the pattern has no mixture of experts.
+        moe_ffn_hidden_size: Neurons of one expert.
+        moe_shared_expert_intermediate_size: Neurons of the shared expert, 0 for none.
+        moe_router_score_function: How router logits become probabilities: a softmax over the chosen experts (over all
+            of them if `moe_router_pre_softmax`), or sigmoids divided by the sum of the chosen ones.
+        moe_router_topk_scaling_factor: What the probabilities are multiplied by, `None` for nothing.
+        moe_router_enable_expert_bias: A bias for each expert that only counts when experts are chosen.
         layer_sizes: Sizes that differ from layer to layer: for `ffn_hidden_size` or `mamba_num_heads`, one for each
             layer of the kind, in the pattern's order. The field of that name is then the largest of them.
 
@@ -65,17 +85,28 @@ class Architecture:
     add_bias_linear: bool = False
     add_qkv_bias: bool = False
     untie_embeddings_and_output_weights: bool = True
+    num_experts: int = 0
+    moe_ffn_hidden_size: int = 0
+    moe_shared_expert_intermediate_size: int = 0
+    moe_router_topk: int = 2
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    moe_router_pre_softmax: bool = False
+    moe_router_topk_scaling_factor: float | None = None
+    moe_router_enable_expert_bias: bool = False
     layer_sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         units = parse(self.pattern).units
         object.__setattr__(self, "pattern", units)
         object.__setattr__(self, "add_qkv_bias", self.add_qkv_bias or self.add_bias_linear)  # as Megatron does
-        if MOE in units:
-            raise ConfigError("mixture-of-experts layers cannot be built yet", got=units, legal="layers M, * and -")
+        for name, absent in _MOE_FIELDS.items():
+            if MOE not in units:
+                object.__setattr__(self, name, absent)
         for entry in fields(self):
-            value = getattr(self, entry.name)
-            if entry.type is int and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            value, least = getattr(self, entry.name), 1
+            if entry.name == "moe_shared_expert_intermediate_size" or (entry.name in _MOE_FIELDS and MOE not in units):
+                least = 0
+            if entry.type is int and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ConfigError(f"{entry.name} must be a positive whole number", got=repr(value))
         if (self.gated_linear_unit, self.activation) not in _ACTIVATIONS:
             raise ConfigError(
@@ -85,10 +116,27 @@ class Architecture:
             )
         for name, legal in (
             ("normalization", ("RMSNorm", "LayerNorm")), ("position_embedding_type", ("none", "rope")),
+            ("moe_router_score_function", ("softmax", "sigmoid")),
         ):  # fmt: skip
             if getattr(self, name) not in legal:
                 raise ConfigError(f"unknown {name}", got=getattr(self, name), legal=", ".join(legal))
         object.__setattr__(self, "layer_sizes", self._uneven_sizes(units))
+        if MOE in units:
+            self._check_mixture()
+
+    def _check_mixture(self) -> None:
+        softmax = self.moe_router_score_function == "softmax"
+        if self.moe_router_topk > self.num_experts:
+            raise ConfigError(
+                "each token needs more experts than there are", got=f"moe_router_topk={self.moe_router_topk}",
+                legal=f"1 to num_experts={self.num_experts}",
+            )  # fmt: skip
+        if softmax and self.moe_router_topk == 1 and not self.moe_router_pre_softmax:
+            raise ConfigError("a softmax over one chosen expert is always 1", legal="--moe-router-pre-softmax")
+        if softmax and self.moe_router_enable_expert_bias:
+            raise ConfigError("expert biases go with sigmoids", legal="--moe-router-score-function sigmoid")
+        if self.moe_shared_expert_intermediate_size and self.add_bias_linear:
+            raise ConfigError("Megatron's shared experts have no biases", legal="--disable-bias-linear")
 
     def _uneven_sizes(self, units: str) -> dict[str, tuple[int, ...]]:
         """`layer_sizes` checked, without those that are equal after all; sets the fields to the largest."""
@@ -134,8 +182,19 @@ class Architecture:
             if embedding or key not in (axes.EMBEDDING, axes.OUTPUT_LAYER)
         )
 
-    def validate(self, *, tp: int = 1, pp: int = 1) -> None:
-        """Check what must divide, for tensor parallel size `tp` and pipeline parallel size `pp`.
+    def num_active_parameters(self, *, embedding: bool = True) -> int:
+        """Parameters that one token runs through: of the experts, those that it is sent to; see `num_parameters`."""
+        idle = 0
+        if self.num_experts:
+            idle = self.num_expert_parameters() // self.num_experts * (self.num_experts - self.moe_router_topk)
+        return self.num_parameters(embedding=embedding) - idle
+
+    def num_expert_parameters(self) -> int:
+        """Parameters of all experts; the router and shared experts, which every token uses, are not counted."""
+        return sum(axes.size(self, key) for key in axes.tensors(self) if axes.is_expert(self, key))
+
+    def validate(self, *, tp: int = 1, pp: int = 1, ep: int = 1, etp: int | None = None) -> None:
+        """Check what must divide, for tensor, pipeline, expert and expert tensor parallel sizes (`etp`: `tp`).
 
         Raises:
             ConfigError: Names every size that does not divide, and the nearest sizes or layouts that would.
@@ -159,6 +218,12 @@ class Architecture:
             divides("mamba_num_heads", tp, "tensor parallel size")
         if MLP in kinds:
             divides("ffn_hidden_size", tp, "tensor parallel size")
+        if MOE in kinds:
+            divides("num_experts", ep, "expert parallel size")
+            divides("moe_ffn_hidden_size", etp or tp, "expert tensor parallel size")
+            divides("moe_shared_expert_intermediate_size", tp, "tensor parallel size")
+        elif ep > 1:
+            wrong.append(f"expert parallel size={ep}, and the model has no mixture of experts")
         divides("num_attention_heads", tp, "tensor parallel size")  # Megatron insists, attention or not
         divides("vocab_size", tp, "tensor parallel size")
         if pp > len(self.pattern):
@@ -167,7 +232,7 @@ class Architecture:
             legal_tp = ", ".join(map(str, self._legal_tp()))
             raise ConfigError(
                 "the model does not fit the layout:\n    " + "\n    ".join(wrong),
-                got=f"tensor parallel {tp}, pipeline parallel {pp}",
+                got=f"tensor parallel {tp}, pipeline parallel {pp}" + (f", expert parallel {ep}" if ep > 1 else ""),
                 legal=f"tensor parallel {legal_tp}; pipeline parallel up to {len(self.pattern)}",
             )
 
@@ -176,6 +241,8 @@ class Architecture:
         common = gcd(self.num_attention_heads, self.vocab_size)
         if ATTENTION in self.pattern:
             common = gcd(common, self.num_query_groups)
+        if MOE in self.pattern:
+            common = gcd(common, self.moe_shared_expert_intermediate_size)  # 0: whatever it was
         if MAMBA in self.pattern:
             heads = self.layer_sizes.get("mamba_num_heads", (self.mamba_num_heads,))
             common = gcd(common, self.mamba_num_groups, *heads)
@@ -232,6 +299,7 @@ class Architecture:
             add_qkv_bias=args.add_qkv_bias,
             untie_embeddings_and_output_weights=args.untie_embeddings_and_output_weights,
             layer_sizes=_parse_layer_sizes(getattr(args, "ext_layer_sizes", None)),
+            **_mixture_from_args(args, args.ffn_hidden_size or default_ffn),
         )
 
     def to_flags(self) -> list[str]:
@@ -262,6 +330,10 @@ class Architecture:
                 flags += ["--add-qkv-bias"]
         if self.untie_embeddings_and_output_weights:
             flags += ["--untie-embeddings-and-output-weights"]
+        if MOE in self.pattern:
+            for name, value in self.mixture_args().items():
+                flag = f"--{name.replace('_', '-')}"
+                flags += [flag] if value is True else [flag, str(value)] if value else []
         if self.layer_sizes:
             flags += ["--ext-layer-sizes", self.layer_sizes_text]
         return flags
@@ -290,8 +362,13 @@ class Architecture:
             "rope_scaling_factor": self.rope_scaling_factor or 8.0,
             "add_bias_linear": self.add_bias_linear, "add_qkv_bias": self.add_qkv_bias,
             "untie_embeddings_and_output_weights": self.untie_embeddings_and_output_weights,
-            "ext_layer_sizes": self.layer_sizes_text,
+            "ext_layer_sizes": self.layer_sizes_text, **self.mixture_args(),
         }  # fmt: skip
+
+    def mixture_args(self) -> dict[str, Any]:
+        """The part of `to_args` that says which experts there are; Megatron's word for no such size is `None`."""
+        values = {name: getattr(self, name) for name in _MOE_FIELDS}
+        return {name: value if value or value is False else None for name, value in values.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-serialisable values; the inverse of `from_dict`."""
@@ -312,6 +389,26 @@ class Architecture:
             return cls(**values)
         except TypeError as error:  # a required field is missing
             raise ConfigError(f"incomplete architecture: {error}", legal=", ".join(names)) from None
+
+
+def _mixture_from_args(args: Namespace, ffn_hidden_size: int) -> dict[str, Any]:
+    """The fields of the mixture of experts, from Megatron's arguments.
+
+    Raises:
+        ConfigError: They ask for a kind of mixture that `Architecture` cannot say.
+    """
+    if MOE not in args.hybrid_layer_pattern:
+        return {}
+    for name in _MOE_REFUSED:
+        if getattr(args, name, None):
+            raise ConfigError(f"--{name.replace('_', '-')} is not supported", got=getattr(args, name))
+    balancing = getattr(args, "moe_router_load_balancing_type", "none")
+    for kind in balancing if isinstance(balancing, list) else [balancing]:
+        if kind in ("sinkhorn", "quantile_balancing"):
+            raise ConfigError("this router is not supported", got=kind, legal="aux_loss, seq_aux_loss, none")
+    given = {name: getattr(args, name, None) for name in _MOE_FIELDS}
+    given["moe_ffn_hidden_size"] = given["moe_ffn_hidden_size"] or ffn_hidden_size  # as Megatron does
+    return {name: _MOE_FIELDS[name] if value is None else value for name, value in given.items()}
 
 
 def _parse_layer_sizes(text: str | None) -> dict[str, tuple[int, ...]]:

@@ -1,7 +1,8 @@
 """What a model costs to serve: bytes of weights, of caches, and those that one generated token moves.
 
 Decoding is bound by memory traffic: each step reads the weights once for the whole batch, and for each sequence its
-keys and values so far and its Mamba-2 states, which it also writes back.
+keys and values so far and its Mamba-2 states, which it also writes back. Of a mixture's experts a step reads those
+that some sequence of the batch needs: the chosen ones for one sequence, all of them for a large batch.
 """
 
 from dataclasses import dataclass
@@ -51,9 +52,17 @@ def memory_bytes(arch: Architecture, workload: Workload) -> int:
     return BYTES * arch.num_parameters() + cache_bytes(arch, workload)
 
 
+def read_experts(arch: Architecture, batch: int) -> float:
+    """The share of the experts that a step of `batch` tokens reads, `1 - (1 - k/E)^batch` for k chosen of E.
+
+    That is the mean if every token chooses evenly and for itself; k/E for one token.
+    """
+    return 1 - (1 - arch.moe_router_topk / arch.num_experts) ** batch if arch.num_experts else 0.0
+
+
 def decode_bytes_per_token(arch: Architecture, workload: Workload) -> float:
     """Bytes moved for one generated token at the end of the context: a lower bound of its time, times bandwidth."""
-    weights = arch.num_parameters()
+    weights = arch.num_parameters() - (1 - read_experts(arch, workload.batch)) * arch.num_expert_parameters()
     if arch.untie_embeddings_and_output_weights:
         weights -= arch.vocab_size * arch.hidden_size  # one row of the embedding is read, not the table
     states = 2 * state_bytes_per_sequence(arch)

@@ -73,5 +73,5 @@ def cut(plan: Plan, reader: Reader) -> Iterator[tuple[str, Tensor]]:
             tensor = merge_heads(plan.source, tensor, pairs)
         for dimension, index in enumerate(axes.indices(plan.source, old_key, plan.kept(old_layer))):
             if index is not None:
-                tensor = tensor.index_select(dimension, index)
+                tensor = axes.take(tensor, dimension, index)
         yield key, tensor

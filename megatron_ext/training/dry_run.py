@@ -20,7 +20,8 @@ def memory_per_gpu(launch: Launch) -> dict[str, float]:
     """
     args, architecture = launch.args, launch.architecture
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    parameters = max(parameters_per_rank(architecture, tp=tp, pp=pp))
+    ep, etp = args.expert_model_parallel_size, args.expert_tensor_parallel_size
+    parameters = max(parameters_per_rank(architecture, tp=tp, pp=pp, ep=ep, etp=etp))
     half = args.bf16 or args.fp16
     width = 2 if half else 4
     gradient = 4 if args.accumulate_allreduce_grads_in_fp32 or not half else 2
@@ -56,7 +57,8 @@ def show(launch: Launch, becomes: Architecture | None = None) -> None:
         f"{architecture.num_query_groups} groups",
     )
     total, body = architecture.num_parameters(), architecture.num_parameters(embedding=False)
-    table.add_row("parameters", f"{total:,} ({total / 1e9:.2f}B), without embeddings {body:,}")
+    active = f", of which a token uses {architecture.num_active_parameters():,}" if architecture.num_experts else ""
+    table.add_row("parameters", f"{total:,} ({total / 1e9:.2f}B), without embeddings {body:,}{active}")
     if becomes is not None:
         small, kept, of = becomes.num_parameters(), len(becomes.layers.blocks), len(architecture.layers.blocks)
         table.add_row(

@@ -17,6 +17,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import lcm
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,7 +27,7 @@ from megatron_ext.checkpoint.resume import architecture_on_disk, has_checkpoint,
 from megatron_ext.errors import ConfigError, DataError, nearest
 from megatron_ext.models.backend import prepare
 from megatron_ext.models.config import Architecture
-from megatron_ext.models.pattern import Pattern
+from megatron_ext.models.pattern import MOE, Pattern
 from megatron_ext.models.pattern import parse as parse_pattern
 from megatron_ext.models.presets import preset
 from megatron_ext.training.directory import check_save
@@ -88,6 +89,8 @@ def _early_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
     parser.add_argument("--context-parallel-size", type=int, default=1)
+    parser.add_argument("--expert-model-parallel-size", type=int, default=1)
+    parser.add_argument("--expert-tensor-parallel-size", type=int)
     parser.add_argument("--make-vocab-size-divisible-by", type=int)
     parser.add_argument("--padded-vocab-size", type=int)
     parser.add_argument("--tokenizer-model")
@@ -206,7 +209,9 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
         parse_pattern(early.hybrid_layer_pattern)
     model_flags, source = _model_flags(early)
     if early.dry_run:
-        layout = early.tensor_model_parallel_size * early.pipeline_model_parallel_size * early.context_parallel_size
+        tp = early.tensor_model_parallel_size
+        experts = early.expert_model_parallel_size * (early.expert_tensor_parallel_size or tp)
+        layout = early.pipeline_model_parallel_size * lcm(tp * early.context_parallel_size, experts)
         os.environ.setdefault("WORLD_SIZE", str(layout))
     offline = early.dry_run or any(word.split("=")[0] in job.offline for word in given)
     if offline and early.tokenizer_type is None and "--padded-vocab-size" in model_flags:
@@ -248,7 +253,7 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
         set_global_variables(args)
     # The tokenizer may have decided the vocabulary.
     architecture = Architecture.from_args(args)
-    architecture.validate(tp=args.tensor_model_parallel_size, pp=args.pipeline_model_parallel_size)
+    _check_layout(args, architecture)
     options = {prefix: read_options(args, options, prefix) for prefix, options in job.options.items()}
     return Launch(job, args, architecture, early.dry_run, options, source)
 
@@ -274,8 +279,17 @@ def _check_model(args: Namespace) -> None:
     args.hybrid_layer_pattern = _pipeline(args.hybrid_layer_pattern, args.pipeline_model_parallel_size)
     if args.padded_vocab_size is None and args.vocab_size is None:
         return  # the tokenizer will say
-    architecture = Architecture.from_args(args)
-    architecture.validate(tp=args.tensor_model_parallel_size, pp=args.pipeline_model_parallel_size)
+    _check_layout(args, Architecture.from_args(args))
+
+
+def _check_layout(args: Namespace, architecture: Architecture) -> None:
+    """Find what does not divide."""
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    ep, etp = args.expert_model_parallel_size, args.expert_tensor_parallel_size
+    architecture.validate(tp=tp, pp=pp, ep=ep, etp=etp)
+    if MOE in architecture.pattern and tp > 1 and not args.sequence_parallel:
+        # Otherwise every tensor rank sends the same tokens to the experts.
+        raise ConfigError(f"experts under tensor parallel {tp} need sequence parallelism", legal="--sequence-parallel")
 
 
 def _choose_step(args: Namespace, early: Namespace) -> None:
