@@ -36,7 +36,9 @@ class Teacher:
         check_shapes(architecture, {key: shape for key, (shape, _) in layout.tensors(step).items()})
         return cls(step, architecture)
 
-    def check(self, student: Architecture, *, tokens: int, student_multiple: int, tp: int, stages: int) -> None:
+    def check(
+        self, student: Architecture, *, tokens: int, student_multiple: int, tp: int, stages: int, ep: int = 1
+    ) -> None:
         """Check that `student` can learn from this teacher, on this layout.
 
         Args:
@@ -45,12 +47,13 @@ class Teacher:
             student_multiple: Multiple to which the student's vocabulary is padded.
             tp: Tensor-parallel size.
             stages: Pipeline stages, virtual ones included.
+            ep: Expert-parallel size.
 
         Raises:
             ConfigError: The vocabularies differ by more than padding, or the teacher does not fit the layout.
         """
         try:
-            self.architecture.validate(tp=tp, pp=stages)
+            self.architecture.validate(tp=tp, pp=stages, ep=ep)
             if stages > 1:
                 self.architecture.layers.split(stages)
         except ConfigError as error:

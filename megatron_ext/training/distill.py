@@ -52,6 +52,7 @@ def check(launch: Launch) -> Teacher:
         student_multiple=args.make_vocab_size_divisible_by * args.tensor_model_parallel_size,
         tp=args.tensor_model_parallel_size,
         stages=args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1),
+        ep=args.expert_model_parallel_size,
     )
     return teacher
 

@@ -35,7 +35,7 @@ def train(launch: Launch, forward_step: Callable[..., Any] | None = None, hooks:
     args = launch.args
     claim(launch)
     config = model_config(args, launch.architecture)
-    config.pre_wrap_hooks = [*config.pre_wrap_hooks, *hooks]
+    config.pre_wrap_hooks = [*config.pre_wrap_hooks, _equal_expert_metrics, *hooks]
     now = time.time()
     set_startup_timestamps(program_start=now, main_entry=now)
     container = pretrain_cfg_container_from_args(args, config)
@@ -47,6 +47,18 @@ def train(launch: Launch, forward_step: Callable[..., Any] | None = None, hooks:
             log.close()
     if isinstance(log, MetricsLog) and read_metrics(log.path):
         plot_training(log.path, log.path.with_name("training.png"))
+
+
+def _equal_expert_metrics(chunks: list[Any]) -> list[Any]:
+    """Give the losses that balance experts one size on all pipeline stages.
+
+    Megatron would make them shorter on stages without a mixture of experts, and hang when it sums over the stages.
+    """
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+    for name in ("load_balancing_loss", "seq_load_balancing_loss", "global_load_balancing_loss", "z_loss"):
+        get_moe_metrics_tracker().ensure_initialized(name, chunks[0].config.num_layers)
+    return chunks
 
 
 def _metrics_log(args: Namespace, inner: Any) -> Any:
