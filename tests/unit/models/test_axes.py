@@ -148,3 +148,65 @@ def test_states_are_rows_of_b_and_c():
         assert torch.equal(cut(key, numbered(key), Kept(states=states)), numbered(key)[list(states)]), key
     key = "decoder.layers.0.mixer.in_proj.weight.x"
     assert torch.equal(cut(key, numbered(key), Kept(states=states)), numbered(key))
+
+
+EXPERTS = replace(
+    ARCH, pattern="E", num_experts=4, moe_ffn_hidden_size=6, moe_shared_expert_intermediate_size=10,
+    moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True,
+)  # fmt: skip
+
+
+def test_a_mixture_of_experts_is_one_tensor_over_the_experts():
+    """As Megatron saves it, whatever its expert parallelism."""
+    prefix = "decoder.layers.0."
+    shapes = {k.removeprefix(prefix): v for k, v in axes.tensors(EXPERTS).items() if k.startswith(prefix)}
+    assert shapes == {
+        "pre_mlp_layernorm.weight": (24,),
+        "mlp.router.weight": (4, 24),
+        "mlp.router.expert_bias": (4,),
+        "mlp.experts.experts.linear_fc1.weight": (4, 12, 24),
+        "mlp.experts.experts.linear_fc2.weight": (4, 24, 6),
+        "mlp.shared_experts.linear_fc1.weight": (20, 24),
+        "mlp.shared_experts.linear_fc2.weight": (24, 10),
+    }
+    biased = replace(EXPERTS, add_bias_linear=True, moe_shared_expert_intermediate_size=0)
+    extra = {key.removeprefix(prefix): shape for key, shape in axes.tensors(biased).items() if key.endswith("bias")}
+    assert extra == {
+        "mlp.router.bias": (4,), "mlp.router.expert_bias": (4,),
+        "mlp.experts.experts.linear_fc1.bias": (4, 12), "mlp.experts.experts.linear_fc2.bias": (4, 24),
+    }  # fmt: skip
+
+
+def test_each_expert_keeps_its_own_neurons():
+    def cut_expert(name: str, kept: Kept) -> tuple[torch.Tensor, torch.Tensor]:
+        key = f"decoder.layers.0.mlp.{name}"
+        weight = torch.arange(axes.size(EXPERTS, key)).view(axes.shape(EXPERTS, key))
+        result = weight
+        for dimension, index in enumerate(axes.indices(EXPERTS, key, kept)):
+            if index is not None:
+                result = axes.take(result, dimension, index)
+        return weight, result
+
+    kept = Kept(hidden=(2, 5, 7), experts=(1, 3), expert_ffn=(6 + 0, 6 + 4, 18 + 2, 18 + 3))
+    weight, result = cut_expert("experts.experts.linear_fc1.weight", kept)
+    rows = {1: [0, 4, 6, 10], 3: [2, 3, 8, 9]}  # gate, then up
+    assert torch.equal(result, torch.stack([weight[e][rows[e]][:, [2, 5, 7]] for e in (1, 3)]))
+    weight, result = cut_expert("experts.experts.linear_fc2.weight", kept)
+    columns = {1: [0, 4], 3: [2, 3]}
+    assert torch.equal(result, torch.stack([weight[e][[2, 5, 7]][:, columns[e]] for e in (1, 3)]))
+    weight, result = cut_expert("router.weight", kept)
+    assert torch.equal(result, weight[[1, 3]][:, [2, 5, 7]])
+    weight, result = cut_expert("experts.experts.linear_fc1.weight", Kept(experts=(0, 2)))
+    assert torch.equal(result, weight[[0, 2]])
+    weight, result = cut_expert("shared_experts.linear_fc1.weight", Kept(shared_ffn=(1, 9)))
+    assert torch.equal(result, weight[[1, 9, 11, 19]])
+
+
+def test_experts_are_split_over_their_own_ranks():
+    key = "decoder.layers.0.mlp.experts.experts.linear_fc1.weight"
+    assert axes.size(EXPERTS, key) == 4 * 12 * 24
+    assert axes.size(EXPERTS, key, ep=2, etp=1, tp=2) == 2 * 12 * 24
+    assert axes.size(EXPERTS, key, ep=2, etp=3) == 2 * 4 * 24
+    assert axes.size(EXPERTS, "decoder.layers.0.mlp.router.weight", ep=2, tp=2) == 4 * 24
+    whole = sum(axes.parameters_per_rank(EXPERTS))
+    assert axes.parameters_per_rank(EXPERTS, ep=4) == [whole - EXPERTS.num_expert_parameters() * 3 // 4]

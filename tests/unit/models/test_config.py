@@ -11,6 +11,11 @@ from megatron_ext.models.config import Architecture
 from megatron_ext.models.presets import PRESETS
 
 TINY = PRESETS["tiny-hybrid"].architecture
+EXPERTS = replace(
+    TINY, pattern="M-*E", num_experts=8, moe_ffn_hidden_size=48, moe_shared_expert_intermediate_size=32,
+    moe_router_topk=3, moe_router_score_function="sigmoid", moe_router_topk_scaling_factor=2.5,
+    moe_router_enable_expert_bias=True,
+)  # fmt: skip
 
 # Megatron's own defaults of the arguments that are read (arguments.py of megatron-core 0.19.2)
 MEGATRON = {
@@ -44,6 +49,24 @@ MEGATRON = {
     "vocab_size": None,
     "make_vocab_size_divisible_by": 128,
     "tensor_model_parallel_size": 1,
+    "num_experts": None,
+    "moe_ffn_hidden_size": None,
+    "moe_shared_expert_intermediate_size": None,
+    "moe_router_topk": 2,
+    "moe_router_score_function": "softmax",
+    "moe_router_pre_softmax": False,
+    "moe_router_topk_scaling_factor": None,
+    "moe_router_enable_expert_bias": False,
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_latent_size": None,
+    "moe_shared_expert_gate": False,
+    "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
+    "moe_expert_capacity_factor": None,
+    "moe_input_jitter_eps": None,
+    "moe_apply_probs_on_input": False,
+    "moe_mlp_glu_interleave_size": None,
+    "moe_shared_expert_glu_interleave_size": None,
 }
 # flag -> (destination, type); store_true and store_false have a value instead of a type
 FLAGS = {
@@ -55,6 +78,8 @@ FLAGS = {
     "--normalization": ("normalization", str),
     "--position-embedding-type": ("position_embedding_type", str),
     "--hybrid-layer-pattern": ("hybrid_layer_pattern", str),
+    "--moe-router-score-function": ("moe_router_score_function", str),
+    "--moe-router-topk-scaling-factor": ("moe_router_topk_scaling_factor", float),
 }
 
 
@@ -116,7 +141,7 @@ print("parsed", json.dumps(parsed))
 
 def test_the_installed_megatron_has_these_flags_and_defaults():
     """In its own process: Megatron must not be imported here, before a platform is installed."""
-    archs = [PRESETS[name].architecture for name in ("tiny-hybrid", "transformer-8b", "llama3.1-8b")]
+    archs = [PRESETS[name].architecture for name in ("tiny-hybrid", "transformer-8b", "llama3.1-8b")] + [EXPERTS]
     request = json.dumps([list(MEGATRON), [[], *(arch.to_flags() for arch in archs)]])
     run = subprocess.run([sys.executable, "-c", PARSE], input=request, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
@@ -153,6 +178,7 @@ def test_a_layer_kind_that_is_absent_constrains_nothing():
     [
         {"hidden_size": 0},
         {"pattern": "E"},
+        {"pattern": "E", "num_experts": 4},
         {"activation": "gelu"},
         {"normalization": "BatchNorm"},
         {"position_embedding_type": "learned_absolute"},
@@ -205,3 +231,75 @@ def test_wrong_uneven_sizes_are_refused():
         replace(TINY, layer_sizes={"mamba_num_heads": (16, 3, 8, 2)}).validate()
     with pytest.raises(ConfigError, match="ffn_hidden_size=96,80"):
         Architecture.from_args(Namespace(**MEGATRON | TINY.to_args() | {"ext_layer_sizes": "ffn_hidden_size"}))
+
+
+MIXTURES = [
+    {}, {"moe_shared_expert_intermediate_size": 0}, {"moe_router_enable_expert_bias": False},
+    {"moe_router_score_function": "softmax", "moe_router_enable_expert_bias": False, "moe_router_pre_softmax": True},
+    {"moe_router_topk_scaling_factor": None, "add_bias_linear": True, "moe_shared_expert_intermediate_size": 0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", MIXTURES)
+def test_mixtures_survive_flags_arguments_and_json(change):
+    arch = replace(EXPERTS, **change)
+    assert Architecture.from_args(megatron_parse(arch.to_flags())) == arch
+    assert Architecture.from_args(Namespace(**MEGATRON | arch.to_args())) == arch
+    assert Architecture.from_dict(json.loads(json.dumps(arch.to_dict()))) == arch
+
+
+def test_a_model_without_a_mixture_has_no_experts():
+    assert replace(EXPERTS, pattern="M-*") == replace(TINY, pattern="M-*")
+    assert "--num-experts" not in TINY.to_flags()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"moe_router_topk": 9}, "1 to num_experts=8"),
+        ({"moe_router_score_function": "softmax"}, "expert biases go with sigmoids"),
+        ({"moe_router_score_function": "relu"}, "softmax, sigmoid"),
+        ({"add_bias_linear": True}, "shared experts have no biases"),
+        ({"num_experts": 0}, "num_experts must be a positive"),
+        (
+            {"moe_router_topk": 1, "moe_router_enable_expert_bias": False, "moe_router_score_function": "softmax"},
+            "--moe-router-pre-softmax",
+        ),
+    ],
+)
+def test_mixtures_that_cannot_be_are_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        replace(EXPERTS, **change)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"moe_latent_size": 16}, {"moe_shared_expert_gate": True}, {"moe_router_num_groups": 2},
+        {"moe_expert_capacity_factor": 1.0}, {"moe_router_load_balancing_type": ["sinkhorn"]},
+    ],
+)  # fmt: skip
+def test_kinds_of_mixture_that_are_not_supported_are_refused(asked):
+    with pytest.raises(ConfigError, match="is not supported"):
+        Architecture.from_args(Namespace(**MEGATRON | EXPERTS.to_args() | asked))
+    Architecture.from_args(Namespace(**MEGATRON | TINY.to_args() | asked))  # it has no mixture
+
+
+def test_what_experts_must_divide_by_is_named():
+    EXPERTS.validate(tp=2, ep=4, etp=1)
+    for layout, message in (
+        ({"ep": 3}, "num_experts=8 does not divide by expert parallel size=3"),
+        ({"etp": 5}, "moe_ffn_hidden_size=48 does not divide by expert tensor parallel size=5"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            EXPERTS.validate(**layout)
+    with pytest.raises(ConfigError, match="no mixture of experts"):
+        TINY.validate(ep=2)
+
+
+def test_a_token_uses_the_experts_it_is_sent_to():
+    expert = 3 * EXPERTS.hidden_size * 48
+    assert EXPERTS.num_expert_parameters() == 8 * expert
+    assert EXPERTS.num_active_parameters() == EXPERTS.num_parameters() - 5 * expert
+    assert EXPERTS.num_active_parameters(embedding=False) == EXPERTS.num_parameters(embedding=False) - 5 * expert
+    assert TINY.num_active_parameters() == TINY.num_parameters()
