@@ -1,6 +1,6 @@
 """A hybrid model in plain formulas and float64, straight from a checkpoint's tensors: nothing of Megatron's, no layout.
 
-Shapes: b batch, s sequence, h hidden, g groups, n heads, d channels.
+Shapes: b batch, s sequence, h hidden, g groups, n heads, d channels, e experts, f neurons.
 
 Positions that a plan drops can be masked: their activations are zero, and norms count the others only. So a masked
 model is the smaller one, found without slicing a weight.
@@ -62,6 +62,45 @@ def mlp(w: dict[str, Tensor], x: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
     return neurons * mask(kept.ffn, neurons.shape[-1]) @ w["mlp.linear_fc2.weight"].T, neurons
 
 
+def experts(arch: Architecture, w: dict[str, Tensor], x: Tensor, kept: Kept) -> tuple[Tensor, dict[str, Tensor]]:
+    """The update of a mixture of experts, and of the experts (e of them) that each token is sent to or not.
+
+    `probability` (b, s, e), 0 for experts it is not sent to; `neurons` (b, s, e, f) and `outputs` (b, s, e, h), before
+    they are weighted; `shared` (b, s, f of the shared expert).
+    """
+    logits = x @ w["mlp.router.weight"].T
+    stay = mask(kept.experts, arch.num_experts) > 0
+    logits = logits.masked_fill(~stay, -torch.inf)
+    sigmoid = arch.moe_router_score_function == "sigmoid"
+    scores = logits.sigmoid() if sigmoid else logits.softmax(-1) if arch.moe_router_pre_softmax else logits
+    # A dropped expert is not chosen, whatever its bias.
+    choice = (scores + w.get("mlp.router.expert_bias", torch.zeros(()))).masked_fill(~stay, -torch.inf)
+    chosen = torch.zeros_like(logits).scatter(-1, choice.topk(arch.moe_router_topk).indices, 1.0) > 0
+    if sigmoid:
+        probability = scores * chosen
+        if arch.moe_router_topk > 1:
+            probability = probability / probability.sum(-1, keepdim=True)
+    elif arch.moe_router_pre_softmax:
+        probability = scores * chosen
+    else:
+        probability = scores.masked_fill(~chosen, -torch.inf).softmax(-1)
+    probability = probability * (arch.moe_router_topk_scaling_factor or 1.0)
+
+    fc1, fc2 = (w[f"mlp.experts.experts.linear_fc{n}.weight"] for n in (1, 2))
+    gate, up = torch.einsum("bsh,efh->bsef", x, fc1).chunk(2, dim=-1)
+    neurons = F.silu(gate) * up
+    stays = mask(kept.expert_ffn, arch.num_experts * arch.moe_ffn_hidden_size).view(arch.num_experts, -1)
+    outputs = torch.einsum("bsef,ehf->bseh", neurons * stays, fc2)
+    update = (probability[..., None] * outputs).sum(2)
+    seen = {"probability": probability, "neurons": neurons, "outputs": outputs}
+    if arch.moe_shared_expert_intermediate_size:
+        gate, up = (x @ w["mlp.shared_experts.linear_fc1.weight"].T).chunk(2, dim=-1)
+        seen["shared"] = F.silu(gate) * up
+        columns = mask(kept.shared_ffn, arch.moe_shared_expert_intermediate_size)
+        update = update + seen["shared"] * columns @ w["mlp.shared_experts.linear_fc2.weight"].T
+    return update, seen
+
+
 def mamba(arch: Architecture, w: dict[str, Tensor], u: Tensor, kept: Kept) -> tuple[Tensor, dict[str, Tensor]]:
     """The update of a Mamba-2 layer, and the parts x (b, s, n, d), B and C (b, s, g, state) of its input projection."""
     groups = arch.mamba_num_groups
@@ -118,18 +157,22 @@ def forward(
         kept, own = plan.kept(i) if plan else Kept(), arch.at(i)
         prefix = f"decoder.layers.{i}."
         w = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-        (norm_weight,) = (value for key, value in w.items() if key.endswith("layer_norm_weight"))
+        (norm_weight,) = (value for key, value in w.items() if key.endswith(("layer_norm_weight", "layernorm.weight")))
         normed = rms_norm(hidden, norm_weight, arch.norm_epsilon, channels)
+        parts: dict[str, Tensor] = {}
         if kind == "*":
             update, inner = attention(own, w, normed, kept)
         elif kind == "-":
             update, inner = mlp(w, normed, kept)
+        elif kind == "E":
+            update, parts = experts(own, w, normed, kept)
+            inner = parts["neurons"]
         else:
             update, parts = mamba(own, w, normed, kept)
             inner = parts["x"]
         inputs = {"input": hidden, "norm": normed, "inner": inner}
         hidden = hidden + update * channels
-        seen.append(inputs | {"output": hidden} | (parts if kind == "M" else {}))
+        seen.append(inputs | {"output": hidden} | parts)
     final = rms_norm(hidden, weights["decoder.final_norm.weight"], arch.norm_epsilon, channels)
     output_layer = weights.get("output_layer.weight", weights["embedding.word_embeddings.weight"])
     return final @ output_layer.T, seen

@@ -25,7 +25,11 @@ _KINDS = {
     "mamba_num_heads": MAMBA,
     "mamba_head_dim": MAMBA,
     "mamba_state_dim": MAMBA,
+    "num_experts": MOE,
+    "moe_ffn_hidden_size": MOE,
+    "moe_shared_expert_intermediate_size": MOE,
 }
+_INNER = ("ffn_hidden_size", "mamba_num_heads", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
 # What lies in groups, and the size that counts these.
 _GROUPS = {"num_attention_heads": "num_query_groups", "mamba_num_heads": "mamba_num_groups"}
 # Targets that count the sub-layers of one kind.
@@ -41,6 +45,9 @@ class Targets:
     Attributes:
         num_attention_heads: Query heads over all groups that stay. Where `num_query_groups` is cut and this is not
             asked for, the heads of the dropped groups go; so it is with `mamba_num_heads` and `mamba_num_groups`.
+        num_experts: Experts of each mixture; at least as many as a token needs, and what expert parallelism divides.
+        moe_ffn_hidden_size: Neurons of each expert.
+        moe_shared_expert_intermediate_size: Neurons of the shared expert.
         num_layers: Blocks to keep (a mixer and its MLPs; see `megatron_ext.models.pattern`).
         num_sublayers: Sub-layers to keep, of whatever kind.
         attention_layers, mamba_layers, mlp_layers, moe_layers: Sub-layers of one kind to keep: from 1 up a number,
@@ -65,6 +72,9 @@ class Targets:
     mamba_num_heads: int | None = None
     mamba_head_dim: int | None = None
     mamba_state_dim: int | None = None
+    num_experts: int | None = None
+    moe_ffn_hidden_size: int | None = None
+    moe_shared_expert_intermediate_size: int | None = None
     num_layers: int | None = None
     num_sublayers: int | None = None
     attention_layers: float | None = None
@@ -111,12 +121,15 @@ class Targets:
             if name in _KINDS and _KINDS[name] not in arch.pattern:
                 raise PlanError(f"{name} cannot be cut: the model has no such layer", got=arch.pattern)
             step, most = 1, size
+            least = arch.moe_router_topk if name == "num_experts" else 1
             if name in _GROUPS:
                 groups: int = getattr(arch, _GROUPS[name])
                 step: int = self.sizes.get(_GROUPS[name], groups)
                 most = size // groups * step
-            if not 1 <= asked <= most or asked % step:
-                legal = f"{step} to {most}" + (f" in steps of {step}, so that groups stay equal" if step > 1 else "")
+            if not least <= asked <= most or asked % step:
+                legal = f"{max(step, least)} to {most}"
+                legal += f" in steps of {step}, so that groups stay equal" if step > 1 else ""
+                legal += ", as many as a token needs or more" if least > 1 else ""
                 raise PlanError(f"{name} cannot be cut to {asked}", got=f"{name}={size} in the model", legal=legal)
         for name in ("params", "memory", "hidden_divisor", "ffn_divisor", "mamba_heads_divisor"):
             if (value := getattr(self, name)) is not None and value <= 0:
@@ -172,10 +185,11 @@ def resolve(arch: Architecture, targets: Targets, pattern: str) -> Architecture:
 
     Without a budget, sizes are what is asked for. With one, this rule finds those that are not:
 
-    - `hidden_size` takes the widths i/32 of the original, rounded down to its divisor; `ffn_hidden_size` and
-      `mamba_num_heads` take the widths j/32 together, rounded down to theirs (`Targets.divisor`);
+    - `hidden_size` takes the widths i/32 of the original, rounded down to its divisor; `ffn_hidden_size`, those of
+      experts and shared experts and `mamba_num_heads` take the widths j/32 together, rounded down to theirs
+      (`Targets.divisor`);
     - the two shrink in step: their factors differ by at most 4/3, unless one of them was asked for;
-    - attention heads, groups, states, head channels and depth stay as they are, unless asked for;
+    - attention heads, groups, states, head channels, experts and depth stay as they are, unless asked for;
     - of all that are within 5% below the budget, the nearest wins; of equals, the widest hidden.
 
     Args:
@@ -226,8 +240,7 @@ def _budget(arch: Architecture, targets: Targets) -> _Budget | None:
 
 
 def _candidates(arch: Architecture, fixed: dict[str, int], targets: Targets) -> Iterator[Architecture]:
-    inner = [name for name in ("ffn_hidden_size", "mamba_num_heads") if _KINDS[name] in arch.pattern]
-    inner = [name for name in inner if name not in fixed]
+    inner = [name for name in _INNER if _KINDS[name] in arch.pattern and getattr(arch, name) and name not in fixed]
     hidden_steps = [GRID] if "hidden_size" in fixed else range(1, GRID + 1)
     inner_steps = range(1, GRID + 1) if inner else [GRID]
     in_step = "hidden_size" not in fixed and bool(inner)

@@ -12,7 +12,7 @@ from megatron_ext.checkpoint.atomic import replacing
 from megatron_ext.errors import ConfigError, PlanError
 from megatron_ext.models.axes import Kept
 from megatron_ext.models.config import PER_LAYER, Architecture
-from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP
+from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
 
 FORMAT = "megatron_ext.plan/1"
 
@@ -77,6 +77,9 @@ PRUNED_AXES = (
     PrunedAxis("mamba_heads", MAMBA, "mamba_num_heads", "mamba_num_groups", "mamba_groups"),
     PrunedAxis("head_channels", MAMBA, "mamba_head_dim"),
     PrunedAxis("states", MAMBA, "mamba_state_dim", "mamba_num_groups", "mamba_groups", per_group=True),
+    PrunedAxis("experts", MOE, "num_experts"),
+    PrunedAxis("expert_ffn", MOE, "moe_ffn_hidden_size", "num_experts", "experts", per_group=True),
+    PrunedAxis("shared_ffn", MOE, "moe_shared_expert_intermediate_size"),
 )
 _PER_LAYER_FIELDS = (*(axis.field for axis in PRUNED_AXES), "merged_heads")
 _Kept = Mapping[int, tuple[int, ...]]
@@ -92,8 +95,8 @@ class Plan:
     Attributes:
         units: Sub-layers that stay.
         hidden: Channels of the residual stream that stay.
-        ffn, kv_groups, query_heads, mamba_groups, mamba_heads, head_channels, states: Positions that stay, for each
-            sub-layer; what they are says `megatron_ext.models.axes.Kept`.
+        ffn, kv_groups, query_heads, mamba_groups, mamba_heads, head_channels, states, experts, expert_ffn, shared_ffn:
+            Positions that stay, for each sub-layer; what they are says `megatron_ext.models.axes.Kept`.
         merged_heads: For each attention layer, pairs (kept query head, dropped one): the kept head becomes twice itself
             minus the dropped one (Minitron's head merge, arXiv 2407.14679).
 
@@ -112,6 +115,9 @@ class Plan:
     mamba_heads: _Kept = field(default_factory=dict)
     head_channels: _Kept = field(default_factory=dict)
     states: _Kept = field(default_factory=dict)
+    experts: _Kept = field(default_factory=dict)
+    expert_ffn: _Kept = field(default_factory=dict)
+    shared_ffn: _Kept = field(default_factory=dict)
     merged_heads: Mapping[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     provenance: Provenance = Provenance()
 

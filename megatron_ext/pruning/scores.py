@@ -7,6 +7,9 @@ Higher is more important. The names, with their shapes:
 - `layers.{i}.query_head`: `(num_attention_heads,)`, for each attention layer
 - `layers.{i}.mamba`: `(mamba_num_heads, mamba_head_dim)`, for each Mamba-2 layer
 - `layers.{i}.state`: `(mamba_num_groups, mamba_state_dim)`, for each Mamba-2 layer
+- `layers.{i}.expert`: `(num_experts,)`, for each mixture of experts
+- `layers.{i}.expert_ffn`: `(num_experts, moe_ffn_hidden_size)`, for each mixture of experts
+- `layers.{i}.shared_ffn`: `(moe_shared_expert_intermediate_size,)`, for each mixture that has a shared expert
 - `depth.{metric}`: `(number of sub-layers,)`, for a metric of `DEPTH_METRICS`
 - `depth.{metric}.blocks`: `(number of blocks,)`, blocks as in `megatron_ext.models.pattern`
 - `depth.shapley_{value}.stderr`, `depth.shapley_{value}.blocks.stderr`: the standard errors of the two above
@@ -27,7 +30,7 @@ from torch import Tensor
 from megatron_ext.checkpoint.atomic import replacing
 from megatron_ext.errors import ConfigError, PlanError, nearest
 from megatron_ext.models.config import Architecture
-from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP
+from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
 
 FORMAT = "megatron_ext.scores/1"
 HIDDEN = "hidden"
@@ -61,6 +64,21 @@ def state(layer: int) -> str:
     return f"layers.{layer}.state"
 
 
+def expert(layer: int) -> str:
+    """The name of the scores of a mixture's experts."""
+    return f"layers.{layer}.expert"
+
+
+def expert_ffn(layer: int) -> str:
+    """The name of the scores of the neurons of a mixture's experts."""
+    return f"layers.{layer}.expert_ffn"
+
+
+def shared_ffn(layer: int) -> str:
+    """The name of the scores of a shared expert's neurons."""
+    return f"layers.{layer}.shared_ffn"
+
+
 def depth(metric: str, *, blocks: bool = False) -> str:
     """The name of the depth scores of sub-layers, or of blocks."""
     return f"depth.{metric}{BLOCKS if blocks else ''}"
@@ -83,6 +101,11 @@ def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
         elif unit == MAMBA:
             layers[mamba(i)] = (own.mamba_num_heads, own.mamba_head_dim)
             layers[state(i)] = (own.mamba_num_groups, own.mamba_state_dim)
+        elif unit == MOE:
+            layers[expert(i)] = (own.num_experts,)
+            layers[expert_ffn(i)] = (own.num_experts, own.moe_ffn_hidden_size)
+            if own.moe_shared_expert_intermediate_size:
+                layers[shared_ffn(i)] = (own.moe_shared_expert_intermediate_size,)
     for blocks, count in ((False, len(arch.pattern)), (True, len(arch.layers.blocks))):
         for metric in DEPTH_METRICS:
             layers[depth(metric, blocks=blocks)] = (count,)

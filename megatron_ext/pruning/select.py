@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_ext.errors import PlanError
 from megatron_ext.models.config import Architecture
-from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP
+from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
 from megatron_ext.pruning import scores as names
 from megatron_ext.pruning.budget import Targets, resolve
 from megatron_ext.pruning.plan import Plan, Provenance, differences
@@ -27,7 +27,8 @@ def make_plan(
     - the key/value groups whose query heads' scores have the largest L2 norm, then in each the heads of the highest;
     - for Mamba-2 the head channels of the highest `||s[:, d]||_2`, the SSM groups of the highest norm over their heads,
       and in each the heads of the highest `||s[h, D_top]||_2` (Minitron-SSM, arXiv 2504.11409) and the states of the
-      highest score.
+      highest score;
+    - the experts of the highest score, in each its own neurons of the highest, and likewise in the shared expert.
 
     Sizes: as `budget.resolve` says. Those of `targets.per_layer` are then spread over the layers: each layer's scores
     are divided by their sum, and the most important slices of a divisor's width, over all layers, stay.
@@ -62,6 +63,8 @@ def make_plan(
             widths.cut_attention(i, scores, old, new, merge_heads)
         elif arch.pattern[i] == MAMBA:
             widths.cut_mamba(i, scores, old, new)
+        elif arch.pattern[i] == MOE:
+            widths.cut_experts(i, scores, old, new)
     return Plan(
         source=arch, target=target, units=units, hidden=hidden, **vars(widths),
         provenance=Provenance(
@@ -86,6 +89,9 @@ class _Widths:
     mamba_heads: _Kept = field(default_factory=dict)
     head_channels: _Kept = field(default_factory=dict)
     states: _Kept = field(default_factory=dict)
+    experts: _Kept = field(default_factory=dict)
+    expert_ffn: _Kept = field(default_factory=dict)
+    shared_ffn: _Kept = field(default_factory=dict)
 
     def cut_attention(self, i: int, scores: Scores, old: Architecture, new: Architecture, merge: bool) -> None:
         groups = None
@@ -114,6 +120,17 @@ class _Widths:
         if new.mamba_state_dim < old.mamba_state_dim:
             states = scores[names.state(i)].flatten()
             self.states[i] = top(states, new.mamba_state_dim * staying, old.mamba_num_groups, groups)
+
+    def cut_experts(self, i: int, scores: Scores, old: Architecture, new: Architecture) -> None:
+        experts = None
+        if new.num_experts < old.num_experts:
+            experts = self.experts[i] = top(scores[names.expert(i)], new.num_experts)
+        if new.moe_ffn_hidden_size < old.moe_ffn_hidden_size:
+            neurons = scores[names.expert_ffn(i)].flatten()
+            count = new.moe_ffn_hidden_size * new.num_experts
+            self.expert_ffn[i] = top(neurons, count, old.num_experts, experts)
+        if new.moe_shared_expert_intermediate_size < old.moe_shared_expert_intermediate_size:
+            self.shared_ffn[i] = top(scores[names.shared_ffn(i)], new.moe_shared_expert_intermediate_size)
 
 
 def keep_units(scores: Scores, arch: Architecture, targets: Targets) -> tuple[int, ...]:

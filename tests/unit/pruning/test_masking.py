@@ -18,10 +18,15 @@ from megatron_ext.pruning.plan import Plan
 from megatron_ext.pruning.select import make_plan
 
 ARCH = Architecture(
-    pattern="M*-", hidden_size=12, vocab_size=16, max_position_embeddings=8, ffn_hidden_size=10,
+    pattern="M*-E", hidden_size=12, vocab_size=16, max_position_embeddings=8, ffn_hidden_size=10,
     num_attention_heads=6, num_query_groups=2, kv_channels=4, mamba_num_heads=6, mamba_head_dim=4, mamba_state_dim=4,
-    mamba_num_groups=2,
+    mamba_num_groups=2, num_experts=5, moe_ffn_hidden_size=6, moe_shared_expert_intermediate_size=4, moe_router_topk=2,
 )  # fmt: skip
+SIGMOID = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+ROUTERS = [
+    {}, {"moe_router_pre_softmax": True, "moe_router_topk_scaling_factor": 1.5}, SIGMOID,
+    SIGMOID | {"moe_router_topk": 1, "moe_shared_expert_intermediate_size": 0},
+]  # fmt: skip
 TOKENS = torch.randint(16, (2, 7), generator=torch.Generator().manual_seed(1))
 
 
@@ -39,19 +44,23 @@ def sliced(plan: Plan, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
     """A plan for a small random pattern that cuts any subset of the axes, evenly or layer by layer."""
-    arch = replace(ARCH, pattern=draw(st.text("M*-", min_size=1, max_size=5)))
+    arch = replace(ARCH, pattern=draw(st.text("M*-E", min_size=1, max_size=5)), **draw(st.sampled_from(ROUTERS)))
     kv, ssm = draw(st.sampled_from([None, 1, 2])), draw(st.sampled_from([None, 1, 2]))
     sizes = {"num_query_groups": kv, "mamba_num_groups": ssm}
     choices = {
         "hidden_size": [4, 8, 12], "ffn_hidden_size": [1, 5, 8], "mamba_head_dim": [1, 3, 4], "mamba_state_dim": [1, 3],
         "num_attention_heads": [heads * (kv or 2) for heads in (1, 2, 3)],
         "mamba_num_heads": [heads * (ssm or 2) for heads in (1, 2, 3)],
+        "num_experts": [2, 4, 5], "moe_ffn_hidden_size": [1, 4], "moe_shared_expert_intermediate_size": [1, 3],
     }  # fmt: skip
     for name, legal in choices.items():
         sizes[name] = draw(st.sampled_from([None, *legal]))
-    for name, kind in {"ffn": "-", "mamba": "M", "attention": "*", "query": "*"}.items():
+    kinds = {"ffn": "-", "mamba": "M", "num_attention": "*", "num_query": "*", "moe": "E", "num_experts": "E"}
+    for start, kind in kinds.items():
         if kind not in arch.pattern:
-            sizes = {size: None if name in size else value for size, value in sizes.items()}
+            sizes = {size: None if size.startswith(start) else value for size, value in sizes.items()}
+    if not arch.moe_shared_expert_intermediate_size:
+        sizes["moe_shared_expert_intermediate_size"] = None
     blocks = draw(st.integers(1, len(arch.layers.blocks)))
     spread = ("ffn_hidden_size",) if sizes["ffn_hidden_size"] and draw(st.booleans()) else ()
     targets = Targets(**sizes, num_layers=blocks, per_layer=spread, ffn_divisor=1)
@@ -62,7 +71,7 @@ def plans(draw: st.DrawFn) -> Plan:
     return make_plan(scores, arch, targets)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(plans())
 def test_a_sliced_model_is_the_masked_one(plan: Plan) -> None:
     weights = random_weights(plan.source)
@@ -77,6 +86,7 @@ def test_the_cases_cut_every_axis() -> None:
     """What the strategy above draws from reaches each size; otherwise it would prove less than it says."""
     sizes = {"hidden_size": 4, "ffn_hidden_size": 1, "num_query_groups": 1, "num_attention_heads": 1}
     sizes |= {"mamba_num_groups": 1, "mamba_num_heads": 1, "mamba_head_dim": 1, "mamba_state_dim": 1}
+    sizes |= {"num_experts": 2, "moe_ffn_hidden_size": 1, "moe_shared_expert_intermediate_size": 1}
     assert set(sizes) == set(SIZES)
     plan = make_plan(random_scores(ARCH), ARCH, Targets(**sizes))
     weights = random_weights(ARCH)

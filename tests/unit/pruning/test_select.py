@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from megatron_ext.errors import PlanError
 from megatron_ext.models.cost import Workload, memory_bytes
 from megatron_ext.models.presets import PRESETS
 from megatron_ext.pruning.budget import Targets
+from megatron_ext.pruning.plan import Plan
 from megatron_ext.pruning.select import make_plan, top
 
 ARCH = PRESETS["tiny-hybrid"].architecture
@@ -180,3 +182,64 @@ def test_divisors_decide_what_budgets_find():
     big = PRESETS["llama3.1-8b"].architecture
     target = make_plan(random_scores(big), big, Targets(params=0.5)).target
     assert (target.hidden_size % 64, target.ffn_hidden_size % 64) == (0, 0)
+
+
+EXPERTS = replace(
+    ARCH, pattern="M-*EE", num_experts=6, moe_ffn_hidden_size=64, moe_shared_expert_intermediate_size=32,
+    moe_router_topk=3,
+)  # fmt: skip
+
+
+def test_experts_and_each_ones_own_neurons_are_chosen():
+    scores = random_scores(EXPERTS)
+    sizes = {"num_experts": 4, "moe_ffn_hidden_size": 24, "moe_shared_expert_intermediate_size": 8}
+    plan = make_plan(scores, EXPERTS, Targets(**sizes))
+    assert plan.target == replace(EXPERTS, **sizes)
+    for i in (3, 4):
+        experts = highest(scores[f"layers.{i}.expert"].tolist(), 4)
+        neurons = scores[f"layers.{i}.expert_ffn"].tolist()
+        assert plan.experts[i] == experts
+        assert plan.expert_ffn[i] == tuple(e * 64 + n for e in experts for n in highest(neurons[e], 24))
+        assert plan.shared_ffn[i] == highest(scores[f"layers.{i}.shared_ffn"].tolist(), 8)
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    only_neurons = make_plan(scores, EXPERTS, Targets(moe_ffn_hidden_size=24))
+    assert only_neurons.experts == {}
+    assert len(only_neurons.expert_ffn[3]) == 6 * 24
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ({"num_experts": 2}, "3 to 6, as many as a token needs or more"),
+        ({"moe_ffn_hidden_size": 65}, "1 to 64"),
+    ],
+)
+def test_sizes_of_experts_that_cannot_be_are_refused(targets, message):
+    with pytest.raises(PlanError, match=message):
+        make_plan(random_scores(EXPERTS), EXPERTS, Targets(**targets))
+    with pytest.raises(PlanError, match="no such layer"):
+        Targets(**targets).check(ARCH)
+
+
+def test_layers_keep_equally_many_experts_and_experts_equally_many_neurons():
+    plan = make_plan(random_scores(EXPERTS), EXPERTS, Targets(num_experts=4))
+    with pytest.raises(PlanError, match="layers keep different numbers"):
+        replace(plan, experts=plan.experts | {4: (0, 1, 2)})
+    plan = make_plan(random_scores(EXPERTS), EXPERTS, Targets(moe_ffn_hidden_size=1))
+    with pytest.raises(PlanError, match="the groups keep different numbers"):
+        replace(plan, expert_ffn=plan.expert_ffn | {4: (0, 1, 64, 128, 192, 256)})
+
+
+def test_depth_may_take_all_mixtures_away():
+    plan = make_plan(random_scores(EXPERTS), EXPERTS, Targets(moe_layers=0))
+    assert plan.target == replace(EXPERTS, pattern="M-*")
+    assert plan.target.num_experts == 0
+
+
+@pytest.mark.parametrize("fraction", [0.75, 0.5])
+def test_a_budget_narrows_experts_and_keeps_their_number(fraction):
+    plan = make_plan(random_scores(EXPERTS), EXPERTS, Targets(params=fraction, embedding=False))
+    ratio = plan.target.num_parameters(embedding=False) / EXPERTS.num_parameters(embedding=False)
+    assert 0.95 * fraction <= ratio <= fraction
+    assert plan.target.moe_ffn_hidden_size < 64
+    assert plan.target.num_experts == 6
