@@ -12,6 +12,7 @@ CHECKED = [
     "megatron_ext.ssm",
     "megatron_ext.distillation",
     "megatron_ext.pruning.importance",
+    "megatron_ext.pruning.expert_importance",
     "megatron_ext.training.step",
 ]
 install_import_hook(CHECKED, "beartype.beartype")

@@ -7,10 +7,12 @@ its L2 norm or by its variance (Minitron, arXiv 2407.14679):
 - FFN neuron: the input of the down projection;
 - query head: the L2 norm of the head's output, before the output projection;
 - Mamba-2 head and head channel: the `x` part of the input projection (Minitron-SSM, arXiv 2504.11409);
-- Mamba-2 state: the product of the aggregated `B` and `C` parts, whose products are what the state contributes.
+- Mamba-2 state: the product of the aggregated `B` and `C` parts, whose products are what the state contributes;
+- experts and their neurons: `megatron_ext.pruning.expert_importance`; a shared expert is scored like any MLP.
 
 Wanda's weight times activation (arXiv 2306.11695) is the baseline beside it: L2 norms over all tokens of the inputs of
-a projection, times the L2 norms of its columns; for Mamba-2 those of the output projection.
+a projection, times the L2 norms of its columns; for Mamba-2 those of the output projection, for the hidden channels of
+a mixture those of the router, all experts and the shared expert together.
 
 Shapes: s sequence (this rank's part), b micro-batch, h hidden, f FFN, n heads, d channels; n and f are this rank's.
 """
@@ -26,7 +28,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from megatron_ext.models.config import Architecture
-from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP
+from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
+from megatron_ext.pruning import expert_importance
 from megatron_ext.pruning import scores as names
 
 Aggregation = Literal["mean", "l2", "var"]
@@ -85,6 +88,7 @@ class Importance:
         self._moments: dict[str, Tensor] = {}  # of each sample's aggregate: the sum, and the sum of squares
         self._columns: dict[str, Tensor] = {}  # squared norms of the columns that activations are multiplied by
         self._samples = torch.zeros((), dtype=torch.float64)
+        self._mixtures: dict[int, expert_importance.ExpertImportance] = {}
         self._handles: list[Any] = []
         for chunk in chunks:
             self._groups = chunk.pg_collection
@@ -103,6 +107,9 @@ class Importance:
 
     def _watch(self, layer: torch.nn.Module, index: int) -> None:
         kind, own = self.architecture.pattern[index], self.architecture.at(index)
+        if kind == MOE:
+            self._watch_mixture(layer, index)
+            return
         wanda = self.metric.kind == "wanda"
         first, last = layer.get_submodule(FUSED_NORM[kind]), layer.get_submodule(_LAST[kind])
         # Under sequence parallelism each tensor rank holds a part of the sequence.
@@ -128,6 +135,26 @@ class Importance:
                 name = names.mamba(index)
                 self._before(last, lambda x: self._add(name, x.float().unflatten(-1, shape)), name)
             self._handles.append(first.register_forward_hook(self._mamba(layer.get_submodule("mixer"), index)))
+
+    def _watch_mixture(self, layer: Any, index: int) -> None:
+        hidden, wanda, mixture = f"{names.HIDDEN}.{index}", self.metric.kind == "wanda", layer.mlp
+        split = self._config.sequence_parallel
+        see = layer.pre_mlp_layernorm.register_forward_hook(lambda _, __, x: self._add(hidden, x.float(), split=split))
+        self._mixtures[index] = expert_importance.ExpertImportance(mixture.experts, self._sums, wanda)
+        self._handles += [see, *self._mixtures[index].handles]
+        if wanda:
+            squares = mixture.router.weight.detach().double().square().sum(dim=0)
+            first = mixture.experts.linear_fc1
+            each = [getattr(first, f"weight{i}").detach().double().square().sum(0) for i in range(first.num_gemms)]
+            routed = torch.stack(each).sum(dim=0)
+            for group in (self._groups.ep, self._groups.expt_tp):
+                dist.all_reduce(routed, group=group)
+            self._columns[hidden] = squares + routed
+        if mixture.shared_experts is not None:
+            shared, name = mixture.shared_experts, names.shared_ffn(index)
+            self._before(shared.linear_fc2, lambda x: self._add(name, x.float()), name)
+            if wanda:
+                self._columns[hidden] += _columns(shared.linear_fc1, self._groups.tp)
 
     def _before(self, module: torch.nn.Module, see: Callable[[Tensor], None], weighs: str = "") -> None:
         """Show what goes into a module; `weighs` names the score that Wanda multiplies by its columns."""
@@ -157,26 +184,29 @@ class Importance:
     @torch.no_grad()
     def _add(self, name: str, activation: Float[Tensor, "s b *axes"], split: bool = False) -> None:
         """Add one micro-batch: aggregated over the whole sequence, then its moments over the samples."""
-        sequence = self.metric.sequence
-        sums = {
-            "mean": lambda: activation.abs().sum(dim=0)[None],
-            "l2": lambda: activation.square().sum(dim=0)[None],
-            "var": lambda: torch.stack([activation.double().sum(dim=0), activation.double().square().sum(dim=0)]),
-        }[sequence]().double()
+        sums = self._sums(activation)
         length = activation.shape[0]
         for group in ([self._groups.tp] if split else []) + [self._groups.cp]:
             if group.size() > 1:
                 dist.all_reduce(sums, group=group)
                 length *= group.size()
-        sample = _aggregate(sequence, sums[0], sums[-1], length)
+        sample = _aggregate(self.metric.sequence, sums[0], sums[-1], length)
         moments = torch.stack([sample.sum(dim=0), sample.square().sum(dim=0)])
         self._moments[name] = self._moments[name] + moments if name in self._moments else moments
+
+    def _sums(self, activation: Tensor) -> Tensor:
+        """What `_aggregate` needs to aggregate dimension 0: one or two sums, on a new dimension 0, in float64."""
+        return {
+            "mean": lambda: activation.abs().sum(dim=0)[None],
+            "l2": lambda: activation.square().sum(dim=0)[None],
+            "var": lambda: torch.stack([activation.double().sum(dim=0), activation.double().square().sum(dim=0)]),
+        }[self.metric.sequence]().double()
 
     def gather(self) -> dict[str, Tensor] | None:
         """The scores of the whole model, float32, on rank 0; None elsewhere. A collective of all ranks.
 
         Sums over samples go over the data-parallel ranks; heads and neurons are put together over the tensor-parallel
-        ranks, layers over the pipeline.
+        ranks (those of experts over the expert-parallel ones), layers over the pipeline.
         """
         groups = self._groups
         samples = self._samples.to(torch.cuda.current_device())
@@ -187,7 +217,16 @@ class Importance:
             here = (groups.tp.rank(), {name: self._score(name, float(samples)).cpu() for name in self._moments})
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, here)
-        return self._assemble([part for part in parts if part is not None]) if dist.get_rank() == 0 else None
+        experts: dict[str, Tensor] = {}
+        if MOE in self.architecture.pattern:
+            sequence = self.metric.sequence
+            experts = expert_importance.gather(
+                self._mixtures, groups, lambda sums, count: _aggregate(sequence, sums[0], sums[-1], count)
+            )
+        if dist.get_rank():
+            return None
+        scores = self._assemble([part for part in parts if part is not None]) | experts
+        return {name: value.float() for name, value in scores.items()}
 
     def _score(self, name: str, samples: float) -> Tensor:
         sums, squares = self._moments[name]
@@ -208,11 +247,10 @@ class Importance:
         for i in self.architecture.layers.indices(MAMBA):
             B, C = (torch.cat(merged.pop(f"{names.state(i)}.{part}")) for part in "BC")
             result[names.state(i)] = B * C
-        result |= {name: torch.cat(shards) for name, shards in merged.items()}
-        return {name: value.float() for name, value in result.items()}
+        return result | {name: torch.cat(shards) for name, shards in merged.items()}
 
 
-def _aggregate(how: Aggregation, sums: Tensor, squares: Tensor, count: float) -> Tensor:
+def _aggregate(how: Aggregation, sums: Tensor, squares: Tensor, count: float | Tensor) -> Tensor:
     """The mean, the L2 norm or the (population) variance of `count` numbers, from their sum and sum of squares.
 
     For the norm both are the sum of squares.
