@@ -136,12 +136,16 @@ def report(plan: Plan, loss: float | None) -> str:
 
     row("parameters", source.num_parameters(), target.num_parameters())
     row("without embeddings", source.num_parameters(embedding=False), target.num_parameters(embedding=False))
+    if source.num_experts:
+        row("parameters that a token uses", source.num_active_parameters(), target.num_active_parameters())
     row("layers", len(source.layers.blocks), len(target.layers.blocks))
     for name, field in (
         ("hidden", "hidden_size"), ("FFN", "ffn_hidden_size"), ("query heads", "num_attention_heads"),
-        ("Mamba-2 heads", "mamba_num_heads"), ("Mamba-2 head channels", "mamba_head_dim"),
+        ("Mamba-2 heads", "mamba_num_heads"), ("Mamba-2 head channels", "mamba_head_dim"), ("experts", "num_experts"),
+        ("FFN of an expert", "moe_ffn_hidden_size"), ("shared FFN", "moe_shared_expert_intermediate_size"),
     ):  # fmt: skip
-        row(name, getattr(source, field), getattr(target, field))
+        if getattr(source, field):
+            row(name, getattr(source, field), getattr(target, field))
     text = "# Pruned\n\n" + "\n".join(rows) + f"\n\nPattern `{source.pattern}` to `{target.pattern}`.\n"
     if loss is not None:
         text += f"\nLoss of the original on the calibration data: {loss:.4f} nats per token.\n"
@@ -163,7 +167,10 @@ def _plot(scores: Scores, plan: Plan, path: Path) -> None:
     for name in one_dimensional:
         if name.startswith("depth."):
             kept[name] = staying if name.endswith(BLOCKS) else list(plan.units)
-    for axis, values in (("ffn", plan.ffn), ("query_head", plan.query_heads), ("mamba_head", plan.mamba_heads)):
+    for axis, values in (
+        ("ffn", plan.ffn), ("query_head", plan.query_heads), ("mamba_head", plan.mamba_heads),
+        ("expert", plan.experts), ("shared_ffn", plan.shared_ffn),
+    ):  # fmt: skip
         kept |= {f"layers.{layer}.{axis}": list(indices) for layer, indices in values.items()}
     for layer in plan.source.layers.indices(MAMBA):
         channels = list(plan.head_channels.get(layer, range(plan.source.mamba_head_dim)))

@@ -36,6 +36,9 @@ class PruneOptions:
     mamba_num_heads: int | None = option(None, "Mamba-2 heads to keep; each SSM group keeps the same number.")
     mamba_head_dim: int | None = option(None, "Channels of each Mamba-2 head to keep.")
     mamba_state_dim: int | None = option(None, "State channels of each SSM group to keep.")
+    num_experts: int | None = option(None, "Experts of each mixture to keep; expert parallelism must divide them.")
+    moe_ffn_hidden_size: int | None = option(None, "Neurons of each expert to keep.")
+    moe_shared_expert_intermediate_size: int | None = option(None, "Neurons of the shared expert to keep.")
     per_layer: list[Literal["ffn", "mamba"]] | None = option(
         None, "FFN neurons, Mamba-2 heads: layers keep different numbers by importance; the size is their average."
     )
@@ -51,6 +54,7 @@ class PruneOptions:
     attention_layers: float | None = option(None, "Attention sub-layers to keep: a number, or a fraction below 1.")
     mamba_layers: float | None = option(None, "Mamba-2 sub-layers to keep: a number, or a fraction below 1.")
     mlp_layers: float | None = option(None, "MLP sub-layers to keep: a number, or a fraction below 1.")
+    moe_layers: float | None = option(None, "Mixtures of experts to keep: a number, or a fraction below 1.")
     width_metric: Literal["activation", "wanda", "magnitude"] = option(
         "activation", "Importance of widths: activations, weight times activation, or weights alone."
     )
@@ -100,7 +104,7 @@ class PruneOptions:
             run = len(arch.pattern) - self.num_sublayers
         deep = blocks or any(
             getattr(self, name) is not None
-            for name in ("num_sublayers", "attention_layers", "mamba_layers", "mlp_layers")
+            for name in ("num_sublayers", "attention_layers", "mamba_layers", "mlp_layers", "moe_layers")
         )
         kind = "wanda" if self.width_metric == "wanda" else "activation"
         return Calibration(
