@@ -1,6 +1,7 @@
 """What is measured of experts is its formula, in float64 and from the checkpoint's tensors alone, on any layout."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from reference_model import forward
 from torch import Tensor
 
 from megatron_ext.checkpoint.stream import Reader, writing
+from megatron_ext.models import axes
 from megatron_ext.models.config import Architecture
 from megatron_ext.pruning import scores as names
 from megatron_ext.pruning.importance import WidthMetric
@@ -27,6 +29,11 @@ SEQUENCE, SAMPLES = 24, 4
 METRICS = [WidthMetric(), WidthMetric(batch="mean", sequence="l2"), WidthMetric(batch="var", sequence="var")]
 METRICS.append(WidthMetric("wanda"))
 MIXTURES = ARCH.layers.indices("E")
+SOFTMAX = {"moe_router_score_function": "softmax", "moe_router_enable_expert_bias": False}
+ROUTERS: list[dict[str, Any]] = [
+    {}, {"moe_router_topk": 1}, {"moe_router_topk": 3, "moe_router_enable_expert_bias": False}, SOFTMAX,
+    SOFTMAX | {"moe_router_pre_softmax": True, "moe_router_topk_scaling_factor": None},
+]  # fmt: skip
 LAYOUTS = {
     "one": (1, []),
     "ep2": (2, ["--expert-model-parallel-size", "2"]),
@@ -53,8 +60,8 @@ def tokens() -> Tensor:
     return torch.randint(ARCH.vocab_size, (SAMPLES, SEQUENCE), generator=torch.Generator().manual_seed(8))
 
 
-def measured(checkpoint: str, save: str, layout: list[str]) -> list[dict[str, Tensor] | None]:
-    """The scores by each metric, of this rank's share of the samples."""
+def measured(checkpoint: str, save: str, layout: list[str]) -> tuple[list[dict[str, Tensor] | None], list[Tensor]]:
+    """The scores by each metric, and on one rank the logits with each router, of this rank's share of the samples."""
     os.environ |= {"RANK": str(dist.get_rank()), "LOCAL_RANK": str(dist.get_rank()), "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"WORLD_SIZE": str(dist.get_world_size()), "MASTER_PORT": "0"}
     from megatron_ext.training.launch import launch
@@ -74,7 +81,20 @@ def measured(checkpoint: str, save: str, layout: list[str]) -> list[dict[str, Te
     with torch.no_grad():
         for micro in tokens()[group.rank() :: group.size()].split(2 // group.size()):
             model(micro, torch.arange(SEQUENCE)[None], None)
-    return [width.gather() for width in widths]
+    scores = [width.gather() for width in widths]
+    logits = []
+    for router in ROUTERS if dist.get_world_size() == 1 else []:
+        variant = replace(ARCH, **router)
+        for i in MIXTURES:
+            module = model.decoder.layers[i].mlp.router
+            module.topk, module.score_function = variant.moe_router_topk, variant.moe_router_score_function
+            if not variant.moe_router_enable_expert_bias:
+                module.expert_bias = None
+            module.config.moe_router_pre_softmax = variant.moe_router_pre_softmax
+            module.config.moe_router_topk_scaling_factor = variant.moe_router_topk_scaling_factor
+        with torch.no_grad():
+            logits.append(model(tokens(), torch.arange(SEQUENCE)[None], None))
+    return scores, logits
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +169,13 @@ def test_scores_of_experts_are_their_formulas(
 ) -> None:
     ranks, layout = LAYOUTS[name]
     found: list[Any] = run_ranks(measured, ranks, str(checkpoint), str(tmp_path / "run"), layout)
-    for scores, formula in zip(found[0], expected, strict=True):
+    for scores, formula in zip(found[0][0], expected, strict=True):
         for key, value in formula.items():
             torch.testing.assert_close(scores[key].double(), value, rtol=1e-4, atol=0, msg=lambda m, k=key: f"{k}: {m}")
-    assert all(scores is None for other in found[1:] for scores in other)
+    assert all(scores is None for other, _ in found[1:] for scores in other)
+    assert len(found[0][1]) == (len(ROUTERS) if ranks == 1 else 0)
+    reader = Reader(checkpoint)
+    for router, logits in zip(ROUTERS, found[0][1], strict=False):
+        variant = replace(ARCH, **router)
+        values = {key: reader.read(key) for key in axes.keys(variant)}
+        torch.testing.assert_close(logits.double(), forward(variant, values, tokens())[0], rtol=1e-4, atol=1e-4)
