@@ -194,6 +194,43 @@ class Plan:
         own = {axis.field: getattr(self, axis.field).get(layer) for axis in PRUNED_AXES}
         return Kept(hidden=self.hidden, **own)
 
+    def then(self, later: "Plan") -> "Plan":
+        """One plan that cuts as this one and then `later` does.
+
+        Args:
+            later: A plan for this one's target.
+
+        Raises:
+            PlanError: `later` is for another model, or merges heads, which one plan can say only of original heads.
+        """
+        later.check(self.target)
+        if later.merged_heads:
+            raise PlanError("query heads can be merged only by the first of several plans")
+        hidden = later.hidden if self.hidden is None or later.hidden is None else _of(self.hidden, later.hidden)
+        entries: dict[str, dict[int, Any]] = {name: {} for name in _PER_LAYER_FIELDS}
+        for place, layer in ((i, self.units[i]) for i in later.units):
+            for axis in PRUNED_AXES:
+                if axis.kind != self.source.pattern[layer]:
+                    continue
+                if layer in getattr(self, axis.field) or place in getattr(later, axis.field):
+                    entries[axis.field][layer] = _of(self._positions(axis, layer), later._positions(axis, place))
+            heads = entries["query_heads"].get(layer, ())
+            if pairs := tuple(pair for pair in self.merged_heads.get(layer, ()) if pair[0] in heads):
+                entries["merged_heads"][layer] = pairs
+        return Plan(
+            source=self.source, target=later.target, units=_of(self.units, later.units),
+            hidden=self.hidden if hidden is None else hidden, provenance=self.provenance, **entries,
+        )  # fmt: skip
+
+    def _positions(self, axis: PrunedAxis, layer: int) -> Sequence[int]:
+        """All positions that stay on one axis of a sub-layer, also those that no entry names."""
+        if (kept := getattr(self, axis.field).get(layer)) is not None:
+            return kept
+        own = self.source.at(layer)
+        groups, per_group = axis.num_groups(own), axis.positions(own) // axis.num_groups(own)
+        staying = getattr(self, axis.kept_groups).get(layer) if axis.kept_groups else None
+        return [g * per_group + i for g in (range(groups) if staying is None else staying) for i in range(per_group)]
+
     def check(self, arch: Architecture) -> None:
         """Check that this plan was made for `arch`.
 
@@ -274,6 +311,10 @@ class Plan:
         except ValueError as error:
             raise PlanError(f"the plan is not JSON: {error}", got=path) from error
         return cls.from_dict(values)
+
+
+def _of(positions: Sequence[int], kept: Sequence[int]) -> tuple[int, ...]:
+    return tuple(positions[i] for i in kept)
 
 
 def _entries(values: Mapping[str, Sequence[Any]]) -> dict[int, tuple[Any, ...]]:

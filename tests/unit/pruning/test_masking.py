@@ -82,6 +82,28 @@ def test_a_sliced_model_is_the_masked_one(plan: Plan) -> None:
     torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-12)
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(plans(), st.data())
+def test_two_plans_one_after_the_other_are_one(first: Plan, data: st.DataObject) -> None:
+    arch = first.target
+    sizes: dict[str, int] = {"hidden_size": data.draw(st.integers(1, arch.hidden_size))}
+    if "-" in arch.pattern:
+        sizes["ffn_hidden_size"] = data.draw(st.integers(1, min(arch.layer_sizes.get("ffn_hidden_size", [1]))))
+    if "*" in arch.pattern and arch.num_query_groups == 2:
+        sizes["num_query_groups"] = 1
+    if "M" in arch.pattern:
+        sizes["mamba_num_heads"] = sizes["mamba_num_groups"] = 1
+        sizes["mamba_state_dim"] = data.draw(st.integers(1, arch.mamba_state_dim))
+    if "E" in arch.pattern:
+        sizes["num_experts"] = arch.moe_router_topk
+    blocks = data.draw(st.integers(1, len(arch.layers.blocks)))
+    second = make_plan(random_scores(arch), arch, Targets(**sizes, num_layers=blocks))
+    weights = random_weights(first.source)
+    once, twice = sliced(first.then(second), weights), sliced(second, sliced(first, weights))
+    assert once.keys() == twice.keys()
+    assert all(torch.equal(once[key], twice[key]) for key in once)
+
+
 def test_the_cases_cut_every_axis() -> None:
     """What the strategy above draws from reaches each size; otherwise it would prove less than it says."""
     sizes = {"hidden_size": 4, "ffn_hidden_size": 1, "num_query_groups": 1, "num_attention_heads": 1}
