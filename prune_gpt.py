@@ -11,7 +11,7 @@ def run() -> None:
     started = launch(prune.JOB)
     target = prune.check(started)
     if started.dry_run:
-        dry_run.show(started, becomes=target)
+        dry_run.show(started, prune.changes(started, target))
     else:
         prune.prune(started)
 

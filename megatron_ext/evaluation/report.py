@@ -221,6 +221,28 @@ def plot_importance(scores: Mapping[str, ArrayLike], kept: Mapping[str, Sequence
         _save(figure, out)
 
 
+def plot_losses(models: Sequence[tuple[str, int, float]], out: Path) -> None:
+    """Draw what each step of pruning costs.
+
+    Args:
+        models: Name, parameters and loss (nats per token) of the original and of what it became, in order.
+        out: The PNG.
+    """
+    _, parameters, losses = zip(*models, strict=True)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.0, 3.6), layout="constrained")
+        ax = figure.subplots()
+        ax.plot(parameters, losses, color=COLORS["pruned"], marker="o")
+        for name, x, y in models:
+            ax.annotate(f"{name}: {y:.3f}", (x, y), xytext=(0, 8), textcoords="offset points", ha="center")
+        ax.invert_xaxis()  # pruning goes to the right
+        ax.margins(x=0.2, y=0.2)
+        ax.xaxis.set_major_formatter(FuncFormatter(_tick))
+        ax.set_xlabel("parameters")
+        ax.set_ylabel("loss on the calibration data, nats per token")
+        _save(figure, out)
+
+
 def _draw_report(report: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(11, 5.2), layout=ConstrainedLayoutEngine(rect=(0.005, 0, 0.99, 0.87)))
     title, _, losses = headline(report).partition(": ")

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from math import lcm
-from typing import Any
+from math import ceil, gcd, lcm
+from typing import Any, Self
 
 from megatron_ext.errors import PlanError
 from megatron_ext.models.config import Architecture
@@ -160,6 +160,44 @@ class Targets:
                 raise PlanError(f"{name} cannot be cut to {asked:g}", got=arch.pattern, legal=legal)
         if sum(kinds.get(unit, 1) for unit in set(arch.pattern)) == 0:
             raise PlanError("nothing would be left of the model", got=f"{kinds}", legal="at least one layer")
+
+    def toward(self, arch: Architecture, share: float) -> Self:
+        """The targets of an intermediate model, which has lost `share` of what `arch` loses on its way to these.
+
+        Its sizes are multiples of what divides both ends, up to 16, so that it fits the layouts that these two fit.
+
+        Args:
+            arch: The original.
+            share: Above 0; at 1 these targets, with every fraction as the number that it means for `arch`.
+        """
+
+        def between(whole: float, end: float) -> int:
+            return ceil(whole - (whole - end) * share)
+
+        def size_between(whole: int, end: int) -> int:
+            step = gcd(whole, end, 16)
+            return step * between(whole // step, end // step)
+
+        values: dict[str, Any] = {}
+        for name, end in self.sizes.items():
+            groups = _GROUPS.get(name)
+            whole: int = getattr(arch, name)
+            if groups is None:
+                values[name] = size_between(whole, end)
+            else:  # in each of the groups that stay, as many
+                now: int = getattr(arch, groups)
+                then: int = self.sizes.get(groups, now)
+                values[name] = between(whole // now, end // then) * size_between(now, then)
+        if self.num_layers is not None:
+            values["num_layers"] = between(len(arch.layers.blocks), self.num_layers)
+        if self.num_sublayers is not None:
+            values["num_sublayers"] = between(len(arch.pattern), self.num_sublayers)
+        kinds = self.kinds(arch)
+        values |= {n: between(arch.pattern.count(k), kinds[k]) for n, k in _LAYERS.items() if k in kinds}
+        if (budget := _budget(arch, self)) is not None:
+            name = "params" if self.params is not None else "memory"
+            values[name] = float(between(budget.whole, budget.limit))
+        return replace(self, **values)
 
     def divisor(self, arch: Architecture, name: str) -> int:
         """What the size `name` of a model cut from `arch` is a multiple of, where it is ours to choose."""

@@ -11,7 +11,7 @@ from megatron_ext.pruning.ablation import Ablation
 from megatron_ext.pruning.depth import STATIC, Influence
 from megatron_ext.pruning.importance import Importance, WidthMetric
 from megatron_ext.pruning.leave_out import Sampling, measure
-from megatron_ext.training.evaluate import forward_all, load_model, micro_batches
+from megatron_ext.training.evaluate import forward_all, micro_batches
 from megatron_ext.training.launch import Launch
 
 REPORT_SECONDS = 5.0
@@ -42,11 +42,14 @@ class Calibration:
     task: str | None = None
 
 
-def calibrate(launch: Launch, calibration: Calibration) -> tuple[dict[str, torch.Tensor] | None, float]:
-    """Score the model of `--load`.
+def calibrate(
+    launch: Launch, model: list[Any], calibration: Calibration
+) -> tuple[dict[str, torch.Tensor] | None, float]:
+    """Score a model.
 
     Args:
         launch: The validated command line.
+        model: From `evaluate.load_model`.
         calibration: What to measure.
 
     Returns:
@@ -55,7 +58,6 @@ def calibrate(launch: Launch, calibration: Calibration) -> tuple[dict[str, torch
     from megatron.core.utils import unwrap_model
 
     args = launch.args
-    model = load_model(launch)
     chunks = unwrap_model(model)
     batches = micro_batches(launch, model, "train", calibration.samples)
     steps = calibration.samples // args.global_batch_size

@@ -4,7 +4,6 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_ext.models.axes import parameters_per_rank
-from megatron_ext.models.config import Architecture
 from megatron_ext.training.launch import Launch
 
 GIB = 2**30
@@ -43,8 +42,8 @@ def memory_per_gpu(launch: Launch) -> dict[str, float]:
     }
 
 
-def show(launch: Launch, becomes: Architecture | None = None) -> None:
-    """Print model, parameters, memory per GPU and layout, and what the model `becomes` if it is cut."""
+def show(launch: Launch, *more: Table) -> None:
+    """Print model, parameters, memory per GPU and layout, and `more` that a job has to say."""
     args, architecture = launch.args, launch.architecture
     table = Table(title=f"{launch.job.name}: dry run, nothing started, nothing written", show_header=False)
     table.add_column(style="bold")
@@ -59,15 +58,6 @@ def show(launch: Launch, becomes: Architecture | None = None) -> None:
     total, body = architecture.num_parameters(), architecture.num_parameters(embedding=False)
     active = f", of which a token uses {architecture.num_active_parameters():,}" if architecture.num_experts else ""
     table.add_row("parameters", f"{total:,} ({total / 1e9:.2f}B), without embeddings {body:,}{active}")
-    if becomes is not None:
-        small, kept, of = becomes.num_parameters(), len(becomes.layers.blocks), len(architecture.layers.blocks)
-        table.add_row(
-            "becomes",
-            f"{small:,} parameters ({small / total:.0%}): "
-            f"{kept} of {of} layers, hidden {becomes.hidden_size:,}, "
-            f"FFN {becomes.ffn_hidden_size:,}, "
-            f"{becomes.num_attention_heads} query heads, {becomes.mamba_num_heads} x {becomes.mamba_head_dim} Mamba-2",
-        )
     memory = memory_per_gpu(launch)
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items())
     table.add_row("memory per GPU", f"{sum(memory.values()) / GIB:.2f} GiB: {parts}")
@@ -82,4 +72,6 @@ def show(launch: Launch, becomes: Architecture | None = None) -> None:
         f"{args.global_batch_size} x {args.seq_length} = {tokens:,} tokens a step, micro-batch "
         f"{args.micro_batch_size}, {args.train_iters or 0:,} steps, {tokens * (args.train_iters or 0):,} tokens",
     )
-    Console(width=120).print(table)
+    console = Console(width=120)
+    for each in (table, *more):
+        console.print(each)

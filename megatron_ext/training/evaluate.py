@@ -2,28 +2,57 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from megatron_ext.models.config import Architecture
 from megatron_ext.training.directory import claim, write_atomically
 from megatron_ext.training.launch import Launch
 
 
 def load_model(launch: Launch) -> list[Any]:
     """Start Megatron, build this rank's chunks of the model and load its weights; in evaluation mode."""
+    from megatron.training import initialize_megatron
+
+    launch.args.skip_train = True  # no optimizer, no gradient buffers
+    initialize_megatron()
+    return _build(launch)
+
+
+def load_other(launch: Launch, architecture: Architecture, checkpoint: Path) -> tuple[Launch, list[Any]]:
+    """Another model on the same layout, once `load_model` has started Megatron; free the one before first.
+
+    Args:
+        launch: The command line that Megatron was started with.
+        architecture: The other model; it must fit the layout (`Architecture.validate`).
+        checkpoint: Its weights.
+
+    Returns:
+        The command line as if it had named that model, and this rank's chunks in evaluation mode.
+    """
+    from megatron.training.global_vars import set_args
+
+    from megatron_ext.models.builder import with_architecture
+
+    args = with_architecture(launch.args, architecture)
+    args.load, args.pretrained_checkpoint, args.ckpt_step = str(checkpoint), None, None
+    set_args(args)
+    other = replace(launch, args=args, architecture=architecture)
+    return other, _build(other)
+
+
+def _build(launch: Launch) -> list[Any]:
     from megatron.core.enums import ModelType
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training import initialize_megatron
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.training import setup_model_and_optimizer
 
     from megatron_ext.models.builder import model_config
 
-    launch.args.skip_train = True  # no optimizer, no gradient buffers
-    initialize_megatron()
     container = pretrain_cfg_container_from_args(launch.args, model_config(launch.args, launch.architecture))
     model, _, _ = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,

@@ -1,26 +1,35 @@
 """The pruning job: score, plan, apply, and say what was cut."""
 
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from rich.table import Table
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.stream import Reader
 from megatron_ext.errors import ConfigError
+from megatron_ext.evaluation.report import plot_losses
 from megatron_ext.models.config import Architecture
-from megatron_ext.models.pattern import MAMBA
 from megatron_ext.pruning import tasks
 from megatron_ext.pruning.apply import apply
 from megatron_ext.pruning.budget import Targets, resolve
 from megatron_ext.pruning.depth import check_borders
 from megatron_ext.pruning.magnitude import magnitudes
 from megatron_ext.pruning.plan import Plan
-from megatron_ext.pruning.scores import BLOCKS, STDERR, Scores, mamba
+from megatron_ext.pruning.scores import Scores
 from megatron_ext.pruning.select import make_plan
-from megatron_ext.training.directory import CONFIG, describe
+from megatron_ext.training import prune_report
+from megatron_ext.training.directory import CONFIG, describe, write_atomically
 from megatron_ext.training.launch import Job, Launch
 from megatron_ext.training.prune_options import PruneOptions
+from megatron_ext.training.prune_report import Loss
 
 SCORES = "scores.safetensors"
+REPORT = "report.md"
 
 
 JOB = Job(
@@ -58,6 +67,7 @@ def check(launch: Launch) -> Architecture:
     targets.check(launch.architecture)
     target = resolve(launch.architecture, targets, _some_layers(launch.architecture, targets))
     check_borders(launch.pattern)
+    _check_rounds(launch, options)
     if (options.depth_metric == "scan_task") != (options.task is not None):
         raise ConfigError("--prune-depth-metric scan_task goes with --prune-task", got=options.task)
     if options.task is not None:
@@ -68,6 +78,19 @@ def check(launch: Launch) -> Architecture:
             legal=f"multiples of {args.global_batch_size}",
         )  # fmt: skip
     return target
+
+
+def _check_rounds(launch: Launch, options: PruneOptions) -> None:
+    if options.iterations < 1:
+        raise ConfigError("--prune-iterations must be positive", got=options.iterations)
+    if options.iterations > 1 and options.merge_heads:
+        raise ConfigError("query heads are merged once: --prune-merge-heads goes with --prune-iterations 1")
+    for targets in options.rounds(launch.architecture)[:-1]:
+        small = resolve(launch.architecture, targets, _some_layers(launch.architecture, targets))
+        try:
+            _check_layout(launch, small)
+        except ConfigError as error:
+            raise ConfigError(f"a model between two rounds does not fit this layout: {error}") from error
 
 
 def _some_layers(arch: Architecture, targets: Targets) -> str:
@@ -82,105 +105,172 @@ def _some_layers(arch: Architecture, targets: Targets) -> str:
     return pattern
 
 
+def changes(launch: Launch, target: Architecture) -> Table:
+    """The table before and after, for `--dry-run`; which layers stay is known only once they are scored."""
+    workload = launch.options["prune"].served
+    table = Table("", "before", "after", "kept", title="what pruning changes")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in prune_report.compare(launch.architecture, target, workload):
+        table.add_row(*row.cells())
+    return table
+
+
 def prune(launch: Launch) -> None:
     """Score (unless scores or a plan are given), plan and apply; rank 0 writes the run directory, all at once."""
     args, options = launch.args, launch.options["prune"]
     source = layout.find(args.load)
-    attachments: dict[str, Any] = {CONFIG: lambda path: path.write_text(describe(launch))}
-    scores, loss = None, None
-    if options.plan is None and options.scores is None:
-        from megatron_ext.training.calibrate import calibrate
-
-        calibration = options.calibration(launch.architecture, args.seed)
-        values, loss = calibrate(launch, calibration)
-        if values is not None:
-            if options.width_metric == "magnitude":
-                values |= magnitudes(Reader(source.path), launch.architecture)
-            data = " ".join(args.data_path or args.train_data_path or ["mock"])
-            scores = Scores(
-                values=values, architecture=launch.architecture, model=str(args.load), iteration=source.iteration,
-                fingerprint=layout.fingerprint(source.path), data=data, seed=args.seed, samples=options.samples,
-                metric=options.metric(),
-            )  # fmt: skip
+    if options.plan is not None:
+        measured = Measured(Plan.load(options.plan))
     elif options.scores is not None:
         scores = _scores(launch)
+        plan = make_plan(
+            scores, launch.architecture, options.targets(), scores_path=options.scores, merge_heads=options.merge_heads
+        )
+        measured = Measured(plan, [scores])
+    else:
+        measured = measure(launch)
+    plan, losses = measured.plan, measured.losses
+    attachments: dict[str, Any] = {
+        CONFIG: lambda path: path.write_text(describe(launch)),
+        REPORT: lambda path: path.write_text(prune_report.markdown(plan, options.served, losses)),
+    }
+    for number, scores in enumerate(measured.scores):
+        name = SCORES if number == 0 else f"{Path(SCORES).stem}.round-{number + 1}.safetensors"
+        attachments[name] = scores.save
+    if measured.scores:
+        attachments["importance.png"] = lambda path: prune_report.plot_scores(measured.scores[0], plan, path)
     if args.rank == 0:
-        if options.plan is not None:
-            plan = Plan.load(options.plan)
-        else:
-            assert scores is not None
-            plan = make_plan(
-                scores,
-                launch.architecture,
-                options.targets(),
-                scores_path=options.scores or SCORES,
-                merge_heads=options.merge_heads,
-            )
-        if scores is not None:
-            attachments[SCORES] = scores.save
-            attachments["importance.png"] = lambda path: _plot(scores, plan, path)
-        attachments["report.md"] = lambda path: path.write_text(report(plan, loss))
         apply(plan, source.path, args.save, attachments)
-        print(report(plan, loss))
-        print(f"\nwritten to {args.save}", flush=True)
+    if losses:
+        remark = _measure_pruned(launch, measured)
+        if args.rank == 0:
+            write_atomically(Path(args.save) / REPORT, prune_report.markdown(plan, options.served, losses, remark))
+            plot_losses([(loss.name, loss.parameters, loss.nats) for loss in losses], Path(args.save) / "loss.png")
+    if args.rank == 0:
+        print((Path(args.save) / REPORT).read_text())
+        print(f"written to {args.save}", flush=True)
     _wait()
 
 
-def report(plan: Plan, loss: float | None) -> str:
-    """What was cut, as Markdown."""
-    rows = ["| | before | after | kept |", "|---|---:|---:|---:|"]
-    source, target = plan.source, plan.target
+@dataclass
+class Measured:
+    """What calibration found out.
 
-    def row(name: str, before: int, after: int) -> None:
-        rows.append(f"| {name} | {before:,} | {after:,} | {after / before:.0%} |")
+    Attributes:
+        plan: From the original to the pruned model.
+        scores: Of each round, on rank 0.
+        losses: Of the original, and of what each round left.
+    """
 
-    row("parameters", source.num_parameters(), target.num_parameters())
-    row("without embeddings", source.num_parameters(embedding=False), target.num_parameters(embedding=False))
-    if source.num_experts:
-        row("parameters that a token uses", source.num_active_parameters(), target.num_active_parameters())
-    row("layers", len(source.layers.blocks), len(target.layers.blocks))
-    for name, field in (
-        ("hidden", "hidden_size"), ("FFN", "ffn_hidden_size"), ("query heads", "num_attention_heads"),
-        ("Mamba-2 heads", "mamba_num_heads"), ("Mamba-2 head channels", "mamba_head_dim"), ("experts", "num_experts"),
-        ("FFN of an expert", "moe_ffn_hidden_size"), ("shared FFN", "moe_shared_expert_intermediate_size"),
-    ):  # fmt: skip
-        if getattr(source, field):
-            row(name, getattr(source, field), getattr(target, field))
-    text = "# Pruned\n\n" + "\n".join(rows) + f"\n\nPattern `{source.pattern}` to `{target.pattern}`.\n"
-    if loss is not None:
-        text += f"\nLoss of the original on the calibration data: {loss:.4f} nats per token.\n"
-    return text
+    plan: Plan
+    scores: list[Scores] = field(default_factory=list)
+    losses: list[Loss] = field(default_factory=list)
+
+
+def measure(launch: Launch) -> Measured:
+    """Score and plan in `--prune-iterations` rounds, each on what the one before left; the plans become one.
+
+    Between rounds the model that is left is written beside `--save`, and removed again.
+    """
+    from megatron_ext.training.calibrate import calibrate
+    from megatron_ext.training.evaluate import load_model, load_other
+
+    args, options = launch.args, launch.options["prune"]
+    rounds = options.rounds(launch.architecture)
+    step = layout.find(args.load)
+    current, model = launch, load_model(launch)
+    whole: Plan | None = None
+    found: list[Scores] = []
+    losses: list[Loss] = []
+    for number, targets in enumerate(rounds):
+        if whole is not None:
+            del model  # before the next one takes its place
+            current, model = _between(launch, whole, step.path, number, load_other)
+        name = "original" if whole is None else f"after round {number}"
+        values, loss = calibrate(current, model, options.calibration(current.architecture, targets, args.seed))
+        losses.append(Loss(name, current.architecture.num_parameters(), loss))
+        plan = None
+        if values is not None:
+            scores = _as_scores(current, values, step)
+            found.append(scores)
+            plan = make_plan(scores, current.architecture, targets, scores_path=SCORES, merge_heads=options.merge_heads)
+        plan = _from_rank_0(plan)
+        whole = plan if whole is None else whole.then(plan)
+        if args.rank == 0 and number:
+            shutil.rmtree(_round_directory(args, number))
+    assert whole is not None
+    return Measured(whole, found, losses)
+
+
+def _between(
+    launch: Launch, plan: Plan, step: Path, number: int, load_other: Callable[..., tuple[Launch, list[Any]]]
+) -> tuple[Launch, list[Any]]:
+    """The model that so many rounds left."""
+    import torch
+
+    checkpoint = _round_directory(launch.args, number)
+    if launch.args.rank == 0:
+        shutil.rmtree(checkpoint, ignore_errors=True)  # an earlier attempt's
+        apply(plan, step, checkpoint)
+    torch.distributed.barrier()
+    return load_other(launch, plan.target, checkpoint)
+
+
+def _round_directory(args: Namespace, number: int) -> Path:
+    return Path(args.save).parent / f".{Path(args.save).name}.round-{number}"
+
+
+def _measure_pruned(launch: Launch, measured: Measured) -> str:
+    """Add the pruned model's loss on the calibration data, or say why this layout cannot run it."""
+    import torch
+
+    from megatron_ext.training.evaluate import load_other, mean_loss
+
+    target = measured.plan.target
+    try:
+        _check_layout(launch, target)
+    except ConfigError as error:
+        return f"The pruned model's loss was not measured, because it does not fit this run's layout: {error}"
+    torch.distributed.barrier()  # rank 0 has written it
+    pruned, model = load_other(launch, target, Path(launch.args.save))
+    loss, _ = mean_loss(pruned, model, "train", launch.options["prune"].samples)
+    measured.losses.append(Loss("pruned", target.num_parameters(), loss))
+    return ""
+
+
+def _check_layout(launch: Launch, arch: Architecture) -> None:
+    args = launch.args
+    stages = args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)
+    arch.validate(
+        tp=args.tensor_model_parallel_size, pp=stages, ep=args.expert_model_parallel_size,
+        etp=args.expert_tensor_parallel_size,
+    )  # fmt: skip
+    check_borders(arch.layers.split(stages))
+
+
+def _as_scores(launch: Launch, values: dict[str, Any], step: layout.Step) -> Scores:
+    args, options = launch.args, launch.options["prune"]
+    if options.width_metric == "magnitude":
+        values |= magnitudes(Reader(args.load), launch.architecture)
+    return Scores(
+        values=values, architecture=launch.architecture, model=str(launch.args.load), iteration=step.iteration,
+        fingerprint=layout.fingerprint(step.path), data=" ".join(args.data_path or args.train_data_path or ["mock"]),
+        seed=args.seed, samples=options.samples, metric=options.metric(),
+    )  # fmt: skip
+
+
+def _from_rank_0(plan: Plan | None) -> Plan:
+    import torch
+
+    values = [None if plan is None else plan.to_dict()]
+    torch.distributed.broadcast_object_list(values, src=0)
+    assert values[0] is not None
+    return Plan.from_dict(values[0])
 
 
 def _scores(launch: Launch) -> Scores:
     return Scores.load(launch.options["prune"].scores)
-
-
-def _plot(scores: Scores, plan: Plan, path: Path) -> None:
-    from megatron_ext.evaluation.report import plot_importance
-
-    one_dimensional = {name: value for name, value in scores.values.items() if value.dim() == 1}
-    kept: dict[str, Any] = {"hidden": list(plan.hidden or range(plan.source.hidden_size))}
-    blocks = plan.source.layers.blocks
-    staying = [i for i, block in enumerate(blocks) if set(block) <= set(plan.units)]
-    one_dimensional = {name: value for name, value in one_dimensional.items() if not _is_detail(name)}
-    for name in one_dimensional:
-        if name.startswith("depth."):
-            kept[name] = staying if name.endswith(BLOCKS) else list(plan.units)
-    for axis, values in (
-        ("ffn", plan.ffn), ("query_head", plan.query_heads), ("mamba_head", plan.mamba_heads),
-        ("expert", plan.experts), ("shared_ffn", plan.shared_ffn),
-    ):  # fmt: skip
-        kept |= {f"layers.{layer}.{axis}": list(indices) for layer, indices in values.items()}
-    for layer in plan.source.layers.indices(MAMBA):
-        channels = list(plan.head_channels.get(layer, range(plan.source.mamba_head_dim)))
-        one_dimensional[f"layers.{layer}.mamba_head"] = scores[mamba(layer)][:, channels].norm(dim=1)
-    plot_importance(one_dimensional, kept, path)
-
-
-def _is_detail(name: str) -> bool:
-    """Scores that a picture would not gain by."""
-    return name.endswith(STDERR) or name.startswith("depth.scan_")
 
 
 def _wait() -> None:

@@ -94,18 +94,22 @@ class PruneOptions:
         """What caches are counted for."""
         return Workload(self.memory_batch, self.memory_context)
 
-    def calibration(self, arch: Architecture, seed: int) -> Calibration:
-        """What the calibration pass measures for these targets."""
-        blocks = self.num_layers is not None
+    def rounds(self, arch: Architecture) -> list[Targets]:
+        """What is asked for, in `--prune-iterations` equal steps."""
+        last = self.targets()
+        if self.iterations == 1:
+            return [last]
+        return [last.toward(arch, (number + 1) / self.iterations) for number in range(self.iterations)]
+
+    def calibration(self, arch: Architecture, targets: Targets, seed: int) -> Calibration:
+        """What the calibration pass measures of a model for these targets."""
+        blocks = targets.num_layers is not None
         run = 0
-        if self.num_layers is not None:
-            run = len(arch.layers.blocks) - self.num_layers
-        elif self.num_sublayers is not None:
-            run = len(arch.pattern) - self.num_sublayers
-        deep = blocks or any(
-            getattr(self, name) is not None
-            for name in ("num_sublayers", "attention_layers", "mamba_layers", "mlp_layers", "moe_layers")
-        )
+        if targets.num_layers is not None:
+            run = len(arch.layers.blocks) - targets.num_layers
+        elif targets.num_sublayers is not None:
+            run = len(arch.pattern) - targets.num_sublayers
+        deep = blocks or targets.num_sublayers is not None or bool(targets.kinds(arch))
         kind = "wanda" if self.width_metric == "wanda" else "activation"
         return Calibration(
             samples=self.samples,

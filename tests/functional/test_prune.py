@@ -57,6 +57,37 @@ def test_the_run_directory_is_complete(workspace: Workspace, pruned: str) -> Non
     assert {"plan.json", "scores.safetensors", "config.yaml", "report.md", "importance.png", "release"} <= names
 
 
+def test_the_report_says_what_changed_and_what_it_cost(workspace: Workspace, pruned: str) -> None:
+    run = workspace.path / pruned
+    plan = Plan.load(run / "plan.json")
+    report = (run / "report.md").read_text()
+    assert f"| parameters | {plan.source.num_parameters():,} | {plan.target.num_parameters():,} |" in report
+    assert "| hidden channels | 64 | 48 | 75% |" in report
+    for line in ("KV cache per token", "SSM cache per sequence", "per decoded token at 1 x 8,192 tokens", "| layers |"):
+        assert line in report
+    losses = [float(line.split("|")[-2]) for line in report.splitlines() if line.startswith(("| original", "| pruned"))]
+    assert losses[1] > losses[0] > 1  # nothing was retrained
+    assert (run / "loss.png").stat().st_size > 5000
+
+
+def test_rounds_make_one_plan_whatever_the_layout(workspace: Workspace, teacher: str) -> None:
+    """Each round measures what the one before left; the outcome is one cut of the original."""
+    flags = ["--prune-samples", "8", "--prune-hidden-size", "32", "--prune-ffn-hidden-size", "48"]
+    flags += ["--prune-num-layers", "2", "--prune-iterations", "2"]
+    for ranks, save in ((1, "rounds"), (2, "rounds-dp2")):
+        workspace.run("prune_gpt.py", "--load", teacher, "--save", save, *workspace.data, *flags, ranks=ranks)
+    left, right = (Plan.load(workspace.path / save / "plan.json") for save in ("rounds", "rounds-dp2"))
+    assert left.fingerprint == right.fingerprint
+    assert (left.target.hidden_size, left.target.ffn_hidden_size, len(left.target.layers.blocks)) == (32, 48, 2)
+    second = load_file(workspace.path / "rounds" / "scores.round-2.safetensors")
+    assert second["hidden"].shape == (48,)
+    assert "| after round 1 |" in (workspace.path / "rounds" / "report.md").read_text()
+    assert not list(workspace.path.glob(".rounds*"))
+    assert sum(value.numel() for value in map(Reader(workspace.path / "rounds").read, axes.keys(left.target))) == (
+        left.target.num_parameters()
+    )
+
+
 def test_cutting_again_by_the_scores_gives_the_same_weights(workspace: Workspace, teacher: str, pruned: str) -> None:
     scores = f"{pruned}/scores.safetensors"
     # Neither data nor tokenizer.

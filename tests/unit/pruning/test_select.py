@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -243,3 +244,22 @@ def test_a_budget_narrows_experts_and_keeps_their_number(fraction):
     assert 0.95 * fraction <= ratio <= fraction
     assert plan.target.moe_ffn_hidden_size < 64
     assert plan.target.num_experts == 6
+
+
+def test_targets_are_reached_in_equal_steps():
+    """The last step is the target itself; groups stay equal; what divides both ends divides what is between."""
+    targets = Targets(
+        hidden_size=64, num_attention_heads=2, num_query_groups=1, mamba_num_heads=8, attention_layers=0.5, mlp_layers=2
+    )
+    steps = [targets.toward(ARCH, share) for share in (0.5, 1.0)]
+    assert steps[1].sizes == targets.sizes
+    assert steps[1].kinds(ARCH) == targets.kinds(ARCH)
+    half = steps[0]
+    half.check(ARCH)
+    assert half.hidden_size == (256 + 64) // 2
+    assert half.num_query_groups is not None
+    assert half.num_attention_heads is not None
+    assert half.num_attention_heads % half.num_query_groups == 0
+    assert half.mlp_layers == math.ceil((ARCH.pattern.count("-") + 2) / 2)
+    params = Targets(params=0.5).toward(ARCH, 0.5).params
+    assert params == pytest.approx(0.75 * ARCH.num_parameters(), abs=1)
