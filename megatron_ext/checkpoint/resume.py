@@ -5,6 +5,7 @@ from random weights. So the step is settled here, and Megatron is told which one
 """
 
 import warnings
+from argparse import Namespace
 from pathlib import Path
 
 from megatron_ext.checkpoint import layout
@@ -30,6 +31,28 @@ def architecture_on_disk(path: Path) -> Architecture:
 def sequence_length_on_disk(path: Path) -> int | None:
     """The sequence length that the newest complete step at `path` was trained with, if it says so."""
     return getattr(layout.common(layout.find(path).path).get("args"), "seq_length", None)
+
+
+def check_experts(step: layout.Step, args: Namespace) -> None:
+    """Check that the optimizer state of a step can be loaded by a run with these (Megatron's) arguments.
+
+    Experts that ranks do not share have an optimizer of their own, and Megatron cannot join the two again.
+
+    Raises:
+        CheckpointError: The step has one optimizer and the run needs two, or the other way round.
+    """
+    saved = layout.common(step.path).get("args")
+    if isinstance(saved, Namespace) and _experts_apart(saved) != _experts_apart(args):
+        raise CheckpointError(
+            "the optimizer state cannot move between expert parallel size 1 and larger ones", got=step.path,
+            legal="the expert parallel sizes it was trained with, or a new optimizer: --no-load-optim",
+        )  # fmt: skip
+
+
+def _experts_apart(args: Namespace) -> bool:
+    etp = getattr(args, "expert_tensor_parallel_size", None) or args.tensor_model_parallel_size
+    apart = getattr(args, "expert_model_parallel_size", 1) > 1 or etp != args.tensor_model_parallel_size
+    return apart and getattr(args, "num_experts", None) is not None
 
 
 def resume_point(directory: Path) -> layout.Step:

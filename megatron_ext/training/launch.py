@@ -23,7 +23,13 @@ from typing import Any, NoReturn
 
 from megatron_ext import platform
 from megatron_ext.arguments import add_options, read_options
-from megatron_ext.checkpoint.resume import architecture_on_disk, has_checkpoint, resume_point, sequence_length_on_disk
+from megatron_ext.checkpoint.resume import (
+    architecture_on_disk,
+    check_experts,
+    has_checkpoint,
+    resume_point,
+    sequence_length_on_disk,
+)
 from megatron_ext.errors import ConfigError, DataError, nearest
 from megatron_ext.models.backend import prepare
 from megatron_ext.models.config import Architecture
@@ -310,6 +316,8 @@ def _choose_step(args: Namespace, early: Namespace) -> None:
     step = resume_point(source)
     if args.ckpt_step is None and not step.is_release:
         args.ckpt_step = step.iteration
+    if source == early.load and not (step.is_release or args.finetune or args.no_load_optim):
+        check_experts(step, args)
     args.exit_on_missing_checkpoint = True
 
 

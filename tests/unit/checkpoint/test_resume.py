@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.resume import architecture_on_disk, has_checkpoint, resume_point
+from megatron_ext.checkpoint.resume import architecture_on_disk, check_experts, has_checkpoint, resume_point
 from megatron_ext.checkpoint.stream import writing
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models import axes
 from megatron_ext.models.presets import PRESETS
 
 ARCH = replace(PRESETS["tiny-hybrid"].architecture, pattern="M-", hidden_size=16, vocab_size=32)
+
+EXPERTS = replace(ARCH, pattern="E", num_experts=4, moe_ffn_hidden_size=8)
 
 
 def write(directory, step):
@@ -122,3 +124,19 @@ def test_a_tracker_that_cannot_be_mended_is_an_error(run):
     (run / layout.TRACKER).mkdir()
     with pytest.warns(UserWarning, match="is missing"), pytest.raises(CheckpointError, match="cannot be written"):
         resume_point(run)
+
+
+def test_experts_with_an_optimizer_of_their_own_keep_it(tmp_path):
+    def arguments(ep, etp=None, tp=1):
+        return Namespace(
+            num_experts=4, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp, tensor_model_parallel_size=tp
+        )
+
+    with writing(tmp_path / "made", EXPERTS, Namespace(expert_model_parallel_size=2)) as writer:
+        for key, shape in axes.tensors(EXPERTS).items():
+            writer.write(key, torch.zeros(shape))
+    step = layout.newest(tmp_path / "made")
+    check_experts(step, arguments(4))
+    check_experts(step, arguments(1, etp=1, tp=2))
+    with pytest.raises(CheckpointError, match="expert parallel size 1 and larger"):
+        check_experts(step, arguments(1))

@@ -71,13 +71,14 @@ torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore()
 parallel_state.initialize_model_parallel()
 model_parallel_cuda_manual_seed(1)
 config = TransformerConfig(
-    num_layers=3, hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48, kv_channels=8,
+    num_layers=4, hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48, kv_channels=8,
     mamba_num_heads=4, mamba_head_dim=16, mamba_state_dim=8, mamba_num_groups=2, normalization="RMSNorm",
     add_bias_linear=False, gated_linear_unit=True, activation_func=torch.nn.functional.silu,
     hidden_dropout=0.0, attention_dropout=0.0, use_cpu_initialization=True, layernorm_zero_centered_gamma=True,
+    num_moe_experts=2, moe_ffn_hidden_size=20, moe_shared_expert_intermediate_size=12,
 )
 model = HybridModel(
-    config, hybrid_stack_spec, vocab_size=64, max_sequence_length=16, hybrid_layer_pattern="M*-",
+    config, hybrid_stack_spec, vocab_size=64, max_sequence_length=16, hybrid_layer_pattern="M*-E",
     position_embedding_type="none", share_embeddings_and_output_weights=False,
 )
 
@@ -144,6 +145,14 @@ def test_the_stock_spec_builds_with_transformer_engines_parameter_names():
         "decoder.layers.2.mlp.linear_fc1.weight": [96, 32],
         "decoder.layers.2.mlp.linear_fc1.layer_norm_weight": [32],
         "decoder.layers.2.mlp.linear_fc2.weight": [32, 48],
+        "decoder.layers.3.pre_mlp_layernorm.weight": [32],
+        "decoder.layers.3.mlp.router.weight": [2, 32],
+        "decoder.layers.3.mlp.experts.linear_fc1.weight0": [40, 32],
+        "decoder.layers.3.mlp.experts.linear_fc1.weight1": [40, 32],
+        "decoder.layers.3.mlp.experts.linear_fc2.weight0": [32, 20],
+        "decoder.layers.3.mlp.experts.linear_fc2.weight1": [32, 20],
+        "decoder.layers.3.mlp.shared_experts.linear_fc1.weight": [24, 32],
+        "decoder.layers.3.mlp.shared_experts.linear_fc2.weight": [32, 12],
         "decoder.final_norm.weight": [32],
         "output_layer.weight": [64, 32],
     }
