@@ -1,15 +1,19 @@
 """Checkpoints tensor by tensor: reading whole tensors whatever layout saved them, writing what any layout loads.
 
-Memory holds one tensor at a time, and a copy of it. No model is built, no process group is needed.
+Memory holds one tensor at a time. No model is built. Processes of one group write a checkpoint together, each its own
+file of it; without a group, one process does it all.
 """
 
 import json
+import os
 import pickle
 import uuid
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -27,13 +31,24 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint import layout, ranks
 from megatron_ext.checkpoint.atomic import fresh_directory
+from megatron_ext.checkpoint.scratch import Scratch
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models import axes
 from megatron_ext.models.config import Architecture
 
-DATA_FILE = "__0_0.distcp"
+BLOCK = 64 * 2**20  # bytes
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A chunk on disk: its shape and type, and the place of its values in the file, None if they are not just a row."""
+
+    path: Path
+    info: _StorageInfo
+    tensor: Tensor
+    offset: int | None
 
 
 class Reader:
@@ -56,8 +71,12 @@ class Reader:
             if index.offset is not None:
                 self._chunks[index.fqn].append((tuple(index.offset), info))
 
-    def read(self, key: str) -> Tensor:
+    def read(self, key: str, into: Scratch | None = None) -> Tensor:
         """One whole tensor, on the CPU, in the type it was saved in.
+
+        Args:
+            key: Its key.
+            into: Where it is to lie; in memory of its own by default.
 
         Raises:
             CheckpointError: There is none of this key, or not all of it.
@@ -65,31 +84,77 @@ class Reader:
         entry = self._entries.get(key)
         if not isinstance(entry, TensorStorageMetadata):
             raise CheckpointError(f"the checkpoint has no tensor {key!r}", got=self.step.path)
-        whole = torch.empty(entry.size, dtype=entry.properties.dtype)
+        shape, dtype = tuple(entry.size), entry.properties.dtype
+        whole = torch.empty(shape, dtype=dtype) if into is None else into.tensor(shape, dtype)
         covered = 0
         for offset, info in self._chunks[key]:
-            chunk = self._load(key, info)
+            stored = self._locate(key, info)
+            chunk = stored.tensor
             if len(offset) != whole.dim() or chunk.dim() != whole.dim() or chunk.dtype != whole.dtype:
                 raise CheckpointError(f"the checkpoint is damaged: a part of {key!r} does not fit", got=self.step.path)
             if any(start + size > length for start, size, length in zip(offset, chunk.shape, whole.shape, strict=True)):
                 raise CheckpointError(f"the checkpoint is damaged: a part of {key!r} lies outside", got=self.step.path)
-            whole[tuple(slice(start, start + size) for start, size in zip(offset, chunk.shape, strict=True))] = chunk
+            place = whole[tuple(slice(start, start + size) for start, size in zip(offset, chunk.shape, strict=True))]
+            self._load(key, stored, place)
             covered += chunk.numel()
-            del chunk  # before the next one is read
         if covered != whole.numel():  # parts have distinct offsets and, from one grid, do not overlap
             raise CheckpointError(
                 f"the checkpoint is damaged: {key!r} is not whole", got=f"{covered} of {whole.numel()} elements"
             )  # fmt: skip
         return whole
 
-    def _load(self, key: str, info: _StorageInfo) -> Tensor:
-        with (self.step.path / info.relative_path).open("rb") as file:
-            try:
-                part = cast(BinaryIO, _create_file_view(file, info.offset, info.length))
-                return torch.load(part, map_location="cpu", weights_only=True)
-            except Exception as error:  # the unpickler raises nearly anything on damaged bytes
-                what = f"the checkpoint is damaged: {key!r} cannot be read"
-                raise CheckpointError(what, got=self.step.path) from error
+    def _locate(self, key: str, info: _StorageInfo) -> _Stored:
+        """A chunk without its values, and where in which file these lie."""
+        path = self.step.path / info.relative_path
+        with path.open("rb") as file, self._damage(key):
+            part = cast(BinaryIO, _create_file_view(file, info.offset, info.length))
+            with torch.serialization.skip_data():
+                chunk = torch.load(part, map_location="cpu", weights_only=True)
+            if not isinstance(chunk, Tensor):
+                raise TypeError("not a tensor")
+            part.seek(0)
+            records: Any = torch._C.PyTorchFileReader(part)
+            values = [name for name in records.get_all_records() if name.startswith("data/")]
+            plain = len(values) == 1 and chunk.is_contiguous() and chunk.storage_offset() == 0
+            offset = records.get_record_offset(values[0]) if plain else None
+        return _Stored(path, info, chunk, None if offset is None else info.offset + offset)
+
+    def _load(self, key: str, stored: _Stored, place: Tensor) -> None:
+        """Copy the values of a chunk to where they belong."""
+        with stored.path.open("rb", buffering=0) as file, self._damage(key):
+            if stored.offset is None:
+                part = cast(BinaryIO, _create_file_view(file, stored.info.offset, stored.info.length))
+                place.copy_(torch.load(part, map_location="cpu", weights_only=True))
+                return
+            file.seek(stored.offset)
+            if place.is_contiguous():
+                _read(file, place)
+                return
+            # The columns of a part: as many rows at a time as fit.
+            rows = max(1, BLOCK // (place[0].numel() * place.element_size()))
+            block = torch.empty_like(place[:rows], memory_format=torch.contiguous_format)
+            for first in range(0, len(place), rows):
+                some = place[first : first + rows]
+                _read(file, block[: len(some)])
+                some.copy_(block[: len(some)])
+
+    @contextmanager
+    def _damage(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the unpickler raises nearly anything on damaged bytes
+            what = f"the checkpoint is damaged: {key!r} cannot be read"
+            raise CheckpointError(what, got=self.step.path) from error
+
+
+def _read(file: FileIO, tensor: Tensor) -> None:
+    """Fill a contiguous tensor; a kernel reads 2 GB at most at once."""
+    rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    while rest:
+        done = file.readinto(rest)
+        if not done:
+            raise EOFError("the file ends too early")
+        rest = rest[done:]
 
 
 class Writer:
@@ -98,13 +163,15 @@ class Writer:
     def __init__(self, step: Path, file: BinaryIO) -> None:
         self._step = step
         self._file = file
+        self._name = Path(file.name).name
         self._metadata: dict[str, Any] = {}
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
 
     def write(self, key: str, tensor: Tensor) -> None:
         """Append one whole tensor."""
-        # clone: torch.save would write all of the storage that a view looks at
-        tensor = tensor.detach().cpu().contiguous().clone()
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()  # torch.save would write all of the storage that a view looks at
         origin = torch.Size([0] * tensor.dim())
         chunk = ChunkStorageMetadata(offsets=origin, sizes=tensor.shape)
         properties = TensorProperties(dtype=tensor.dtype)
@@ -124,9 +191,25 @@ class Writer:
         if index.fqn in self._metadata:
             raise CheckpointError(f"{index.fqn!r} is written twice")
         offset = self._file.tell()
-        torch.save(value, self._file)
+        with _without_checksums():
+            torch.save(value, self._file)
         self._metadata[index.fqn] = entry
-        self._storage[index] = _StorageInfo(DATA_FILE, offset, self._file.tell() - offset)
+        self._storage[index] = _StorageInfo(self._name, offset, self._file.tell() - offset)
+
+    def part(self) -> tuple[dict[str, Any], dict[MetadataIndex, _StorageInfo]]:
+        """What was written so far: entries of the index, and where they lie."""
+        return self._metadata, self._storage
+
+    def add(self, metadata: dict[str, Any], storage: dict[MetadataIndex, _StorageInfo]) -> None:
+        """Take what another process wrote into the index.
+
+        Raises:
+            CheckpointError: It was written by both.
+        """
+        if twice := sorted(metadata.keys() & self._metadata.keys()):
+            raise CheckpointError(f"{twice[0]!r} is written twice")
+        self._metadata |= metadata
+        self._storage |= storage
 
     def finish(self, common: dict[str, Any]) -> None:
         """Write what is not a tensor, the index, and last the file that says that the step is complete."""
@@ -143,31 +226,73 @@ class Writer:
 
 
 @contextmanager
+def _without_checksums() -> Iterator[None]:
+    """torch.load does not look at the checksums that torch.save spends a third of its time on."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+@contextmanager
 def writing(path: str | Path, arch: Architecture, args: Namespace | None = None) -> Iterator[Writer]:
     """Write a checkpoint of `arch` that Megatron loads in any layout; the block writes its tensors.
 
     It becomes a `release`: weights only, from iteration 0, with a fresh optimizer. All of it appears when the block
-    ends well, and nothing otherwise.
+    ends well, and nothing otherwise; a process that is killed leaves a hidden directory `.NAME.*` beside `path`. In a
+    process group all processes enter the block, each writes tensors of its own, and what is attached is the first's.
 
     Args:
-        path: A new directory.
+        path: A new directory, the same one for all processes.
         arch: The model; the block must write exactly its tensors (`megatron_ext.models.axes.tensors`).
         args: Megatron's arguments of the model that this one comes from; sizes and counters are set anew.
 
     Raises:
-        CheckpointError: `path` exists already, or the tensors written are not those of `arch`.
+        CheckpointError: `path` exists already, or the tensors written are not those of `arch`, or another process
+            failed.
     """
-    with fresh_directory(path) as directory:
+    with _shared_directory(path) as directory:
         step = directory / layout.RELEASE
-        step.mkdir()
-        with (step / DATA_FILE).open("wb") as file:
+        step.mkdir(exist_ok=True)
+        with (step / f"__{ranks.rank()}_0.distcp").open("wb") as file:
             writer = Writer(step, file)
-            yield writer
-            check_shapes(arch, writer.shapes)
-            for module, count in axes.modules_with_state(arch).items():
-                writer.write_object(f"{module}._extra_state", None, count)
-            writer.finish(_common_state(arch, args))
-        (directory / layout.TRACKER).write_text(layout.RELEASE, encoding="utf-8")
+            with _together():
+                yield writer
+                file.flush()
+                os.fsync(file.fileno())
+            parts = ranks.gather(writer.part())
+            if ranks.rank() == 0:
+                for part in parts[1:]:
+                    writer.add(*part)
+                check_shapes(arch, writer.shapes)
+                for module, count in axes.modules_with_state(arch).items():
+                    writer.write_object(f"{module}._extra_state", None, count)
+                writer.finish(_common_state(arch, args))
+                (directory / layout.TRACKER).write_text(layout.RELEASE, encoding="utf-8")
+
+
+@contextmanager
+def _shared_directory(path: str | Path) -> Iterator[Path]:
+    """`fresh_directory` of the first process, for all of them."""
+    with _together(), fresh_directory(path) if ranks.rank() == 0 else nullcontext() as own:
+        yield Path(str(ranks.gather(own)[0]))
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """End the block on all processes, or raise on all of them, so that none waits for one that failed."""
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    others = [told for told in ranks.gather(None if problem is None else str(problem)) if told is not None]
+    if problem is not None:
+        raise problem
+    if others:
+        raise CheckpointError(f"another process could not write its part: {others[0]}")
 
 
 def check_shapes(arch: Architecture, shapes: dict[str, tuple[int, ...]]) -> None:

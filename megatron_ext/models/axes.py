@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # config.py counts with this table
     from megatron_ext.models.config import Architecture
 
 CONV_KERNEL = 4
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
 LAYER = "decoder.layers"
@@ -335,12 +337,30 @@ def indices(arch: "Architecture", key: str, kept: Kept) -> tuple[Tensor | None, 
     return tuple(AXES[axis].index(own, kept) for axis in weight.axes)
 
 
-def take(tensor: Tensor, dimension: int, index: Tensor) -> Tensor:
-    """The positions `index` of one dimension of a weight, once the dimensions before are cut; see `indices`."""
-    if index.dim() == 1:
-        return tensor.index_select(dimension, index)
-    experts = [index.shape[0] if i == 0 else index.shape[1] if i == dimension else 1 for i in range(tensor.dim())]
-    return tensor.take_along_dim(index.view(experts), dimension)
+def take(tensor: Tensor, dimension: int, index: Tensor, out: Tensor | None = None) -> Tensor:
+    """The positions `index` of one dimension of a weight on the CPU, once the dimensions before are cut.
+
+    Args:
+        tensor: The weight.
+        dimension: The dimension.
+        index: From `indices`; for each entry of dimension 0 its own positions if it has two dimensions.
+        out: Where to put them; a new tensor by default.
+    """
+    if out is None:
+        out = torch.empty(taken_shape(tensor, dimension, index), dtype=tensor.dtype)
+    if index.dim() == 2:
+        for entry, own in enumerate(index):
+            take(tensor[entry], dimension - 1, own, out[entry])
+        return out
+    bits = _BITS[tensor.element_size()]  # numpy knows no bfloat16; it takes 16-bit columns three times as fast as torch
+    values = tensor.detach().view(bits).numpy()
+    np.take(values, index.numpy(), axis=dimension, out=out.view(bits).numpy(), mode="clip")  # in range, as plans are
+    return out
+
+
+def taken_shape(tensor: Tensor, dimension: int, index: Tensor) -> tuple[int, ...]:
+    """What `take` makes."""
+    return (*tensor.shape[:dimension], index.shape[-1], *tensor.shape[dimension + 1 :])
 
 
 def parameters_per_rank(

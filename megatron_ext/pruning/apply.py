@@ -2,13 +2,15 @@
 
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 from torch import Tensor
 
-from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint import layout, ranks
 from megatron_ext.checkpoint.atomic import refuse_existing
+from megatron_ext.checkpoint.scratch import Scratch
 from megatron_ext.checkpoint.stream import Reader, check_shapes, writing
 from megatron_ext.models import axes
 from megatron_ext.pruning.merge import merge_heads
@@ -27,13 +29,14 @@ def apply(
 
     Any layout may have saved the one and may load the other. Only weights are carried over, in the type they were
     saved in: the result starts from iteration 0 with a fresh optimizer. Kept values are copied bit for bit. The plan
-    is stored beside them. If anything goes wrong, nothing is left at `destination`.
+    is stored beside them. If anything goes wrong, nothing is left at `destination`. In a process group all processes
+    call this, and each writes its share of the tensors.
 
     Args:
         plan: The plan.
         source: A checkpoint directory (then its newest complete step), or a step in it.
         destination: A new directory.
-        attachments: Further files of the destination, by name, with what writes them.
+        attachments: Further files of the destination, by name, with what writes them; those of the first process.
 
     Returns:
         The destination.
@@ -51,27 +54,47 @@ def apply(
         warnings.warn(f"the plan was made from other weights of this model than {reader.step.path}", stacklevel=2)
     args = layout.common(reader.step.path).get("args")
     with writing(destination, plan.target, args if isinstance(args, Namespace) else None) as writer:
-        for key, tensor in cut(plan, reader):
+        for key, tensor in cut(plan, reader, own_share(plan), reuse=True):
             writer.write(key, tensor)
-        for name, save in {PLAN_FILE: plan.save, **(attachments or {})}.items():
-            writer.attach(name, save)
+        if ranks.rank() == 0:
+            for name, save in {PLAN_FILE: plan.save, **(attachments or {})}.items():
+                writer.attach(name, save)
     return destination
 
 
-def cut(plan: Plan, reader: Reader) -> Iterator[tuple[str, Tensor]]:
+def own_share(plan: Plan) -> list[str]:
+    """The weights of the smaller model that this process writes."""
+    keys = axes.tensors(plan.target)
+    owners = ranks.shares([prod(shape) for shape in keys.values()])
+    return [key for key, owner in zip(keys, owners, strict=True) if owner == ranks.rank()]
+
+
+def cut(
+    plan: Plan, reader: Reader, keys: Sequence[str] | None = None, *, reuse: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """The weights of the smaller model, one after the other, in the order of the forward pass.
+
+    Args:
+        plan: The plan.
+        reader: The original.
+        keys: Weights of the smaller model; all of them by default.
+        reuse: Whether each tensor may take the place of the one before.
 
     Yields:
         The key in the smaller model, and the tensor, of the shape that `axes.shape(plan.target, key)` says.
     """
-    for key in axes.keys(plan.target):
+    old, new = (Scratch(), Scratch()) if reuse else (None, None)
+    for key in axes.keys(plan.target) if keys is None else keys:
         layer, weight = axes.locate(plan.target, key)
         old_layer = None if layer is None else plan.units[layer]
         old_key = key if old_layer is None else f"{axes.LAYER}.{old_layer}.{weight.name}"
-        tensor = reader.read(old_key)
+        tensor = reader.read(old_key) if old is None else reader.read(old_key, old)
         if weight.axes[0] == "qkv" and old_layer is not None and (pairs := plan.merged_heads.get(old_layer)):
             tensor = merge_heads(plan.source, tensor, pairs)
+        here, free = old, new  # two dimensions are cut from the one to the other and back
         for dimension, index in enumerate(axes.indices(plan.source, old_key, plan.kept(old_layer))):
             if index is not None:
-                tensor = axes.take(tensor, dimension, index)
+                shape = axes.taken_shape(tensor, dimension, index)
+                tensor = axes.take(tensor, dimension, index, None if free is None else free.tensor(shape, tensor.dtype))
+                here, free = free, here
         yield key, tensor

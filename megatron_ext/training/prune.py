@@ -1,5 +1,6 @@
 """The pruning job: score, plan, apply, and say what was cut."""
 
+import os
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
@@ -140,8 +141,8 @@ def prune(launch: Launch) -> None:
         attachments[name] = scores.save
     if measured.scores:
         attachments["importance.png"] = lambda path: prune_report.plot_scores(measured.scores[0], plan, path)
-    if args.rank == 0:
-        apply(plan, source.path, args.save, attachments)
+    _join_processes()
+    apply(plan, source.path, args.save, attachments)
     if losses:
         remark = _measure_pruned(launch, measured)
         if args.rank == 0:
@@ -212,8 +213,8 @@ def _between(
     checkpoint = _round_directory(launch.args, number)
     if launch.args.rank == 0:
         shutil.rmtree(checkpoint, ignore_errors=True)  # an earlier attempt's
-        apply(plan, step, checkpoint)
     torch.distributed.barrier()
+    apply(plan, step, checkpoint)
     return load_other(launch, plan.target, checkpoint)
 
 
@@ -223,7 +224,6 @@ def _round_directory(args: Namespace, number: int) -> Path:
 
 def _measure_pruned(launch: Launch, measured: Measured) -> str:
     """Add the pruned model's loss on the calibration data, or say why this layout cannot run it."""
-    import torch
 
     from megatron_ext.training.evaluate import load_other, mean_loss
 
@@ -232,7 +232,6 @@ def _measure_pruned(launch: Launch, measured: Measured) -> str:
         _check_layout(launch, target)
     except ConfigError as error:
         return f"The pruned model's loss was not measured, because it does not fit this run's layout: {error}"
-    torch.distributed.barrier()  # rank 0 has written it
     pruned, model = load_other(launch, target, Path(launch.args.save))
     loss, _ = mean_loss(pruned, model, "train", launch.options["prune"].samples)
     measured.losses.append(Loss("pruned", target.num_parameters(), loss))
@@ -271,6 +270,14 @@ def _from_rank_0(plan: Plan | None) -> Plan:
 
 def _scores(launch: Launch) -> Scores:
     return Scores.load(launch.options["prune"].scores)
+
+
+def _join_processes() -> None:
+    """What torchrun started works together also where no model is run."""
+    import torch
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
 
 
 def _wait() -> None:

@@ -127,10 +127,10 @@ def test_two_cuts_equal_one(source, tmp_path):
 
 
 def test_an_interrupted_cut_leaves_nothing(source, tmp_path, monkeypatch):
-    def interrupted(reader, key, read=Reader.read):
+    def interrupted(reader, key, into=None, read=Reader.read):
         if "final_norm" in key:
             raise KeyboardInterrupt
-        return read(reader, key)
+        return read(reader, key, into)
 
     monkeypatch.setattr(Reader, "read", interrupted)
     with pytest.raises(KeyboardInterrupt):
