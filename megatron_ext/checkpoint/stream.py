@@ -10,7 +10,7 @@ import pickle
 import uuid
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Buffer, Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import FileIO
@@ -38,7 +38,7 @@ from megatron_ext.errors import CheckpointError
 from megatron_ext.models import axes
 from megatron_ext.models.config import Architecture
 
-BLOCK = 64 * 2**20  # bytes
+BLOCK = 8 * 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -157,13 +157,26 @@ def _read(file: FileIO, tensor: Tensor) -> None:
         rest = rest[done:]
 
 
+class _File(FileIO):
+    """Written in pieces, because Linux looks for one large page for a large write: five times the time (6.18, ext4)."""
+
+    PIECE = 2**18
+
+    def write(self, data: Buffer, /) -> int:
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        while rest:
+            rest = rest[super().write(rest[: self.PIECE]) or 0 :]
+        return size
+
+
 class Writer:
     """The weights of one step, being written. Made by `writing`."""
 
-    def __init__(self, step: Path, file: BinaryIO) -> None:
+    def __init__(self, step: Path, file: BinaryIO | FileIO) -> None:
         self._step = step
         self._file = file
-        self._name = Path(file.name).name
+        self._name = Path(str(file.name)).name
         self._metadata: dict[str, Any] = {}
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
 
@@ -192,7 +205,7 @@ class Writer:
             raise CheckpointError(f"{index.fqn!r} is written twice")
         offset = self._file.tell()
         with _without_checksums():
-            torch.save(value, self._file)
+            torch.save(value, cast(BinaryIO, self._file))
         self._metadata[index.fqn] = entry
         self._storage[index] = _StorageInfo(self._name, offset, self._file.tell() - offset)
 
@@ -256,11 +269,10 @@ def writing(path: str | Path, arch: Architecture, args: Namespace | None = None)
     with _shared_directory(path) as directory:
         step = directory / layout.RELEASE
         step.mkdir(exist_ok=True)
-        with (step / f"__{ranks.rank()}_0.distcp").open("wb") as file:
+        with _File(step / f"__{ranks.rank()}_0.distcp", "wb") as file:
             writer = Writer(step, file)
             with _together():
                 yield writer
-                file.flush()
                 os.fsync(file.fileno())
             parts = ranks.gather(writer.part())
             if ranks.rank() == 0:
