@@ -33,6 +33,6 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]", "mamba-ssm", "causal-conv1d"],
         "eval": ["lm-eval"],
-        "dev": ["beartype", "hypothesis", "import-linter", "pyright[nodejs]", "pytest", "ruff"],
+        "dev": ["beartype", "hypothesis", "import-linter", "pyright[nodejs]", "pytest", "pytest-xdist", "ruff"],
     },
 )

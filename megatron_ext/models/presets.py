@@ -83,6 +83,20 @@ _HYBRID_8B = Architecture(
     mamba_num_heads=128,
 )
 
+_NEMOTRON_H_8B = Architecture(
+    pattern="M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+    hidden_size=4096,
+    vocab_size=131_072,
+    max_position_embeddings=8192,
+    ffn_hidden_size=21_504,
+    gated_linear_unit=False,
+    activation="squared_relu",
+    num_attention_heads=32,
+    num_query_groups=8,
+    kv_channels=128,
+    mamba_num_heads=128,
+)
+
 _TINY_HYBRID = Architecture(
     pattern="M-M-*-M-M-*-",
     hidden_size=256,
@@ -102,6 +116,7 @@ _TINY_HYBRID = Architecture(
 _STUDY = "An Empirical Study of Mamba-based Language Models, arXiv 2406.07887, released configuration"
 _MINITRON = "Compact Language Models via Pruning and Knowledge Distillation, arXiv 2407.14679, table of architectures"
 _PRACTICE = "LLM Pruning and Distillation in Practice, arXiv 2408.11796, table of architectures"
+_MINITRON_SSM = "Efficient Hybrid Language Model Compression through Group-Aware SSM Pruning, arXiv 2504.11409"
 _TINY = "a few minutes' training on a CPU; as many parameters as the other tiny ones"
 
 PRESETS: dict[str, Preset] = {
@@ -110,6 +125,12 @@ PRESETS: dict[str, Preset] = {
     "mamba2-hybrid-8b": Preset(_HYBRID_8B, _STUDY, "8.65B"),
     "llama3.1-8b": Preset(_LLAMA_31_8B, "The Llama 3 Herd of Models, arXiv 2407.21783, and its model card", "8.03B"),
     "mistral-nemo-12b": Preset(_MISTRAL_NEMO_12B, "Mistral NeMo 12B model card, mistral.ai/news/mistral-nemo", "12.2B"),
+    "nemotron-4-15b": Preset(
+        replace(
+            _TRANSFORMER_8B, hidden_size=6144, ffn_hidden_size=24_576, num_attention_heads=48, num_query_groups=8
+        ),
+        _MINITRON, "15.6B",
+    ),
     "minitron-8b": Preset(
         replace(_TRANSFORMER_8B, num_attention_heads=48, num_query_groups=8), _MINITRON, "8.27B"
     ),
@@ -126,6 +147,10 @@ PRESETS: dict[str, Preset] = {
     "mn-minitron-8b": Preset(
         replace(_MISTRAL_NEMO_12B, hidden_size=4096, ffn_hidden_size=11_520, max_position_embeddings=8192),
         _PRACTICE, "8.4B", "7.3B",
+    ),
+    "nemotron-h-8b": Preset(_NEMOTRON_H_8B, "Nemotron-H, arXiv 2504.03624, and its released configuration", "8B"),
+    "nemotron-h-4b": Preset(
+        replace(_NEMOTRON_H_8B, hidden_size=3072, ffn_hidden_size=12_288, mamba_num_heads=112), _MINITRON_SSM, "4B"
     ),
     "tiny-transformer": Preset(
         replace(_TINY_HYBRID, pattern="*-" * 6, ffn_hidden_size=768, position_embedding_type="rope"), _TINY, "5.6M"
