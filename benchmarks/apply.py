@@ -14,7 +14,6 @@ Writes results/apply.json and prints one table.
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -22,12 +21,12 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from datetime import date
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import describe
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_ext.checkpoint.stream import Reader, writing
@@ -165,11 +164,10 @@ def main() -> None:
     if args.child:
         child(*args.child)
         return
-    load = os.getloadavg()[0]
+    machine = describe()
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
         found = measure(Path(directory), args.gigabytes, args.repeats)
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load_at_start": load}
-    report = {"date": date.today().isoformat(), "machine": machine, "torch": torch.__version__, **found}
+    report = {"what": "plans applied, against cp", **machine, **found}
     path = Path(__file__).parent / "results" / "apply.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(f"{found['bytes'] / 1e9:.1f} GB, largest tensor {found['largest_tensor'] / 1e6:.0f} MB")

@@ -192,7 +192,8 @@ class Ablation:
             if self._mode == "base" and self._keeps(index):
                 chunk.inputs[index, chunk.micro_batch] = hidden_states.detach()
             if self._mode == "ablate" and self._resume and index == self._resume:
-                hidden_states = chunk.inputs[index, chunk.micro_batch]
+                # A tensor of its own: virtual pipelines empty what they have handed on.
+                hidden_states = chunk.inputs[index, chunk.micro_batch].detach()
             if self._mode in ("ablate", "task") and (index < self._resume or index in self._dropped):
                 return (hidden_states, None) if paired else hidden_states
             self.calls[index] += 1

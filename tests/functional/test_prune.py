@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from random_models import random_weights
 from safetensors.torch import load_file
 from workspace import Workspace
 
@@ -50,6 +51,38 @@ def test_the_layout_changes_no_score_and_no_plan(workspace: Workspace, teacher: 
         torch.testing.assert_close(scores[key], value, rtol=1e-4, atol=2e-6 if key.startswith("depth.loss") else 0)
     plans = [Plan.load(workspace.path / run / "plan.json") for run in (pruned, save)]
     assert plans[0].fingerprint == plans[1].fingerprint
+
+
+def test_virtual_pipelines_and_sampled_values(workspace: Workspace, teacher: str) -> None:
+    """A deeper model, two chunks on each rank; Shapley values draw the same sub-networks everywhere."""
+    step = layout.find(workspace.path / teacher).path
+    deep = replace(layout.architecture(step), pattern="M-*-M-*-")
+    with writing(workspace.path / "deep", deep, layout.common(step)["args"]) as writer:
+        for key, tensor in random_weights(deep).items():
+            writer.write(key, tensor.float())
+    flags = ["--prune-samples", "8", "--prune-num-layers", "3", "--prune-depth-metric", "shapley_loss"]
+    flags += ["--prune-shapley-samples", "2", "--prune-ffn-hidden-size", "50", "--prune-per-layer", "ffn"]
+    flags += ["--prune-ffn-divisor", "2"]
+    chunks = ["--pipeline-model-parallel-size", "2", "--hybrid-layer-pattern=M-|*-|M-|*-"]
+    for ranks, save, layout_flags in ((1, "deep-1", []), (2, "deep-vpp", chunks)):
+        workspace.run(
+            "prune_gpt.py", "--load", "deep", "--save", save, *workspace.data, *flags, *layout_flags, ranks=ranks
+        )
+    left, right = (load_file(workspace.path / save / "scores.safetensors") for save in ("deep-1", "deep-vpp"))
+    assert "depth.shapley_loss.blocks" in left
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        torch.testing.assert_close(right[key], value, rtol=1e-4, atol=1e-5 if key.startswith("depth.shapley") else 0)
+    plans = [Plan.load(workspace.path / save / "plan.json") for save in ("deep-1", "deep-vpp")]
+    assert plans[0].fingerprint == plans[1].fingerprint
+    assert len(set(plans[0].target.layer_sizes["ffn_hidden_size"])) > 1
+    # What keeps uneven widths is a model like any other, also on two ranks.
+    alone = workspace.loss("deep-1", "loss-uneven")
+    assert alone > 0
+    more = ["--lr", "1e-3", "--train-iters", "1", "--eval-iters", "0", "--save-interval", "1", "--save", "uneven"]
+    split = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+    workspace.run("pretrain_hybrid.py", "--pretrained-checkpoint", "deep-1", *workspace.data, *more, *split, ranks=2)
+    assert layout.architecture(layout.find(workspace.path / "uneven").path) == plans[0].target
 
 
 def test_the_run_directory_is_complete(workspace: Workspace, pruned: str) -> None:

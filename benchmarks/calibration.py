@@ -1,0 +1,88 @@
+"""What measuring importance adds to a forward pass: the calibration hooks on and off, over the same tokens.
+
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/calibration.py [--hidden 1024] [--repeats 7]
+
+One process, a hybrid model with random weights, mock data. Passes with the hooks (all width scores and the three static
+depth scores) and without take turns; CPU times on a CPU, wall times on a GPU; the ratio is the median over the turns.
+Writes results/calibration.json and prints one line.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from machine import describe
+
+from megatron_ext.platform.device import device_type
+from megatron_ext.pruning.depth import Influence
+from megatron_ext.pruning.importance import Importance
+from megatron_ext.training import prune
+from megatron_ext.training.launch import launch
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=7)
+    sizes = parser.parse_args()
+    hidden = sizes.hidden
+    started = launch(
+        prune.JOB,
+        [
+            "--hybrid-layer-pattern=M-M-*-M-", "--hidden-size", str(hidden), "--ffn-hidden-size", str(3 * hidden),
+            "--num-attention-heads", str(hidden // 64), "--kv-channels", "64", "--mamba-num-heads", str(hidden // 32),
+            "--mamba-head-dim", "64", "--mamba-state-dim", "64", "--mamba-num-groups", "2", "--normalization",
+            "RMSNorm", "--swiglu", "--disable-bias-linear", "--position-embedding-type", "none",
+            "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "32000",
+            "--seq-length", str(sizes.tokens), "--max-position-embeddings", str(sizes.tokens),
+            "--micro-batch-size", "1", "--global-batch-size", "1",
+        ],
+    )  # fmt: skip
+    from megatron.core.utils import unwrap_model
+
+    from megatron_ext.training.evaluate import forward_all, load_model, micro_batches
+
+    model = load_model(started)
+    chunks = unwrap_model(model)
+    batches = micro_batches(started, model, "train", 1)
+
+    def seconds() -> float:
+        clock = time.perf_counter if device_type() == "cuda" else time.process_time
+        torch.cuda.synchronize()
+        begun = clock()
+        forward_all(started, model, [iter(batch) for batch in batches if batch is not None], 1)
+        torch.cuda.synchronize()
+        return clock() - begun
+
+    seconds()  # warm up
+    ratios, plains = [], []
+    for _ in range(sizes.repeats):
+        plain = seconds()
+        hooks = Importance(chunks, started.architecture), Influence(chunks, started.architecture)
+        ratios.append(seconds() / plain)
+        plains.append(plain)
+        for hook in hooks:
+            hook.remove()
+    ratio = statistics.median(ratios)
+    report = {
+        "what": "forward pass with all calibration hooks over the same one without",
+        **describe(),
+        "device": torch.cuda.get_device_properties(0).name,
+        "sizes": vars(sizes),
+        "parameters": started.architecture.num_parameters(),
+        "plain_seconds": statistics.median(plains),
+        "ratio": ratio,
+        "ratios": ratios,
+    }
+    path = Path(__file__).parent / "results" / "calibration.json"
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"a calibration pass takes {ratio:.3f} of a plain forward pass ({statistics.median(plains):.2f} s)")
+
+
+if __name__ == "__main__":
+    main()
