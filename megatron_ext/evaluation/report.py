@@ -233,8 +233,9 @@ def plot_losses(models: Sequence[tuple[str, int, float]], out: Path) -> None:
         figure = Figure(figsize=(6.0, 3.6), layout="constrained")
         ax = figure.subplots()
         ax.plot(parameters, losses, color=COLORS["pruned"], marker="o")
-        for name, x, y in models:
-            ax.annotate(f"{name}: {y:.3f}", (x, y), xytext=(0, 8), textcoords="offset points", ha="center")
+        for number, (name, x, y) in enumerate(models):
+            offset = (0, 8) if number else (0, -16)  # the line rises from the first
+            ax.annotate(f"{name}: {y:.3f}", (x, y), xytext=offset, textcoords="offset points", ha="center")
         ax.invert_xaxis()  # pruning goes to the right
         ax.margins(x=0.2, y=0.2)
         ax.xaxis.set_major_formatter(FuncFormatter(_tick))

@@ -1,7 +1,9 @@
 """What pruning changes, to read and to look at: the table before and after, and the plots of a run."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from megatron_ext.models.pattern import ATTENTION, KINDS, MAMBA, MLP, MOE
 from megatron_ext.pruning.plan import Plan
 from megatron_ext.pruning.scores import BLOCKS, STDERR, Scores, mamba
 
+PANELS = 36
+_OF_A_LAYER = re.compile(r"layers\.(\d+)\.")
 _SIZES = (
     ("hidden channels", "hidden_size", ""), ("FFN neurons", "ffn_hidden_size", MLP),
     ("key/value groups", "num_query_groups", ATTENTION), ("query heads", "num_attention_heads", ATTENTION),
@@ -114,7 +118,13 @@ def plot_scores(scores: Scores, plan: Plan, path: Path) -> None:
     for layer in plan.source.layers.indices(MAMBA):
         channels = list(plan.head_channels.get(layer, range(plan.source.mamba_head_dim)))
         shown[f"layers.{layer}.mamba_head"] = scores[mamba(layer)][:, channels].norm(dim=1)
-    plot_importance(shown, kept, path)
+    for name in shown:
+        if (match := _OF_A_LAYER.match(name)) and int(match[1]) not in plan.units:
+            kept[name] = []  # gone with its layer
+    layers = [name for name in shown if _OF_A_LAYER.match(name)]
+    step = max(1, ceil(len(layers) / PANELS))
+    hidden_panels = set(layers) - set(layers[::step])  # of a deep model, every so many
+    plot_importance({name: value for name, value in shown.items() if name not in hidden_panels}, kept, path)
 
 
 def _is_detail(name: str) -> bool:
