@@ -1,0 +1,429 @@
+"""What a small model loses when it is cut by each metric of importance, before any retraining.
+
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/pruning_metrics.py
+
+A hybrid model is trained on the Python standard library, with one sequence in five of words that repeat, so that it
+can also copy. It is then loaded once; all scores come from training text, all results from held-out text and from
+questions it has not seen: "continue this list of words, whose beginning comes again". Sub-layers are left out in place
+and FFN neurons are silenced, which gives what the cut checkpoint gives; two cells are checked against one.
+Writes results/pruning_metrics.{json,md}; what is trained is kept in --out and used again.
+"""
+
+import argparse
+import contextlib
+import datetime
+import itertools
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from megatron_ext.checkpoint.stream import Reader
+from megatron_ext.models.config import Architecture
+from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP
+from megatron_ext.pruning import leave_out
+from megatron_ext.pruning import scores as score_names
+from megatron_ext.pruning.ablation import Ablation
+from megatron_ext.pruning.apply import apply
+from megatron_ext.pruning.budget import Targets
+from megatron_ext.pruning.depth import Influence
+from megatron_ext.pruning.importance import Importance, WidthMetric
+from megatron_ext.pruning.magnitude import magnitudes
+from megatron_ext.pruning.scores import DEPTH_METRICS, Scores
+from megatron_ext.pruning.select import keep_units, make_plan
+from megatron_ext.pruning.tasks import Sample, batches
+from megatron_ext.training import prune
+from megatron_ext.training.corpus import build_dataset
+from megatron_ext.training.directory import git_commit, versions
+from megatron_ext.training.evaluate import forward_all, load_model, load_other, micro_batches
+from megatron_ext.training.launch import Job, launch
+from megatron_ext.training.log import read_metrics
+
+ROOT = Path(__file__).parents[1]
+SEQUENCE, BATCH, PROCESSES = 256, 8, 2
+MODEL = [
+    "--hybrid-layer-pattern=M-*-M-*-M-*-M-*-", "--hidden-size", "128", "--ffn-hidden-size", "384",
+    "--num-attention-heads", "4", "--group-query-attention", "--num-query-groups", "4", "--kv-channels", "32",
+    "--mamba-num-heads", "8", "--mamba-head-dim", "32", "--mamba-state-dim", "32", "--mamba-num-groups", "2",
+    "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--position-embedding-type", "none",
+    "--max-position-embeddings", "1024",
+]  # fmt: skip
+SHARE = 0.2  # of the training sequences that repeat
+WORDS = 256  # that lists are made of
+KINDS = {"layers": "", "attention": ATTENTION, "FFN": MLP, "Mamba": MAMBA}
+FRACTIONS = (1 / 8, 1 / 4, 3 / 8, 1 / 2)  # of the units of a kind; those that are no whole number are left out
+LIST, SHOWN, ASKED = 24, 8, 8  # words of a question's list, of its beginning that comes again, and of the answer
+
+
+def words(tokenizer: Path) -> list[tuple[int, str]]:
+    """The first words of the vocabulary that are one token each, with their ids."""
+    vocabulary = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).get_vocab()
+    found = [(number, token) for token, number in vocabulary.items() if re.fullmatch("Ġ[A-Za-z]{3,}", token)]
+    return [(number, " " + token[1:]) for number, token in sorted(found)[:WORDS]]
+
+
+def repeated(tokenizer: Path, documents: int) -> Iterator[str]:
+    """JSONL lines: lists of random words, each three or four times."""
+    draw, known = random.Random(1), words(tokenizer)
+    for _ in range(documents):
+        text = "".join(word for _, word in draw.choices(known, k=draw.randint(8, 32)))
+        yield json.dumps({"text": text * draw.choice((3, 4))}) + "\n"
+
+
+def questions(tokenizer: Path, count: int, seed: int) -> list[Sample]:
+    """A list of random words and its beginning once more; the answer is what comes next."""
+    draw, known, samples = random.Random(seed), [number for number, _ in words(tokenizer)], []
+    for _ in range(count):
+        items = draw.choices(known, k=LIST)
+        samples.append(Sample([*items, *items[:SHOWN]], items[SHOWN : SHOWN + ASKED]))
+    return samples
+
+
+def train(out: Path, steps: int) -> Path:
+    """Make the data and train, unless that is done; the run directory."""
+    if not (out / "text" / "manifest.json").is_file():
+        build_dataset(out / "text")
+    tokenizer = out / "text" / "tokenizer"
+    if not (out / "copies" / "manifest.json").is_file():
+        lines = out / "copies.jsonl"
+        lines.write_text("".join(repeated(tokenizer, 8000)))
+        build_dataset(out / "copies", [lines], tokenizer)
+    model = out / f"model-{steps}"
+    if (model / f"iter_{steps:07d}" / "metadata.json").is_file():
+        return model
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES),
+        str(ROOT / "pretrain_hybrid.py"), *MODEL, *data_flags(out, BATCH // PROCESSES),
+        "--data-path", str(1 - SHARE), str(out / "text" / "text_document"), str(SHARE),
+        str(out / "copies" / "text_document"), "--train-iters", str(steps), "--lr", "3e-3", "--min-lr", "1e-4",
+        "--lr-decay-style", "cosine", "--lr-warmup-iters", str(min(50, steps // 2)), "--weight-decay", "0.1",
+        "--adam-beta2", "0.95", "--clip-grad", "1.0", "--eval-interval", "200", "--eval-iters", "4",
+        "--save-interval", "200", "--load", str(model), "--save", str(model),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    print(f"training {steps} steps; the log is {model}.log", flush=True)
+    with model.with_suffix(".log").open("w") as log:
+        subprocess.run(command, stdout=log, stderr=log, env=environment, check=True)
+    return model
+
+
+def data_flags(out: Path, micro_batch: int) -> list[str]:
+    """What training and measuring have in common; the data paths are not."""
+    manifest = json.loads((out / "text" / "manifest.json").read_text())
+    return [
+        "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(out / "text" / "tokenizer"),
+        "--make-vocab-size-divisible-by", str(manifest["vocab_divisor"]), "--split", "96,4,0",
+        "--seq-length", str(SEQUENCE), "--micro-batch-size", str(micro_batch), "--global-batch-size", str(BATCH),
+    ]  # fmt: skip
+
+
+class Bench:
+    """The trained model, loaded once, with its text and its questions."""
+
+    def __init__(self, out: Path, model: Path, arguments: argparse.Namespace) -> None:
+        from megatron.core.utils import unwrap_model
+
+        flags = [*data_flags(out, BATCH), "--data-path", str(out / "text" / "text_document"), "--load", str(model)]
+        self.launch = launch(Job("benchmark", defaults=prune.JOB.defaults), flags)
+        self.path, self.arch, self.samples = model, self.launch.architecture, arguments.samples
+        self.model = load_model(self.launch)
+        self.chunks = unwrap_model(self.model)
+        tokenizer = out / "text" / "tokenizer"
+        self.text = {split: micro_batches(self.launch, self.model, split, self.samples) for split in ("train", "valid")}
+        asked = {split: questions(tokenizer, arguments.questions, seed) for split, seed in (("train", 2), ("valid", 3))}
+        self.steps = -(-arguments.questions // BATCH)
+        self.asked = {
+            split: [batches(samples, LIST + SHOWN + ASKED - 1, BATCH)] for split, samples in asked.items()
+        }  # fmt: skip
+
+    def loss(self, split: str) -> float:
+        """Nats per token of text."""
+        return forward_all(self.launch, self.model, [iter(self.text[split][0])], self.samples // BATCH)
+
+    def answer_loss(self, split: str) -> float:
+        """Nats per token of the answers."""
+        return forward_all(self.launch, self.model, [iter(self.asked[split][0])], self.steps)
+
+
+class Left:
+    """What is left without some sub-layers: `Ablation`, and the loss of the answers."""
+
+    def __init__(self, bench: Bench, split: str) -> None:
+        self._answer = 0.0
+        self._answers: dict[frozenset[int], float] = {}
+
+        def ask() -> float:
+            self._answer = bench.answer_loss(split)
+            return self._answer
+
+        self.ablation = Ablation(
+            bench.chunks, bench.arch, lambda: bench.loss(split), tokens=bench.samples * SEQUENCE, run_task=ask
+        )
+        self.without(())
+
+    def without(self, units: Iterable[int]) -> dict[str, float]:
+        """Loss on text, share of the questions answered right, loss of the answers."""
+        dropped = frozenset(units)
+        outcome = self.ablation.without(dropped)
+        answer = self._answers.setdefault(dropped, self._answer)
+        return {"loss": outcome.loss, "right": outcome.task, "answer_loss": answer}
+
+
+def score(bench: Bench, arguments: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """All depth scores, and the width scores by metric, on training text."""
+    aggregations = ("mean", "l2", "var")
+    metrics = {f"activation, {s} over tokens, {b} over samples": WidthMetric("activation", b, s)
+               for s in aggregations for b in aggregations}  # fmt: skip
+    metrics["weight times activation (Wanda)"] = WidthMetric("wanda")
+    hooks = {name: Importance(bench.chunks, bench.arch, metric) for name, metric in metrics.items()}
+    influence = Influence(bench.chunks, bench.arch)
+    with torch.no_grad():
+        bench.loss("train")
+    for hook in (*hooks.values(), influence):
+        hook.remove()
+    depth = influence.gather()
+    assert depth is not None
+    width = {name: hook.gather() or {} for name, hook in hooks.items()}
+    width["weight magnitude"] = magnitudes(Reader(bench.path), bench.arch)
+
+    left = Left(bench, "train")
+    count = len(bench.arch.layers.blocks)
+    wanted = [("loss", True, 0)]
+    wanted += [(f"scan_{value}", True, run) for value in ("loss", "task") for run in runs(count)]
+    wanted += [(f"shapley_{value}", blocks, 0) for blocks in (True, False) for value in ("loss", "logit_distance")]
+    for metric, blocks, run in wanted:
+        started = time.monotonic()
+        depth |= leave_out.measure(
+            left.ablation, bench.arch, metric, blocks=blocks, run=run,
+            sampling=leave_out.Sampling(max_samples=arguments.shapley_samples),
+        )  # fmt: skip
+        what = "blocks" if blocks else "sub-layers"
+        print(f"scored {metric} of {what} {run or ''}: {time.monotonic() - started:.0f} s", flush=True)
+    left.ablation.remove()
+    return depth, width
+
+
+def runs(count: int) -> list[int]:
+    """How many of so many units the fractions remove, where that is a whole number."""
+    return [int(share * count) for share in FRACTIONS if share * count == int(share * count)]
+
+
+def drop(bench: Bench, values: dict[str, Tensor], kind: str, metric: str, count: int) -> list[int]:
+    """The sub-layers that the package's own selection drops."""
+    arch, given = bench.arch, Scores(values=values, architecture=bench.arch)
+    if kind == "layers":
+        targets = Targets(num_layers=len(arch.layers.blocks) - count, depth_metric=metric)
+    else:
+        names = {"attention": "attention_layers", "FFN": "mlp_layers", "Mamba": "mamba_layers"}
+        left = len(arch.layers.indices(KINDS[kind])) - count
+        targets = Targets(**{names[kind]: left}, depth_metric=metric)  # type: ignore[arg-type]
+    targets.check(arch)
+    kept = keep_units(given, arch, targets)
+    return [i for i in range(len(arch.pattern)) if i not in kept]
+
+
+def removed(arch: Architecture, units: Iterable[int]) -> int:
+    """Parameters of these sub-layers."""
+    gone = set(units)
+    rest = replace(arch, pattern="".join(kind for i, kind in enumerate(arch.pattern) if i not in gone))
+    return arch.num_parameters() - rest.num_parameters()
+
+
+def cut_depth(bench: Bench, left: Left, depth: dict[str, Tensor], arguments: argparse.Namespace) -> list[dict]:
+    """One row for each kind of unit, number removed, and metric."""
+    rows = []
+    for kind in KINDS:
+        units = [list(block) for block in bench.arch.layers.blocks]
+        if kind != "layers":
+            units = [[i] for i in bench.arch.layers.indices(KINDS[kind])]
+        for count in runs(len(units)):
+            where = {"kind": kind, "removed": count, "of": len(units), "fraction": count / len(units)}
+            chosen = {metric: drop(bench, depth, kind, metric, count) for metric in DEPTH_METRICS}
+            if kind == "layers":
+                chosen |= {metric: drop(bench, depth, kind, metric, count) for metric in ("scan_loss", "scan_task")}
+            for metric, dropped in chosen.items():
+                found = left.without(dropped)
+                rows.append(
+                    {**where, "metric": metric, "dropped": dropped, "parameters": removed(bench.arch, dropped), **found}
+                )
+            every = list(itertools.combinations(units, count))
+            if len(every) > arguments.choices:
+                every = random.Random(4).sample(every, arguments.choices)
+            sets = [[i for unit in choice for i in unit] for choice in every]
+            outcomes = [left.without(dropped) for dropped in sets]
+            mean = {name: statistics.mean(outcome[name] for outcome in outcomes) for name in outcomes[0]}
+            spread = statistics.pstdev(outcome["loss"] for outcome in outcomes)
+            size = statistics.mean(removed(bench.arch, dropped) for dropped in sets)
+            rows.append(
+                {**where, "metric": "random", "choices": len(sets), "spread": spread, "parameters": size, **mean}
+            )
+            best = min(range(len(sets)), key=lambda i: outcomes[i]["loss"])
+            rows.append(
+                {**where, "metric": "best", "dropped": sets[best], "parameters": removed(bench.arch, sets[best])}
+                | outcomes[best]
+            )
+            print(f"cut {count} of {len(units)} {kind}: {len(sets)} choices", flush=True)
+    return rows
+
+
+@contextlib.contextmanager
+def silenced(bench: Bench, kept: Mapping[int, Sequence[int]]) -> Iterator[None]:
+    """Only these FFN neurons of each MLP."""
+    handles = []
+    for layer in bench.chunks[0].decoder.layers:
+        if (index := layer.layer_number - 1) in kept:
+            mask = torch.zeros(bench.arch.at(index).ffn_hidden_size)
+            mask[list(kept[index])] = 1
+            hook = lambda _, inputs, mask=mask: (inputs[0] * mask, *inputs[1:])  # noqa: E731
+            handles.append(layer.mlp.linear_fc2.register_forward_pre_hook(hook))
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def cut_width(bench: Bench, width: dict[str, dict[str, Tensor]], draws: int) -> list[dict]:
+    """One row for each width metric and fraction of the FFN's neurons."""
+    rows = []
+    draw = torch.Generator().manual_seed(5)
+    size = bench.arch.ffn_hidden_size
+    mlps = bench.arch.layers.indices(MLP)
+    for fraction in (0.25, 0.5):
+        for metric, values in [*width.items(), ("random", {})]:
+            losses, answers = [], []
+            for _ in range(1 if values else draws):
+                own = values or {score_names.ffn(i): torch.rand(size, generator=draw) for i in mlps}
+                targets = Targets(ffn_hidden_size=round(size * (1 - fraction)))
+                plan = make_plan(Scores(values=own, architecture=bench.arch), bench.arch, targets)
+                with silenced(bench, plan.ffn):
+                    losses.append(bench.loss("valid"))
+                    answers.append(bench.answer_loss("valid"))
+            row = {"fraction": fraction, "metric": metric, "loss": statistics.mean(losses)}
+            row["answer_loss"] = statistics.mean(answers)
+            rows.append(row | ({} if values else {"choices": draws, "spread": statistics.pstdev(losses)}))
+    return rows
+
+
+def check(bench: Bench, depth: dict[str, Tensor], width: dict[str, Tensor], rows: dict[str, list[dict]], name: str):
+    """Two cells against real checkpoints: half the layers by Block Influence, half the FFN by the default metric."""
+    arch, checked = bench.arch, {}
+    cuts = {
+        "depth": (depth, Targets(num_layers=len(arch.layers.blocks) // 2)),
+        "width": (width, Targets(ffn_hidden_size=arch.ffn_hidden_size // 2)),
+    }
+    said = {
+        "depth": row_of(rows["depth"], kind="layers", fraction=0.5, metric="block_influence")["loss"],
+        "width": row_of(rows["width"], fraction=0.5, metric=name)["loss"],
+    }
+    for what, (values, targets) in cuts.items():
+        path = bench.path.parent / f"cut-{what}"
+        shutil.rmtree(path, ignore_errors=True)
+        plan = make_plan(Scores(values=values, architecture=arch), arch, targets)
+        apply(plan, bench.path, path)
+        other, model = load_other(bench.launch, plan.target, path)
+        with torch.no_grad():
+            real = forward_all(other, model, [iter(bench.text["valid"][0])], bench.samples // BATCH)
+        checked[what] = {"in_place": said[what], "checkpoint": real}
+    return checked
+
+
+def row_of(rows: list[dict], **where: Any) -> dict:
+    """The row with these entries."""
+    (found,) = [row for row in rows if all(row[name] == value for name, value in where.items())]
+    return found
+
+
+def machine() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].split(":")[1].strip() if names else platform.processor()
+
+
+def measure(out: Path, model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything, as it goes into the JSON."""
+    started = time.monotonic()
+    bench = Bench(out, model, arguments)
+    depth, width = score(bench, arguments)
+    left = Left(bench, "valid")
+    whole = left.without(())
+    rows = {"depth": cut_depth(bench, left, depth, arguments)}
+    left.ablation.remove()
+    rows["width"] = cut_width(bench, width, arguments.draws)
+    usual = "activation, mean over tokens, l2 over samples"
+    history = read_metrics(model / "metrics.jsonl")
+    return {
+        "what": "loss on held-out text after cutting, before any retraining",
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "versions": versions(),
+        "commit": git_commit(),
+        "training": {
+            "steps": arguments.train_iters,
+            "tokens": int(history[-1]["tokens"]),
+            "seconds": round(sum(step["seconds"] for step in history)),
+            "repeated_share": SHARE,
+        },
+        "model": bench.arch.to_dict() | {"parameters": bench.arch.num_parameters()},
+        "settings": {
+            "sequence": SEQUENCE, "held_out_sequences": arguments.samples, "scoring_sequences": arguments.samples,
+            "questions": arguments.questions, "shapley_samples": arguments.shapley_samples,
+            "question": f"{LIST} words, the first {SHOWN} again; the next {ASKED} are the answer",
+        },
+        "whole": whole,
+        "depth": rows["depth"],
+        "width": rows["width"],
+        "checked": check(bench, depth, width[usual], rows, usual),
+        "seconds": round(time.monotonic() - started),
+    }  # fmt: skip
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report for people."""
+    return "\n"
+
+
+def main() -> None:
+    """Train, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/pruning_metrics"), help="data and model (%(default)s)")
+    parser.add_argument("--results", type=Path, help="where the report goes; default: results beside this script")
+    sizes = {"train-iters": 1000, "samples": 32, "questions": 64, "shapley-samples": 8, "choices": 70, "draws": 5}
+    quick = {"train-iters": 20, "samples": 8, "questions": 8, "shapley-samples": 2, "choices": 4, "draws": 2}
+    for name in sizes:
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--quick", action="store_true", help="whether it runs at all; the report goes into --out")
+    arguments = parser.parse_args()
+    for name, size in (quick if arguments.quick else sizes).items():
+        field = name.replace("-", "_")
+        setattr(arguments, field, getattr(arguments, field) or size)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    report = measure(arguments.out, train(arguments.out, arguments.train_iters), arguments)
+    results = arguments.results or (arguments.out if arguments.quick else Path(__file__).parent / "results")
+    (results / "pruning_metrics.json").write_text(json.dumps(report, indent=1) + "\n")
+    text = markdown(report)
+    (results / "pruning_metrics.md").write_text(text)
+    print(text)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
