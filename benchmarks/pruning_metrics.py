@@ -11,25 +11,21 @@ Writes results/pruning_metrics.{json,md}; what is trained is kept in --out and u
 
 import argparse
 import contextlib
-import datetime
 import itertools
-import json
-import os
-import platform
 import random
-import re
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import small_model
 import torch
-from tokenizers import Tokenizer
+from machine import describe, write
+from pruning_metrics_report import markdown
+from small_model import ASKED, BATCH, LIST, SEQUENCE, SHOWN
 from torch import Tensor
 
 from megatron_ext.checkpoint.stream import Reader
@@ -45,90 +41,15 @@ from megatron_ext.pruning.importance import Importance, WidthMetric
 from megatron_ext.pruning.magnitude import magnitudes
 from megatron_ext.pruning.scores import DEPTH_METRICS, Scores
 from megatron_ext.pruning.select import keep_units, make_plan
-from megatron_ext.pruning.tasks import Sample, batches
+from megatron_ext.pruning.tasks import batches
 from megatron_ext.training import prune
-from megatron_ext.training.corpus import build_dataset
-from megatron_ext.training.directory import git_commit, versions
 from megatron_ext.training.evaluate import forward_all, load_model, load_other, micro_batches
 from megatron_ext.training.launch import Job, launch
 from megatron_ext.training.log import read_metrics
 
-ROOT = Path(__file__).parents[1]
-SEQUENCE, BATCH, PROCESSES = 256, 8, 2
-MODEL = [
-    "--hybrid-layer-pattern=M-*-M-*-M-*-M-*-", "--hidden-size", "128", "--ffn-hidden-size", "384",
-    "--num-attention-heads", "4", "--group-query-attention", "--num-query-groups", "4", "--kv-channels", "32",
-    "--mamba-num-heads", "8", "--mamba-head-dim", "32", "--mamba-state-dim", "32", "--mamba-num-groups", "2",
-    "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--position-embedding-type", "none",
-    "--max-position-embeddings", "1024",
-]  # fmt: skip
-SHARE = 0.2  # of the training sequences that repeat
-WORDS = 256  # that lists are made of
 KINDS = {"layers": "", "attention": ATTENTION, "FFN": MLP, "Mamba": MAMBA}
 FRACTIONS = (1 / 8, 1 / 4, 3 / 8, 1 / 2)  # of the units of a kind; those that are no whole number are left out
-LIST, SHOWN, ASKED = 24, 8, 8  # words of a question's list, of its beginning that comes again, and of the answer
-
-
-def words(tokenizer: Path) -> list[tuple[int, str]]:
-    """The first words of the vocabulary that are one token each, with their ids."""
-    vocabulary = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).get_vocab()
-    found = [(number, token) for token, number in vocabulary.items() if re.fullmatch("Ġ[A-Za-z]{3,}", token)]
-    return [(number, " " + token[1:]) for number, token in sorted(found)[:WORDS]]
-
-
-def repeated(tokenizer: Path, documents: int) -> Iterator[str]:
-    """JSONL lines: lists of random words, each three or four times."""
-    draw, known = random.Random(1), words(tokenizer)
-    for _ in range(documents):
-        text = "".join(word for _, word in draw.choices(known, k=draw.randint(8, 32)))
-        yield json.dumps({"text": text * draw.choice((3, 4))}) + "\n"
-
-
-def questions(tokenizer: Path, count: int, seed: int) -> list[Sample]:
-    """A list of random words and its beginning once more; the answer is what comes next."""
-    draw, known, samples = random.Random(seed), [number for number, _ in words(tokenizer)], []
-    for _ in range(count):
-        items = draw.choices(known, k=LIST)
-        samples.append(Sample([*items, *items[:SHOWN]], items[SHOWN : SHOWN + ASKED]))
-    return samples
-
-
-def train(out: Path, steps: int) -> Path:
-    """Make the data and train, unless that is done; the run directory."""
-    if not (out / "text" / "manifest.json").is_file():
-        build_dataset(out / "text")
-    tokenizer = out / "text" / "tokenizer"
-    if not (out / "copies" / "manifest.json").is_file():
-        lines = out / "copies.jsonl"
-        lines.write_text("".join(repeated(tokenizer, 8000)))
-        build_dataset(out / "copies", [lines], tokenizer)
-    model = out / f"model-{steps}"
-    if (model / f"iter_{steps:07d}" / "metadata.json").is_file():
-        return model
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES),
-        str(ROOT / "pretrain_hybrid.py"), *MODEL, *data_flags(out, BATCH // PROCESSES),
-        "--data-path", str(1 - SHARE), str(out / "text" / "text_document"), str(SHARE),
-        str(out / "copies" / "text_document"), "--train-iters", str(steps), "--lr", "3e-3", "--min-lr", "1e-4",
-        "--lr-decay-style", "cosine", "--lr-warmup-iters", str(min(50, steps // 2)), "--weight-decay", "0.1",
-        "--adam-beta2", "0.95", "--clip-grad", "1.0", "--eval-interval", "200", "--eval-iters", "4",
-        "--save-interval", "200", "--load", str(model), "--save", str(model),
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    print(f"training {steps} steps; the log is {model}.log", flush=True)
-    with model.with_suffix(".log").open("w") as log:
-        subprocess.run(command, stdout=log, stderr=log, env=environment, check=True)
-    return model
-
-
-def data_flags(out: Path, micro_batch: int) -> list[str]:
-    """What training and measuring have in common; the data paths are not."""
-    manifest = json.loads((out / "text" / "manifest.json").read_text())
-    return [
-        "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(out / "text" / "tokenizer"),
-        "--make-vocab-size-divisible-by", str(manifest["vocab_divisor"]), "--split", "96,4,0",
-        "--seq-length", str(SEQUENCE), "--micro-batch-size", str(micro_batch), "--global-batch-size", str(BATCH),
-    ]  # fmt: skip
+USUAL = "activation, mean over tokens, l2 over samples"
 
 
 class Bench:
@@ -137,14 +58,23 @@ class Bench:
     def __init__(self, out: Path, model: Path, arguments: argparse.Namespace) -> None:
         from megatron.core.utils import unwrap_model
 
-        flags = [*data_flags(out, BATCH), "--data-path", str(out / "text" / "text_document"), "--load", str(model)]
+        flags = [
+            *small_model.data_flags(out, BATCH),
+            "--data-path",
+            str(out / "text" / "text_document"),
+            "--load",
+            str(model),
+        ]
         self.launch = launch(Job("benchmark", defaults=prune.JOB.defaults), flags)
         self.path, self.arch, self.samples = model, self.launch.architecture, arguments.samples
         self.model = load_model(self.launch)
         self.chunks = unwrap_model(self.model)
         tokenizer = out / "text" / "tokenizer"
         self.text = {split: micro_batches(self.launch, self.model, split, self.samples) for split in ("train", "valid")}
-        asked = {split: questions(tokenizer, arguments.questions, seed) for split, seed in (("train", 2), ("valid", 3))}
+        asked = {
+            split: small_model.questions(tokenizer, arguments.questions, seed)
+            for split, seed in (("train", 2), ("valid", 3))
+        }
         self.steps = -(-arguments.questions // BATCH)
         self.asked = {
             split: [batches(samples, LIST + SHOWN + ASKED - 1, BATCH)] for split, samples in asked.items()
@@ -349,13 +279,6 @@ def row_of(rows: list[dict], **where: Any) -> dict:
     return found
 
 
-def machine() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].split(":")[1].strip() if names else platform.processor()
-
-
 def measure(out: Path, model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything, as it goes into the JSON."""
     started = time.monotonic()
@@ -366,47 +289,34 @@ def measure(out: Path, model: Path, arguments: argparse.Namespace) -> dict[str, 
     rows = {"depth": cut_depth(bench, left, depth, arguments)}
     left.ablation.remove()
     rows["width"] = cut_width(bench, width, arguments.draws)
-    usual = "activation, mean over tokens, l2 over samples"
     history = read_metrics(model / "metrics.jsonl")
     return {
         "what": "loss on held-out text after cutting, before any retraining",
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "versions": versions(),
-        "commit": git_commit(),
         "training": {
             "steps": arguments.train_iters,
             "tokens": int(history[-1]["tokens"]),
             "seconds": round(sum(step["seconds"] for step in history)),
-            "repeated_share": SHARE,
+            "share_of_lists": small_model.SHARE,
         },
         "model": bench.arch.to_dict() | {"parameters": bench.arch.num_parameters()},
         "settings": {
             "sequence": SEQUENCE, "held_out_sequences": arguments.samples, "scoring_sequences": arguments.samples,
             "questions": arguments.questions, "shapley_samples": arguments.shapley_samples,
-            "question": f"{LIST} words, the first {SHOWN} again; the next {ASKED} are the answer",
+            "question": small_model.QUESTION,
         },
         "whole": whole,
         "depth": rows["depth"],
         "width": rows["width"],
-        "checked": check(bench, depth, width[usual], rows, usual),
+        "checked": check(bench, depth, width[USUAL], rows, USUAL),
         "seconds": round(time.monotonic() - started),
     }  # fmt: skip
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The report for people."""
-    return "\n"
 
 
 def main() -> None:
     """Train, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/pruning_metrics"), help="data and model (%(default)s)")
-    parser.add_argument("--results", type=Path, help="where the report goes; default: results beside this script")
-    sizes = {"train-iters": 1000, "samples": 32, "questions": 64, "shapley-samples": 8, "choices": 70, "draws": 5}
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark_model"), help="data and model (%(default)s)")
+    sizes = {"train-iters": 1500, "samples": 32, "questions": 64, "shapley-samples": 8, "choices": 70, "draws": 5}
     quick = {"train-iters": 20, "samples": 8, "questions": 8, "shapley-samples": 2, "choices": 4, "draws": 2}
     for name in sizes:
         parser.add_argument(f"--{name}", type=int)
@@ -415,13 +325,10 @@ def main() -> None:
     for name, size in (quick if arguments.quick else sizes).items():
         field = name.replace("-", "_")
         setattr(arguments, field, getattr(arguments, field) or size)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    report = measure(arguments.out, train(arguments.out, arguments.train_iters), arguments)
-    results = arguments.results or (arguments.out if arguments.quick else Path(__file__).parent / "results")
-    (results / "pruning_metrics.json").write_text(json.dumps(report, indent=1) + "\n")
-    text = markdown(report)
-    (results / "pruning_metrics.md").write_text(text)
-    print(text)
+    machine = describe()
+    model = small_model.train(arguments.out, arguments.train_iters)
+    report = machine | measure(arguments.out, model, arguments)
+    write(report, "pruning_metrics", markdown(report), arguments.out if arguments.quick else None)
     torch.distributed.destroy_process_group()
 
 

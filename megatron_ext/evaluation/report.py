@@ -6,9 +6,7 @@ in nats per token.  Every file is written beside its destination and renamed, so
 
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike
 
+from megatron_ext.checkpoint.atomic import replacing
 from megatron_ext.errors import DataError
 
 VARIANTS = ("teacher", "pruned", "distilled", "scratch")
@@ -386,22 +385,11 @@ def _finite(value: Any) -> Any:
 
 
 def _write_text(path: Path, text: str) -> None:
-    with _atomic(path) as partial:
+    with replacing(path) as partial:
         partial.write_text(text)
 
 
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _atomic(path) as partial:
+    with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=150, facecolor="white")
-
-
-@contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
-    """A sibling that replaces `path` once it is written, and is removed if that fails."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

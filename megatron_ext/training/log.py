@@ -6,12 +6,13 @@ what it needs and passes everything on to the real writer where there is one.
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
+
+from megatron_ext.training.directory import write_atomically
 
 NAMES = {"lm loss": "loss", "grad-norm": "grad_norm", "learning-rate": "learning_rate"}
 VALIDATION = " validation"
@@ -53,10 +54,7 @@ class MetricsLog:
         self._time = time.perf_counter()
         earlier = [r for r in read_metrics(path) if r["step"] <= start] if path.exists() else []
         self._tokens = int(earlier[-1]["tokens"]) if earlier else 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in earlier))
-        os.replace(temporary, path)
+        write_atomically(path, "".join(json.dumps(r) + "\n" for r in earlier))
         self._file: TextIO = path.open("a")
         self._bar = _bar(start, train_iters)
 
