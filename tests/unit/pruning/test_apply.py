@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from random_models import random_scores, random_weights
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.stream import Reader, writing
@@ -10,7 +11,9 @@ from megatron_ext.errors import CheckpointError, PlanError
 from megatron_ext.models import axes
 from megatron_ext.models.presets import PRESETS
 from megatron_ext.pruning.apply import apply
+from megatron_ext.pruning.budget import SIZES, Targets
 from megatron_ext.pruning.plan import Plan
+from megatron_ext.pruning.select import make_plan
 
 ARCH = replace(
     PRESETS["tiny-hybrid"].architecture,
@@ -63,6 +66,24 @@ def source(tmp_path, weights):
 
 def test_keeping_everything_is_the_identity(source, weights, tmp_path):
     reader = Reader(apply(Plan.keep_everything(ARCH), source, tmp_path / "out"))
+    assert list(reader.shapes) == list(weights)
+    assert all(torch.equal(reader.read(key), tensor) for key, tensor in weights.items())
+
+
+MIXTURE = replace(ARCH, pattern="M-*E", num_experts=4, moe_ffn_hidden_size=8, moe_shared_expert_intermediate_size=8)
+
+
+@pytest.mark.parametrize("size", [*SIZES, "num_layers", "attention_layers"])
+def test_keeping_all_of_an_axis_is_the_identity(size, tmp_path):
+    """Asked for by its number, after scores have put the positions into another order."""
+    weights = {key: tensor.bfloat16() for key, tensor in random_weights(MIXTURE).items()}
+    with writing(tmp_path / "mixture", MIXTURE) as writer:
+        for key, tensor in weights.items():
+            writer.write(key, tensor)
+    others = {"num_layers": len(MIXTURE.layers.blocks), "attention_layers": 1}
+    number = others[size] if size in others else getattr(MIXTURE, size)
+    plan = make_plan(random_scores(MIXTURE), MIXTURE, Targets(**{size: number}))
+    reader = Reader(apply(plan, tmp_path / "mixture", tmp_path / "out"))
     assert list(reader.shapes) == list(weights)
     assert all(torch.equal(reader.read(key), tensor) for key, tensor in weights.items())
 

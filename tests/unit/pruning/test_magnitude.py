@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from random_models import random_weights
 
 from megatron_ext.checkpoint.stream import Reader, writing
 from megatron_ext.models.presets import PRESETS
 from megatron_ext.pruning.magnitude import magnitudes
-from random_models import random_weights
 
 HIDDEN, FFN, HEADS, GROUPS, CHANNELS = 14, 10, 4, 2, 3
 MAMBA_HEADS, HEAD_DIM, STATE, MAMBA_GROUPS = 4, 6, 5, 2
