@@ -7,10 +7,11 @@ file of it; without a group, one process does it all.
 import json
 import os
 import pickle
+import sys
 import uuid
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Buffer, Callable, Iterator
+from collections.abc import Buffer, Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import FileIO
@@ -39,6 +40,7 @@ from megatron_ext.models import axes
 from megatron_ext.models.config import Architecture
 
 BLOCK = 8 * 2**20  # bytes
+WRAPPING = 2**14  # bytes that torch.save puts around a tensor's values, at most
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,48 @@ class Reader:
         Raises:
             CheckpointError: There is none of this key, or not all of it.
         """
+        entry = self._entry(key)
+        shape, dtype = tuple(entry.size), entry.properties.dtype
+        whole = torch.empty(shape, dtype=dtype) if into is None else into.tensor(shape, dtype)
+        for offset, stored in self._parts(key, entry):
+            sizes = stored.tensor.shape
+            place = whole[tuple(slice(start, start + size) for start, size in zip(offset, sizes, strict=True))]
+            self._load(key, stored, place)
+        return whole
+
+    def copy(self, key: str, writer: "Writer", new_key: str) -> bool:
+        """Let the kernel copy a tensor as it lies on disk, part by part, if nothing else lies there with it.
+
+        Args:
+            key: Its key.
+            writer: Where it goes.
+            new_key: What it is called there.
+
+        Returns:
+            Whether it was copied; otherwise it must be read and written.
+
+        Raises:
+            CheckpointError: As `read`.
+        """
+        entry = self._entry(key)
+        parts = list(self._parts(key, entry))
+        if sys.platform != "linux":  # elsewhere sendfile takes sockets only
+            return False
+        if any(stored.offset is None or stored.info.length > stored.tensor.nbytes + WRAPPING for _, stored in parts):
+            return False
+        with self._damage(key):
+            writer.copy(new_key, entry, parts)
+        return True
+
+    def _entry(self, key: str) -> TensorStorageMetadata:
         entry = self._entries.get(key)
         if not isinstance(entry, TensorStorageMetadata):
             raise CheckpointError(f"the checkpoint has no tensor {key!r}", got=self.step.path)
-        shape, dtype = tuple(entry.size), entry.properties.dtype
-        whole = torch.empty(shape, dtype=dtype) if into is None else into.tensor(shape, dtype)
+        return entry
+
+    def _parts(self, key: str, entry: TensorStorageMetadata) -> Iterator[tuple[tuple[int, ...], _Stored]]:
+        """The chunks of a tensor with their offsets, which are checked to make it whole."""
+        whole = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
         covered = 0
         for offset, info in self._chunks[key]:
             stored = self._locate(key, info)
@@ -94,14 +133,12 @@ class Reader:
                 raise CheckpointError(f"the checkpoint is damaged: a part of {key!r} does not fit", got=self.step.path)
             if any(start + size > length for start, size, length in zip(offset, chunk.shape, whole.shape, strict=True)):
                 raise CheckpointError(f"the checkpoint is damaged: a part of {key!r} lies outside", got=self.step.path)
-            place = whole[tuple(slice(start, start + size) for start, size in zip(offset, chunk.shape, strict=True))]
-            self._load(key, stored, place)
+            yield offset, stored
             covered += chunk.numel()
         if covered != whole.numel():  # parts have distinct offsets and, from one grid, do not overlap
             raise CheckpointError(
                 f"the checkpoint is damaged: {key!r} is not whole", got=f"{covered} of {whole.numel()} elements"
             )  # fmt: skip
-        return whole
 
     def _locate(self, key: str, info: _StorageInfo) -> _Stored:
         """A chunk without its values, and where in which file these lie."""
@@ -172,10 +209,11 @@ class _File(FileIO):
         size = len(rest)
         while rest:
             rest = rest[super().write(rest[: self.PIECE]) or 0 :]
-            self._begin()
+            self.begin()
         return size
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Ask the disk to take what was written since the last time."""
         here = self.tell()
         if here - self._begun >= self.STRETCH and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.fileno(), self._begun, here - self._begun, os.POSIX_FADV_DONTNEED)
@@ -202,6 +240,32 @@ class Writer:
         properties = TensorProperties(dtype=tensor.dtype)
         entry = TensorStorageMetadata(properties=properties, size=tensor.shape, chunks=[chunk])
         self._append(MetadataIndex(key, origin), entry, tensor)
+
+    def copy(self, key: str, entry: TensorStorageMetadata, parts: Sequence[tuple[tuple[int, ...], _Stored]]) -> None:
+        """Append one whole tensor in the parts that it has on disk."""
+        if key in self._metadata:
+            raise CheckpointError(f"{key!r} is written twice")
+        chunks = []
+        for offset, stored in parts:
+            start = self._file.tell()
+            self._copy(stored)
+            chunks.append(ChunkStorageMetadata(torch.Size(offset), stored.tensor.shape))
+            index = MetadataIndex(key, torch.Size(offset))
+            self._storage[index] = _StorageInfo(self._name, start, self._file.tell() - start)
+        properties = TensorProperties(dtype=entry.properties.dtype)
+        self._metadata[key] = TensorStorageMetadata(properties=properties, size=entry.size, chunks=chunks)
+
+    def _copy(self, stored: _Stored) -> None:
+        with stored.path.open("rb", buffering=0) as source:
+            source.seek(stored.info.offset)
+            rest = stored.info.length
+            while rest:
+                done = os.sendfile(self._file.fileno(), source.fileno(), None, min(rest, BLOCK))
+                if not done:
+                    raise EOFError("the file ends too early")
+                rest -= done
+                if isinstance(self._file, _File):
+                    self._file.begin()
 
     def write_object(self, key: str, value: Any, shards: int = 1) -> None:
         """Append one object, as a Megatron `ShardedObject` whose shards are all alike."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_ext.checkpoint import layout, ranks
 from megatron_ext.checkpoint.atomic import refuse_existing
 from megatron_ext.checkpoint.scratch import Scratch
-from megatron_ext.checkpoint.stream import Reader, check_shapes, writing
+from megatron_ext.checkpoint.stream import Reader, Writer, check_shapes, writing
 from megatron_ext.models import axes
 from megatron_ext.pruning.merge import merge_heads
 from megatron_ext.pruning.plan import Plan
@@ -54,7 +54,8 @@ def apply(
         warnings.warn(f"the plan was made from other weights of this model than {reader.step.path}", stacklevel=2)
     args = layout.common(reader.step.path).get("args")
     with writing(destination, plan.target, args if isinstance(args, Namespace) else None) as writer:
-        for key, tensor in cut(plan, reader, own_share(plan), reuse=True):
+        rest = [key for key in own_share(plan) if not _copied(plan, reader, key, writer)]
+        for key, tensor in cut(plan, reader, rest, reuse=True):
             writer.write(key, tensor)
         if ranks.rank() == 0:
             for name, save in {PLAN_FILE: plan.save, **(attachments or {})}.items():
@@ -85,9 +86,7 @@ def cut(
     """
     old, new = (Scratch(), Scratch()) if reuse else (None, None)
     for key in axes.keys(plan.target) if keys is None else keys:
-        layer, weight = axes.locate(plan.target, key)
-        old_layer = None if layer is None else plan.units[layer]
-        old_key = key if old_layer is None else f"{axes.LAYER}.{old_layer}.{weight.name}"
+        old_layer, old_key, weight = _original(plan, key)
         tensor = reader.read(old_key) if old is None else reader.read(old_key, old)
         if weight.axes[0] == "qkv" and old_layer is not None and (pairs := plan.merged_heads.get(old_layer)):
             tensor = merge_heads(plan.source, tensor, pairs)
@@ -98,3 +97,18 @@ def cut(
                 tensor = axes.take(tensor, dimension, index, None if free is None else free.tensor(shape, tensor.dtype))
                 here, free = free, here
         yield key, tensor
+
+
+def _original(plan: Plan, key: str) -> tuple[int | None, str, axes.Weight]:
+    """The layer and the key, in the original, of a weight of the smaller model; and what it is."""
+    layer, weight = axes.locate(plan.target, key)
+    old_layer = None if layer is None else plan.units[layer]
+    return old_layer, key if old_layer is None else f"{axes.LAYER}.{old_layer}.{weight.name}", weight
+
+
+def _copied(plan: Plan, reader: Reader, key: str, writer: Writer) -> bool:
+    """Whether nothing of a weight is cut, and it could be copied as it lies on disk."""
+    layer, old_key, weight = _original(plan, key)
+    merged = weight.axes[0] == "qkv" and layer in plan.merged_heads
+    cut = any(index is not None for index in axes.indices(plan.source, old_key, plan.kept(layer)))
+    return not merged and not cut and reader.copy(old_key, writer, key)
