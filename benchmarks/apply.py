@@ -29,7 +29,8 @@ import torch
 from machine import describe
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_ext.checkpoint.stream import Reader, writing
+from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.writer import writing
 from megatron_ext.models import axes
 from megatron_ext.models.config import Architecture
 from megatron_ext.models.presets import PRESETS

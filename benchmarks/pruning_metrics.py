@@ -28,7 +28,7 @@ from pruning_metrics_report import markdown
 from small_model import ASKED, BATCH, LIST, SEQUENCE, SHOWN
 from torch import Tensor
 
-from megatron_ext.checkpoint.stream import Reader
+from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.models.config import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP
 from megatron_ext.pruning import leave_out

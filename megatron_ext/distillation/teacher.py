@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.stream import check_shapes
+from megatron_ext.checkpoint.writer import check_shapes
 from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.models.config import Architecture
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from megatron_ext.checkpoint import layout, ranks
 from megatron_ext.checkpoint.atomic import refuse_existing
+from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.scratch import Scratch
-from megatron_ext.checkpoint.stream import Reader, Writer, check_shapes, writing
+from megatron_ext.checkpoint.writer import Writer, check_shapes, writing
 from megatron_ext.models import axes
 from megatron_ext.pruning.merge import merge_heads
 from megatron_ext.pruning.plan import Plan

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_ext.checkpoint.stream import Reader
+from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.models import axes
 from megatron_ext.models.config import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.stream import Reader
+from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation.report import plot_losses
 from megatron_ext.models.config import Architecture

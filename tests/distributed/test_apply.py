@@ -14,7 +14,8 @@ from distributed.runner import run_ranks
 from random_models import random_scores, random_weights
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.stream import Reader, writing
+from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.writer import writing
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.presets import PRESETS
 from megatron_ext.pruning.apply import apply
@@ -78,7 +79,7 @@ def test_one_that_fails_stops_all(source: Path, tmp_path: Path) -> None:
 SLOW = """
 import sys, time
 from pathlib import Path
-from megatron_ext.checkpoint.stream import Writer
+from megatron_ext.checkpoint.writer import Writer
 from megatron_ext.pruning.apply import apply
 from megatron_ext.pruning.plan import Plan
 

@@ -9,7 +9,8 @@ from distributed.runner import run_ranks
 from reference_model import forward
 from torch import Tensor
 
-from megatron_ext.checkpoint.stream import Reader, writing
+from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.writer import writing
 from megatron_ext.models import axes
 from megatron_ext.models.config import Architecture
 from megatron_ext.pruning import scores as names

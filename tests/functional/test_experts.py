@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from workspace import MODEL, TRAIN, Workspace
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.stream import Reader
+from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.models import axes
 from megatron_ext.pruning.plan import Plan
 

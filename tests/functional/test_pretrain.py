@@ -7,7 +7,7 @@ import pytest
 import torch
 from workspace import MODEL, TRAIN, Workspace
 
-from megatron_ext.checkpoint.stream import Reader
+from megatron_ext.checkpoint.reader import Reader
 
 GOLDEN = Path(__file__).parent / "golden_losses.txt"
 LAYOUTS = {

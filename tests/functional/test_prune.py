@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from workspace import Workspace
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.stream import Reader, writing
+from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.writer import writing
 from megatron_ext.models import axes
 from megatron_ext.pruning.apply import apply
 from megatron_ext.pruning.plan import Plan, Provenance

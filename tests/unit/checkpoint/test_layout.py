@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.stream import writing
+from megatron_ext.checkpoint.writer import writing
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models import axes
 from megatron_ext.models.presets import PRESETS

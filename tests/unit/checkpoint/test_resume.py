@@ -8,7 +8,7 @@ import torch
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.resume import architecture_on_disk, check_experts, has_checkpoint, resume_point
-from megatron_ext.checkpoint.stream import writing
+from megatron_ext.checkpoint.writer import writing
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models import axes
 from megatron_ext.models.presets import PRESETS

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.stream import writing
+from megatron_ext.checkpoint.writer import writing
 from megatron_ext.distillation.teacher import Teacher, check_vocabularies
 from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.models import axes

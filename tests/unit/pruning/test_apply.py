@@ -6,7 +6,8 @@ import torch
 from random_models import random_scores, random_weights
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.stream import Reader, writing
+from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.writer import writing
 from megatron_ext.errors import CheckpointError, PlanError
 from megatron_ext.models import axes
 from megatron_ext.models.presets import PRESETS

@@ -6,7 +6,8 @@ import pytest
 import torch
 from random_models import random_weights
 
-from megatron_ext.checkpoint.stream import Reader, writing
+from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.writer import writing
 from megatron_ext.models.presets import PRESETS
 from megatron_ext.pruning.magnitude import magnitudes
 

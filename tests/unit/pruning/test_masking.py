@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from random_models import random_scores, random_weights
 from reference_model import forward
 
-from megatron_ext.checkpoint.stream import Reader, writing
+from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.writer import writing
 from megatron_ext.models import axes
 from megatron_ext.models.config import Architecture
 from megatron_ext.pruning.apply import apply, cut

@@ -1,19 +1,16 @@
-"""Checkpoints tensor by tensor: reading whole tensors whatever layout saved them, writing what any layout loads.
+"""Checkpoints tensor by tensor, written as any layout loads them.
 
-Memory holds one tensor at a time. No model is built. Processes of one group write a checkpoint together, each its own
-file of it; without a group, one process does it all.
+Memory holds one tensor at a time. Processes of one group write a checkpoint together, each its own file of it; without
+a group, one process does it all.
 """
 
 import json
 import os
 import pickle
-import sys
 import uuid
 from argparse import Namespace
-from collections import defaultdict
 from collections.abc import Buffer, Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -30,168 +27,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_ext.checkpoint import layout, ranks
 from megatron_ext.checkpoint.atomic import fresh_directory
-from megatron_ext.checkpoint.scratch import Scratch
+from megatron_ext.checkpoint.reader import BLOCK, Stored
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models import axes
 from megatron_ext.models.config import Architecture
-
-BLOCK = 8 * 2**20  # bytes
-WRAPPING = 2**14  # bytes that torch.save puts around a tensor's values, at most
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A chunk on disk: its shape and type, and the place of its values in the file, None if they are not just a row."""
-
-    path: Path
-    info: _StorageInfo
-    tensor: Tensor
-    offset: int | None
-
-
-class Reader:
-    """The model weights of one saved step.
-
-    Args:
-        path: A step's directory, or one that holds steps; then the newest complete one.
-
-    Raises:
-        CheckpointError: There is no complete step.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.step = layout.find(path)
-        self.shapes = {key: shape for key, (shape, _) in layout.tensors(self.step.path).items()}
-        self._chunks: dict[str, list[tuple[tuple[int, ...], _StorageInfo]]] = defaultdict(list)
-        metadata = layout.read_metadata(self.step.path)
-        self._entries = metadata.state_dict_metadata
-        for index, info in metadata.storage_data.items():
-            if index.offset is not None:
-                self._chunks[index.fqn].append((tuple(index.offset), info))
-
-    def read(self, key: str, into: Scratch | None = None) -> Tensor:
-        """One whole tensor, on the CPU, in the type it was saved in.
-
-        Args:
-            key: Its key.
-            into: Where it is to lie; in memory of its own by default.
-
-        Raises:
-            CheckpointError: There is none of this key, or not all of it.
-        """
-        entry = self._entry(key)
-        shape, dtype = tuple(entry.size), entry.properties.dtype
-        whole = torch.empty(shape, dtype=dtype) if into is None else into.tensor(shape, dtype)
-        for offset, stored in self._parts(key, entry):
-            sizes = stored.tensor.shape
-            place = whole[tuple(slice(start, start + size) for start, size in zip(offset, sizes, strict=True))]
-            self._load(key, stored, place)
-        return whole
-
-    def copy(self, key: str, writer: "Writer", new_key: str) -> bool:
-        """Let the kernel copy a tensor as it lies on disk, part by part, if nothing else lies there with it.
-
-        Args:
-            key: Its key.
-            writer: Where it goes.
-            new_key: What it is called there.
-
-        Returns:
-            Whether it was copied; otherwise it must be read and written.
-
-        Raises:
-            CheckpointError: As `read`.
-        """
-        entry = self._entry(key)
-        parts = list(self._parts(key, entry))
-        if sys.platform != "linux":  # elsewhere sendfile takes sockets only
-            return False
-        if any(stored.offset is None or stored.info.length > stored.tensor.nbytes + WRAPPING for _, stored in parts):
-            return False
-        with self._damage(key):
-            writer.copy(new_key, entry, parts)
-        return True
-
-    def _entry(self, key: str) -> TensorStorageMetadata:
-        entry = self._entries.get(key)
-        if not isinstance(entry, TensorStorageMetadata):
-            raise CheckpointError(f"the checkpoint has no tensor {key!r}", got=self.step.path)
-        return entry
-
-    def _parts(self, key: str, entry: TensorStorageMetadata) -> Iterator[tuple[tuple[int, ...], _Stored]]:
-        """The chunks of a tensor with their offsets, which are checked to make it whole."""
-        whole = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-        covered = 0
-        for offset, info in self._chunks[key]:
-            stored = self._locate(key, info)
-            chunk = stored.tensor
-            if len(offset) != whole.dim() or chunk.dim() != whole.dim() or chunk.dtype != whole.dtype:
-                raise CheckpointError(f"the checkpoint is damaged: a part of {key!r} does not fit", got=self.step.path)
-            if any(start + size > length for start, size, length in zip(offset, chunk.shape, whole.shape, strict=True)):
-                raise CheckpointError(f"the checkpoint is damaged: a part of {key!r} lies outside", got=self.step.path)
-            yield offset, stored
-            covered += chunk.numel()
-        if covered != whole.numel():  # parts have distinct offsets and, from one grid, do not overlap
-            raise CheckpointError(
-                f"the checkpoint is damaged: {key!r} is not whole", got=f"{covered} of {whole.numel()} elements"
-            )  # fmt: skip
-
-    def _locate(self, key: str, info: _StorageInfo) -> _Stored:
-        """A chunk without its values, and where in which file these lie."""
-        path = self.step.path / info.relative_path
-        with path.open("rb") as file, self._damage(key):
-            part = cast(BinaryIO, _create_file_view(file, info.offset, info.length))
-            with torch.serialization.skip_data():
-                chunk = torch.load(part, map_location="cpu", weights_only=True)
-            if not isinstance(chunk, Tensor):
-                raise TypeError("not a tensor")
-            part.seek(0)
-            records: Any = torch._C.PyTorchFileReader(part)
-            values = [name for name in records.get_all_records() if name.startswith("data/")]
-            plain = len(values) == 1 and chunk.is_contiguous() and chunk.storage_offset() == 0
-            offset = records.get_record_offset(values[0]) if plain else None
-        return _Stored(path, info, chunk, None if offset is None else info.offset + offset)
-
-    def _load(self, key: str, stored: _Stored, place: Tensor) -> None:
-        """Copy the values of a chunk to where they belong."""
-        with stored.path.open("rb", buffering=0) as file, self._damage(key):
-            if stored.offset is None:
-                part = cast(BinaryIO, _create_file_view(file, stored.info.offset, stored.info.length))
-                place.copy_(torch.load(part, map_location="cpu", weights_only=True))
-                return
-            file.seek(stored.offset)
-            if place.is_contiguous():
-                _read(file, place)
-                return
-            # The columns of a part: as many rows at a time as fit.
-            rows = max(1, BLOCK // (place[0].numel() * place.element_size()))
-            block = torch.empty_like(place[:rows], memory_format=torch.contiguous_format)
-            for first in range(0, len(place), rows):
-                some = place[first : first + rows]
-                _read(file, block[: len(some)])
-                some.copy_(block[: len(some)])
-
-    @contextmanager
-    def _damage(self, key: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # the unpickler raises nearly anything on damaged bytes
-            what = f"the checkpoint is damaged: {key!r} cannot be read"
-            raise CheckpointError(what, got=self.step.path) from error
-
-
-def _read(file: FileIO, tensor: Tensor) -> None:
-    """Fill a contiguous tensor; a kernel reads 2 GB at most at once."""
-    rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-    while rest:
-        done = file.readinto(rest)
-        if not done:
-            raise EOFError("the file ends too early")
-        rest = rest[done:]
 
 
 class _File(FileIO):
@@ -241,7 +83,7 @@ class Writer:
         entry = TensorStorageMetadata(properties=properties, size=tensor.shape, chunks=[chunk])
         self._append(MetadataIndex(key, origin), entry, tensor)
 
-    def copy(self, key: str, entry: TensorStorageMetadata, parts: Sequence[tuple[tuple[int, ...], _Stored]]) -> None:
+    def copy(self, key: str, entry: TensorStorageMetadata, parts: Sequence[tuple[tuple[int, ...], Stored]]) -> None:
         """Append one whole tensor in the parts that it has on disk."""
         if key in self._metadata:
             raise CheckpointError(f"{key!r} is written twice")
@@ -255,7 +97,7 @@ class Writer:
         properties = TensorProperties(dtype=entry.properties.dtype)
         self._metadata[key] = TensorStorageMetadata(properties=properties, size=entry.size, chunks=chunks)
 
-    def _copy(self, stored: _Stored) -> None:
+    def _copy(self, stored: Stored) -> None:
         with stored.path.open("rb", buffering=0) as source:
             source.seek(stored.info.offset)
             rest = stored.info.length

@@ -9,7 +9,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.stream import Reader, Writer, writing
+from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.writer import Writer, writing
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models import axes
 from megatron_ext.models.presets import PRESETS
