@@ -17,6 +17,7 @@ EXPERTS = [
 ]  # fmt: skip
 BALANCED = ["--moe-aux-loss-coeff", "0.01"]
 EP2 = ["--expert-model-parallel-size", "2"]
+CP2 = ["--context-parallel-size", "2"]
 SMALLER = [
     "--prune-num-experts", "4", "--prune-moe-ffn-hidden-size", "24", "--prune-hidden-size", "48",
     "--prune-moe-shared-expert-intermediate-size", "16", "--prune-samples", "16",
@@ -80,16 +81,20 @@ def test_any_layout_trains_the_same(workspace: Workspace, mixture: str, trained:
         torch.testing.assert_close(left.read(key), right.read(key), rtol=0, atol=2e-4)
 
 
-def test_expert_parallelism_changes_no_score_and_no_plan(workspace: Workspace, mixture: str, pruned: str) -> None:
-    flags = ["--load", mixture, "--save", "fewer-ep2", *workspace.data, *SMALLER, *EP2]
+@pytest.mark.parametrize("layout_flags", [EP2, CP2], ids=["ep2", "cp2"])
+def test_parallelism_changes_no_score_and_no_plan(
+    workspace: Workspace, mixture: str, pruned: str, layout_flags: list[str], request: pytest.FixtureRequest
+) -> None:
+    save = f"fewer-{request.node.callspec.id}"
+    flags = ["--load", mixture, "--save", save, *workspace.data, *SMALLER, *layout_flags]
     workspace.run("prune_gpt.py", *flags, ranks=2)
     expected = load_file(workspace.path / pruned / "scores.safetensors")
-    scores = load_file(workspace.path / "fewer-ep2" / "scores.safetensors")
+    scores = load_file(workspace.path / save / "scores.safetensors")
     assert scores.keys() == expected.keys()
     assert expected["layers.3.expert"].shape == (6,)
     for key, value in expected.items():
         torch.testing.assert_close(scores[key], value, rtol=1e-4, atol=0)
-    plans = [Plan.load(workspace.path / run / "plan.json") for run in (pruned, "fewer-ep2")]
+    plans = [Plan.load(workspace.path / run / "plan.json") for run in (pruned, save)]
     assert plans[0].fingerprint == plans[1].fingerprint
     assert (plans[0].target.num_experts, plans[0].target.moe_ffn_hidden_size) == (4, 24)
 
