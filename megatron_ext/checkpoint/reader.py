@@ -97,8 +97,7 @@ class Reader:
             return False
         if any(stored.offset is None or stored.info.length > stored.tensor.nbytes + WRAPPING for _, stored in parts):
             return False
-        with self._damage(key):
-            writer.copy(new_key, entry, parts)
+        writer.copy(new_key, entry, parts)
         return True
 
     def _entry(self, key: str) -> TensorStorageMetadata:

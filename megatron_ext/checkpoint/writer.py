@@ -104,7 +104,7 @@ class Writer:
             while rest:
                 done = os.sendfile(self._file.fileno(), source.fileno(), None, min(rest, BLOCK))
                 if not done:
-                    raise EOFError("the file ends too early")
+                    raise CheckpointError("the checkpoint is damaged: a file ends too early", got=stored.path)
                 rest -= done
                 if isinstance(self._file, _File):
                     self._file.begin()
