@@ -281,7 +281,10 @@ def _mend(parser: argparse.ArgumentParser) -> None:
 def _check_model(args: Namespace) -> None:
     """Find what is wrong with the model before Megatron does, in words that help."""
     if args.hybrid_layer_pattern is None:
-        raise ConfigError("no model given", legal="--preset NAME, --preset CHECKPOINT, or --hybrid-layer-pattern")
+        empty = f"--load {args.load}, where no checkpoint is" if args.load else "none of the flags"
+        raise ConfigError(
+            "no model given", got=empty, legal="--preset NAME, --preset CHECKPOINT, or --hybrid-layer-pattern"
+        )
     args.hybrid_layer_pattern = _pipeline(args.hybrid_layer_pattern, args.pipeline_model_parallel_size)
     if args.padded_vocab_size is None and args.vocab_size is None:
         return  # the tokenizer will say

@@ -1,4 +1,5 @@
 import io
+import sys
 from argparse import Namespace
 from dataclasses import replace
 
@@ -64,6 +65,21 @@ def test_chunks_of_any_grid_make_the_whole(tmp_path, parts):
     whole = torch.arange(24.0).view(6, 4)
     write_chunks(tmp_path, whole, parts)
     assert torch.equal(Reader(tmp_path).read("w"), whole)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux copies from file to file in the kernel")
+def test_a_copied_tensor_keeps_its_parts(tmp_path):
+    whole, parts = torch.arange(24.0).view(6, 4), [(0, 0, 6, 1), (0, 1, 6, 3)]
+    (tmp_path / "old").mkdir()
+    (tmp_path / "new").mkdir()
+    write_chunks(tmp_path / "old", whole, parts)
+    with (tmp_path / "new" / "__0_0.distcp").open("wb", buffering=0) as file:
+        writer = Writer(tmp_path / "new", file)
+        assert Reader(tmp_path / "old").copy("w", writer, "v")
+        writer.finish({})
+    _, storage = writer.part()
+    assert {tuple(index.offset) for index in storage if index.fqn == "v"} == {(0, 0), (0, 1)}
+    assert torch.equal(Reader(tmp_path / "new").read("v"), whole)
 
 
 def test_a_missing_chunk_is_an_error(tmp_path):
