@@ -1,147 +1,233 @@
-"""What a student is trained to match, exact under a vocabulary that is split over tensor-parallel ranks.
+"""From hidden states and output weights to the distillation loss and its gradients, without ever holding the logits.
 
-Shapes: b micro-batch, s sequence, v this rank's part of the padded vocabulary, n tokens of one slice.
+Logits are made for a chunk of tokens at a time, in the model's type, and compared in fp32 a slice at a time. The loss
+is the last node of the graph, so the gradients are made with it, in the forward pass, and no logits are made twice.
+What is held beyond them does not grow with tokens x vocabulary: `CHUNK` logits of each model, and about six fp32
+temporaries of `SLICE`.
+
+Shapes: s sequence, b micro-batch, n = s b tokens, h hidden, v this rank's columns of the padded vocabulary.
 """
 
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-SLICE = 2**25
-"""Logits that are held in fp32 at a time: 128 MiB for each of the few temporaries."""
+from megatron_ext.distillation import divergences
+from megatron_ext.distillation.divergences import Divergence, TopK, softmax
+from megatron_ext.distillation.objective import Objective
+from megatron_ext.distillation.vocabulary import Vocabulary, row_max
+
+CHUNK = {"cpu": 2**22, "cuda": 2**26}
+"""Logits of each model that are held at a time, in the model's type."""
+
+SLICE = {"cpu": 2**18, "cuda": 2**23}
+"""Logits that are compared at a time in fp32; on a CPU the temporaries must stay in the cache."""
+
+
+class Head(NamedTuple):
+    """The end of a model: what its logits are made of.
+
+    Attributes:
+        hidden: States after the final norm, whole in the sequence.
+        weight: This rank's rows of the output layer.
+    """
+
+    hidden: Float[Tensor, "s b h"]
+    weight: Float[Tensor, "v h"]
 
 
 class Losses(NamedTuple):
-    """Per token, in nats; only `total` carries a gradient.
+    """Only `total` carries a gradient.
 
     Attributes:
-        total: `kd_weight * kd + ce_weight * ce`.
-        kd: Temperature squared times KL(teacher || student) at that temperature.
-        ce: The student's cross-entropy with the labels, comparable with a pre-training loss.
+        total: Sum over tokens, weighted by the mask, of `kd_weight * kd + ce_weight * ce`.
+        kd: Per token, temperature squared times the divergence.
+        ce: Per token, the student's cross entropy with the labels in nats, comparable with a pre-training loss.
+        finite: Per token, whether the teacher's logits were finite.
     """
 
-    total: Float[Tensor, "b s"]
-    kd: Float[Tensor, "b s"]
-    ce: Float[Tensor, "b s"]
+    total: Float[Tensor, ""]
+    kd: Float[Tensor, "s b"]
+    ce: Float[Tensor, "s b"]
+    finite: Tensor
 
 
 def distillation_losses(
-    student: Float[Tensor, "b s v"],
-    teacher: Float[Tensor, "b s v"],
-    labels: Int[Tensor, "b s"],
-    *,
-    temperature: float = 1.0,
-    kd_weight: float = 1.0,
-    ce_weight: float = 0.0,
-    vocab_size: int | None = None,
-    group: dist.ProcessGroup | None = None,
+    student: Head,
+    teacher: Head | TopK,
+    labels: Int[Tensor, "s b"],
+    mask: Float[Tensor, "s b"],
+    objective: Objective,
+    vocabulary: Vocabulary,
 ) -> Losses:
-    """Forward KL from teacher to student and the student's cross-entropy, for every token.
+    """The distillation loss of a micro-batch, exact under a vocabulary that is split over tensor-parallel ranks.
 
-    `kd = T^2 sum_i q_i (log q_i - log p_i)`, q = softmax(teacher / T), p = softmax(student / T): Hinton et al.,
-    "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531, section 2), whose T^2 keeps the gradient's scale
-    whatever T is.
-
-    All arithmetic is fp32 whatever the inputs' type, `SLICE` logits at a time. Kept until the backward pass is one
-    gradient in the student's type and nothing else: neither student's nor teacher's logits.
+    Under tensor parallelism the gradient of `student.hidden` is this rank's part of a sum.
 
     Args:
-        student: Logits of the student, this rank's columns of the vocabulary.
-        teacher: Logits of the teacher, the same columns.
+        student: What the student's logits are made of.
+        teacher: What the teacher's are made of, or its likeliest entries (n, k) at the objective's temperature.
         labels: The next token, numbered over the whole vocabulary.
-        temperature: T.
-        kd_weight: Weight of `kd` in `total`.
-        ce_weight: Weight of `ce` in `total`.
-        vocab_size: Entries of the vocabulary that are tokens. Those beyond are padding: `kd` leaves them out of both
-            distributions. `ce` does not, as Megatron's loss does not. By default all are tokens.
-        group: The tensor-parallel group; None when the vocabulary is whole.
+        mask: The weight of each token; 0 where it does not count.
+        objective: What is compared.
+        vocabulary: This rank's columns. The divergence leaves padding out of both distributions; the cross entropy does
+            not, as Megatron's does not.
     """
-    weights = (temperature, kd_weight, ce_weight)
-    return Losses(*_Distillation.apply(student, teacher, labels, weights, vocab_size, group))
+    gradient = torch.is_grad_enabled() and (student.hidden.requires_grad or student.weight.requires_grad)
+    flat: Any = teacher if isinstance(teacher, TopK) else Head(teacher.hidden.detach().flatten(0, 1), teacher.weight)
+    total, kd, ce, finite = _Distillation.apply(
+        student.hidden.flatten(0, 1), student.weight, flat, labels.flatten(), mask.flatten(), objective, vocabulary,
+        gradient,
+    )  # fmt: skip
+    return Losses(total, kd.view(labels.shape), ce.view(labels.shape), finite.view(labels.shape))
 
 
 class _Distillation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student, teacher, labels, weights, vocab_size, group):
-        shape, columns = labels.shape, student.shape[-1]
-        student_flat, teacher_flat = student.reshape(-1, columns), teacher.reshape(-1, columns)
-        first = columns * (dist.get_rank(group) if group is not None else 0)
-        tokens = columns if vocab_size is None else min(max(vocab_size - first, 0), columns)
-        gradient = torch.empty_like(student_flat) if student.requires_grad else None
-        kd, ce = (student.new_empty(labels.numel(), dtype=torch.float32) for _ in range(2))
-        step = max(1, SLICE // columns)
-        for start in range(0, labels.numel(), step):
-            part = slice(start, start + step)
-            kd[part], ce[part], slope = _slice(
-                student_flat[part].to(torch.float32, copy=True),
-                teacher_flat[part].float(),
-                labels.reshape(-1)[part] - first,
-                weights,
-                tokens,
-                group,
-                gradient is not None,
+    def forward(ctx: Any, hidden, weight, teacher, labels, mask, objective, vocabulary, gradient):
+        n, v = hidden.shape[0], weight.shape[0]
+        kd, ce = (hidden.new_empty(n, dtype=torch.float32) for _ in range(2))
+        finite = torch.empty(n, dtype=torch.bool, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if gradient else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if gradient else None
+        step = min(n, max(1, CHUNK[hidden.device.type] // v))
+        buffers = [hidden.new_empty(step, v) for _ in range(1 if isinstance(teacher, TopK) else 2)]
+        for start in range(0, n, step):
+            rows = slice(start, min(start + step, n))
+            logits = torch.mm(hidden[rows], weight.T, out=buffers[0][: rows.stop - start])
+            target = _rows(teacher, rows, buffers[-1])
+            kd[rows], ce[rows], finite[rows] = _compare(
+                logits, target, labels[rows], mask[rows], objective, vocabulary, gradient
             )
-            if gradient is not None and slope is not None:
-                gradient[part] = slope
-        if gradient is not None:
-            ctx.save_for_backward(gradient.view(student.shape))
-        kd, ce = kd.view(shape), ce.view(shape)
-        ctx.mark_non_differentiable(kd, ce)
-        return weights[1] * kd + weights[2] * ce, kd, ce
+            if d_hidden is not None and d_weight is not None:  # `logits` have become their gradient
+                torch.mm(logits, weight, out=d_hidden[rows])
+                _add_product(d_weight, logits, hidden[rows])
+        if gradient:
+            ctx.save_for_backward(d_hidden, d_weight)
+            ctx.weight_type = weight.dtype
+        ctx.mark_non_differentiable(kd, ce, finite)
+        total = torch.dot(mask.float(), objective.kd_weight * kd + objective.ce_weight * ce)
+        return total, kd, ce, finite
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs):
-        (gradient,) = ctx.saved_tensors
-        return gradient.mul_(grad_outputs[0].unsqueeze(-1)), None, None, None, None, None
+        d_hidden, d_weight = ctx.saved_tensors
+        scale = grad_outputs[0]
+        return d_hidden.mul_(scale), d_weight.mul_(scale).to(ctx.weight_type), *[None] * 6
+
+
+def _rows(teacher: Head | TopK, rows: slice, buffer: Float[Tensor, "c v"]) -> Float[Tensor, "n v"] | TopK:
+    """The teacher's logits, or likeliest entries, of some tokens."""
+    if isinstance(teacher, TopK):
+        return teacher[rows]
+    columns = teacher.weight.shape[0]
+    out = buffer.view(-1)[: (rows.stop - rows.start) * columns].view(-1, columns)
+    return torch.mm(teacher.hidden[rows], teacher.weight.T, out=out)
+
+
+def _compare(
+    logits: Float[Tensor, "n v"],
+    target: Float[Tensor, "n u"] | TopK,
+    labels: Int[Tensor, " n"],
+    mask: Float[Tensor, " n"],
+    objective: Objective,
+    vocabulary: Vocabulary,
+    gradient: bool,
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Tensor]:
+    """`kd`, `ce` and `finite`, slice by slice; with `gradient` the logits become that of their weighted sum."""
+    n, parts = logits.shape[0], []
+    step = max(1, SLICE[logits.device.type] // logits.shape[1])
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        part = target[rows] if isinstance(target, TopK) else target[rows].float()
+        kd, ce, finite, slope = _slice(
+            logits[rows].to(torch.float32, copy=True), part, labels[rows], objective, vocabulary, gradient
+        )
+        if slope is not None:
+            logits[rows] = slope.mul_(mask[rows].unsqueeze(-1))
+        parts.append((kd, ce, finite))
+    kd, ce, finite = (torch.cat(column) for column in zip(*parts, strict=True))
+    return kd, ce, finite
 
 
 def _slice(
-    student: Float[Tensor, "n v"],
-    teacher: Float[Tensor, "n v"],
+    logits: Float[Tensor, "n v"],
+    target: Float[Tensor, "n u"] | TopK,
     labels: Int[Tensor, " n"],
-    weights: tuple[float, float, float],
-    tokens: int,
-    group: dist.ProcessGroup | None,
-    with_gradient: bool,
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, "n v"] | None]:
-    """`kd`, `ce` and the gradient of their weighted sum with respect to `student`, which is used as working memory.
+    objective: Objective,
+    vocabulary: Vocabulary,
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Float[Tensor, "n v"] | None]:
+    """`kd`, `ce`, `finite` and the gradient of the weighted sum. Logits and target are working memory."""
+    tokens, temperature = vocabulary.tokens, objective.temperature
+    column, here = vocabulary.local(labels)
+    column = column.unsqueeze(-1)
+    (at_label,) = vocabulary.sum(torch.where(here, logits.gather(-1, column).squeeze(-1), 0))
+    # At temperature 1 the cross entropy needs no sum of its own, but for that of the padding.
+    shared = temperature == 1 and not objective.of_logits
+    whole = softmax(vocabulary, logits.clone())[0] if not shared else None
+    padding = logits[:, tokens:].clone() if shared and vocabulary.padded else None
+    kd, student = _diverge(logits[:, :tokens], target, objective, vocabulary, gradient)
+    log_sum = whole.log_sum if whole is not None else student.log_sum
+    if padding is not None:
+        log_sum = torch.logaddexp(log_sum, _log_sum_exp(padding, vocabulary))
+    scale = 1.0 if objective.of_logits else temperature
+    value, ce = scale**2 * kd.value, log_sum - at_label
+    if kd.slope is None:
+        return value, ce, kd.finite, None
+    if not objective.ce_weight:
+        logits[:, tokens:] = 0
+        torch.mul(kd.slope, objective.kd_weight * scale, out=logits[:, :tokens])
+        return value, ce, kd.finite, logits
+    if whole is not None:
+        slope = whole.probability
+    else:
+        slope = logits
+        slope[:, :tokens].add_((student.log_sum - log_sum).unsqueeze(-1)).exp_()
+        if padding is not None:
+            slope[:, tokens:] = padding.sub_(log_sum.unsqueeze(-1)).exp_()
+    slope.mul_(objective.ce_weight).scatter_add_(-1, column, here.unsqueeze(-1) * -objective.ce_weight)
+    slope[:, :tokens].add_(kd.slope, alpha=objective.kd_weight * scale)
+    return value, ce, kd.finite, slope
 
-    Labels count from this rank's first column; of the columns the first `tokens` are no padding.
-    """
-    temperature, kd_weight, ce_weight = weights
-    here = (labels >= 0) & (labels < student.shape[-1])
-    label = labels.clamp(0, student.shape[-1] - 1).unsqueeze(-1)
-    at_label = student.gather(-1, label).squeeze(-1) * here
-    log_p, log_q = student[:, :tokens] / temperature, teacher[:, :tokens] / temperature
 
-    # Maxima, then sums of exponentials, then the sums over the vocabulary: one reduction for all three quantities each.
-    top = _reduce([_max(log_p), _max(log_q), _max(student)], dist.ReduceOp.MAX, group)
-    shares = [x.sub_(m.unsqueeze(-1)).exp().sum(-1) for x, m in zip((log_p, log_q, student), top, strict=True)]
-    sums = _reduce(shares, dist.ReduceOp.SUM, group).log_()
-    log_p -= sums[0].unsqueeze(-1)
-    log_q -= sums[1].unsqueeze(-1)
-    student -= sums[2].unsqueeze(-1)
-    q = log_q.exp()
-    kl, at_label = _reduce([(log_q.sub_(log_p) * q).sum(-1), at_label], dist.ReduceOp.SUM, group)
-    kd, ce = temperature**2 * kl, top[2] + sums[2] - at_label
-    if not with_gradient:
-        return kd, ce, None
-    slope = student.exp_().scatter_add_(-1, label, -here.float().unsqueeze(-1)).mul_(ce_weight)
-    slope[:, :tokens] += log_p.exp_().sub_(q).mul_(kd_weight * temperature)
-    return kd, ce, slope
-
-
-def _max(logits: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:
-    if logits.shape[-1] == 0:  # a rank that holds nothing but padding
-        return logits.new_full(logits.shape[:1], -torch.inf)
-    return logits.amax(-1)
+def _diverge(
+    student: Float[Tensor, "n t"],
+    target: Float[Tensor, "n u"] | TopK,
+    objective: Objective,
+    vocabulary: Vocabulary,
+    gradient: bool,
+) -> tuple[Divergence, Any]:
+    """The divergence, and the student's distribution where it is one of distributions."""
+    if isinstance(target, TopK):
+        (own,) = softmax(vocabulary, student, temperature=objective.temperature)
+        return divergences.top_k_kl(own, target, vocabulary, gradient, objective.divergence == "top-k-rest"), own
+    teacher = target[:, : vocabulary.tokens]
+    if objective.of_logits:
+        return divergences.LOGITS[objective.divergence](student, teacher, vocabulary, gradient), None
+    own, other = softmax(vocabulary, student, teacher, temperature=objective.temperature)
+    if objective.sparse:
+        finite = other.log_sum.isfinite()
+        kept = divergences.top_k(other, vocabulary, objective.k)
+        found = divergences.top_k_kl(own, kept, vocabulary, gradient, objective.divergence == "top-k-rest")
+        return found._replace(finite=finite), own
+    extra = {"beta": objective.beta} if objective.divergence == "jsd" else {}
+    return divergences.DISTRIBUTIONS[objective.divergence](own, other, vocabulary, gradient, **extra), own
 
 
-def _reduce(values: list[Tensor], operation: Any, group: dist.ProcessGroup | None) -> Tensor:
-    stacked = torch.stack(values)
-    if group is not None and dist.get_world_size(group) > 1:
-        dist.all_reduce(stacked, operation, group)
-    return stacked
+def _log_sum_exp(logits: Float[Tensor, "n p"], vocabulary: Vocabulary) -> Float[Tensor, " n"]:
+    (top,) = vocabulary.max(row_max(logits))
+    (total,) = vocabulary.sum((logits - top.unsqueeze(-1)).exp().sum(-1))
+    return top + total.log()
+
+
+def _add_product(total: Float[Tensor, "v h"], slope: Float[Tensor, "n v"], hidden: Float[Tensor, "n h"]) -> None:
+    """`total += slope.T @ hidden`, in fp32 whatever their type, and without another tensor of its size."""
+    if slope.dtype == torch.float32:
+        total.addmm_(slope.T, hidden)
+        return
+    step = -(-slope.shape[1] // 8)
+    for start in range(0, slope.shape[1], step):
+        total[start : start + step] += slope[:, start : start + step].T @ hidden

@@ -1,17 +1,25 @@
 """Student and teacher as one model chunk: one pipeline, in which only the student is trained and saved."""
 
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from megatron.core import dist_checkpointing
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_ext.distillation.losses import Losses, distillation_losses
+from megatron_ext.distillation.losses import Head, Losses, distillation_losses
+from megatron_ext.distillation.objective import Objective
 from megatron_ext.distillation.teacher import Teacher
+from megatron_ext.distillation.vocabulary import Vocabulary
+from megatron_ext.errors import CheckpointError
 from megatron_ext.models.builder import PatternModelBuilder, model_config
 from megatron_ext.models.config import Architecture
 
@@ -28,18 +36,21 @@ class DistillationModel(MegatronModule):
     Args:
         student: A chunk of the student.
         teacher: The same chunk of the teacher, with its weights.
-        **loss: Keywords of `distillation_losses`.
+        objective: What is compared, or a function that says so at this moment, for weights that change.
+        tokens: Entries of the vocabulary, without padding.
     """
 
     module: HybridModel
     teacher: HybridModel
 
-    def __init__(self, student: HybridModel, teacher: HybridModel, **loss: Any) -> None:
+    def __init__(
+        self, student: HybridModel, teacher: HybridModel, objective: Callable[[], Objective], tokens: int
+    ) -> None:
         super().__init__(student.config)
         self.module = student
         self.vp_stage, self.pg_collection = student.vp_stage, student.pg_collection
         self.__dict__["teacher"] = teacher.requires_grad_(False).eval()  # past nn.Module's registration
-        self._loss = loss
+        self._objective, self._tokens = objective, tokens
         if student.pg_collection.pp.size() > 1:
             # The stages tell each other the shapes, instead of taking the student's for granted.
             self.config.variable_seq_lengths = True
@@ -63,14 +74,30 @@ class DistillationModel(MegatronModule):
         labels: Int[Tensor, "b s"] | None = None,
         loss_mask: Float[Tensor, "b s"] | None = None,
     ) -> Losses | Float[Tensor, "s b h"]:
-        """The losses on the last stage, `[student | teacher]` before it. Megatron applies the loss mask later."""
+        """The losses on the last stage, `[student | teacher]` before it.
+
+        Raises:
+            CheckpointError: The teacher's logits are not finite.
+        """
         with torch.no_grad():
-            teacher = self.teacher(tokens, position_ids, attention_mask)
-        student = self.module(tokens, position_ids, attention_mask)
+            teacher = hidden_states(self.teacher, tokens, position_ids, attention_mask)
+        student = hidden_states(self.module, tokens, position_ids, attention_mask)
         if not self.module.post_process:
             return torch.cat([student, teacher], dim=-1)
         assert labels is not None
-        return distillation_losses(student, teacher, labels, group=self.pg_collection.tp, **self._loss)
+        assert loss_mask is not None
+        own, other = head(self.module, student), head(self.teacher, teacher)
+        vocabulary = Vocabulary(own.weight.shape[0], self._tokens, self.pg_collection.tp)
+        mask = loss_mask.T.contiguous()
+        losses = distillation_losses(own, other, labels.T.contiguous(), mask, self._objective(), vocabulary)
+        if not losses.finite.all():
+            wrong = labels[(~losses.finite).any(0)][:, :8].tolist()
+            raise CheckpointError(
+                f"the teacher's logits are not finite on {len(wrong)} of {len(labels)} sequences of a micro-batch",
+                got=f"sequences whose labels begin with {wrong}",
+                legal="a teacher whose weights and activations are finite on this data",
+            )
+        return losses
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The student's."""
@@ -89,8 +116,34 @@ class DistillationModel(MegatronModule):
         return self.module.load_state_dict(*args, **kwargs)
 
 
+def hidden_states(model: HybridModel, *inputs: Any) -> Float[Tensor, "s b h"]:
+    """What a chunk hands on: on the last stage the states after the final norm, instead of logits."""
+    last = model.post_process
+    model.post_process = False  # Megatron's only door past the output layer
+    try:
+        return model(*inputs)
+    finally:
+        model.post_process = last
+
+
+def head(model: HybridModel, hidden: Float[Tensor, "s b h"]) -> Head:
+    """The end of a model: its states, whole in the sequence, and this rank's rows of the output layer."""
+    shared = model.share_embeddings_and_output_weights
+    weight: Any = model.shared_embedding_or_output_weight() if shared else model.output_layer.weight
+    group = model.pg_collection.tp
+    # Each rank makes its part of the gradient of `hidden`: on the way back the parts are summed.
+    if model.config.sequence_parallel:
+        return Head(gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group), weight)
+    return Head(copy_to_tensor_model_parallel_region(hidden, group=group), weight)
+
+
 def with_teacher(
-    students: list[HybridModel], teacher: Teacher, args: Namespace, architecture: Architecture, **loss: Any
+    students: list[HybridModel],
+    teacher: Teacher,
+    args: Namespace,
+    architecture: Architecture,
+    objective: Callable[[], Objective],
+    tokens: int,
 ) -> list[DistillationModel]:
     """Build the teacher's chunks beside the student's, load their weights, and pair them (a `pre_wrap_hook`).
 
@@ -99,7 +152,8 @@ def with_teacher(
         teacher: The teacher.
         args: Megatron's validated namespace.
         architecture: The student's.
-        **loss: Keywords of `distillation_losses`.
+        objective: What is compared, at this moment.
+        tokens: Entries of the vocabulary, without padding.
     """
     config = model_config(args, teacher.beside(architecture))
     config.transformer.perform_initialization = False  # every weight is read
@@ -114,7 +168,7 @@ def with_teacher(
         )
         chunks.append(chunk.to(device=torch.cuda.current_device(), dtype=config.transformer.params_dtype))
     load(chunks, teacher)
-    return [DistillationModel(s, t, **loss) for s, t in zip(students, chunks, strict=True)]
+    return [DistillationModel(s, t, objective, tokens) for s, t in zip(students, chunks, strict=True)]
 
 
 def load(chunks: list[HybridModel], teacher: Teacher) -> None:

@@ -9,7 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from megatron_ext.arguments import option
+from megatron_ext.distillation.divergences import NAMES
 from megatron_ext.distillation.losses import Losses
+from megatron_ext.distillation.objective import Objective
 from megatron_ext.distillation.teacher import Teacher
 from megatron_ext.errors import ConfigError
 from megatron_ext.training.launch import Job, Launch
@@ -21,8 +23,11 @@ class DistillOptions:
 
     teacher: str | None = option(None, "Checkpoint of the teacher: a directory of steps, or one step.")
     temperature: float = option(1.0, "Temperature of both distributions; the loss is multiplied by its square.")
-    kd_weight: float = option(1.0, "Weight of KL(teacher || student).")
-    ce_weight: float = option(0.0, "Weight of the cross-entropy with the data's next token.")
+    loss: str = option("forward-kl", f"How student and teacher are compared: {', '.join(NAMES)}.")
+    kd_weight: str = option("1.0", "Weight of that loss: a number, or FIRST:LAST to go in a line over the training.")
+    ce_weight: str = option("0.0", "Weight of the cross-entropy with the data's next token: likewise.")
+    jsd_beta: float = option(0.5, "Of jsd: the teacher's share of the mixture.")
+    top_k: int = option(100, "Of top-k and top-k-rest: how many of the teacher's entries count one by one.")
 
 
 JOB = Job("distill", options={"distill": DistillOptions})
@@ -38,13 +43,14 @@ def check(launch: Launch) -> Teacher:
     args, options = launch.args, launch.options["distill"]
     if options.teacher is None:
         raise ConfigError("--distill-teacher is missing", legal="the checkpoint directory of the teacher")
-    if not options.temperature > 0:
-        raise ConfigError("--distill-temperature must be positive", got=options.temperature)
-    if min(options.kd_weight, options.ce_weight) < 0 or not options.kd_weight + options.ce_weight > 0:
-        raise ConfigError(
-            "--distill-kd-weight and --distill-ce-weight must not be negative, nor both zero",
-            got=f"{options.kd_weight} and {options.ce_weight}",
-        )
+    for share in (0.0, 1.0):
+        objective = objective_at(options, share)
+        objective.check(_tokens())
+        if min(objective.kd_weight, objective.ce_weight) < 0 or not objective.kd_weight + objective.ce_weight > 0:
+            raise ConfigError(
+                "--distill-kd-weight and --distill-ce-weight must not be negative, nor both zero",
+                got=f"{options.kd_weight} and {options.ce_weight}",
+            )
     teacher = Teacher.find(options.teacher)
     teacher.check(
         launch.architecture,
@@ -69,14 +75,14 @@ def distill(launch: Launch, teacher: Teacher) -> None:
 
     options: DistillOptions = launch.options["distill"]
 
-    def hook(students: list[Any]) -> list[Any]:
-        return with_teacher(
-            students, teacher, launch.args, launch.architecture,
-            temperature=options.temperature, kd_weight=options.kd_weight, ce_weight=options.ce_weight,
-            vocab_size=_tokens(),
-        )  # fmt: skip
+    def now() -> Objective:
+        done = getattr(launch.args, "curr_iteration", None) or launch.args.iteration
+        return objective_at(options, done / max(1, (launch.args.train_iters or 1) - 1))
 
-    mixed = (options.kd_weight, options.ce_weight) not in ((1.0, 0.0), (0.0, 1.0))
+    def hook(students: list[Any]) -> list[Any]:
+        return with_teacher(students, teacher, launch.args, launch.architecture, now, _tokens())
+
+    mixed = (options.kd_weight, options.ce_weight) not in (("1.0", "0.0"), ("0.0", "1.0"))
     run.train(launch, partial(forward_step, loss=partial(masked_sums, mixed)), hooks=(hook,))
 
 
@@ -90,11 +96,33 @@ def masked_sums(
         loss_mask: 1 where a token counts.
         losses: Of each token.
     """
-    mask = loss_mask.reshape(-1).float()
+    mask = loss_mask.T.float()
     count = mask.sum().to(torch.int)
-    total, kd, ce = (torch.sum(loss.reshape(-1) * mask) for loss in losses)
-    logged = {"lm loss": ce, "kd loss": kd} | ({"total loss": total} if mixed else {})
-    return total, count, {name: torch.cat([x.detach().view(1), count.view(1)]) for name, x in logged.items()}
+    sums = {"lm loss": (losses.ce * mask).sum(), "kd loss": (losses.kd * mask).sum()}
+    if mixed:
+        sums["total loss"] = losses.total
+    return losses.total, count, {name: torch.cat([x.detach().view(1), count.view(1)]) for name, x in sums.items()}
+
+
+def objective_at(options: DistillOptions, share: float) -> Objective:
+    """What the options ask for when this share of the training is done.
+
+    Raises:
+        ConfigError: A weight is no number and no FIRST:LAST.
+    """
+    kd_weight, ce_weight = (_weight(name, getattr(options, name), share) for name in ("kd_weight", "ce_weight"))
+    return Objective(options.loss, options.temperature, kd_weight, ce_weight, options.jsd_beta, options.top_k)
+
+
+def _weight(name: str, text: str, share: float) -> float:
+    try:
+        first, last = (float(word) for word in (text.split(":") * 2)[:2])
+        if text.count(":") > 1:
+            raise ValueError(text)
+    except ValueError as error:
+        flag = f"--distill-{name.replace('_', '-')}"
+        raise ConfigError(f"{flag} is no weight", got=text, legal="a number, or FIRST:LAST") from error
+    return first + (last - first) * min(max(share, 0.0), 1.0)
 
 
 def _tokens() -> int:

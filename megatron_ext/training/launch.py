@@ -376,7 +376,10 @@ def main(run: Callable[[], None]) -> int:
     try:
         run()
     except MegatronExtError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        import torch.distributed as dist
+
+        # Before there are process groups every rank finds the same; afterwards perhaps only this one.
+        if int(os.environ.get("RANK", "0")) == 0 or dist.is_initialized():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0

@@ -1,47 +1,63 @@
 """The losses of a vocabulary that is split over ranks are those of the whole one, and so are their gradients."""
 
+import distillation_oracle as oracle
 import pytest
 import torch
 import torch.distributed as dist
 from distributed.runner import run_ranks
 from torch import Tensor
 
-from megatron_ext.distillation.losses import distillation_losses
+from megatron_ext.distillation.divergences import NAMES
+from megatron_ext.distillation.losses import Head, distillation_losses
+from megatron_ext.distillation.objective import Objective
+from megatron_ext.distillation.vocabulary import Vocabulary
 
 COLUMNS = 16
+MASK = torch.linspace(0, 1, 10).view(5, 2)
+LABELS = torch.arange(10).view(5, 2)
 
 
-def logits(seed: int) -> Tensor:
-    return 3 * torch.randn(2, 5, COLUMNS, generator=torch.Generator().manual_seed(seed))
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def losses_of_a_part(tokens: int, temperature: float) -> tuple[Tensor, ...]:
-    """What one rank computes, and the gradient of its columns."""
+def tensors() -> tuple[Tensor, ...]:
+    return normal(5, 2, 6, seed=1), normal(COLUMNS, 6, seed=2), normal(5, 2, 8, seed=3), normal(COLUMNS, 8, seed=4)
+
+
+def objective(name: str) -> Objective:
+    return Objective(name, temperature=1.0 if name in ("mse", "cosine") else 1.5, kd_weight=0.75, ce_weight=0.25, k=6)
+
+
+def losses_of_a_part(tokens: int) -> list[tuple[Tensor, ...]]:
+    """What one rank computes with every divergence, and the gradients of hidden states and its rows of the weight."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    columns = slice(rank * COLUMNS // size, (rank + 1) * COLUMNS // size)
-    student = logits(1)[..., columns].clone().requires_grad_()
-    labels = torch.arange(10).view(2, 5)
-    losses = distillation_losses(
-        student,
-        logits(2)[..., columns],
-        labels,
-        temperature=temperature,
-        kd_weight=0.75,
-        ce_weight=0.25,
-        vocab_size=tokens,
-        group=dist.group.WORLD if size > 1 else None,
-    )
-    losses.total.backward(torch.linspace(0, 1, 10).view(2, 5))
-    assert student.grad is not None
-    return *(loss.detach() for loss in losses), student.grad
+    rows = slice(rank * COLUMNS // size, (rank + 1) * COLUMNS // size)
+    found = []
+    for name in NAMES:
+        hidden, weight, other, other_weight = tensors()
+        own = Head(hidden.requires_grad_(), weight[rows].clone().requires_grad_())
+        vocabulary = Vocabulary(COLUMNS // size, tokens, dist.group.WORLD if size > 1 else None)
+        losses = distillation_losses(own, Head(other, other_weight[rows]), LABELS, MASK, objective(name), vocabulary)
+        losses.total.backward()
+        assert own.hidden.grad is not None
+        assert own.weight.grad is not None
+        found.append((*(x.detach() for x in losses[:3]), own.hidden.grad, own.weight.grad))
+    return found
 
 
 @pytest.mark.parametrize(("ranks", "tokens"), [(2, 16), (2, 13), (4, 13), (4, 11)])
 def test_a_split_vocabulary_changes_nothing(ranks: int, tokens: int) -> None:
-    """Of 11 tokens the last of four ranks has none: its columns are padding."""
-    (expected,) = run_ranks(losses_of_a_part, 1, tokens, 1.5)
-    parts = run_ranks(losses_of_a_part, ranks, tokens, 1.5)
-    for part in parts:
-        torch.testing.assert_close(part[:3], expected[:3], rtol=1e-6, atol=1e-6)
-    gradient = torch.cat([part[3] for part in parts], dim=-1)
-    torch.testing.assert_close(gradient, expected[3], rtol=1e-5, atol=1e-7)
+    """Of 11 tokens the last of four ranks has none: its columns are padding. Each part agrees with float64, too."""
+    parts = run_ranks(losses_of_a_part, ranks, tokens)
+    for i, name in enumerate(NAMES):
+        hidden, weight, *teacher = (x.double() for x in tensors())
+        hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+        expected = oracle.losses((hidden, weight), (teacher[0], teacher[1]), LABELS, MASK, objective(name), tokens)
+        expected[0].backward()
+        for part in parts:
+            for got, want in zip(part[i][:3], expected, strict=True):
+                torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=2e-6)
+        gradients = sum(part[i][3] for part in parts), torch.cat([part[i][4] for part in parts])
+        torch.testing.assert_close(gradients[0].double(), hidden.grad, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradients[1].double(), weight.grad, rtol=1e-5, atol=1e-6)

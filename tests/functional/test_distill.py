@@ -65,7 +65,7 @@ def test_the_checkpoint_is_the_students(workspace: Workspace, student: str, dist
 def test_resumes_exactly(workspace: Workspace, teacher: str, student: str) -> None:
     flags = [
         "--distill-teacher", teacher, "--pretrained-checkpoint", student, *workspace.data, *TRAIN,
-        "--distill-ce-weight", "0.5", "--distill-temperature", "2",
+        "--distill-ce-weight", "0.5:0.1", "--distill-temperature", "2", "--distill-loss", "top-k-rest",
     ]  # fmt: skip
     workspace.run("distill_gpt.py", *flags, "--train-iters", "4", "--save", "straight")
     workspace.run("distill_gpt.py", *flags, "--train-iters", "4", "--exit-interval", "2", "--save", "halves")
@@ -117,6 +117,9 @@ def test_padding_of_the_vocabulary_does_not_matter(workspace: Workspace, teacher
         (["--distill-teacher", "nowhere"], "does not exist"),
         (["--distill-teacher", "teacher", "--distill-temperature", "0"], "must be positive"),
         (["--distill-teacher", "teacher", "--distill-kd-weight", "0"], "nor both zero"),
+        (["--distill-teacher", "teacher", "--distill-ce-weight", "1:half"], "FIRST:LAST"),
+        (["--distill-teacher", "teacher", "--distill-loss", "kl"], "unknown divergence"),
+        (["--distill-teacher", "teacher", "--distill-loss", "top-k", "--distill-top-k", "600"], "1 to 512"),
         (["--distill-teacher", "teacher", "--padded-vocab-size", "1024"], "different vocabularies"),
     ],
 )

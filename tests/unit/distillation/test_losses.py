@@ -1,98 +1,166 @@
-"""The distillation losses against torch's own in float64."""
+"""The distillation losses against torch's own functions in float64."""
 
+from dataclasses import replace
+from typing import Any
+
+import distillation_oracle as oracle
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_ext.distillation import losses
-from megatron_ext.distillation.losses import distillation_losses
+from megatron_ext.distillation.divergences import NAMES, TopK
+from megatron_ext.distillation.losses import Head, Losses, distillation_losses
+from megatron_ext.distillation.objective import Objective
+from megatron_ext.distillation.vocabulary import Vocabulary
+from megatron_ext.errors import ConfigError
+
+HIDDEN, OTHER = 5, 7
 
 
 def normal(*shape: int, seed: int) -> Tensor:
-    return 4 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    """Numbers that fp32 can hold, in float64."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
 
 
-def oracle(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, tokens: int) -> tuple[Tensor, Tensor]:
-    """Both losses per token, by torch's functions."""
-    p = F.log_softmax(student[..., :tokens] / temperature, dim=-1)
-    q = F.log_softmax(teacher[..., :tokens] / temperature, dim=-1)
-    kd = temperature**2 * F.kl_div(p, q, reduction="none", log_target=True).sum(-1)
-    ce = F.cross_entropy(student.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-    return kd, ce
+def heads(length: int, columns: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Hidden states and output weights of student and teacher, of two sequences."""
+    student = normal(length, 2, HIDDEN, seed=1).requires_grad_(), normal(columns, HIDDEN, seed=2).requires_grad_()
+    return student, (normal(length, 2, OTHER, seed=3), normal(columns, OTHER, seed=4))
 
 
-@settings(max_examples=60, deadline=None)
+def run(
+    student: Any, teacher: Any, labels: Tensor, mask: Tensor, objective: Objective, tokens: int
+) -> tuple[Losses, Head]:
+    own = Head(*(x.detach().float().requires_grad_() for x in student))
+    other = teacher if isinstance(teacher, TopK) else Head(*(x.float() for x in teacher))
+    return distillation_losses(own, other, labels, mask.float(), objective, Vocabulary(len(own.weight), tokens)), own
+
+
+def data(length: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Labels, and a mask under which a third of the tokens does not count."""
+    labels = torch.randint(tokens, (length, 2), generator=torch.Generator().manual_seed(5))
+    return labels, (torch.arange(2 * length).view(length, 2) % 3 > 0).double()
+
+
+@settings(max_examples=150, deadline=None)
 @given(
     length=st.integers(1, 9),
     tokens=st.integers(2, 11),
     padding=st.integers(0, 5),
-    temperature=st.sampled_from([0.5, 1.0, 3.0]),
+    name=st.sampled_from(NAMES),
+    temperature=st.sampled_from([1.0, 0.7, 3.0]),
     weights=st.sampled_from([(1.0, 0.0), (0.0, 1.0), (0.7, 0.4)]),
-    rows=st.sampled_from([1, 3, 100]),
+    k=st.integers(1, 11),
+    beta=st.sampled_from([0.1, 0.5, 0.8]),
+    chunk=st.sampled_from([1, 3, 100]),
+    rows=st.sampled_from([1, 2, 100]),
 )
 def test_agrees_with_torch(
-    length: int, tokens: int, padding: int, temperature: float, weights: tuple[float, float], rows: int
-) -> None:
+    length: int, tokens: int, padding: int, name: str, temperature: float, weights: tuple[float, float], k: int,
+    beta: float, chunk: int, rows: int,
+) -> None:  # fmt: skip
     columns = tokens + padding
-    student = normal(2, length, columns, seed=1).float().double().requires_grad_()
-    teacher = normal(2, length, columns, seed=2).float().double()
-    labels = torch.randint(tokens, (2, length), generator=torch.Generator().manual_seed(3))
-    mask = torch.arange(2 * length).view(2, length) % 3 > 0  # a third of the tokens does not count
-    kd, ce = oracle(student, teacher, labels, temperature, tokens)
-    ((weights[0] * kd + weights[1] * ce) * mask).sum().backward()
-
-    own = student.detach().float().requires_grad_()
+    objective = Objective(name, temperature, *weights, beta, min(k, tokens))
+    if objective.of_logits:
+        objective = replace(objective, temperature=1.0)
+    student, teacher = heads(length, columns)
+    labels, mask = data(length, tokens)
+    total, kd, ce = oracle.losses(student, teacher, labels, mask, objective, tokens)
+    total.backward()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "SLICE", rows * columns)
-        got = distillation_losses(
-            own, teacher.float(), labels, temperature=temperature, kd_weight=weights[0], ce_weight=weights[1],
-            vocab_size=tokens,
-        )  # fmt: skip
-    (got.total * mask).sum().backward()
+        patch.setattr(losses, "CHUNK", {"cpu": chunk * columns})
+        patch.setattr(losses, "SLICE", {"cpu": rows * columns})
+        got, own = run(student, teacher, labels, mask, objective, tokens)
+    got.total.backward()
     torch.testing.assert_close(got.kd.double(), kd, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got.ce.double(), ce, rtol=1e-5, atol=1e-5)
-    assert own.grad is not None
-    assert student.grad is not None
-    torch.testing.assert_close(own.grad.double(), student.grad, rtol=1e-4, atol=1e-6)
-    assert not own.grad[~mask].any()
+    torch.testing.assert_close(got.total.double(), total, rtol=1e-5, atol=1e-4)
+    assert bool(got.finite.all())
+    for ours, theirs in zip(own, student, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5)
+    assert not own.hidden.grad[mask == 0].any()  # type: ignore[index]
 
 
-def test_leaves_its_inputs_alone() -> None:
-    student, teacher = normal(1, 4, 8, seed=1).float(), normal(1, 4, 8, seed=2).float()
-    before = student.clone(), teacher.clone()
-    distillation_losses(student, teacher, torch.zeros(1, 4, dtype=torch.long))
-    assert torch.equal(student, before[0])
-    assert torch.equal(teacher, before[1])
+@pytest.mark.parametrize("name", ["top-k", "top-k-rest"])
+@pytest.mark.parametrize(("k", "tokens"), [(3, 9), (9, 9), (1, 9)])
+def test_stored_entries_count_as_living_ones(name: str, k: int, tokens: int) -> None:
+    student, teacher = heads(6, 11)
+    labels, mask = data(6, tokens)
+    objective = Objective(name, temperature=2.0, ce_weight=0.3, k=k)
+    log_q = ((teacher[0].flatten(0, 1) @ teacher[1].T)[:, :tokens] / 2.0).log_softmax(-1)
+    kept = log_q.topk(k)
+    rest = log_q.scatter(-1, kept.indices, -torch.inf).logsumexp(-1)
+    stored = TopK(kept.indices, kept.values.float(), rest.float())
+    live, own = run(student, teacher, labels, mask, objective, tokens)
+    cached, other = run(student, stored, labels, mask, objective, tokens)
+    live.total.backward()
+    cached.total.backward()
+    torch.testing.assert_close(cached.kd, live.kd, rtol=1e-5, atol=1e-6)
+    for a, b in zip(own, other, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_sixteen_bit_logits_lose_nothing_in_the_sums() -> None:
-    """Arithmetic is fp32: only the gradient is rounded to the logits' type."""
-    student = normal(2, 3, 64, seed=1).bfloat16().requires_grad_()
-    teacher = normal(2, 3, 64, seed=2).bfloat16()
-    labels = torch.zeros(2, 3, dtype=torch.long)
-    got = distillation_losses(student, teacher, labels)
-    kd, ce = oracle(student.double(), teacher.double(), labels, 1.0, 64)
-    assert got.kd.dtype == torch.float32
-    torch.testing.assert_close(got.kd.double(), kd, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got.ce.double(), ce, rtol=1e-5, atol=1e-5)
-    got.total.sum().backward()
-    assert student.grad is not None
-    assert student.grad.dtype == torch.bfloat16
+def test_all_entries_and_no_rest_are_the_whole_divergence() -> None:
+    student, teacher = heads(6, 9)
+    labels, mask = data(6, 9)
+    whole, _ = run(student, teacher, labels, mask, Objective("forward-kl"), 9)
+    for name in ("top-k", "top-k-rest"):
+        kept, _ = run(student, teacher, labels, mask, Objective(name, k=9), 9)
+        torch.testing.assert_close(kept.kd, whole.kd, rtol=1e-5, atol=1e-6)
 
 
-def test_large_logits_do_not_overflow() -> None:
-    student, teacher = (1e4 * normal(1, 4, 8, seed=seed).float() for seed in (1, 2))
-    got = distillation_losses(student, teacher, torch.zeros(1, 4, dtype=torch.long))
-    assert torch.isfinite(got.total).all()
+@pytest.mark.parametrize("name", NAMES)
+def test_a_teacher_that_is_not_finite_is_seen(name: str) -> None:
+    student, teacher = heads(6, 9)
+    labels, mask = data(6, 9)
+    hidden = teacher[0].clone()
+    hidden[2, 1, 0] = torch.nan
+    got, _ = run(student, (hidden, teacher[1]), labels, mask, Objective(name, k=3), 9)
+    assert (~got.finite).nonzero().tolist() == [[2, 1]]
 
 
-def test_a_model_has_nothing_to_learn_from_itself() -> None:
-    student = normal(2, 6, 50, seed=1).float().requires_grad_()
-    got = distillation_losses(student, student.detach().clone(), torch.zeros(2, 6, dtype=torch.long))
-    got.total.sum().backward()
-    assert student.grad is not None
-    assert got.kd.abs().max() < 1e-6
-    assert student.grad.abs().max() < 1e-6
+@pytest.mark.parametrize("name", NAMES)
+def test_extreme_logits_stay_finite(name: str) -> None:
+    student, teacher = heads(4, 9)
+    labels, mask = data(4, 9)
+    sharp = [[(200 * x).detach() for x in pair[:1]] + [pair[1].detach()] for pair in (student, teacher)]
+    got, own = run(sharp[0], sharp[1], labels, mask, Objective(name, ce_weight=1.0, k=3), 9)
+    got.total.backward()
+    assert got.total.isfinite()
+    assert all(x.grad.isfinite().all() for x in own)
+
+
+def test_half_precision_gives_the_gradient_of_half_precision() -> None:
+    """bf16 states and weights: the divergence of their bf16 logits, and weight gradients summed in fp32."""
+    student, teacher = heads(64, 50)
+    labels, mask = data(64, 50)
+    objective = Objective(ce_weight=0.5)
+    half = [tuple(x.detach().bfloat16() for x in pair) for pair in (student, teacher)]
+    own = Head(*(x.requires_grad_() for x in half[0]))
+    got = distillation_losses(own, Head(*half[1]), labels, mask.float(), objective, Vocabulary(50, 50))
+    got.total.backward()
+    exact = [tuple(x.detach().double().requires_grad_() for x in pair) for pair in half]
+    total, *_ = oracle.losses(exact[0], exact[1], labels, mask, objective, 50)
+    total.backward()
+    assert float(got.total.detach()) == pytest.approx(float(total), rel=1e-3)
+    for ours, theirs in zip(own, exact[0], strict=True):
+        error = (ours.grad.double() - theirs.grad).norm() / theirs.grad.norm()
+        assert error < 0.01
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (Objective("kl"), "unknown divergence"),
+        (Objective(temperature=0.0), "must be positive"),
+        (Objective("mse", temperature=2.0), "knows no temperature"),
+        (Objective("jsd", beta=1.0), "between 0 and 1"),
+        (Objective("top-k", k=10), "1 to 9"),
+    ],
+)
+def test_illegal_objectives_are_refused(objective: Objective, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        objective.check(9)
