@@ -1,8 +1,8 @@
 """How far a student's next-token distribution is from its teacher's, and the gradient of that, for a slice of tokens.
 
 Shapes: n tokens of the slice, v this rank's columns of the padded vocabulary, t those of them that are tokens, k kept
-entries. Everything is fp32. The value is in nats where it is an entropy; the gradient with respect to the student's logits is
-`None` if not asked for.
+entries. Everything is fp32. The value is in nats where it is an entropy; the gradient with respect to
+the student's logits is `None` if not asked for.
 """
 
 from collections.abc import Callable
