@@ -1,4 +1,4 @@
-"""What lies beside the weights of a Hugging Face model: configuration, tokenizer, licence; kept with a converted one."""
+"""What lies beside the weights of a Hugging Face model: configuration, tokenizer, licence; kept with a converted."""
 
 import json
 import shutil

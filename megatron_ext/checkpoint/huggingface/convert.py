@@ -1,4 +1,4 @@
-"""The stream between the two formats, tensor by tensor. No model is built; memory holds a tensor and what it comes from."""
+"""The stream between the two formats, tensor by tensor. No model is built; memory holds a tensor and its source."""
 
 import importlib.metadata
 import json

@@ -2,10 +2,15 @@
 
 from megatron_ext.checkpoint.huggingface.family import Config, Family
 from megatron_ext.checkpoint.huggingface.llama import LLAMA
+from megatron_ext.checkpoint.huggingface.mamba2 import MAMBA2
+from megatron_ext.checkpoint.huggingface.mistral import MISTRAL
+from megatron_ext.checkpoint.huggingface.nemotron import NEMOTRON
+from megatron_ext.checkpoint.huggingface.nemotron_h import NEMOTRON_H
+from megatron_ext.checkpoint.huggingface.qwen import QWEN2, QWEN3
 from megatron_ext.errors import CheckpointError, ConfigError, nearest
 from megatron_ext.models.config import Architecture
 
-FAMILIES = {family.name: family for family in (LLAMA,)}
+FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, MAMBA2, NEMOTRON_H)}
 
 
 def named(name: str) -> Family:

@@ -85,10 +85,11 @@ class Layers:
 
     block: str
     theirs: str = "num_hidden_layers"
+    default: int | None = None
 
     def read(self, config: Config) -> dict[str, Any]:
         """The pattern."""
-        return {"pattern": self.block * told(config, self.theirs)}
+        return {"pattern": self.block * told(config, self.theirs, self.default)}
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
         """Their number."""
