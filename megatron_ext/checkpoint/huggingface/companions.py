@@ -2,11 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.writer import Writer
 from megatron_ext.errors import CheckpointError
 
 FOLDER = "huggingface"
@@ -49,6 +50,11 @@ def copy(paths: Iterable[Path], destination: Path) -> None:
     destination.mkdir(exist_ok=True)
     for path in paths:
         shutil.copyfile(path, destination / path.name)
+
+
+def attach(writer: Writer, paths: Sequence[Path]) -> None:
+    """Keep these files with a checkpoint that is being written."""
+    writer.attach(FOLDER, lambda folder: copy(paths, folder))
 
 
 def beside(step: Path) -> Path | None:

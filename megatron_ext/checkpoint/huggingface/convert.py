@@ -74,7 +74,7 @@ def to_megatron(
     args = Namespace(params_dtype=dtype or types[axes.EMBEDDING], vocab_size=None)
     whole, part, done = Scratch(), Scratch(), 0
     with writing(destination, arch, args) as writer:
-        writer.attach(companions.FOLDER, lambda path: companions.copy(companions.files(source), path))
+        companions.attach(writer, companions.files(source))
         for key, own in groupby(pieces, key=lambda piece: piece.ours):
             tensor = whole.tensor(shapes[key], types[key])
             if shapes[key][0] != axes.shape(told, key)[0]:

@@ -124,6 +124,7 @@ class Family:
                     return like
             except CheckpointError:
                 pass  # what cannot be read is written anew
+        self._blocks(arch.pattern)
         values = dict(like) if like else {"architectures": [self.name], "model_type": self.model_type}
         for setting in self.settings:
             values |= setting.write(arch, like)
