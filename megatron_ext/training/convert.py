@@ -4,6 +4,7 @@ import argparse
 import gc
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from megatron_ext.checkpoint.huggingface import companions, families
 from megatron_ext.checkpoint.huggingface.convert import TYPES, to_hf, to_megatron
 from megatron_ext.errors import CheckpointError, ConfigError
-from megatron_ext.training.launch import Job, launch
+from megatron_ext.training.launch import Job, launch, silenced
 
 LINE_SECONDS = 10
 TOKENS = 64
@@ -176,7 +177,9 @@ def megatron_logits(checkpoint: Path, inputs: list[Tensor]) -> list[Tensor]:
     started = launch(JOB, [*flags, *words])
     from megatron_ext.training.evaluate import load_model
 
-    (model,) = load_model(started)
+    with silenced(started.args), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of being alone
+        (model,) = load_model(started)
     device = torch.cuda.current_device()
     logits = []
     for tokens in inputs:
