@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/convert.py [--gigabytes 4] [--repeats 3] [--directory DIR]
 
 Synthetic bf16 models, layers of Llama 3.1 8B (query, key and value become one weight, gate and up another) and of
-Nemotron-H 8B (one projection becomes five weights), in shards of 1 GB. `cp` copies the input in turns with each direction;
-both are followed by a flush to disk, conversion's its own. Both run in processes that were started alike; the peak resident
-memory of conversion's, with all that it imports, is beside the bar: twice the largest tensor plus 1 GB.
+Nemotron-H 8B (one projection becomes five weights), in shards of 1 GB. `cp` copies the input in turns with each
+direction; both are followed by a flush to disk, conversion's its own. Both run in processes that were started alike;
+the peak resident memory of conversion's, with all that it imports, is beside the bar: twice the largest tensor plus
+1 GB.
 Writes results/convert.json and results/convert.md.
 """
 
@@ -135,7 +136,8 @@ def main() -> None:
     ]
     lines += [
         f"| {row['model']} | {row['direction']} | {row['bytes'] / 1e9:.1f} | {row['cp_seconds']:.2f} "
-        f"| {row['convert_seconds']:.2f} | {row['ratio']:.2f} | {row['peak_bytes'] / 1e6:.0f} | {row['bar_bytes'] / 1e6:.0f} |"
+        f"| {row['convert_seconds']:.2f} | {row['ratio']:.2f} | {row['peak_bytes'] / 1e6:.0f} "
+        f"| {row['bar_bytes'] / 1e6:.0f} |"
         for row in rows
     ]
     report = {"what": "conversion, against cp", **machine, "results": rows}

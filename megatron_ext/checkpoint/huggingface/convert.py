@@ -220,10 +220,7 @@ def to_hf(
     with fresh_directory(destination) as directory:
         with writing_shards(directory, targets, shard_bytes) as writer:
             for name, own in sources.items():
-                tensor = whole.tensor(*targets[name])
-                for piece in own:
-                    view = piece.view(latest.read(piece.ours))
-                    tensor[piece.first : piece.stop].view(view.shape).copy_(view)
+                tensor = _assembled(targets[name], own, latest, whole)
                 writer.write(name, tensor)
                 done += tensor.nbytes
                 progress(done, total)
@@ -234,6 +231,21 @@ def to_hf(
         facts = _facts(arch, chosen) | companions.provenance(reader.step.path)
         (directory / companions.CARD).write_text(companions.card(destination.name, facts), encoding="utf-8")
     return chosen
+
+
+def _assembled(
+    target: tuple[tuple[int, ...], torch.dtype], pieces: list[Piece], latest: "_Latest", whole: Scratch
+) -> Tensor:
+    """A tensor of theirs: where it was read, if it lies there in one piece, or else put together in `whole`."""
+    shape, dtype = target
+    only = pieces[0].view(latest.read(pieces[0].ours))
+    if len(pieces) == 1 and only.is_contiguous() and only.dtype == dtype:
+        return only.view(shape)
+    tensor = whole.tensor(shape, dtype)
+    for piece in pieces:
+        view = piece.view(latest.read(piece.ours))
+        tensor[piece.first : piece.stop].view(view.shape).copy_(view)
+    return tensor
 
 
 class _Latest:
