@@ -139,6 +139,9 @@ COMMANDS = {
     "data": Command(
         "turn text, source files or JSONL into Megatron's dataset", _module("megatron_ext.training.corpus")
     ),
+    "convert": Command(
+        "convert between Hugging Face directories and Megatron checkpoints", _module("megatron_ext.training.convert")
+    ),
     "presets": Command("list the named architectures", lambda: (_presets_arguments, _presets)),
     "report": Command("draw a run directory's report again", lambda: (_report_arguments, _report)),
 }

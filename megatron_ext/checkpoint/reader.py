@@ -147,14 +147,14 @@ class Reader:
                 return
             file.seek(stored.offset)
             if place.is_contiguous():
-                _read(file, place)
+                fill(file, place)
                 return
             # The columns of a part: as many rows at a time as fit.
             rows = max(1, BLOCK // (place[0].numel() * place.element_size()))
             block = torch.empty_like(place[:rows], memory_format=torch.contiguous_format)
             for first in range(0, len(place), rows):
                 some = place[first : first + rows]
-                _read(file, block[: len(some)])
+                fill(file, block[: len(some)])
                 some.copy_(block[: len(some)])
 
     @contextmanager
@@ -166,7 +166,7 @@ class Reader:
             raise CheckpointError(what, got=self.step.path) from error
 
 
-def _read(file: FileIO, tensor: Tensor) -> None:
+def fill(file: FileIO, tensor: Tensor) -> None:
     """Fill a contiguous tensor; a kernel reads 2 GB at most at once."""
     rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
     while rest:

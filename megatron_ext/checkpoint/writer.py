@@ -36,7 +36,7 @@ from megatron_ext.models import axes
 from megatron_ext.models.config import Architecture
 
 
-class _File(FileIO):
+class DiskFile(FileIO):
     """Written in pieces, because Linux looks for one large page for a large write: five times the time (6.18, ext4).
 
     The disk begins at once with what was written, and not when memory fills or the file is flushed.
@@ -106,7 +106,7 @@ class Writer:
                 if not done:
                     raise CheckpointError("the checkpoint is damaged: a file ends too early", got=stored.path)
                 rest -= done
-                if isinstance(self._file, _File):
+                if isinstance(self._file, DiskFile):
                     self._file.begin()
 
     def write_object(self, key: str, value: Any, shards: int = 1) -> None:
@@ -187,7 +187,7 @@ def writing(path: str | Path, arch: Architecture, args: Namespace | None = None)
     with _shared_directory(path) as directory:
         step = directory / layout.RELEASE
         step.mkdir(exist_ok=True)
-        with _File(step / f"__{ranks.rank()}_0.distcp", "wb") as file:
+        with DiskFile(step / f"__{ranks.rank()}_0.distcp", "wb") as file:
             writer = Writer(step, file)
             with _together():
                 yield writer

@@ -167,6 +167,7 @@ AXES: dict[str, Axis] = {
     "ffn": Axis(lambda a: a.ffn_hidden_size, lambda a, k: _indices(k.ffn)),
     "gate+up": Axis(lambda a: a.ffn_hidden_size * _halves(a), lambda a, k: _gate_and_up(a, k.ffn, a.ffn_hidden_size)),
     "qkv": Axis(lambda a: (a.num_attention_heads + 2 * a.num_query_groups) * a.kv_channels, _qkv),
+    "channel": Axis(lambda a: a.kv_channels, split=None),
     "query_head*channel": Axis(
         lambda a: a.num_attention_heads * a.kv_channels,
         lambda a, k: _outer(_query_heads(a, k), a.num_attention_heads, None, a.kv_channels),
@@ -207,6 +208,18 @@ def _norm(unit: str, name: str) -> list[Weight]:
     return [Weight(unit, f"{name}weight", ("hidden",)), Weight(unit, f"{name}bias", ("hidden",), _has_norm_bias)]
 
 
+def _has_qk_norm(arch: "Architecture") -> bool:
+    return arch.qk_layernorm
+
+
+def _qk_norm(name: str) -> list[Weight]:
+    name = f"self_attention.{name}_layernorm."
+    return [
+        Weight(ATTENTION, f"{name}weight", ("channel",), _has_qk_norm),
+        Weight(ATTENTION, f"{name}bias", ("channel",), lambda a: _has_qk_norm(a) and _has_norm_bias(a)),
+    ]
+
+
 TABLE: list[Weight] = [
     Weight("", EMBEDDING, ("vocab", "hidden")),
     *_norm(MAMBA, "mixer.in_proj.layer_norm_"),
@@ -229,6 +242,8 @@ TABLE: list[Weight] = [
     *_norm(ATTENTION, "self_attention.linear_qkv.layer_norm_"),
     Weight(ATTENTION, "self_attention.linear_qkv.weight", ("qkv", "hidden")),
     Weight(ATTENTION, "self_attention.linear_qkv.bias", ("qkv",), lambda a: a.add_qkv_bias),
+    *_qk_norm("q"),
+    *_qk_norm("k"),
     Weight(ATTENTION, "self_attention.linear_proj.weight", ("hidden", "query_head*channel")),
     Weight(ATTENTION, "self_attention.linear_proj.bias", ("hidden",), _has_bias),
     *_norm(MLP, "mlp.linear_fc1.layer_norm_"),
@@ -255,6 +270,7 @@ _WITH_STATE = {
     MLP: ("mlp.linear_fc1", "mlp.linear_fc2"),
     MOE: ("pre_mlp_layernorm", "mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2"),
 }
+_QK_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 _SHARED_WITH_STATE = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
 _ROWS = {(weight.unit, weight.name): weight for weight in TABLE}
 _LAYER_KEY = re.compile(re.escape(LAYER) + r"\.(\d+)\.(.+)")
@@ -296,7 +312,9 @@ def modules_with_state(arch: "Architecture") -> dict[str, int]:
     """
     modules = {}
     for i, unit in enumerate(arch.pattern):
-        for module in (*_WITH_STATE[unit], *(_SHARED_WITH_STATE if unit == MOE and _has_shared_expert(arch) else ())):
+        more = _SHARED_WITH_STATE if unit == MOE and _has_shared_expert(arch) else ()
+        more = _QK_NORMS if unit == ATTENTION and arch.qk_layernorm else more
+        for module in (*_WITH_STATE[unit], *more):
             modules[f"{LAYER}.{i}.{module}"] = arch.num_experts if ".experts.experts." in module else 1
     return modules | {"decoder.final_norm": 1, "output_layer": 1}
 

@@ -72,7 +72,7 @@ def with_architecture(args: Namespace, architecture: Architecture) -> Namespace:
         "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "normalization",
         "mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups", "max_position_embeddings",
         "add_bias_linear", "add_qkv_bias", "rotary_base", "rotary_percent", "position_embedding_type",
-        "untie_embeddings_and_output_weights", "rope_scaling_factor",
+        "untie_embeddings_and_output_weights", "rope_scaling_factor", "qk_layernorm",
     ):  # fmt: skip
         setattr(other, name, getattr(architecture, name))
     other.group_query_attention = True

@@ -42,6 +42,7 @@ class Architecture:
         kv_channels: Channels per attention head.
         mamba_num_heads: Heads of a Mamba-2 layer; its inner width is `mamba_num_heads * mamba_head_dim`.
         zero_centered_norm: Norm weights are stored minus one (Megatron's `--apply-layernorm-1p`).
+        qk_layernorm: Norms on the channels of each query and key head (Qwen3).
         rope_scaling_factor: Llama 3.1's frequency scaling, `None` for plain RoPE.
         num_experts: Experts of a mixture, of which each token runs through `moe_router_topk`, and all tokens through
             the shared expert; 0 (as the other sizes) where the pattern has no mixture of experts.
@@ -84,6 +85,7 @@ class Architecture:
     rope_scaling_factor: float | None = None
     add_bias_linear: bool = False
     add_qkv_bias: bool = False
+    qk_layernorm: bool = False
     untie_embeddings_and_output_weights: bool = True
     num_experts: int = 0
     moe_ffn_hidden_size: int = 0
@@ -297,6 +299,7 @@ class Architecture:
             rope_scaling_factor=args.rope_scaling_factor if args.use_rope_scaling else None,
             add_bias_linear=args.add_bias_linear,
             add_qkv_bias=args.add_qkv_bias,
+            qk_layernorm=getattr(args, "qk_layernorm", False),
             untie_embeddings_and_output_weights=args.untie_embeddings_and_output_weights,
             layer_sizes=_parse_layer_sizes(getattr(args, "ext_layer_sizes", None)),
             **_mixture_from_args(args, args.ffn_hidden_size or default_ffn),
@@ -328,6 +331,8 @@ class Architecture:
             flags += ["--disable-bias-linear"]
             if self.add_qkv_bias:
                 flags += ["--add-qkv-bias"]
+        if self.qk_layernorm:
+            flags += ["--qk-layernorm"]
         if self.untie_embeddings_and_output_weights:
             flags += ["--untie-embeddings-and-output-weights"]
         if MOE in self.pattern:
@@ -361,6 +366,7 @@ class Architecture:
             "use_rope_scaling": self.rope_scaling_factor is not None,
             "rope_scaling_factor": self.rope_scaling_factor or 8.0,
             "add_bias_linear": self.add_bias_linear, "add_qkv_bias": self.add_qkv_bias,
+            "qk_layernorm": self.qk_layernorm,
             "untie_embeddings_and_output_weights": self.untie_embeddings_and_output_weights,
             "ext_layer_sizes": self.layer_sizes_text, **self.mixture_args(),
         }  # fmt: skip

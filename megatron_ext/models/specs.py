@@ -1,25 +1,36 @@
-"""Module specs for what the stock `hybrid_stack_spec` cannot say: sizes that differ from layer to layer."""
+"""Module specs for what the stock `hybrid_stack_spec` cannot say: sizes of single layers, norms on query and key."""
 
 import copy
 from typing import Any
 
-from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.models.hybrid.hybrid_layer_specs import TENorm, hybrid_stack_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_ext.models.config import Architecture
 
 
 def stack_spec(architecture: Architecture) -> ModuleSpec | None:
-    """The spec that builds each layer at its own size; None where the stock one does."""
-    if not architecture.layer_sizes:
+    """The spec that builds each layer as it is; None where the stock one does."""
+    if not architecture.layer_sizes and not architecture.qk_layernorm:
         return None
     spec = copy.copy(hybrid_stack_spec)
-    spec.submodules = copy.copy(spec.submodules)
-    for name in ("mamba_layer", "mlp_layer"):
+    submodules: Any = copy.copy(spec.submodules)
+    spec.submodules = submodules
+    if architecture.qk_layernorm:
+        submodules.attention_layer = _with_qk_norms(submodules.attention_layer)
+    for name in ("mamba_layer", "mlp_layer") if architecture.layer_sizes else ():
         layer = copy.copy(getattr(spec.submodules, name))
         layer.module = _sized(layer.module, architecture)
         setattr(spec.submodules, name, layer)
     return spec
+
+
+def _with_qk_norms(layer: Any) -> Any:
+    """Attention with the norms whose class Megatron would take from Transformer Engine itself."""
+    layer = copy.deepcopy(layer)
+    layer.submodules.self_attention.submodules.q_layernorm = TENorm
+    layer.submodules.self_attention.submodules.k_layernorm = TENorm
+    return layer
 
 
 def _sized(layer: Any, architecture: Architecture) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_ext.checkpoint import layout, ranks
 from megatron_ext.checkpoint.atomic import refuse_existing
+from megatron_ext.checkpoint.huggingface import companions
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.scratch import Scratch
 from megatron_ext.checkpoint.writer import Writer, check_shapes, writing
@@ -29,9 +30,10 @@ def apply(
     """Cut the checkpoint at `source` as `plan` says, into a new one at `destination`.
 
     Any layout may have saved the one and may load the other. Only weights are carried over, in the type they were
-    saved in: the result starts from iteration 0 with a fresh optimizer. Kept values are copied bit for bit. The plan
-    is stored beside them. If anything goes wrong, nothing is left at `destination`. In a process group all processes
-    call this, and each writes its share of the tensors.
+    saved in, and what a converted checkpoint keeps of its origin (configuration, tokenizer): the result starts from
+    iteration 0 with a fresh optimizer. Kept values are copied bit for bit. The plan is stored beside them. If anything
+    goes wrong, nothing is left at `destination`. In a process group all processes call this, and each writes its
+    share of the tensors.
 
     Args:
         plan: The plan.
@@ -61,6 +63,8 @@ def apply(
         if ranks.rank() == 0:
             for name, save in {PLAN_FILE: plan.save, **(attachments or {})}.items():
                 writer.attach(name, save)
+            if folder := companions.beside(reader.step.path):
+                companions.attach(writer, companions.files(folder))
     return destination
 
 

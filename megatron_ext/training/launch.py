@@ -15,7 +15,7 @@ import socket
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import lcm
 from pathlib import Path
@@ -252,10 +252,10 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
     if args.save and not early.dry_run:
         check_save(Path(args.save), job.name, early.load)
     _choose_step(args, early)
-    with _readable_refusals(), _silenced(args):
+    with _readable_refusals(), silenced(args):
         validate_args(args, {})
     _check_data(args, early.dry_run)
-    with _readable_refusals(), _silenced(args):
+    with _readable_refusals(), silenced(args):
         set_global_variables(args)
     # The tokenizer may have decided the vocabulary.
     architecture = Architecture.from_args(args)
@@ -345,8 +345,8 @@ def _check_data(args: Namespace, dry_run: bool) -> None:
 
 
 @contextlib.contextmanager
-def _silenced(args: Namespace):
-    """Megatron prints its several hundred arguments; they are in config.yaml."""
+def silenced(args: Namespace) -> Iterator[None]:
+    """Without what Megatron prints, such as its several hundred arguments, which are in config.yaml."""
     if os.environ.get("MEGATRON_EXT_VERBOSE"):
         yield
         return

@@ -1,0 +1,148 @@
+"""Conversion against copying the same bytes with cp: time, and peak memory.
+
+    OMP_NUM_THREADS=1 python benchmarks/convert.py [--gigabytes 4] [--repeats 3] [--directory DIR]
+
+Synthetic bf16 models, layers of Llama 3.1 8B (query, key and value become one weight, gate and up another) and of
+Nemotron-H 8B (one projection becomes five weights), in shards of 1 GB. `cp` copies the input in turns with each
+direction; both are followed by a flush to disk, conversion's its own. Both run in processes that were started alike;
+the peak resident memory of conversion's, with all that it imports, is beside the bar: twice the largest tensor plus
+1 GB.
+Writes results/convert.json and results/convert.md.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from math import ceil, prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe, write
+
+from megatron_ext.checkpoint.huggingface import families
+from megatron_ext.checkpoint.huggingface.convert import _their_shapes, to_hf, to_megatron
+from megatron_ext.checkpoint.huggingface.shards import writing_shards
+from megatron_ext.models import axes
+from megatron_ext.models.config import Architecture
+from megatron_ext.models.presets import PRESETS
+
+GIGABYTE = 10**9
+MODELS = {"LlamaForCausalLM": ("llama3.1-8b", "*-"), "NemotronHForCausalLM": ("nemotron-h-8b", "M-M*-")}
+
+
+def model(name: str, gigabytes: float) -> Architecture:
+    """As many blocks as it takes, with a small vocabulary."""
+    preset, block = MODELS[name]
+    whole = replace(PRESETS[preset].architecture, vocab_size=32_064)
+    one, two = (replace(whole, pattern=block * n).num_parameters() for n in (1, 2))
+    return replace(whole, pattern=block * max(1, round((gigabytes * 1e9 / 2 - one) / (two - one)) + 1))
+
+
+def save(name: str, arch: Architecture, path: Path) -> None:
+    """The model as a Hugging Face directory."""
+    family = families.named(name)
+    noise = torch.randint(-(2**15), 2**15, (2**24,), dtype=torch.int16)
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(family.write(arch) | {"torch_dtype": "bfloat16"}))
+    shapes = _their_shapes(arch, family.pieces(arch))
+    tensors = {key: (shape, torch.bfloat16) for key, shape in shapes.items()}
+    with writing_shards(path, tensors, GIGABYTE) as writer:
+        for key, shape in shapes.items():
+            writer.write(
+                key, noise.repeat(ceil(prod(shape) / len(noise)))[: prod(shape)].view(shape).view(torch.bfloat16)
+            )
+
+
+def child(what: str, source: str, destination: str) -> None:
+    """Convert or copy, and print the seconds and the peak of resident memory in bytes; imports are not timed."""
+    started = time.perf_counter()
+    if what == "to megatron":
+        to_megatron(source, destination)
+    elif what == "to hf":
+        to_hf(source, destination, shard_bytes=GIGABYTE)
+    else:
+        subprocess.run(["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', source, destination], check=True)
+    seconds = time.perf_counter() - started
+    status = Path("/proc/self/status").read_text()  # getrusage's maximum would include the parent's, from the fork
+    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    print(json.dumps([seconds, peak * 1024]))
+
+
+def run(what: str, source: Path, destination: Path) -> tuple[float, int]:
+    """`child` in a new process: seconds and peak bytes. The destination is removed again."""
+    command = [sys.executable, __file__, "--child", what, str(source), str(destination)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    shutil.rmtree(destination)
+    seconds, peak = json.loads(done.stdout)
+    return seconds, peak
+
+
+def measure(name: str, directory: Path, gigabytes: float, repeats: int) -> list[dict[str, Any]]:
+    """Both directions of one model, in turns with cp."""
+    arch = model(name, gigabytes)
+    save(name, arch, directory / "hf")
+    to_megatron(directory / "hf", directory / "megatron")
+    os.sync()
+    largest = 2 * max(axes.size(arch, key) for key in axes.keys(arch))
+    rows = []
+    for what, source in (("to megatron", directory / "hf"), ("to hf", directory / "megatron")):
+        ratios, copies, conversions, peaks = [], [], [], []
+        for number in range(repeats):
+            found = {}
+            for job in ("cp", what) if number % 2 else (what, "cp"):
+                found[job] = run(job, source, directory / "out")
+            ratios.append(found[what][0] / found["cp"][0])
+            copies.append(found["cp"][0])
+            conversions.append(found[what][0])
+            peaks.append(found[what][1])
+        rows.append(
+            {
+                "model": name, "direction": what, "bytes": 2 * arch.num_parameters(), "largest_tensor": largest,
+                "cp_seconds": statistics.median(copies), "convert_seconds": statistics.median(conversions),
+                "ratio": statistics.median(ratios), "ratios": ratios, "peak_bytes": max(peaks),
+                "bar_bytes": 2 * largest + GIGABYTE,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--directory", help="where to work; a temporary directory by default")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(*args.child)
+        return
+    machine = describe()
+    rows = []
+    for name in MODELS:
+        with tempfile.TemporaryDirectory(dir=args.directory) as directory:
+            rows += measure(name, Path(directory), args.gigabytes, args.repeats)
+    lines = [
+        "| model | direction | GB | cp s | convert s | ratio | peak MB | bar MB |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row['model']} | {row['direction']} | {row['bytes'] / 1e9:.1f} | {row['cp_seconds']:.2f} "
+        f"| {row['convert_seconds']:.2f} | {row['ratio']:.2f} | {row['peak_bytes'] / 1e6:.0f} "
+        f"| {row['bar_bytes'] / 1e6:.0f} |"
+        for row in rows
+    ]
+    report = {"what": "conversion, against cp", **machine, "results": rows}
+    write(report, "convert", "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What lies beside the weights of a Hugging Face model: configuration, tokenizer, licence; kept with a converted."""
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.writer import Writer
+from megatron_ext.errors import CheckpointError
+
+FOLDER = "huggingface"
+CONFIG = "config.json"
+CARD = "README.md"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".index.json")
+_LARGEST = 200 * 2**20  # bytes; a tokenizer is smaller
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The `config.json` of a directory.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
+    path = directory / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"no {CONFIG}", got=directory, legal="the directory of a Hugging Face model") from None
+    except ValueError as error:
+        raise CheckpointError(f"{CONFIG} is not JSON: {error}", got=path) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{CONFIG} is not an object", got=path)
+    return config
+
+
+def files(directory: Path) -> list[Path]:
+    """Everything beside the weights, but the model card."""
+    return [
+        path
+        for path in sorted(directory.iterdir())
+        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS)
+        and path.name != CARD and path.stat().st_size <= _LARGEST
+    ]  # fmt: skip
+
+
+def copy(paths: Iterable[Path], destination: Path) -> None:
+    """Copy files into a directory."""
+    destination.mkdir(exist_ok=True)
+    for path in paths:
+        shutil.copyfile(path, destination / path.name)
+
+
+def attach(writer: Writer, paths: Sequence[Path]) -> None:
+    """Keep these files with a checkpoint that is being written."""
+    writer.attach(FOLDER, lambda folder: copy(paths, folder))
+
+
+def beside(step: Path) -> Path | None:
+    """Where a converted checkpoint keeps them: beside its steps; None if it was not converted."""
+    folder = step.parent / FOLDER
+    return folder if (folder / CONFIG).is_file() else None
+
+
+def find(path: str | Path) -> Path:
+    """The files that a Hugging Face directory, or a checkpoint converted from one, has.
+
+    Raises:
+        CheckpointError: It has none.
+    """
+    path = Path(path)
+    if (path / CONFIG).is_file():
+        return path
+    for folder in (path / FOLDER, path.parent / FOLDER):
+        if (folder / CONFIG).is_file():
+            return folder
+    raise CheckpointError(
+        f"no {CONFIG}", got=path, legal="a Hugging Face directory, or a checkpoint that was converted from one"
+    )
+
+
+def card(title: str, facts: dict[str, str]) -> str:
+    """A model card."""
+    lines = [f"# {title}", "", "Converted from a Megatron checkpoint by megatron_ext.", ""]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items() if value)]
+    return "\n".join(lines) + "\n"
+
+
+def provenance(step: Path) -> dict[str, str]:
+    """Where a checkpoint came from, as far as it says."""
+    facts: dict[str, str] = {}
+    args = layout.common(step).get("args")
+    samples, length = getattr(args, "consumed_train_samples", 0), getattr(args, "seq_length", None)
+    if samples and length:
+        facts["trained on"] = f"{samples * length:,} tokens in the last run"
+    for name in ("distill_teacher", "load", "pretrained_checkpoint"):
+        if value := getattr(args, name, None):
+            facts[name.replace("_", " ")] = f"`{value}`"
+    plan = step.parent / "plan.json"
+    if plan.is_file():
+        try:
+            told = json.loads(plan.read_text(encoding="utf-8")).get("provenance", {})
+        except (ValueError, AttributeError):
+            told = {}
+        facts["pruned by plan"] = ", ".join(f"{name}={value}" for name, value in told.items() if value) or "plan.json"
+    return facts

@@ -1,0 +1,294 @@
+"""The stream between the two formats, tensor by tensor. No model is built; memory holds a tensor and its source."""
+
+import importlib.metadata
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.atomic import fresh_directory, refuse_existing
+from megatron_ext.checkpoint.huggingface import companions, families
+from megatron_ext.checkpoint.huggingface.family import Family, Piece, their_shape
+from megatron_ext.checkpoint.huggingface.shards import SHARD_BYTES, Shards, writing_shards
+from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.scratch import Scratch
+from megatron_ext.checkpoint.writer import check_shapes, writing
+from megatron_ext.errors import CheckpointError, ConfigError
+from megatron_ext.models import axes
+from megatron_ext.models.config import Architecture
+
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What a recurrence or a router multiplies up stays in the type it has.
+_EXACT = ("A_log", ".D", "dt_bias", "expert_bias", "e_score_correction_bias")
+Progress = Callable[[int, int], None]
+
+
+def _silent(done: int, total: int) -> None:
+    """No progress shown."""
+
+
+def to_megatron(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    vocab_multiple: int = 1,
+    progress: Progress = _silent,
+) -> Architecture:
+    """Convert a Hugging Face directory into a checkpoint of a `HybridModel`, for any parallel layout.
+
+    Configuration, tokenizer and the like are kept beside the weights, in a folder of their own.
+
+    Args:
+        source: A directory with `config.json` and safetensors.
+        destination: A new directory.
+        dtype: The type of the weights; the one they have by default.
+        vocab_multiple: Zero rows are added to the vocabulary up to a multiple of this.
+        progress: Called with the bytes written, and those to write in all.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: The source is missing, damaged or of a kind that is not converted, or the destination exists.
+    """
+    source, destination = Path(source), Path(destination)
+    refuse_existing(destination)
+    config = companions.read_config(source)
+    family = families.of_config(config)
+    told = family.read(config)
+    arch = replace(told, vocab_size=-(-told.vocab_size // vocab_multiple) * vocab_multiple)
+    pieces = family.pieces(told)
+    shards = Shards(source)
+    _check_theirs(family, told, pieces, shards)
+    shapes = axes.tensors(arch)
+    types = {piece.ours: _type(piece.ours, shards.entries[piece.theirs].dtype, dtype) for piece in pieces}
+    total = sum(axes.size(arch, key) * types[key].itemsize for key in shapes)
+    args = Namespace(params_dtype=dtype or types[axes.EMBEDDING], vocab_size=None)
+    whole, part, done = Scratch(), Scratch(), 0
+    with writing(destination, arch, args) as writer:
+        companions.attach(writer, companions.files(source))
+        for key, own in groupby(pieces, key=lambda piece: piece.ours):
+            tensor = whole.tensor(shapes[key], types[key])
+            if shapes[key][0] != axes.shape(told, key)[0]:
+                tensor[axes.shape(told, key)[0] :] = 0
+            for piece in own:
+                _read_theirs(shards, piece, piece.view(tensor), part)
+            writer.write(key, tensor)
+            done += tensor.nbytes
+            progress(done, total)
+    return arch
+
+
+def _read_theirs(shards: Shards, piece: Piece, place: Tensor, part: Scratch) -> None:
+    entry = shards.entries[piece.theirs]
+    if place.is_contiguous() and entry.dtype == place.dtype:
+        shards.read(piece.theirs, place, piece.first)
+        return
+    rows = part.tensor((piece.stop - piece.first, *entry.shape[1:]), entry.dtype)
+    shards.read(piece.theirs, rows, piece.first)
+    place.copy_(rows.view(place.shape))
+
+
+def _type(key: str, own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return own if wanted is None or key.endswith(_EXACT) else wanted
+
+
+def _their_shapes(arch: Architecture, pieces: list[Piece]) -> dict[str, tuple[int, ...]]:
+    """All tensors of theirs."""
+    ours = {key: torch.empty(shape, device="meta") for key, shape in axes.tensors(arch).items()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for piece in pieces:
+        rest = their_shape(piece.view(ours[piece.ours]), ours[piece.ours].dim())[1:]
+        rows = max(piece.stop, shapes.get(piece.theirs, (0,))[0])
+        shapes[piece.theirs] = (rows, *rest)
+    return shapes
+
+
+def _check_theirs(family: Family, arch: Architecture, pieces: list[Piece], shards: Shards) -> None:
+    """Check that a directory holds exactly the tensors of a model, and parts of one weight in one type.
+
+    Raises:
+        CheckpointError: Names the first few that are missing, too many, or of another shape or type.
+    """
+    expected, held = _their_shapes(arch, pieces), shards.entries
+    spare = [name for name in held if name not in expected and not name.endswith(family.without)]
+    tied = not arch.untie_embeddings_and_output_weights
+    if tied and spare == ["lm_head.weight"]:  # written by some, read by none
+        spare = (
+            [] if _same_values(shards, "lm_head.weight", pieces[0].theirs) else ["lm_head.weight (embeddings are tied)"]
+        )
+    wrong = [f"{name} is missing" for name in expected if name not in held]
+    wrong += [f"{name} is not part of the model" for name in spare]
+    wrong += [
+        f"{name} is {held[name].shape} instead of {shape}"
+        for name, shape in expected.items()
+        if name in held and held[name].shape != shape
+    ]
+    types: dict[str, torch.dtype] = {}
+    for piece in pieces:
+        if piece.theirs in held and types.setdefault(piece.ours, held[piece.theirs].dtype) != held[piece.theirs].dtype:
+            wrong.append(f"{piece.theirs} is {held[piece.theirs].dtype}, the rest of its layer's {types[piece.ours]}")
+    wrong += [
+        f"{name} is {held[name].dtype}" for name in expected if name in held and not held[name].dtype.is_floating_point
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(
+            f"the tensors are not those of the {family.name} that config.json describes",
+            got="; ".join(wrong[:3]) + more,
+        )
+
+
+def _same_values(shards: Shards, left: str, right: str) -> bool:
+    a, b = shards.entries[left], shards.entries.get(right)
+    if b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    rows = max(1, 2**24 // (a.shape[1] * a.dtype.itemsize))
+    mine, other = Scratch(), Scratch()
+    for first in range(0, a.shape[0], rows):
+        shape = (min(rows, a.shape[0] - first), *a.shape[1:])
+        one, two = mine.tensor(shape, a.dtype), other.tensor(shape, a.dtype)
+        shards.read(left, one, first)
+        shards.read(right, two, first)
+        if not torch.equal(one.view(torch.uint8), two.view(torch.uint8)):
+            return False
+    return True
+
+
+def to_hf(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    like: str | Path | None = None,
+    family: str | None = None,
+    vocab_size: int | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress = _silent,
+) -> Family:
+    """Convert a checkpoint of a `HybridModel` into a directory that transformers loads.
+
+    Args:
+        source: A checkpoint directory (then its newest complete step), or a step in it.
+        destination: A new directory.
+        like: Where configuration and tokenizer come from, a Hugging Face directory or a checkpoint converted from one;
+            by default what was kept beside the checkpoint.
+        family: The class it is to be; by default that of `like`, or the first that can express the model.
+        vocab_size: Words without padding; by default those of `like`.
+        dtype: The type of the weights; the one they have by default.
+        shard_bytes: Bytes of a file.
+        progress: Called with the bytes written, and those to write in all.
+
+    Returns:
+        The family.
+
+    Raises:
+        CheckpointError: The source is missing or damaged, the family cannot express it, or the destination exists.
+    """
+    destination = Path(destination)
+    refuse_existing(destination)
+    reader = Reader(source)
+    arch = layout.architecture(reader.step.path)
+    check_shapes(arch, reader.shapes)
+    folder = companions.find(like) if like is not None else companions.beside(reader.step.path)
+    config = companions.read_config(folder) if folder else {}
+    arch = replace(arch, vocab_size=_words(arch, config, vocab_size))
+    chosen = _family(arch, config, family)
+    if config and families.of_config(config) != chosen:
+        config = {}
+    types = {key: dtype_ for key, (_, dtype_) in layout.tensors(reader.step.path).items()}
+    written = chosen.write(arch, config)
+    written = _with_type(written, config, _type(axes.EMBEDDING, types[axes.EMBEDDING], dtype))
+    pieces = chosen.pieces(arch)
+    sources: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        sources.setdefault(piece.theirs, []).append(piece)
+    targets = {
+        name: (shape, _type(name, types[sources[name][0].ours], dtype))
+        for name, shape in _their_shapes(arch, pieces).items()
+    }
+    total = sum(torch.empty(shape, dtype=kind, device="meta").nbytes for shape, kind in targets.values())
+    latest, whole, done = _Latest(reader), Scratch(), 0
+    with fresh_directory(destination) as directory:
+        with writing_shards(directory, targets, shard_bytes) as writer:
+            for name, own in sources.items():
+                tensor = _assembled(targets[name], own, latest, whole)
+                writer.write(name, tensor)
+                done += tensor.nbytes
+                progress(done, total)
+        if folder:
+            companions.copy(companions.files(folder), directory)
+        if written != config:
+            (directory / companions.CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        facts = _facts(arch, chosen) | companions.provenance(reader.step.path)
+        (directory / companions.CARD).write_text(companions.card(destination.name, facts), encoding="utf-8")
+    return chosen
+
+
+def _assembled(
+    target: tuple[tuple[int, ...], torch.dtype], pieces: list[Piece], latest: "_Latest", whole: Scratch
+) -> Tensor:
+    """A tensor of theirs: where it was read, if it lies there in one piece, or else put together in `whole`."""
+    shape, dtype = target
+    only = pieces[0].view(latest.read(pieces[0].ours))
+    if len(pieces) == 1 and only.is_contiguous() and only.dtype == dtype:
+        return only.view(shape)
+    tensor = whole.tensor(shape, dtype)
+    for piece in pieces:
+        view = piece.view(latest.read(piece.ours))
+        tensor[piece.first : piece.stop].view(view.shape).copy_(view)
+    return tensor
+
+
+class _Latest:
+    """Reads weights, and the same one again without the disk: query, key and value are one weight of ours."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader, self._memory, self._key = reader, Scratch(), ""
+        self._tensor = torch.empty(0)
+
+    def read(self, key: str) -> Tensor:
+        """A weight, good until the next one."""
+        if key != self._key:
+            self._tensor, self._key = self._reader.read(key, self._memory), key
+        return self._tensor
+
+
+def _words(arch: Architecture, config: dict[str, Any], wanted: int | None) -> int:
+    if wanted is not None and not 1 <= wanted <= arch.vocab_size:
+        raise ConfigError("--vocab-size: the embedding has other rows", got=wanted, legal=f"1 to {arch.vocab_size}")
+    words = wanted or config.get("vocab_size") or arch.vocab_size
+    return min(int(words), arch.vocab_size)
+
+
+def _family(arch: Architecture, config: dict[str, Any], name: str | None) -> Family:
+    if name is not None:
+        return families.named(name)
+    return families.of_config(config) if config else families.expressing(arch)
+
+
+def _with_type(written: dict[str, Any], config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The configuration with the type of the weights; as it was if that says so already, or says nothing."""
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    name = str(dtype).removeprefix("torch.")
+    if written.get(key) == name or (config and key not in config):
+        return written
+    return written | {key: name}
+
+
+def _facts(arch: Architecture, family: Family) -> dict[str, str]:
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("megatron-ext", "megatron-core", "torch")
+    )
+    return {
+        "class": family.name, "parameters": f"{arch.num_parameters():,}", "layers": f"`{arch.pattern}`",
+        "hidden size": f"{arch.hidden_size:,}", "versions": versions,
+    }  # fmt: skip

@@ -1,0 +1,96 @@
+"""`LlamaForCausalLM`: Llama 1 to 3.3 and whatever was built like them."""
+
+from typing import Any
+
+from megatron_ext.checkpoint.huggingface.family import Config, Family, Link, words
+from megatron_ext.checkpoint.huggingface.parts import half, key, query, value
+from megatron_ext.checkpoint.huggingface.settings import Always, Biases, Layers, Only, Rope, Same, Tied
+from megatron_ext.errors import CheckpointError
+from megatron_ext.models.config import Architecture
+
+EMBEDDINGS = [
+    Link("", "model.embed_tokens.weight", "embedding.word_embeddings.weight", words),
+    Link("", "lm_head.weight", "output_layer.weight", words),
+]
+FINAL_NORM = [Link("", "model.norm.weight", "decoder.final_norm.weight")]
+ATTENTION = [
+    Link("*", "input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+    Link("*", "self_attn.q_proj.weight", "self_attention.linear_qkv.weight", query),
+    Link("*", "self_attn.k_proj.weight", "self_attention.linear_qkv.weight", key),
+    Link("*", "self_attn.v_proj.weight", "self_attention.linear_qkv.weight", value),
+    Link("*", "self_attn.o_proj.weight", "self_attention.linear_proj.weight"),
+]
+QKV_BIAS = [
+    Link("*", "self_attn.q_proj.bias", "self_attention.linear_qkv.bias", query),
+    Link("*", "self_attn.k_proj.bias", "self_attention.linear_qkv.bias", key),
+    Link("*", "self_attn.v_proj.bias", "self_attention.linear_qkv.bias", value),
+]
+GATED_MLP = [
+    Link("-", "post_attention_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+    Link("-", "mlp.gate_proj.weight", "mlp.linear_fc1.weight", half(0)),
+    Link("-", "mlp.up_proj.weight", "mlp.linear_fc1.weight", half(1)),
+    Link("-", "mlp.down_proj.weight", "mlp.linear_fc2.weight"),
+]
+_BIASES = [
+    Link("*", "self_attn.o_proj.bias", "self_attention.linear_proj.bias"),
+    Link("-", "mlp.gate_proj.bias", "mlp.linear_fc1.bias", half(0)),
+    Link("-", "mlp.up_proj.bias", "mlp.linear_fc1.bias", half(1)),
+    Link("-", "mlp.down_proj.bias", "mlp.linear_fc2.bias"),
+]
+
+
+def heads_of(config: Config) -> int:
+    """Key/value heads where a configuration names none: as many as query heads."""
+    return config["num_attention_heads"]
+
+
+def head_dim(config: Config) -> int:
+    """Channels of a head where a configuration does not say."""
+    return config["hidden_size"] // config["num_attention_heads"]
+
+
+def sizes(context: int) -> list[Any]:
+    """Entries that Llama and its relatives share; `context` is `max_position_embeddings` where it is missing."""
+    return [
+        Layers("*-"),
+        Same("vocab_size", "vocab_size"),
+        Same("hidden_size", "hidden_size"),
+        Same("intermediate_size", "ffn_hidden_size"),
+        Same("num_attention_heads", "num_attention_heads"),
+        Same("num_key_value_heads", "num_query_groups", heads_of),
+        Same("head_dim", "kv_channels", head_dim),
+        Same("max_position_embeddings", "max_position_embeddings", context),
+    ]
+
+
+GATED = [
+    Same("rms_norm_eps", "norm_epsilon", 1e-6),
+    Only("hidden_act", "silu"),
+    Always(activation="silu", gated_linear_unit=True, normalization="RMSNorm"),
+]
+
+
+class _Divides:
+    """transformers insists that the hidden size divides by the number of heads, whatever `head_dim` says."""
+
+    def read(self, config: Config) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
+        """Nothing; refuses what transformers would."""
+        if arch.hidden_size % arch.num_attention_heads:
+            raise CheckpointError(
+                "LlamaForCausalLM needs a hidden size that divides by the number of heads",
+                got=f"hidden_size={arch.hidden_size}, num_attention_heads={arch.num_attention_heads}",
+                legal="MistralForCausalLM has no such condition: --hf-class MistralForCausalLM",
+            )
+        return {}
+
+
+LLAMA = Family(
+    "LlamaForCausalLM", "llama", "model.layers.{}", "*-",
+    [*EMBEDDINGS, *ATTENTION, *QKV_BIAS, *GATED_MLP, *_BIASES, *FINAL_NORM],
+    [*sizes(2048), *GATED, Rope(), Tied(), Biases(("attention_bias", "mlp_bias")),
+     _Divides()],
+)  # fmt: skip

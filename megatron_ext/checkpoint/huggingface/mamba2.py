@@ -1,0 +1,125 @@
+"""`Mamba2ForCausalLM`: pure Mamba-2, as transformers has it."""
+
+from collections.abc import Callable
+from math import inf
+from typing import Any
+
+from megatron_ext.checkpoint.huggingface.family import Config, Family, Link, words
+from megatron_ext.checkpoint.huggingface.settings import Always, Layers, Only, Same, Tied, told
+from megatron_ext.errors import CheckpointError
+from megatron_ext.models.config import CONV_KERNEL, Architecture
+
+
+def _before(*names: str) -> Callable[[Architecture], int]:
+    """Rows of these parts of the input projection or the convolution."""
+
+    def rows(arch: Architecture) -> int:
+        states = arch.mamba_num_groups * arch.mamba_state_dim
+        sizes = {"z": arch.mamba_inner_size, "x": arch.mamba_inner_size, "B": states, "C": states}
+        return sum(sizes[name] for name in names)
+
+    return rows
+
+
+MIXER = [
+    Link("M", "norm.weight", "mixer.in_proj.layer_norm_weight"),
+    Link("M", "mixer.in_proj.weight", "mixer.in_proj.weight.z"),
+    Link("M", "mixer.in_proj.weight", "mixer.in_proj.weight.x", before=_before("z")),
+    Link("M", "mixer.in_proj.weight", "mixer.in_proj.weight.B", before=_before("z", "x")),
+    Link("M", "mixer.in_proj.weight", "mixer.in_proj.weight.C", before=_before("z", "x", "B")),
+    Link("M", "mixer.in_proj.weight", "mixer.in_proj.weight.dt", before=_before("z", "x", "B", "C")),
+    Link("M", "mixer.conv1d.weight", "mixer.conv1d.weight.x"),
+    Link("M", "mixer.conv1d.weight", "mixer.conv1d.weight.B", before=_before("x")),
+    Link("M", "mixer.conv1d.weight", "mixer.conv1d.weight.C", before=_before("x", "B")),
+    Link("M", "mixer.conv1d.bias", "mixer.conv1d.bias.x"),
+    Link("M", "mixer.conv1d.bias", "mixer.conv1d.bias.B", before=_before("x")),
+    Link("M", "mixer.conv1d.bias", "mixer.conv1d.bias.C", before=_before("x", "B")),
+    Link("M", "mixer.dt_bias", "mixer.dt_bias"),
+    Link("M", "mixer.A_log", "mixer.A_log"),
+    Link("M", "mixer.D", "mixer.D"),
+    Link("M", "mixer.norm.weight", "mixer.norm.weight"),
+    Link("M", "mixer.out_proj.weight", "mixer.out_proj.weight"),
+]
+OUTER = [
+    Link("", "backbone.embeddings.weight", "embedding.word_embeddings.weight", words),
+    Link("", "backbone.norm_f.weight", "decoder.final_norm.weight"),
+    Link("", "lm_head.weight", "output_layer.weight", words),
+]
+
+
+class _Expand:
+    """The inner width is a whole multiple of the hidden size."""
+
+    def read(self, config: Config) -> dict[str, Any]:
+        """Nothing; the heads say it."""
+        inner, heads = told(config, "expand", 2) * config["hidden_size"], told(config, "num_heads", 128)
+        if inner != heads * told(config, "head_dim", 64):
+            raise CheckpointError(
+                "config.json: expand * hidden_size is not num_heads * head_dim",
+                got=f"{inner} and {heads * told(config, 'head_dim', 64)}",
+            )
+        return {}
+
+    def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
+        """`expand`, and the rank that transformers derives from the hidden size."""
+        if arch.mamba_inner_size % arch.hidden_size:
+            raise CheckpointError(
+                "Mamba2ForCausalLM needs an inner width that is a whole multiple of the hidden size",
+                got=f"{arch.mamba_inner_size} (heads * channels) and {arch.hidden_size}",
+                legal="NemotronHForCausalLM has no such condition: --hf-class NemotronHForCausalLM",
+            )
+        entries = {"expand": arch.mamba_inner_size // arch.hidden_size}
+        return entries | ({"time_step_rank": -(-arch.hidden_size // 16)} if "time_step_rank" in like else {})
+
+
+class NoLimit:
+    """The step of the recurrence is not clamped."""
+
+    def read(self, config: Config) -> dict[str, Any]:
+        """Nothing, but refuses a limit."""
+        limit = config.get("time_step_limit") or (0.0, inf)
+        low, high = (float(end["__float__"]) if isinstance(end, dict) else float(end) for end in limit)
+        if low > 0 or high != inf:
+            raise CheckpointError("config.json: 'time_step_limit' is not supported", got=limit, legal="[0.0, Infinity]")
+        return {}
+
+    def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
+        """Nothing; it is transformers' own default."""
+        return {}
+
+
+MIXER_SETTINGS: list[Any] = [
+    Same("layer_norm_epsilon", "norm_epsilon", 1e-5),
+    # Megatron's norm inside the mixer has no other
+    Only("layer_norm_epsilon", 1e-5),
+    Only("conv_kernel", CONV_KERNEL),
+    Only("use_bias", False),
+    Only("use_conv_bias", True),
+    NoLimit(),
+    Same("n_groups", "mamba_num_groups", 8),
+    Always(normalization="RMSNorm"),
+]
+
+
+class _Heads:
+    """Attention heads of a model without attention: what Megatron wants to divide by the tensor parallel size."""
+
+    def read(self, config: Config) -> dict[str, Any]:
+        """As many as there are groups."""
+        groups = told(config, "n_groups", 8)
+        return {"num_attention_heads": groups, "num_query_groups": groups}
+
+    def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+
+MAMBA2 = Family(
+    "Mamba2ForCausalLM", "mamba2", "backbone.layers.{}", "M",
+    [*OUTER, *MIXER],
+    [Layers("M", default=64), Same("vocab_size", "vocab_size"), Same("hidden_size", "hidden_size"),
+     Same("num_heads", "mamba_num_heads", 128), Same("head_dim", "mamba_head_dim", 64),
+     Same("state_size", "mamba_state_dim", 128), *MIXER_SETTINGS, Only("hidden_act", "silu"), Tied(), _Expand(),
+     _Heads(), Always(max_position_embeddings=2**20, position_embedding_type="none", add_bias_linear=False)],
+    free=("max_position_embeddings",),
+)  # fmt: skip

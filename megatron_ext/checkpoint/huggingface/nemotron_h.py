@@ -1,0 +1,119 @@
+"""`NemotronHForCausalLM`: Nemotron-H and Nemotron 3, hybrids of Mamba-2, attention, MLPs and mixtures of experts."""
+
+from typing import Any
+
+from megatron_ext.checkpoint.huggingface.family import Config, Family, Link
+from megatron_ext.checkpoint.huggingface.mamba2 import MIXER, MIXER_SETTINGS, OUTER
+from megatron_ext.checkpoint.huggingface.parts import key, query, value
+from megatron_ext.checkpoint.huggingface.settings import Always, Only, Same, Tied
+from megatron_ext.errors import CheckpointError
+from megatron_ext.models.config import Architecture
+from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
+
+_WORDS = {MAMBA: "linear_attention", ATTENTION: "full_attention", MLP: "mlp", MOE: "moe"}
+_UNITS = {word: unit for unit, word in _WORDS.items()} | {"mamba": MAMBA, "attention": ATTENTION}
+
+_ATTENTION = [
+    Link("*", "norm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+    Link("*", "mixer.q_proj.weight", "self_attention.linear_qkv.weight", query),
+    Link("*", "mixer.k_proj.weight", "self_attention.linear_qkv.weight", key),
+    Link("*", "mixer.v_proj.weight", "self_attention.linear_qkv.weight", value),
+    Link("*", "mixer.o_proj.weight", "self_attention.linear_proj.weight"),
+]
+_MLP = [
+    Link("-", "norm.weight", "mlp.linear_fc1.layer_norm_weight"),
+    Link("-", "mixer.up_proj.weight", "mlp.linear_fc1.weight"),
+    Link("-", "mixer.down_proj.weight", "mlp.linear_fc2.weight"),
+]
+_EXPERTS = [
+    Link("E", "norm.weight", "pre_mlp_layernorm.weight"),
+    Link("E", "mixer.gate.weight", "mlp.router.weight"),
+    Link("E", "mixer.gate.e_score_correction_bias", "mlp.router.expert_bias"),
+    Link("E", "mixer.experts.{expert}.up_proj.weight", "mlp.experts.experts.linear_fc1.weight"),
+    Link("E", "mixer.experts.{expert}.down_proj.weight", "mlp.experts.experts.linear_fc2.weight"),
+    Link("E", "mixer.shared_experts.up_proj.weight", "mlp.shared_experts.linear_fc1.weight"),
+    Link("E", "mixer.shared_experts.down_proj.weight", "mlp.shared_experts.linear_fc2.weight"),
+]
+
+
+def _head_dim(config: Config) -> int:
+    """Channels of an attention head, under the name that the first of these models gave them."""
+    return config.get("attention_head_dim", 128)
+
+
+class _Pattern:
+    """The layer pattern: a list in transformers' own configuration, a string in those that came with their code."""
+
+    def read(self, config: Config) -> dict[str, Any]:
+        """The pattern."""
+        words, text = config.get("layers_block_type"), config.get("hybrid_override_pattern")
+        if words:
+            if unknown := sorted(set(words) - set(_UNITS)):
+                raise CheckpointError(
+                    "config.json: unknown kinds of layer", got=", ".join(unknown), legal=", ".join(_UNITS)
+                )
+            return {"pattern": "".join(_UNITS[word] for word in words)}
+        if not text:
+            raise CheckpointError("config.json has neither 'layers_block_type' nor 'hybrid_override_pattern'")
+        return {"pattern": text}
+
+    def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
+        """The pattern, in the form that `like` has, or else in both."""
+        entries: dict[str, Any] = {
+            "layers_block_type": [_WORDS[unit] for unit in arch.pattern],
+            "hybrid_override_pattern": arch.pattern,
+            "num_hidden_layers": len(arch.pattern),
+        }
+        known = {name: entry for name, entry in entries.items() if name in like}
+        return known or {"layers_block_type": entries["layers_block_type"]}
+
+
+class _Mixture:
+    """The experts, where the pattern has some."""
+
+    SAME = (
+        Same("n_routed_experts", "num_experts", 8),
+        Same("moe_intermediate_size", "moe_ffn_hidden_size", 7688),
+        Same("moe_shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", 7688),
+        Same("num_experts_per_tok", "moe_router_topk", 2),
+    )
+    ONLY = (
+        Only("moe_latent_size", None), Only("n_group", 1), Only("topk_group", 1), Only("norm_topk_prob", True),
+        Only("n_shared_experts", 1), Only("num_nextn_predict_layers", 0),
+    )  # fmt: skip
+
+    def read(self, config: Config) -> dict[str, Any]:
+        """The fields."""
+        if MOE not in _Pattern().read(config)["pattern"]:
+            return {}
+        fields: dict[str, Any] = {
+            "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
+            "moe_router_topk_scaling_factor": float(config.get("routed_scaling_factor", 1.0)),
+        }  # fmt: skip
+        for setting in (*self.SAME, *self.ONLY):
+            fields |= setting.read(config)
+        return fields
+
+    def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
+        """The entries."""
+        if MOE not in arch.pattern:
+            return {}
+        entries: dict[str, Any] = {"routed_scaling_factor": arch.moe_router_topk_scaling_factor or 1.0}
+        for setting in (*self.SAME, *self.ONLY):
+            entries |= setting.write(arch, like)
+        return entries
+
+
+NEMOTRON_H = Family(
+    "NemotronHForCausalLM", "nemotron_h", "backbone.layers.{}", "",
+    [*OUTER, *MIXER, *_ATTENTION, *_MLP, *_EXPERTS],
+    [_Pattern(), Same("vocab_size", "vocab_size", 131_072), Same("hidden_size", "hidden_size", 4096),
+     Same("intermediate_size", "ffn_hidden_size", 21_504), Same("num_attention_heads", "num_attention_heads", 32),
+     Same("num_key_value_heads", "num_query_groups", 8), Same("head_dim", "kv_channels", _head_dim),
+     Same("max_position_embeddings", "max_position_embeddings", 4096),
+     Same("mamba_num_heads", "mamba_num_heads", 128), Same("mamba_head_dim", "mamba_head_dim", 64),
+     Same("ssm_state_size", "mamba_state_dim", 128), *MIXER_SETTINGS,
+     Only("mlp_hidden_act", "relu2"), Only("mamba_hidden_act", "silu"), Only("mamba_proj_bias", False),
+     Only("attention_bias", False), Only("sliding_window", None), Only("mlp_bias", False), _Mixture(), Tied(),
+     Always(activation="squared_relu", gated_linear_unit=False, position_embedding_type="none")],
+)  # fmt: skip

@@ -1,0 +1,182 @@
+"""The kinds of entries that a `config.json` has. See `family.Setting`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ext.checkpoint.huggingface.family import Config
+from megatron_ext.errors import CheckpointError
+from megatron_ext.models.config import Architecture
+
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def told(config: Config, name: str, default: Any = None) -> Any:
+    """An entry; the default, or what it makes of the configuration, where it is missing or null.
+
+    Raises:
+        CheckpointError: There is neither.
+    """
+    value = config.get(name)
+    if value is None:
+        value = default(config) if callable(default) else default
+    if value is None:
+        raise CheckpointError(f"config.json has no {name!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class Same:
+    """An entry that is a field of ours under another name; `default` is transformers' own where it is missing."""
+
+    theirs: str
+    ours: str
+    default: Any | Callable[[Config], Any] = None
+
+    def read(self, config: Config) -> dict[str, Any]:
+        """The field."""
+        return {self.ours: told(config, self.theirs, self.default)}
+
+    def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
+        """The entry."""
+        return {self.theirs: getattr(arch, self.ours)}
+
+
+class Only:
+    """An entry of which our models know these values only; the first is written."""
+
+    def __init__(self, theirs: str, *legal: Any) -> None:
+        self.theirs, self.legal = theirs, legal
+
+    def read(self, config: Config) -> dict[str, Any]:
+        """Nothing, but refuses other values."""
+        value = config.get(self.theirs, self.legal[0])
+        if value not in self.legal:
+            raise CheckpointError(
+                f"config.json: {self.theirs!r} is not supported",
+                got=repr(value),
+                legal=" or ".join(map(repr, self.legal)),
+            )
+        return {}
+
+    def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
+        """The entry as it was, or the first value."""
+        return {self.theirs: like.get(self.theirs, self.legal[0])}
+
+
+class Always:
+    """Fields of ours that a family has no entry for, because they are always so."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.fields = fields
+
+    def read(self, config: Config) -> dict[str, Any]:
+        """The fields."""
+        return dict(self.fields)
+
+    def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The number of their layers, each of these sub-layers."""
+
+    block: str
+    theirs: str = "num_hidden_layers"
+    default: int | None = None
+
+    def read(self, config: Config) -> dict[str, Any]:
+        """The pattern."""
+        return {"pattern": self.block * told(config, self.theirs, self.default)}
+
+    def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
+        """Their number."""
+        return {self.theirs: len(arch.pattern) // len(self.block)}
+
+
+@dataclass(frozen=True)
+class Tied:
+    """Whether the output layer is the word embedding."""
+
+    default: bool = False
+
+    def read(self, config: Config) -> dict[str, Any]:
+        """The field."""
+        return {"untie_embeddings_and_output_weights": not told(config, "tie_word_embeddings", self.default)}
+
+    def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
+        """The entry."""
+        return {"tie_word_embeddings": not arch.untie_embeddings_and_output_weights}
+
+
+@dataclass(frozen=True)
+class Biases:
+    """Entries that each give biases to some linear layers; we can have all or none."""
+
+    names: Sequence[str]
+
+    def read(self, config: Config) -> dict[str, Any]:
+        """The field."""
+        values = {name: bool(config.get(name, False)) for name in self.names}
+        if len(set(values.values())) > 1:
+            raise CheckpointError(
+                "config.json: biases in some linear layers only", got=values, legal=f"{' and '.join(self.names)} alike"
+            )
+        return {"add_bias_linear": all(values.values())}
+
+    def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
+        """The entries."""
+        return dict.fromkeys(self.names, arch.add_bias_linear)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions: base, share of the channels (its default where missing), Llama 3.1's scaling.
+
+    transformers 5 keeps them in `rope_parameters`, versions before in `rope_theta`, `rope_scaling` and
+    `partial_rotary_factor`; what all versions read is written, unless the model was saved by the new one.
+    """
+
+    percent: float = 1.0
+
+    def read(self, config: Config) -> dict[str, Any]:
+        """The fields."""
+        rope = {"rope_theta": config.get("rope_theta"), "partial_rotary_factor": config.get("partial_rotary_factor")}
+        for name in ("rope_scaling", "rope_parameters"):
+            rope |= {key: value for key, value in (config.get(name) or {}).items() if value is not None}
+        base = float(rope["rope_theta"] or 10000.0)
+        if base != int(base):
+            raise CheckpointError("config.json: the RoPE base must be a whole number", got=base)
+        percent = rope["partial_rotary_factor"]
+        return {
+            "position_embedding_type": "rope", "rotary_base": int(base),
+            "rotary_percent": self.percent if percent is None else percent, "rope_scaling_factor": self._factor(rope),
+        }  # fmt: skip
+
+    @staticmethod
+    def _factor(rope: dict[str, Any]) -> float | None:
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind == "default":
+            return None
+        got = {name: rope.get(name) for name in _LLAMA3}
+        if kind != "llama3" or got != _LLAMA3:
+            raise CheckpointError(
+                "config.json: this RoPE scaling is not supported", got={"rope_type": kind} | got,
+                legal=f"none, or llama3 with {_LLAMA3}, as Llama 3.1, 3.2 and 3.3 have it",
+            )  # fmt: skip
+        return float(rope["factor"])
+
+    def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
+        """The entries."""
+        if arch.position_embedding_type != "rope":
+            raise CheckpointError("the family has rotary positions, the model has none")
+        base: dict[str, Any] = {"rope_theta": float(arch.rotary_base)}
+        part = {"partial_rotary_factor": arch.rotary_percent} if self.percent != 1 or arch.rotary_percent != 1 else {}
+        scaling: dict[str, Any] = {"rope_type": "default"}
+        if arch.rope_scaling_factor is not None:
+            scaling = {"rope_type": "llama3", "factor": arch.rope_scaling_factor, **_LLAMA3}
+        if "rope_parameters" in like:
+            return {"rope_parameters": base | part | scaling}
+        return base | part | {"rope_scaling": None if arch.rope_scaling_factor is None else scaling}

@@ -1,0 +1,133 @@
+"""A converted model says what the original says, on any layout, and converted back it is the original."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed.runner import run_ranks
+from hf_models import MODELS, SEQUENCE, make, tokens
+from random_models import random_scores
+from torch import Tensor
+
+from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.huggingface.convert import to_hf, to_megatron
+from megatron_ext.checkpoint.huggingface.shards import Shards
+from megatron_ext.pruning.apply import apply
+from megatron_ext.pruning.budget import Targets
+from megatron_ext.pruning.select import make_plan
+from megatron_ext.training.convert import hf_logits
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """A folder with `NAME` and, converted, `NAME-megatron`; and the logits of transformers' models."""
+    path = tmp_path_factory.mktemp("convert")
+    logits = {name: make(name, path / name) for name in MODELS}
+    for name in MODELS:
+        to_megatron(path / name, path / f"{name}-megatron")
+    for name, targets in PRUNED.items():
+        small = path / f"{name}-pruned"
+        prune(path / f"{name}-megatron", path / f"{name}-pruned-megatron", targets)
+        to_hf(path / f"{name}-pruned-megatron", small)
+        logits[small.name] = hf_logits(small, [tokens()])[0]
+    return path, logits
+
+
+PRUNED = {
+    "llama3": Targets(hidden_size=16, ffn_hidden_size=24, num_query_groups=1, num_layers=1),
+    "qwen3": Targets(hidden_size=24, num_attention_heads=2),
+    "mamba2": Targets(hidden_size=16, mamba_num_heads=4, mamba_state_dim=8, num_layers=1),
+    "nemotron-h": Targets(hidden_size=24, mamba_head_dim=4, num_sublayers=3),
+    "nemotron-h-experts": Targets(num_experts=3, moe_ffn_hidden_size=16, moe_shared_expert_intermediate_size=16),
+}
+
+
+def prune(source: Path, destination: Path, targets: Targets) -> None:
+    arch = layout.architecture(layout.find(source).path)
+    apply(make_plan(random_scores(arch), arch, targets), source, destination)
+
+
+def logits_of(folder: str, names: list[str], tp: int, pp: int, port: int) -> dict[str, Tensor]:
+    """Logits of Megatron's models, whole, on the ranks of the last pipeline stage."""
+    rank = dist.get_rank()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(tp * pp)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    from megatron_ext.checkpoint.resume import architecture_on_disk
+    from megatron_ext.training.convert import JOB
+    from megatron_ext.training.launch import launch
+
+    paths = {name: Path(folder) / f"{name}-megatron" for name in names}
+    flags = ["--load", str(paths[names[0]]), "--seq-length", str(SEQUENCE), "--global-batch-size", "1"]
+    flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "1"]
+    flags += ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
+    started = launch(JOB, flags)
+    from megatron_ext.training.evaluate import load_model, load_other
+
+    found = {}
+    for name, path in paths.items():
+        if name == names[0]:
+            (model,) = load_model(started)
+        else:
+            _, (model,) = load_other(started, architecture_on_disk(path), path)
+        logits = through_the_stages(model, rank, pp)
+        if logits is not None and tp > 1:
+            parts = [torch.empty_like(logits) for _ in range(tp)]
+            dist.all_gather(parts, logits.contiguous())
+            logits = torch.cat(parts, dim=-1)
+        if logits is not None:
+            found[name] = logits
+    return found
+
+
+@torch.no_grad()
+def through_the_stages(model: Any, rank: int, pp: int) -> Tensor | None:
+    from megatron.core.utils import unwrap_model
+
+    positions = torch.arange(SEQUENCE)[None].expand(2, -1)
+    if pp > 1 and rank == 1:
+        hidden = torch.empty(SEQUENCE, 2, 32)
+        dist.recv(hidden, 0)
+        unwrap_model(model).set_input_tensor(hidden)
+    output = model(tokens(), positions, None)
+    if pp > 1 and rank == 0:
+        dist.send(output.contiguous(), 1)
+        return None
+    return output
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)], ids=["alone", "tp2", "pp2"])
+def test_logits_are_those_of_transformers(models: tuple[Path, dict[str, Tensor]], tp: int, pp: int) -> None:
+    path, expected = models
+    names = [*expected] if tp * pp == 1 else [name for name in MODELS if "experts" not in name]
+    found = run_ranks(logits_of, tp * pp, str(path), names, tp, pp, free_port())[-1]
+    for name in names:
+        difference = float((found[name] - expected[name]).abs().max())
+        print(f"{name}: {difference:.1e} of {float(expected[name].abs().max()):.1f}")
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=2e-5, msg=f"{name}: {difference:.1e}")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back_is_bit_identical(models: tuple[Path, dict[str, Tensor]], tmp_path: Path, name: str) -> None:
+    path, _ = models
+    to_hf(path / f"{name}-megatron", tmp_path / "back", shard_bytes=30_000)
+    assert (tmp_path / "back" / "config.json").read_bytes() == (path / name / "config.json").read_bytes()
+    old, new = Shards(path / name), Shards(tmp_path / "back")
+    assert old.entries.keys() == new.entries.keys()
+    for key, entry in old.entries.items():
+        assert (entry.shape, entry.dtype) == (new.entries[key].shape, new.entries[key].dtype)
+        left, right = torch.empty(entry.shape), torch.empty(entry.shape)
+        old.read(key, left)
+        new.read(key, right)
+        assert torch.equal(left, right), key

@@ -1,0 +1,42 @@
+"""From Hugging Face into training and back: the programs load what was converted, and what they save is converted."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import make
+from workspace import TRAIN, Workspace
+
+from megatron_ext.checkpoint.huggingface.convert import to_megatron
+from megatron_ext.checkpoint.huggingface.shards import Shards
+
+
+def convert(workspace: Workspace, *words: str) -> str:
+    command = [str(Path(sys.executable).parent / "megatron-ext"), "convert", *words]
+    done = subprocess.run(command, cwd=workspace.path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_converted_model_is_trained_on_two_ranks_and_converted_back(workspace: Workspace) -> None:
+    make("qwen3", workspace.path / "hf", vocab_size=512)
+    tokenizer = (workspace.path / "data" / "tokenizer" / "tokenizer.json").read_text()
+    (workspace.path / "hf" / "tokenizer.json").write_text(tokenizer)
+    to_megatron(workspace.path / "hf", workspace.path / "from-hf")
+    flags = ["--pretrained-checkpoint", "from-hf", "--save", "trained", "--train-iters", "2"]
+    layout = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+    workspace.run("pretrain_hybrid.py", *flags, *workspace.data, *TRAIN, *layout, ranks=2)
+    out = convert(workspace, "--from", "megatron", "--to", "hf", "trained", "back", "--like", "hf", "--verify")
+    assert "random tokens: largest difference" in out
+    assert "text: largest difference" in out
+    assert (workspace.path / "back" / "tokenizer.json").read_text() == tokenizer
+    assert (workspace.path / "back" / "config.json").read_bytes() == (workspace.path / "hf/config.json").read_bytes()
+    assert "tokens in the last run" in (workspace.path / "back" / "README.md").read_text()
+    name = "model.layers.0.self_attn.q_norm.weight"
+    before, after = torch.empty(16), torch.empty(16)
+    Shards(workspace.path / "hf").read(name, before)
+    Shards(workspace.path / "back").read(name, after)
+    assert 0 < float((before - after).abs().max()) < 0.1

@@ -1,0 +1,74 @@
+"""Tiny models of transformers, one or more for each family that is converted, with random weights everywhere."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SEQUENCE = 24
+_ATTENTION: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 48, "max_position_embeddings": 64,
+}  # fmt: skip
+_LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+_HYBRID: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "intermediate_size": 48, "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+
+# Name: class, configuration. What differs between models of a family is spread over them.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama3": ("Llama", _ATTENTION | {"rope_parameters": _LLAMA3, "max_position_embeddings": 131_072, "head_dim": 16}),
+    "llama-biases": (
+        "Llama",
+        _ATTENTION | {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "mistral": ("Mistral", _ATTENTION | {"sliding_window": None, "head_dim": 24, "num_attention_heads": 6}),
+    "qwen2": ("Qwen2", _ATTENTION | {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", _ATTENTION | {"head_dim": 16}),
+    "nemotron": ("Nemotron", _ATTENTION | {"head_dim": 16}),
+    "mamba2": (
+        "Mamba2",
+        {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 16,
+         "n_groups": 2, "tie_word_embeddings": True},
+    ),
+    "nemotron-h": (
+        "NemotronH",
+        _HYBRID | {"layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp", "linear_attention"]},
+    ),
+    "nemotron-h-experts": (
+        "NemotronH",
+        _HYBRID | {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "n_routed_experts": 4,
+                   "moe_intermediate_size": 40, "moe_shared_expert_intermediate_size": 24, "num_experts_per_tok": 2,
+                   "routed_scaling_factor": 2.5},
+    ),
+}  # fmt: skip
+
+
+def tokens() -> Tensor:
+    """(2, s)."""
+    return torch.randint(96, (2, SEQUENCE), generator=torch.Generator().manual_seed(8))
+
+
+def make(name: str, path: Path, shard_size: str = "40KB", **changes: Any) -> Tensor:
+    """Save a model, every weight of it random, in several shards; returns its logits (b, s, v) of `tokens`."""
+    import transformers
+
+    family, config = MODELS[name]
+    made = getattr(transformers, f"{family}Config")(**config | changes)
+    model = getattr(transformers, f"{family}ForCausalLM")(made).eval()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for key, value in [*model.named_parameters(), *model.named_buffers()]:
+            noise = torch.randn(value.shape, generator=generator)
+            if "inv_freq" in key:
+                continue
+            value.copy_(noise * value.shape[-1] ** -0.5 if value.dim() > 1 else ("bias" not in key) + 0.2 * noise)
+        logits = model(tokens()).logits
+    model.save_pretrained(path, max_shard_size=shard_size)
+    return logits
