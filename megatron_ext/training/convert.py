@@ -127,8 +127,11 @@ def verify(hf: Path, megatron: Path, tolerance: float = TOLERANCE) -> float:
 
     Raises:
         CheckpointError: It is larger than the tolerance.
+        ConfigError: transformers does not know the layout.
     """
     config = companions.read_config(hf)
+    if "model_type" not in config:
+        raise ConfigError("--verify: transformers does not load this layout", got=hf, legal="a model of transformers'")
     context = config.get("max_position_embeddings", TOKENS)
     random = torch.randint(config["vocab_size"], (2, min(TOKENS, context)), generator=torch.Generator().manual_seed(0))
     inputs = {"random tokens": random}

@@ -118,6 +118,15 @@ def test_logits_are_those_of_transformers(models: tuple[Path, dict[str, Tensor]]
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=2e-5, msg=f"{name}: {difference:.1e}")
 
 
+@pytest.mark.parametrize("name", PRUNED)
+def test_pruned_models_generate(models: tuple[Path, dict[str, Tensor]], name: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(models[0] / f"{name}-pruned")
+    made = model.generate(tokens()[:, :5], max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert made.shape == (2, 9)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_there_and_back_is_bit_identical(models: tuple[Path, dict[str, Tensor]], tmp_path: Path, name: str) -> None:
     path, _ = models

@@ -16,6 +16,8 @@ from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.atomic import fresh_directory, refuse_existing
 from megatron_ext.checkpoint.huggingface import companions, families
 from megatron_ext.checkpoint.huggingface.family import Family, Piece, their_shape
+from megatron_ext.checkpoint.huggingface.pickled import NAME as PICKLED
+from megatron_ext.checkpoint.huggingface.pickled import Pickled
 from megatron_ext.checkpoint.huggingface.shards import SHARD_BYTES, Shards, writing_shards
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.scratch import Scratch
@@ -66,7 +68,7 @@ def to_megatron(
     told = family.read(config)
     arch = replace(told, vocab_size=-(-told.vocab_size // vocab_multiple) * vocab_multiple)
     pieces = family.pieces(told)
-    shards = Shards(source)
+    shards = _weights(source)
     _check_theirs(family, told, pieces, shards)
     shapes = axes.tensors(arch)
     types = {piece.ours: _type(piece.ours, shards.entries[piece.theirs].dtype, dtype) for piece in pieces}
@@ -87,7 +89,12 @@ def to_megatron(
     return arch
 
 
-def _read_theirs(shards: Shards, piece: Piece, place: Tensor, part: Scratch) -> None:
+def _weights(directory: Path) -> Shards | Pickled:
+    pickled = (directory / PICKLED).is_file() and not any(directory.glob("*.safetensors*"))
+    return Pickled(directory) if pickled else Shards(directory)
+
+
+def _read_theirs(shards: Shards | Pickled, piece: Piece, place: Tensor, part: Scratch) -> None:
     entry = shards.entries[piece.theirs]
     if place.is_contiguous() and entry.dtype == place.dtype:
         shards.read(piece.theirs, place, piece.first)
@@ -112,7 +119,7 @@ def _their_shapes(arch: Architecture, pieces: list[Piece]) -> dict[str, tuple[in
     return shapes
 
 
-def _check_theirs(family: Family, arch: Architecture, pieces: list[Piece], shards: Shards) -> None:
+def _check_theirs(family: Family, arch: Architecture, pieces: list[Piece], shards: Shards | Pickled) -> None:
     """Check that a directory holds exactly the tensors of a model, and parts of one weight in one type.
 
     Raises:
@@ -147,7 +154,7 @@ def _check_theirs(family: Family, arch: Architecture, pieces: list[Piece], shard
         )
 
 
-def _same_values(shards: Shards, left: str, right: str) -> bool:
+def _same_values(shards: Shards | Pickled, left: str, right: str) -> bool:
     a, b = shards.entries[left], shards.entries.get(right)
     if b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
@@ -265,8 +272,13 @@ class _Latest:
 def _words(arch: Architecture, config: dict[str, Any], wanted: int | None) -> int:
     if wanted is not None and not 1 <= wanted <= arch.vocab_size:
         raise ConfigError("--vocab-size: the embedding has other rows", got=wanted, legal=f"1 to {arch.vocab_size}")
-    words = wanted or config.get("vocab_size") or arch.vocab_size
-    return min(int(words), arch.vocab_size)
+    told = arch.vocab_size
+    if config:
+        try:
+            told = families.of_config(config).read(config).vocab_size
+        except CheckpointError:
+            told = int(config.get("vocab_size", told))
+    return min(wanted or told, arch.vocab_size)
 
 
 def _family(arch: Architecture, config: dict[str, Any], name: str | None) -> Family:

@@ -7,10 +7,13 @@ from megatron_ext.checkpoint.huggingface.mistral import MISTRAL
 from megatron_ext.checkpoint.huggingface.nemotron import NEMOTRON
 from megatron_ext.checkpoint.huggingface.nemotron_h import NEMOTRON_H
 from megatron_ext.checkpoint.huggingface.qwen import QWEN2, QWEN3
+from megatron_ext.checkpoint.huggingface.state_spaces import STATE_SPACES
 from megatron_ext.errors import CheckpointError, ConfigError, nearest
 from megatron_ext.models.config import Architecture
 
-FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, MAMBA2, NEMOTRON_H)}
+FAMILIES = {
+    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, MAMBA2, NEMOTRON_H, STATE_SPACES)
+}
 
 
 def named(name: str) -> Family:
@@ -30,7 +33,7 @@ def of_config(config: Config) -> Family:
     Raises:
         CheckpointError: It names none of ours.
     """
-    names = config.get("architectures") or []
+    names = config.get("architectures") or (["MambaLMHeadModel"] if "ssm_cfg" in config else [])
     if not names:
         names = [family.name for family in FAMILIES.values() if family.model_type == config.get("model_type")]
     for name in names:

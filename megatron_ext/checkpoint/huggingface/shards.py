@@ -55,7 +55,7 @@ class Shards:
             raise CheckpointError(
                 "no weights",
                 got=directory,
-                legal=f"{INDEX} with its shards, or {SINGLE} (pickled weights: convert first)",
+                legal=f"{INDEX} with its shards, {SINGLE} or pytorch_model.bin",
             )
         self.entries: dict[str, Entry] = {}
         for name in files:

@@ -292,6 +292,40 @@ def test_tied_embeddings_may_be_written_twice(tmp_path: Path) -> None:
         to_megatron(tmp_path / "hf", tmp_path / "no")
 
 
+def state_spaces(path: Path, source: Path, **ssm: Any) -> None:
+    """What mamba_ssm would have saved for a `Mamba2ForCausalLM` with tied embeddings."""
+    path.mkdir()
+    held = {name.replace("embeddings", "embedding"): tensor for name, tensor in tensors(source).items()}
+    held["lm_head.weight"] = held["backbone.embedding.weight"]
+    torch.save(held, path / "pytorch_model.bin")
+    mixer = {"layer": "Mamba2", "d_state": 4, "headdim": 8, "ngroups": 2} | ssm
+    config = {"d_model": 16, "n_layer": 2, "vocab_size": 37, "pad_vocab_size_multiple": 8, "tie_embeddings": True}
+    config |= {"rms_norm": True, "ssm_cfg": mixer}
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def test_mamba_ssms_own_layout(tmp_path: Path) -> None:
+    tied = replace(MAMBA, untie_embeddings_and_output_weights=False)
+    to_hf(checkpoint(tmp_path / "m", tied), tmp_path / "hf")
+    state_spaces(tmp_path / "ss", tmp_path / "hf")
+    to_megatron(tmp_path / "ss", tmp_path / "from-ss")
+    left, right = Reader(tmp_path / "m"), Reader(tmp_path / "from-ss")
+    assert left.shapes == right.shapes
+    assert all(torch.equal(left.read(key), right.read(key)) for key in left.shapes)
+    to_hf(tmp_path / "from-ss", tmp_path / "back")
+    assert (tmp_path / "back" / "config.json").read_bytes() == (tmp_path / "ss" / "config.json").read_bytes()
+    to_hf(tmp_path / "from-ss", tmp_path / "other", family="Mamba2ForCausalLM", vocab_size=40)
+    old, new = tensors(tmp_path / "hf"), tensors(tmp_path / "other")
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) for name in old)
+    state_spaces(tmp_path / "old", tmp_path / "hf", layer="Mamba1")
+    with pytest.raises(CheckpointError, match="'layer' is not supported"):
+        to_megatron(tmp_path / "old", tmp_path / "no")
+    (tmp_path / "ss" / "pytorch_model.bin").write_bytes(b"no pickle")
+    with pytest.raises(CheckpointError, match="damaged"):
+        to_megatron(tmp_path / "ss", tmp_path / "no")
+
+
 def test_old_and_new_configurations_say_the_same(hf: Path) -> None:
     config = json.loads((hf / "config.json").read_text())
     new = {name: value for name, value in config.items() if name not in ("rope_theta", "rope_scaling")}

@@ -44,6 +44,7 @@ MEGATRON = {
     "rope_scaling_factor": 8.0,
     "add_bias_linear": True,
     "add_qkv_bias": False,
+    "qk_layernorm": False,
     "untie_embeddings_and_output_weights": False,
     "padded_vocab_size": None,
     "vocab_size": None,
@@ -105,7 +106,14 @@ def test_flags_and_args_rebuild_every_preset(name):
 
 
 @pytest.mark.parametrize(
-    "change", [{"add_bias_linear": True}, {"add_qkv_bias": True}, {"norm_epsilon": 1e-6}, {"pattern": "-M*"}]
+    "change",
+    [
+        {"add_bias_linear": True},
+        {"add_qkv_bias": True},
+        {"qk_layernorm": True},
+        {"norm_epsilon": 1e-6},
+        {"pattern": "-M*"},
+    ],
 )
 def test_flags_rebuild_what_no_preset_has(change):
     arch = replace(TINY, **change)

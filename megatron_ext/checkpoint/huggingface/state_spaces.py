@@ -1,0 +1,88 @@
+"""`MambaLMHeadModel`: Mamba-2 in the layout of the state-spaces organisation, mamba_ssm's own."""
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from megatron_ext.checkpoint.huggingface.family import Config, Family
+from megatron_ext.checkpoint.huggingface.mamba2 import MIXER, OUTER
+from megatron_ext.checkpoint.huggingface.settings import Always, Layers, Only, Same
+from megatron_ext.errors import CheckpointError
+from megatron_ext.models.config import CONV_KERNEL, Architecture
+
+
+class _Mixer:
+    """`ssm_cfg`: the arguments of mamba_ssm's layer; those that are missing have its defaults."""
+
+    SAME: ClassVar = {
+        "d_state": ("mamba_state_dim", 128),
+        "headdim": ("mamba_head_dim", 64),
+        "ngroups": ("mamba_num_groups", 1),
+    }
+    ONLY: ClassVar[dict[str, Any]] = {
+        "layer": "Mamba2", "d_conv": CONV_KERNEL, "rmsnorm": True, "norm_before_gate": False, "bias": False,
+        "conv_bias": True, "d_ssm": None, "D_has_hdim": False,
+    }  # fmt: skip
+
+    def read(self, config: Config) -> dict[str, Any]:
+        """The fields."""
+        given = config["ssm_cfg"]
+        for name, legal in self.ONLY.items():
+            got = given.get(name, "Mamba1" if name == "layer" else legal)
+            if got != legal:
+                raise CheckpointError(
+                    f"config.json: ssm_cfg {name!r} is not supported", got=repr(got), legal=repr(legal)
+                )
+        fields = {ours: given.get(name, default) for name, (ours, default) in self.SAME.items()}
+        inner = given.get("expand", 2) * config["d_model"]
+        return fields | {
+            "mamba_num_heads": inner // fields["mamba_head_dim"], "num_attention_heads": fields["mamba_num_groups"],
+            "num_query_groups": fields["mamba_num_groups"],
+        }  # fmt: skip
+
+    def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
+        """The arguments that are not the defaults."""
+        if arch.mamba_inner_size % arch.hidden_size:
+            raise CheckpointError(
+                "MambaLMHeadModel needs an inner width that is a whole multiple of the hidden size",
+                got=f"{arch.mamba_inner_size} and {arch.hidden_size}",
+            )
+        values = {name: getattr(arch, ours) for name, (ours, _) in self.SAME.items()}
+        return {"ssm_cfg": {"layer": "Mamba2", **values, "expand": arch.mamba_inner_size // arch.hidden_size}}
+
+
+class _Vocabulary:
+    """The embedding has as many rows as the vocabulary, padded, needs."""
+
+    def read(self, config: Config) -> dict[str, Any]:
+        """The rows."""
+        multiple = config.get("pad_vocab_size_multiple", 8)
+        return {"vocab_size": -(-config["vocab_size"] // multiple) * multiple}
+
+    def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
+        """The rows, all of them words, unless the vocabulary is as it was."""
+        if "vocab_size" in like and self.read(like)["vocab_size"] == arch.vocab_size:
+            return {}
+        return {"vocab_size": arch.vocab_size, "pad_vocab_size_multiple": 1}
+
+
+class _Tied:
+    """Whether the output layer is the word embedding."""
+
+    def read(self, config: Config) -> dict[str, Any]:
+        """The field."""
+        return {"untie_embeddings_and_output_weights": not config.get("tie_embeddings", True)}
+
+    def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
+        """The entry."""
+        return {"tie_embeddings": not arch.untie_embeddings_and_output_weights}
+
+
+STATE_SPACES = Family(
+    "MambaLMHeadModel", "", "backbone.layers.{}", "M",
+    [*(replace(link, theirs=link.theirs.replace("embeddings", "embedding")) for link in OUTER), *MIXER],
+    [Layers("M", "n_layer", 64), Same("d_model", "hidden_size", 2560), _Vocabulary(), _Mixer(), _Tied(),
+     Only("rms_norm", True), Only("d_intermediate", 0), Only("attn_layer_idx", [], None),
+     Always(normalization="RMSNorm", norm_epsilon=1e-5, max_position_embeddings=2**20, position_embedding_type="none",
+            add_bias_linear=False)],
+    free=("max_position_embeddings",),
+)  # fmt: skip
