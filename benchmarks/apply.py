@@ -16,8 +16,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -25,8 +23,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
-from machine import describe
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_ext.checkpoint.reader import Reader
@@ -104,18 +102,14 @@ def child(what: str, plan: str, source: str, destination: str) -> None:
     if what == "apply":
         apply(loaded, source, destination)
     else:
-        subprocess.run(["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', source, destination], check=True)
+        machine.copy(source, destination)
     seconds = time.perf_counter() - started
-    status = Path("/proc/self/status").read_text()  # getrusage's maximum would include the parent's, from the fork
-    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    print(json.dumps([seconds, peak * 1024]))
+    print(json.dumps([seconds, machine.peak_memory()]))
 
 
 def run(what: str, plan: Path, source: Path, destination: Path) -> tuple[float, int, int]:
     """`child` in a new process: seconds, peak bytes, and bytes written."""
-    command = [sys.executable, __file__, "--child", what, str(plan), str(source), str(destination)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    seconds, peak = json.loads(done.stdout)
+    seconds, peak = machine.in_new_process(__file__, what, plan, source, destination)
     written = sum(path.stat().st_size for path in destination.rglob("*.distcp"))
     shutil.rmtree(destination)
     return seconds, peak, written
@@ -165,10 +159,10 @@ def main() -> None:
     if args.child:
         child(*args.child)
         return
-    machine = describe()
+    where = machine.describe()
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
         found = measure(Path(directory), args.gigabytes, args.repeats)
-    report = {"what": "plans applied, against cp", **machine, **found}
+    report = {"what": "plans applied, against cp", **where, **found}
     path = Path(__file__).parent / "results" / "apply.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(f"{found['bytes'] / 1e9:.1f} GB, largest tensor {found['largest_tensor'] / 1e6:.0f} MB")

@@ -15,8 +15,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -24,8 +22,8 @@ from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
-from machine import describe, write
 
 from megatron_ext.checkpoint.huggingface import families
 from megatron_ext.checkpoint.huggingface.convert import _their_shapes, to_hf, to_megatron
@@ -69,19 +67,15 @@ def child(what: str, source: str, destination: str) -> None:
     elif what == "to hf":
         to_hf(source, destination, shard_bytes=GIGABYTE)
     else:
-        subprocess.run(["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', source, destination], check=True)
+        machine.copy(source, destination)
     seconds = time.perf_counter() - started
-    status = Path("/proc/self/status").read_text()  # getrusage's maximum would include the parent's, from the fork
-    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    print(json.dumps([seconds, peak * 1024]))
+    print(json.dumps([seconds, machine.peak_memory()]))
 
 
 def run(what: str, source: Path, destination: Path) -> tuple[float, int]:
     """`child` in a new process: seconds and peak bytes. The destination is removed again."""
-    command = [sys.executable, __file__, "--child", what, str(source), str(destination)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    seconds, peak = machine.in_new_process(__file__, what, source, destination)
     shutil.rmtree(destination)
-    seconds, peak = json.loads(done.stdout)
     return seconds, peak
 
 
@@ -125,7 +119,7 @@ def main() -> None:
     if args.child:
         child(*args.child)
         return
-    machine = describe()
+    where = machine.describe()
     rows = []
     for name in MODELS:
         with tempfile.TemporaryDirectory(dir=args.directory) as directory:
@@ -140,8 +134,8 @@ def main() -> None:
         f"| {row['bar_bytes'] / 1e6:.0f} |"
         for row in rows
     ]
-    report = {"what": "conversion, against cp", **machine, "results": rows}
-    write(report, "convert", "\n".join(lines))
+    report = {"what": "conversion, against cp", **where, "results": rows}
+    machine.write(report, "convert", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def measure(name: str, size: tuple[int, int, int], repeats: int) -> dict[str, An
         _wait(device)
         seconds.append(time.perf_counter() - start)
         loss = float(value.detach())
-    peak = (torch.cuda.max_memory_allocated() if device == "cuda" else _peak()) - before
+    peak = (torch.cuda.max_memory_allocated() if device == "cuda" else machine.peak_memory()) - before
     return {"seconds": seconds[1:], "peak": peak, "loss": loss}
 
 
@@ -93,10 +93,6 @@ def _wait(device: str) -> None:
 def _resident() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:

@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,23 @@ def describe() -> dict[str, Any]:
         "versions": versions(),
         "commit": git_commit(),
     }
+
+
+def peak_memory() -> int:
+    """The most memory this process has held so far, bytes; getrusage's would include the parent's, from the fork."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def copy(source: str | Path, destination: str | Path) -> None:
+    """What writing a checkpoint is measured against: `cp` to the disk."""
+    subprocess.run(["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', str(source), str(destination)], check=True)
+
+
+def in_new_process(script: str, *arguments: str | Path) -> list[Any]:
+    """What `script --child ARGUMENTS` prints as JSON."""
+    command = [sys.executable, script, "--child", *map(str, arguments)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def write(report: dict[str, Any], name: str, text: str, folder: Path | None = None) -> None:

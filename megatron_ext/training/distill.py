@@ -43,6 +43,8 @@ def check(launch: Launch) -> Teacher:
     args, options = launch.args, launch.options["distill"]
     if options.teacher is None:
         raise ConfigError("--distill-teacher is missing", legal="the checkpoint directory of the teacher")
+    if getattr(args, "use_mup", False):  # it scales the logits, which the losses make themselves
+        raise ConfigError("distillation does not go with --use-mup")
     for share in (0.0, 1.0):
         objective = objective_at(options, share)
         objective.check(_tokens())
@@ -82,7 +84,8 @@ def distill(launch: Launch, teacher: Teacher) -> None:
     def hook(students: list[Any]) -> list[Any]:
         return with_teacher(students, teacher, launch.args, launch.architecture, now, _tokens())
 
-    mixed = (options.kd_weight, options.ce_weight) not in (("1.0", "0.0"), ("0.0", "1.0"))
+    weights = [(o.kd_weight, o.ce_weight) for o in (objective_at(options, 0.0), objective_at(options, 1.0))]
+    mixed = weights not in ([(1.0, 0.0)] * 2, [(0.0, 1.0)] * 2)
     run.train(launch, partial(forward_step, loss=partial(masked_sums, mixed)), hooks=(hook,))
 
 

@@ -90,6 +90,7 @@ def test_cross_entropy_alone_is_pretraining(workspace: Workspace, teacher: str, 
     only = ["--distill-teacher", teacher, "--distill-kd-weight", "0", "--distill-ce-weight", "1"]
     workspace.run("distill_gpt.py", *flags, *only, "--save", "cross-entropy")
     runs = [workspace.metrics(name) for name in ("pretrained", "cross-entropy")]
+    assert "total_loss" not in runs[1][0]  # it would be `loss` once more
     for key in ("loss", "grad_norm"):
         assert [step[key] for step in runs[1]] == pytest.approx([step[key] for step in runs[0]], rel=1e-6)
     assert runs[1][-1]["val_loss"] == pytest.approx(runs[0][-1]["val_loss"], rel=1e-6)
