@@ -84,6 +84,37 @@ def distillation_losses(
     return Losses(total, kd.view(labels.shape), ce.view(labels.shape), finite.view(labels.shape))
 
 
+class CrossEntropy(NamedTuple):
+    """Only `total` carries a gradient.
+
+    Attributes:
+        total: Sum over tokens, weighted by the mask.
+        ce: Per token, in nats.
+    """
+
+    total: Float[Tensor, ""]
+    ce: Float[Tensor, "s b"]
+
+
+def cross_entropy(
+    model: Head, labels: Int[Tensor, "s b"], mask: Float[Tensor, "s b"], vocabulary: Vocabulary
+) -> CrossEntropy:
+    """The cross entropy of a model with the next tokens, made as `distillation_losses` are; padding counts.
+
+    Args:
+        model: What its logits are made of.
+        labels: The next token, numbered over the whole vocabulary.
+        mask: The weight of each token.
+        vocabulary: This rank's columns.
+    """
+    gradient = torch.is_grad_enabled() and (model.hidden.requires_grad or model.weight.requires_grad)
+    alone = Objective(kd_weight=0.0, ce_weight=1.0)
+    total, _, ce, _ = _Distillation.apply(
+        model.hidden.flatten(0, 1), model.weight, None, labels.flatten(), mask.flatten(), alone, vocabulary, gradient
+    )
+    return CrossEntropy(total, ce.view(labels.shape))
+
+
 class _Distillation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, weight, teacher, labels, mask, objective, vocabulary, gradient):
@@ -93,7 +124,7 @@ class _Distillation(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if gradient else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if gradient else None
         step = min(n, max(1, CHUNK[hidden.device.type] // v))
-        buffers = [hidden.new_empty(step, v) for _ in range(1 if isinstance(teacher, TopK) else 2)]
+        buffers = [hidden.new_empty(step, v) for _ in range(2 if isinstance(teacher, Head) else 1)]
         for start in range(0, n, step):
             rows = slice(start, min(start + step, n))
             logits = torch.mm(hidden[rows], weight.T, out=buffers[0][: rows.stop - start])
@@ -118,10 +149,10 @@ class _Distillation(torch.autograd.Function):
         return d_hidden.mul_(scale), d_weight.mul_(scale).to(ctx.weight_type), *[None] * 6
 
 
-def _rows(teacher: Head | TopK, rows: slice, buffer: Float[Tensor, "c v"]) -> Float[Tensor, "n v"] | TopK:
+def _rows(teacher: Head | TopK | None, rows: slice, buffer: Float[Tensor, "c v"]) -> Float[Tensor, "n v"] | TopK | None:
     """The teacher's logits, or likeliest entries, of some tokens."""
-    if isinstance(teacher, TopK):
-        return teacher[rows]
+    if not isinstance(teacher, Head):
+        return None if teacher is None else teacher[rows]
     columns = teacher.weight.shape[0]
     out = buffer.view(-1)[: (rows.stop - rows.start) * columns].view(-1, columns)
     return torch.mm(teacher.hidden[rows], teacher.weight.T, out=out)
@@ -129,7 +160,7 @@ def _rows(teacher: Head | TopK, rows: slice, buffer: Float[Tensor, "c v"]) -> Fl
 
 def _compare(
     logits: Float[Tensor, "n v"],
-    target: Float[Tensor, "n u"] | TopK,
+    target: Float[Tensor, "n u"] | TopK | None,
     labels: Int[Tensor, " n"],
     mask: Float[Tensor, " n"],
     objective: Objective,
@@ -141,7 +172,7 @@ def _compare(
     step = max(1, SLICE[logits.device.type] // logits.shape[1])
     for start in range(0, n, step):
         rows = slice(start, start + step)
-        part = target[rows] if isinstance(target, TopK) else target[rows].float()
+        part = target[rows].float() if isinstance(target, Tensor) else target and target[rows]
         kd, ce, finite, slope = _slice(
             logits[rows].to(torch.float32, copy=True), part, labels[rows], objective, vocabulary, gradient
         )
@@ -154,7 +185,7 @@ def _compare(
 
 def _slice(
     logits: Float[Tensor, "n v"],
-    target: Float[Tensor, "n u"] | TopK,
+    target: Float[Tensor, "n u"] | TopK | None,
     labels: Int[Tensor, " n"],
     objective: Objective,
     vocabulary: Vocabulary,
@@ -165,6 +196,11 @@ def _slice(
     column, here = vocabulary.local(labels)
     column = column.unsqueeze(-1)
     (at_label,) = vocabulary.sum(torch.where(here, logits.gather(-1, column).squeeze(-1), 0))
+    if target is None:  # cross entropy alone
+        (whole,) = softmax(vocabulary, logits)
+        slope = whole.probability.scatter_add_(-1, column, -here.unsqueeze(-1).float()) if gradient else None
+        ce = whole.log_sum - at_label
+        return torch.zeros_like(ce), ce, torch.ones_like(ce, dtype=torch.bool), slope
     # At temperature 1 the cross entropy needs no sum of its own, but for that of the padding.
     shared = temperature == 1 and not objective.of_logits
     whole = softmax(vocabulary, logits.clone())[0] if not shared else None

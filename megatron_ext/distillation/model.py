@@ -1,12 +1,11 @@
-"""Student and teacher as one model chunk: one pipeline, in which only the student is trained and saved."""
+"""Student and teacher as one model chunk: one pipeline, of which only the student is Megatron's to train and save."""
 
-from argparse import Namespace
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
-from megatron.core import dist_checkpointing
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -15,56 +14,118 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_ext.distillation.losses import Head, Losses, distillation_losses
+from megatron_ext.distillation import states
+from megatron_ext.distillation.divergences import TopK
+from megatron_ext.distillation.losses import Head, distillation_losses
 from megatron_ext.distillation.objective import Objective
-from megatron_ext.distillation.teacher import Teacher
+from megatron_ext.distillation.projections import Balance, Projections
+from megatron_ext.distillation.states import DISTANCES, FINAL, STUDENT, TEACHER, Point, Route
+from megatron_ext.distillation.taps import Taps
 from megatron_ext.distillation.vocabulary import Vocabulary
 from megatron_ext.errors import CheckpointError
-from megatron_ext.models.builder import PatternModelBuilder, model_config
-from megatron_ext.models.config import Architecture
+
+
+class StepLosses(NamedTuple):
+    """The losses of a micro-batch on the last stage.
+
+    Attributes:
+        total: What is minimised, summed over tokens; the only one with a gradient.
+        parts: What to log, by name: each token's value.
+    """
+
+    total: Float[Tensor, ""]
+    parts: dict[str, Float[Tensor, "s b"]]
+
+
+class TeacherSide(Protocol):
+    """Where the teacher's states come from, on one stage."""
+
+    def run(self, arrived: dict[str, Tensor], inputs: tuple[Any, ...]) -> dict[str, Tensor]:
+        """The states that come to be on this stage, by name, from those that have arrived.
+
+        Args:
+            arrived: What the stage before handed on.
+            inputs: Tokens (b, s), their positions (b, s), and attention mask; None where a stage needs none.
+        """
+        ...
+
+    def target(self, found: dict[str, Tensor]) -> Head | TopK:
+        """On the last stage, what the student's logits are compared with."""
+        ...
+
+    def loss(
+        self, found: dict[str, Tensor], labels: Int[Tensor, "s b"], mask: Float[Tensor, "s b"]
+    ) -> StepLosses | None:
+        """The teacher's own loss on the last stage, if it is trained."""
+        ...
+
+
+@dataclass(frozen=True)
+class Matching:
+    """How intermediate states are matched.
+
+    Attributes:
+        route: Which ones, and where they meet.
+        distance: One of `states.DISTANCES`.
+        weight: Of their loss, at this moment; None for the one that balances it with the logits' loss.
+        projections: From the student's width to the teacher's.
+        balance: The balancing weight.
+    """
+
+    route: Route
+    distance: str
+    weight: Callable[[], float | None]
+    projections: Projections
+    balance: Balance
 
 
 class DistillationModel(MegatronModule):
     """One pipeline stage of a student with the same stage of its teacher beside it.
 
     To Megatron it is another of its wrappers: the student is `module`, and whatever is asked of the state is answered
-    by the student without a prefix, so that its checkpoint is a `HybridModel`'s. The teacher is not registered: it is
-    in no checkpoint, no optimizer and no gradient buffer, and always in evaluation mode.
+    by the student without a prefix, so that its checkpoint is a `HybridModel`'s. Teacher and projections are not
+    registered: they are in none of Megatron's checkpoints, optimizers and gradient buffers of the student.
 
-    Between stages travels `[student | teacher]`, concatenated over the hidden dimension.
+    Between stages travels what `Route.leaving` lists, side by side in the last dimension.
 
     Args:
         student: A chunk of the student.
-        teacher: The same chunk of the teacher, with its weights.
-        objective: What is compared, or a function that says so at this moment, for weights that change.
+        teacher: The teacher on this stage.
+        matching: Intermediate states.
+        objective: What is compared, at this moment.
         tokens: Entries of the vocabulary, without padding.
     """
 
     module: HybridModel
-    teacher: HybridModel
+    teacher: TeacherSide
 
     def __init__(
-        self, student: HybridModel, teacher: HybridModel, objective: Callable[[], Objective], tokens: int
+        self,
+        student: HybridModel,
+        teacher: TeacherSide,
+        matching: Matching,
+        objective: Callable[[], Objective],
+        tokens: int,
     ) -> None:
         super().__init__(student.config)
         self.module = student
         self.vp_stage, self.pg_collection = student.vp_stage, student.pg_collection
-        self.__dict__["teacher"] = teacher.requires_grad_(False).eval()  # past nn.Module's registration
-        self._objective, self._tokens = objective, tokens
+        self.teacher = teacher
+        self._matching, self._objective, self._tokens = matching, objective, tokens
+        self.stage = student.pg_collection.pp.rank() + student.pg_collection.pp.size() * (student.vp_stage or 0)
+        self._taps = Taps(student, matching.route.points(self.stage, STUDENT))
+        self._arrived: dict[str, Tensor] = {}
         if student.pg_collection.pp.size() > 1:
             # The stages tell each other the shapes, instead of taking the student's for granted.
             self.config.variable_seq_lengths = True
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Take `[student | teacher]` from the previous stage, (s, b, h_student + h_teacher); None on the first."""
-        (both,) = input_tensor if isinstance(input_tensor, list) else [input_tensor]
-        student: Any = None
-        teacher: Any = None
-        if both is not None:
-            student, teacher = both.split([self.config.hidden_size, self.teacher.config.hidden_size], dim=-1)
-            student, teacher = student.contiguous(), teacher.detach().contiguous()
-        self.module.set_input_tensor(student)
-        self.teacher.set_input_tensor(teacher)
+        """Take what the stage before handed on, (s, b, width of all parts); None on the first."""
+        (packed,) = input_tensor if isinstance(input_tensor, list) else [input_tensor]
+        self._arrived = {}
+        if packed is not None:
+            self._arrived = states.unpack(self._matching.route.leaving(self.stage - 1, packed.dtype), packed)
+        self.module.set_input_tensor(self._arrived.get(STUDENT))  # type: ignore[arg-type] - None on the first stage
 
     def forward(
         self,
@@ -73,31 +134,69 @@ class DistillationModel(MegatronModule):
         attention_mask: Tensor | None,
         labels: Int[Tensor, "b s"] | None = None,
         loss_mask: Float[Tensor, "b s"] | None = None,
-    ) -> Losses | Float[Tensor, "s b h"]:
-        """The losses on the last stage, `[student | teacher]` before it.
+    ) -> StepLosses | Float[Tensor, "s b w"]:
+        """The losses on the last stage, what travels on before it.
 
         Raises:
             CheckpointError: The teacher's logits are not finite.
         """
-        with torch.no_grad():
-            teacher = hidden_states(self.teacher, tokens, position_ids, attention_mask)
-        student = hidden_states(self.module, tokens, position_ids, attention_mask)
+        inputs = (tokens, position_ids, attention_mask)
+        found, self._arrived = self._arrived, {}
+        found |= self.teacher.run(found, inputs)
+        found[STUDENT] = hidden_states(self.module, *inputs)
+        found |= named(STUDENT, self._taps.take(), found[STUDENT])
+        route, dtype = self._matching.route, found[STUDENT].dtype
+        for i in route.meeting(self.stage):
+            pair = route.pairs[i]
+            own, other = found[states.state(STUDENT, pair.student)], found[states.state(TEACHER, pair.teacher)]
+            value = DISTANCES[self._matching.distance](self._matching.projections(i, own), other.detach())
+            found[states.distance(i)] = states.to_pieces(value, dtype)
         if not self.module.post_process:
-            return torch.cat([student, teacher], dim=-1)
+            return states.pack(route.leaving(self.stage, dtype), found)
         assert labels is not None
         assert loss_mask is not None
-        own, other = head(self.module, student), head(self.teacher, teacher)
+        return self._losses(found, labels, loss_mask)
+
+    def _losses(
+        self, found: dict[str, Tensor], labels: Int[Tensor, "b s"], loss_mask: Float[Tensor, "b s"]
+    ) -> StepLosses:
+        own, objective = head(self.module, found[STUDENT]), self._objective()
         vocabulary = Vocabulary(own.weight.shape[0], self._tokens, self.pg_collection.tp)
-        mask = loss_mask.T.contiguous()
-        losses = distillation_losses(own, other, labels.T.contiguous(), mask, self._objective(), vocabulary)
+        mask, transposed = loss_mask.T.contiguous(), labels.T.contiguous()
+        losses = distillation_losses(own, self.teacher.target(found), transposed, mask, objective, vocabulary)
         if not losses.finite.all():
-            wrong = labels[(~losses.finite).any(0)][:, :8].tolist()
-            raise CheckpointError(
-                f"the teacher's logits are not finite on {len(wrong)} of {len(labels)} sequences of a micro-batch",
-                got=f"sequences whose labels begin with {wrong}",
-                legal="a teacher whose weights and activations are finite on this data",
-            )
-        return losses
+            _refuse(losses.finite, labels)
+        total, parts = losses.total, {"lm loss": losses.ce, "kd loss": losses.kd}
+        if self._matching.route.pairs:
+            matched = self._matched(found)
+            together = torch.stack(list(matched.values())).sum(0)
+            parts["states loss"] = together.detach()
+            if len(matched) > 1:
+                parts |= {f"states {pair} loss": value.detach() for pair, value in matched.items()}
+            share, weight = (mask * together).sum(), self._matching.weight()
+            if weight is None:
+                weight = self._matching.balance.alpha
+                if torch.is_grad_enabled():
+                    self._matching.balance.add((mask * losses.kd).sum() * objective.kd_weight, share)
+            parts["states weight"] = torch.full_like(losses.kd, weight)
+            total = total + weight * share
+        teachers = self.teacher.loss(found, transposed, mask)
+        if teachers is not None:
+            total, parts = total + teachers.total, parts | teachers.parts
+        return StepLosses(total, parts)
+
+    def _matched(self, found: dict[str, Tensor]) -> dict[str, Float[Tensor, "s b"]]:
+        """The distance of every pair, whole in the sequence."""
+        values = {}
+        for i, pair in enumerate(self._matching.route.pairs):
+            value = states.from_pieces(found[states.distance(i)])
+            if self.config.sequence_parallel:
+                # Every tensor rank makes the whole loss of it, and so the whole gradient.
+                value = gather_from_sequence_parallel_region(
+                    value, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+                )
+            values[str(pair)] = value
+        return values
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The student's."""
@@ -114,6 +213,11 @@ class DistillationModel(MegatronModule):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Into the student."""
         return self.module.load_state_dict(*args, **kwargs)
+
+
+def named(side: str, taken: dict[Point, Tensor], output: Tensor) -> dict[str, Tensor]:
+    """States by the names under which they travel; what a chunk gives out is `final` where that is asked for."""
+    return {states.state(side, point): value for point, value in (taken | {Point(FINAL): output}).items()}
 
 
 def hidden_states(model: HybridModel, *inputs: Any) -> Float[Tensor, "s b h"]:
@@ -137,44 +241,10 @@ def head(model: HybridModel, hidden: Float[Tensor, "s b h"]) -> Head:
     return Head(copy_to_tensor_model_parallel_region(hidden, group=group), weight)
 
 
-def with_teacher(
-    students: list[HybridModel],
-    teacher: Teacher,
-    args: Namespace,
-    architecture: Architecture,
-    objective: Callable[[], Objective],
-    tokens: int,
-) -> list[DistillationModel]:
-    """Build the teacher's chunks beside the student's, load their weights, and pair them (a `pre_wrap_hook`).
-
-    Args:
-        students: The student's chunks on this rank, one per virtual stage.
-        teacher: The teacher.
-        args: Megatron's validated namespace.
-        architecture: The student's.
-        objective: What is compared, at this moment.
-        tokens: Entries of the vocabulary, without padding.
-    """
-    config = model_config(args, teacher.beside(architecture))
-    config.transformer.perform_initialization = False  # every weight is read
-    builder = PatternModelBuilder(config)
-    chunks = []
-    for student in students:
-        chunk = builder.build_model(
-            student.pg_collection,
-            pre_process=student.pre_process,
-            post_process=student.post_process,
-            vp_stage=student.vp_stage,
-        )
-        chunks.append(chunk.to(device=torch.cuda.current_device(), dtype=config.transformer.params_dtype))
-    load(chunks, teacher)
-    return [DistillationModel(s, t, objective, tokens) for s, t in zip(students, chunks, strict=True)]
-
-
-def load(chunks: list[HybridModel], teacher: Teacher) -> None:
-    """Read the teacher's weights into its chunks, whatever layout saved them."""
-    metadata = dist_checkpointing.load_content_metadata(str(teacher.step)) or {}
-    wanted = {str(i): chunk.sharded_state_dict(metadata=dict(metadata)) for i, chunk in enumerate(chunks)}
-    found: Any = dist_checkpointing.load(wanted, str(teacher.step))
-    for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(found[str(i)])
+def _refuse(finite: Tensor, labels: Int[Tensor, "b s"]) -> None:
+    wrong = labels[(~finite).any(0)][:, :8].tolist()
+    raise CheckpointError(
+        f"the teacher's logits are not finite on {len(wrong)} of {len(labels)} sequences of a micro-batch",
+        got=f"sequences whose labels begin with {wrong}",
+        legal="a teacher whose weights and activations are finite on this data",
+    )

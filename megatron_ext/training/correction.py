@@ -1,0 +1,121 @@
+"""Teacher correction: the teacher is fine-tuned on the data that it teaches with.
+
+A teacher that has not seen the distillation data judges it badly: Minitron in practice (arXiv 2408.11796, section 2.1)
+trains it on them first, with a fifth of the peak learning rate and 120 steps of warm-up.
+"""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.enums import ModelType
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.checkpointing import save_checkpoint
+from megatron.training.global_vars import set_args
+from megatron.training.training import setup_model_and_optimizer
+
+from megatron_ext.checkpoint.resume import has_checkpoint
+from megatron_ext.distillation.beside import load
+from megatron_ext.distillation.teacher import Teacher
+from megatron_ext.errors import CheckpointError
+from megatron_ext.models.builder import model_config, with_architecture
+from megatron_ext.training.launch import Launch
+
+SHARE = 0.2  # of the student's learning rate
+WARMUP = 120  # steps
+FOLDER = "teacher"
+
+
+class CorrectedTeacher:
+    """A teacher that is trained in the same job as its student, by a Megatron optimizer of its own.
+
+    Its checkpoints are ordinary ones, in `--save`/teacher, one for each of the student's.
+
+    Args:
+        launch: The student's command line.
+        teacher: The teacher as it was given.
+        step: The student's step that the run goes on from; None for a new run.
+
+    Raises:
+        CheckpointError: The run goes on, and the teacher of that step is not there.
+    """
+
+    def __init__(self, launch: Launch, teacher: Teacher, step: int | None) -> None:
+        self._launch = launch
+        architecture = teacher.beside(launch.architecture)
+        self._args = corrected(with_architecture(launch.args, architecture))
+        self._args.load = self._args.pretrained_checkpoint = self._args.ckpt_step = None
+        self._args.save = str(Path(launch.args.save) / FOLDER) if launch.args.save else None
+        if step is not None:
+            folder = Path(launch.args.load) / FOLDER
+            if not has_checkpoint(folder) or not (folder / f"iter_{step:07d}").is_dir():
+                raise CheckpointError(
+                    f"the corrected teacher of step {step} is not there", got=folder,
+                    legal="the directory of the run that is resumed, with all that distill_gpt.py saved",
+                )  # fmt: skip
+            self._args.load, self._args.ckpt_step = str(folder), step
+        # The student's schedule does not know of this model: no communication may wait for it.
+        self._args.overlap_grad_reduce = self._args.overlap_param_gather = False
+        with self._in_charge():
+            config = model_config(self._args, architecture)
+            config.transformer.perform_initialization = False  # every weight is read
+            model, optimizer, scheduler = setup_model_and_optimizer(
+                ModelType.encoder_or_decoder,
+                cfg_container=pretrain_cfg_container_from_args(self._args, config),
+                pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+            )
+        self._model: list[Any] = model
+        self._optimizer: Any = optimizer
+        self._scheduler: Any = scheduler
+        self.chunks: list[HybridModel] = unwrap_model(self._model)
+        if step is None:
+            load(self.chunks, teacher)
+            self._optimizer.reload_model_params()
+        for chunk in self._model:
+            chunk.zero_grad_buffer()
+
+    def step(self, num_tokens: torch.Tensor | None, samples: int) -> None:
+        """One step of the optimizer, after the last micro-batch.
+
+        Args:
+            num_tokens: Tokens of this data-parallel rank, on the last stage, if Megatron divides by them.
+            samples: Sequences of the step.
+        """
+        finalize_model_grads(self._model, num_tokens)
+        self._optimizer.step()
+        self._scheduler.step(increment=samples)
+        for chunk in self._model:
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+
+    def save(self, iteration: int) -> None:
+        """Write the teacher of this step."""
+        student = self._launch.args
+        self._args.consumed_train_samples, self._args.iteration = student.consumed_train_samples, iteration
+        with self._in_charge():
+            save_checkpoint(iteration, self._model, self._optimizer, self._scheduler, 0)
+
+    @contextmanager
+    def _in_charge(self) -> Iterator[None]:
+        """Megatron reads its namespace from a global."""
+        set_args(self._args)
+        try:
+            yield
+        finally:
+            set_args(self._launch.args)
+
+
+def corrected(args: Namespace) -> Namespace:
+    """The namespace with the learning rate and the warm-up of a correction."""
+    args.lr, args.min_lr = args.lr * SHARE, args.min_lr * SHARE
+    args.lr_warmup_fraction, args.lr_warmup_samples = None, 0
+    # Of a training that is shorter than the warm-up, half.
+    args.lr_warmup_iters = min(WARMUP, (args.lr_decay_iters or args.train_iters) // 2)
+    return args

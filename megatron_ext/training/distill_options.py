@@ -1,0 +1,122 @@
+"""The flags of `distill_gpt.py`, and what they ask for at each moment of the training."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_ext.arguments import option
+from megatron_ext.distillation import states
+from megatron_ext.distillation.divergences import NAMES
+from megatron_ext.distillation.objective import Objective
+from megatron_ext.distillation.states import DISTANCES, Pair
+from megatron_ext.distillation.teacher import Teacher
+from megatron_ext.errors import ConfigError
+from megatron_ext.training.launch import Launch
+
+BALANCED = "balanced"
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """Whom the student learns from, and how the losses are weighted."""
+
+    teacher: str | None = option(None, "Checkpoint of the teacher: a directory of steps, or one step.")
+    temperature: float = option(1.0, "Temperature of both distributions; the loss is multiplied by its square.")
+    loss: str = option("forward-kl", f"How student and teacher are compared: {', '.join(NAMES)}.")
+    kd_weight: str = option("1.0", "Weight of that loss: a number, or FIRST:LAST to go in a line over the training.")
+    ce_weight: str = option("0.0", "Weight of the cross-entropy with the data's next token: likewise.")
+    jsd_beta: float = option(0.5, "Of jsd: the teacher's share of the mixture.")
+    top_k: int = option(100, "Of top-k and top-k-rest: how many of the teacher's entries count one by one.")
+    states: list[str] | None = option(
+        None, "Pairs STUDENT:TEACHER of intermediate states to match, or kinds of sub-layers (see docs/distill.md)."
+    )
+    states_loss: str = option("cosine", f"How states are compared: {', '.join(DISTANCES)}.")
+    states_weight: str = option(
+        BALANCED,
+        f"Weight of that loss: {BALANCED}, which makes it as large as the logits' loss, or as the other weights.",
+    )
+    correct_teacher: Literal["first", "together"] | None = option(
+        None,
+        "Fine-tune the teacher on the data, with a fifth of the learning rate and 120 steps of warm-up: "
+        "before the student is trained, or while it is.",
+    )
+
+
+def check_weights(options: DistillOptions, tokens: int) -> None:
+    """Find what is wrong with the losses and their weights, at the first and the last step.
+
+    Args:
+        options: The flags.
+        tokens: Entries of the vocabulary, without padding.
+
+    Raises:
+        ConfigError: One is illegal.
+    """
+    for share in (0.0, 1.0):
+        objective, weight = objective_at(options, share), states_weight_at(options, share)
+        objective.check(tokens)
+        if (
+            min(objective.kd_weight, objective.ce_weight, weight or 0) < 0
+            or not objective.kd_weight + objective.ce_weight > 0
+        ):
+            raise ConfigError(
+                "--distill-kd-weight and --distill-ce-weight must not be negative, nor both zero",
+                got=f"{options.kd_weight} and {options.ce_weight}",
+            )
+        if options.states and weight is None and not objective.kd_weight:
+            raise ConfigError(
+                f"--distill-states-weight {BALANCED} balances the states' loss with the logits', which has no weight",
+                got=f"--distill-kd-weight {options.kd_weight}", legal="a number, or a positive --distill-kd-weight",
+            )  # fmt: skip
+    if options.states_loss not in DISTANCES:
+        raise ConfigError("unknown --distill-states-loss", got=options.states_loss, legal=", ".join(DISTANCES))
+
+
+def pairs(launch: Launch, options: DistillOptions, teacher: Teacher) -> tuple[Pair, ...]:
+    """The pairs of states that are to be matched.
+
+    Raises:
+        ConfigError: A pair is illegal, or the states will not be there.
+    """
+    if not options.states:
+        return ()
+    if launch.args.recompute_granularity == "full":
+        raise ConfigError(
+            "--distill-states needs states that full recomputation does not keep",
+            got="--recompute-granularity full", legal="--recompute-granularity selective, or none",
+        )  # fmt: skip
+    return states.parse(options.states, launch.pattern, teacher.architecture.layers)
+
+
+def objective_at(options: DistillOptions, share: float) -> Objective:
+    """What the options ask for when this share of the training is done.
+
+    Raises:
+        ConfigError: A weight is no number and no FIRST:LAST.
+    """
+    kd_weight, ce_weight = (_weight(name, getattr(options, name), share) for name in ("kd_weight", "ce_weight"))
+    return Objective(options.loss, options.temperature, kd_weight, ce_weight, options.jsd_beta, options.top_k)
+
+
+def states_weight_at(options: DistillOptions, share: float) -> float | None:
+    """The weight of the intermediate states when this share of the training is done; None for the balanced one."""
+    return None if options.states_weight == BALANCED else _weight("states_weight", options.states_weight, share)
+
+
+def _weight(name: str, text: str, share: float) -> float:
+    try:
+        first, last = (float(word) for word in (text.split(":") * 2)[:2])
+        if text.count(":") > 1:
+            raise ValueError(text)
+    except ValueError as error:
+        flag = f"--distill-{name.replace('_', '-')}"
+        legal = "a number, or FIRST:LAST" + (f", or {BALANCED}" if name == "states_weight" else "")
+        raise ConfigError(f"{flag} is no weight", got=text, legal=legal) from error
+    return first + (last - first) * min(max(share, 0.0), 1.0)
+
+
+def vocabulary_size() -> int:
+    """Entries of the tokenizer, without padding."""
+    from megatron.training import get_tokenizer
+
+    tokenizer: Any = get_tokenizer()
+    return tokenizer.vocab_size

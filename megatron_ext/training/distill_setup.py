@@ -1,0 +1,156 @@
+"""What distillation adds to Megatron's loop: the teacher, and what is trained and saved beside the student."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.training.training import get_optimizer_param_scheduler
+
+from megatron_ext.checkpoint.atomic import replacing
+from megatron_ext.checkpoint.resume import has_checkpoint, resume_point
+from megatron_ext.distillation import beside
+from megatron_ext.distillation.beside import TeacherBeside, TrainedTeacherBeside
+from megatron_ext.distillation.model import DistillationModel, Matching
+from megatron_ext.distillation.objective import Objective
+from megatron_ext.distillation.projections import AGAIN, Balance, Projections
+from megatron_ext.distillation.states import TEACHER, Route
+from megatron_ext.distillation.taps import pattern_of
+from megatron_ext.distillation.teacher import Teacher
+from megatron_ext.errors import CheckpointError
+from megatron_ext.training.correction import CorrectedTeacher
+from megatron_ext.training.distill_options import (
+    DistillOptions,
+    objective_at,
+    pairs,
+    states_weight_at,
+    vocabulary_size,
+)
+from megatron_ext.training.launch import Launch
+
+FOLDER, STATE = "distillation", "state.json"
+
+
+class Setup:
+    """Pairs each of Megatron's chunks with its teacher, and goes on with what is trained beside them.
+
+    Args:
+        launch: The validated command line.
+        teacher: The teacher.
+        options: The distillation's flags.
+    """
+
+    def __init__(self, launch: Launch, teacher: Teacher, options: DistillOptions) -> None:
+        self._launch, self._teacher, self._options = launch, teacher, options
+        self._balance, self._samples = Balance(), 0
+        self._projections: Projections | None = None
+        self._correction: CorrectedTeacher | None = None
+        self._groups: Any = None
+
+    def hook(self, students: list[HybridModel]) -> list[DistillationModel]:
+        """A `pre_wrap_hook`: the student's chunks, each with its teacher.
+
+        Raises:
+            CheckpointError: The run that goes on has lost what was trained beside the student.
+        """
+        launch, options = self._launch, self._options
+        self._groups = students[0].pg_collection
+        step = resumed(launch)
+        if options.correct_teacher == "together":
+            self._correction = CorrectedTeacher(launch, self._teacher, step)
+            chunks, trained = self._correction.chunks, True
+        else:
+            chunks, trained = beside.build(students, self._teacher, launch.args, launch.architecture), False
+        widths = (students[0].config.hidden_size, chunks[0].config.hidden_size)
+        sizes = [tuple(map(len, pattern_of(model).stages)) for model in (students[0], chunks[0])]
+        route = Route(pairs(launch, options, self._teacher), widths, *sizes, trained=trained)
+        stages = [stage_number(student) for student in students]
+        args = launch.args
+        self._projections = Projections(route, stages, args.seed, args.clip_grad, get_optimizer_param_scheduler)
+        if route.pairs and step is not None:
+            self._resume(step)
+        students[0].config.finalize_model_grads_func = self._finalize
+        matching = Matching(
+            route,
+            options.states_loss,
+            lambda: states_weight_at(options, self._done()),
+            self._projections,
+            self._balance,
+        )
+        models = []
+        for student, chunk, stage in zip(students, chunks, stages, strict=True):
+            points = route.points(stage, TEACHER)
+            side = TrainedTeacherBeside(chunk, points, vocabulary_size()) if trained else TeacherBeside(chunk, points)
+            models.append(DistillationModel(student, side, matching, self._objective, vocabulary_size()))
+        return models
+
+    def save(self, iteration: int) -> None:
+        """Write what belongs to a checkpoint of the student and is not in it, on every rank, before it is written."""
+        if self._correction is not None:
+            self._correction.save(iteration)
+        if self._projections is None or not self._options.states:
+            return
+        folder = _folder(self._launch.args.save, iteration)
+        if self._groups.dp_cp.rank() == 0 and self._groups.tp.rank() == 0:
+            self._projections.save(folder)
+            if self._groups.pp.rank() == self._groups.pp.size() - 1:
+                with replacing(folder / STATE) as temporary:
+                    temporary.write_text(json.dumps({"alpha": self._balance.alpha, "samples": self._samples}) + "\n")
+        dist.barrier()
+
+    def _resume(self, step: int) -> None:
+        folder = _folder(self._launch.args.load, step)
+        try:
+            state = json.loads((folder / STATE).read_text())
+            self._balance.alpha, self._samples = float(state["alpha"]), int(state["samples"])
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                "what was trained beside the student is not there", got=folder / STATE, legal=AGAIN
+            ) from error
+        assert self._projections is not None
+        self._projections.load(folder, self._samples)
+
+    def _finalize(self, model: list[Any], num_tokens: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> None:
+        """Megatron's `finalize_model_grads_func`: the end of a step's backward passes."""
+        own = None if num_tokens is None else num_tokens.clone()  # Megatron sums it in place
+        finalize_model_grads(model, num_tokens, *args, **kwargs)
+        flags = self._launch.args
+        samples = get_num_microbatches() * flags.micro_batch_size * flags.data_parallel_size
+        divisor = self._groups.dp_cp.size() if num_tokens is None else num_tokens.clamp(min=1)
+        assert self._projections is not None
+        self._projections.step(self._groups, flags.sequence_parallel, divisor, samples)
+        self._balance.step(self._groups)
+        self._samples += samples
+        if self._correction is not None:
+            self._correction.step(own, samples)
+
+    def _done(self) -> float:
+        """The share of the training that is done."""
+        args = self._launch.args
+        done = getattr(args, "curr_iteration", None) or args.iteration
+        return done / max(1, (args.train_iters or 1) - 1)
+
+    def _objective(self) -> Objective:
+        return objective_at(self._options, self._done())
+
+
+def stage_number(chunk: HybridModel) -> int:
+    """The number of a chunk's pipeline stage, virtual ones counted."""
+    return chunk.pg_collection.pp.rank() + chunk.pg_collection.pp.size() * (chunk.vp_stage or 0)
+
+
+def resumed(launch: Launch) -> int | None:
+    """The step of `--load` that this run goes on from; None if it begins at 0."""
+    args = launch.args
+    if args.load is None or args.finetune or not has_checkpoint(Path(args.load)):
+        return None
+    step = resume_point(Path(args.load))
+    return None if step.is_release else args.ckpt_step
+
+
+def _folder(run: str, iteration: int) -> Path:
+    return Path(run) / FOLDER / f"iter_{iteration:07d}"
