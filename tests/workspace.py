@@ -7,7 +7,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import fork_server
+import torch
+
 ROOT = Path(__file__).parents[1]
+HAS_GPU = torch.cuda.is_available()  # asked at once: a test may make the CPU look like one
 # Small enough for a second a step, large enough that every axis can be split in two and cut.
 MODEL = [
     "--hybrid-layer-pattern=M-*-M-", "--hidden-size", "64", "--ffn-hidden-size", "96", "--num-attention-heads", "4",
@@ -35,15 +39,18 @@ class Workspace:
 
     def run(self, script: str, *flags: str, ranks: int = 1, ok: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a program of the repository's top level on so many ranks; fails the test if the program fails."""
+        if HAS_GPU:  # which cannot be forked
+            return self.start(script, *flags, ranks=ranks, ok=ok)
+        return checked(fork_server.run([ROOT / script, *flags], ranks, self.path), ok)
+
+    def start(self, script: str, *flags: str, ranks: int = 1, ok: bool = True) -> subprocess.CompletedProcess[str]:
+        """The same as a user does it, with `python` or `torchrun`: 5 seconds of imports for each process."""
         launcher = [sys.executable]
         if ranks > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        done = subprocess.run(
-            [*launcher, str(ROOT / script), *flags], cwd=self.path, env=environment, capture_output=True, text=True
-        )
-        assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-4000:]
-        return done
+        command = [*launcher, str(ROOT / script), *flags]
+        return checked(subprocess.run(command, cwd=self.path, env=environment, capture_output=True, text=True), ok)
 
     def metrics(self, run: str) -> list[dict[str, float]]:
         """The steps of a run directory."""
@@ -54,3 +61,9 @@ class Workspace:
         flags = ["--pretrained-checkpoint", checkpoint, "--skip-train", "--save", name, "--save-interval", "1"]
         self.run("pretrain_hybrid.py", *flags, *self.data)
         return json.loads((self.path / name / "results.json").read_text())["val_loss"]
+
+
+def checked(done: subprocess.CompletedProcess[str], ok: bool) -> subprocess.CompletedProcess[str]:
+    """A program that has ended as it should."""
+    assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-4000:]
+    return done

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_ext.evaluation.report import plot_training
 from megatron_ext.platform.scalars import divert_scalars
+from megatron_ext.platform.write_results import keep_write_results
 from megatron_ext.training.directory import claim
 from megatron_ext.training.launch import Launch
 from megatron_ext.training.log import MetricsLog, read_metrics
@@ -39,6 +40,8 @@ def train(launch: Launch, forward_step: Callable[..., Any] | None = None, hooks:
     now = time.time()
     set_startup_timestamps(program_start=now, main_entry=now)
     container = pretrain_cfg_container_from_args(args, config)
+    if not args.async_save:
+        keep_write_results()
     log = divert_scalars(lambda inner: _metrics_log(args, inner))
     try:
         pretrain(container, build_datasets, ModelType.encoder_or_decoder, forward_step or language_model_step)

@@ -1,7 +1,5 @@
 """A converted model says what the original says, on any layout, and converted back it is the original."""
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +51,8 @@ def prune(source: Path, destination: Path, targets: Targets) -> None:
     apply(make_plan(random_scores(arch), arch, targets), source, destination)
 
 
-def logits_of(folder: str, names: list[str], tp: int, pp: int, port: int) -> dict[str, Tensor]:
+def logits_of(folder: str, names: list[str], tp: int, pp: int) -> dict[str, Tensor]:
     """Logits of Megatron's models, whole, on the ranks of the last pipeline stage."""
-    rank = dist.get_rank()
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(tp * pp)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     from megatron_ext.checkpoint.resume import architecture_on_disk
     from megatron_ext.training.convert import JOB
     from megatron_ext.training.launch import launch
@@ -75,7 +70,7 @@ def logits_of(folder: str, names: list[str], tp: int, pp: int, port: int) -> dic
             (model,) = load_model(started)
         else:
             _, (model,) = load_other(started, architecture_on_disk(path), path)
-        logits = through_the_stages(model, rank, pp)
+        logits = through_the_stages(model, dist.get_rank(), pp)
         if logits is not None and tp > 1:
             parts = [torch.empty_like(logits) for _ in range(tp)]
             dist.all_gather(parts, logits.contiguous())
@@ -101,17 +96,11 @@ def through_the_stages(model: Any, rank: int, pp: int) -> Tensor | None:
     return output
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)], ids=["alone", "tp2", "pp2"])
 def test_logits_are_those_of_transformers(models: tuple[Path, dict[str, Tensor]], tp: int, pp: int) -> None:
     path, expected = models
     names = [*expected] if tp * pp == 1 else [name for name in MODELS if "experts" not in name]
-    found = run_ranks(logits_of, tp * pp, str(path), names, tp, pp, free_port())[-1]
+    found = run_ranks(logits_of, tp * pp, str(path), names, tp, pp)[-1]
     for name in names:
         difference = float((found[name] - expected[name]).abs().max())
         print(f"{name}: {difference:.1e} of {float(expected[name].abs().max()):.1f}")

@@ -1,6 +1,5 @@
 """What is measured of experts is its formula, in float64 and from the checkpoint's tensors alone, on any layout."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,8 +62,6 @@ def tokens() -> Tensor:
 
 def measured(checkpoint: str, save: str, layout: list[str]) -> tuple[list[dict[str, Tensor] | None], list[Tensor]]:
     """The scores by each metric, and on one rank the logits with each router, of this rank's share of the samples."""
-    os.environ |= {"RANK": str(dist.get_rank()), "LOCAL_RANK": str(dist.get_rank()), "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"WORLD_SIZE": str(dist.get_world_size()), "MASTER_PORT": "0"}
     from megatron_ext.training.launch import launch
     from megatron_ext.training.prune import JOB
 

@@ -1,11 +1,11 @@
 """A wrong command line ends at once, with one readable error, and nothing is written. Right ones are dry runs here."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 
 SCRIPT = Path(__file__).parents[3] / "pretrain_hybrid.py"
@@ -13,65 +13,19 @@ ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("R
     "MEGATRON_EXT_DEVICE": "cpu",
     "OMP_NUM_THREADS": "1",
 }
-# Importing Megatron takes seconds, so one process does it and each command line runs in a fork of that process.
-NURSERY = """
-import json, os, runpy, sys
-from megatron_ext.models.backend import prepare
-prepare()
-import megatron.training
-
-print("ready", flush=True)
-for line in sys.stdin:
-    case = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        os.chdir(case["directory"])
-        os.environ |= case["environment"]
-        for descriptor, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(case[name], os.O_WRONLY | os.O_CREAT), descriptor)
-        sys.argv = [case["script"], *case["flags"]]
-        status = 70
-        try:
-            runpy.run_path(case["script"], run_name="__main__")
-        except SystemExit as end:
-            status = end.code or 0
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
 OK = ["--preset", "tiny-hybrid", "--micro-batch-size", "1", "--seq-length", "64", "--train-iters", "2", "--lr", "1e-3"]
 MOCK = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "4096"]
 
 
-@pytest.fixture(scope="module")
-def nursery():
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", NURSERY],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT,
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    yield process
-    process.communicate(timeout=30)
-
-
 @pytest.fixture
-def run(nursery, tmp_path):
+def run(tmp_path):
     """Run pretrain_hybrid.py in the empty directory tmp_path/work: status, standard output, standard error."""
     work = tmp_path / "work"
     work.mkdir()
 
     def start(*flags: str, **environment: str) -> tuple[int, str, str]:
-        outputs = {name: str(tmp_path / name) for name in ("out", "err")}
-        case = {"flags": flags, "script": str(SCRIPT), "directory": str(work), "environment": environment, **outputs}
-        nursery.stdin.write(json.dumps(case) + "\n")
-        nursery.stdin.flush()
-        status = int(nursery.stdout.readline())
-        return status, Path(outputs["out"]).read_text(), Path(outputs["err"]).read_text()
+        done = fork_server.run([SCRIPT, *flags], cwd=work, environment=environment)
+        return done.returncode, done.stdout, done.stderr
 
     return start
 

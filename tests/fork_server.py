@@ -1,0 +1,142 @@
+"""Programs that start at once: they are forks of one process that has imported torch, Megatron and the rest already.
+
+`run([script, *flags], ranks=2)` is `torchrun --nproc-per-node 2 script *flags` in all that program and test can see:
+environment, working directory, output, exit status, and that the rank that fails ends the others. Three things differ,
+and for their sake some tests start each program for real: the order of imports, the seed of string hashes (one order of
+sets for all ranks here), and torchrun itself.
+"""
+
+import functools
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+# What the programs import, once; nothing that starts a thread, a process group or a random number.
+IMPORTED = (
+    "matplotlib.pyplot", "matplotlib.backends.backend_agg", "megatron.core.models.hybrid.hybrid_model",
+    "megatron.training.training", "megatron.training.checkpointing", "megatron_ext.training.distill",
+    "megatron_ext.training.evaluate", "megatron_ext.training.prune", "megatron_ext.training.run", "pytest",
+    "torch.utils.tensorboard", "transformers.models.auto.tokenization_auto", "yaml",
+)  # fmt: skip
+
+
+def run(
+    command: Sequence[str | Path], ranks: int = 1, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python script on so many ranks and wait for it.
+
+    Args:
+        command: The script's path and its arguments.
+        ranks: One is a plain start, as with `python`; more get what torchrun puts into the environment.
+        cwd: Its working directory.
+        environment: Variables beside those of the server.
+    """
+    server = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    with tempfile.TemporaryDirectory() as directory:
+        outputs = [str(Path(directory) / name) for name in ("stdout", "stderr")]
+        request = {"command": [str(word) for word in command], "outputs": outputs, "cwd": str(cwd or Path.cwd())}
+        request |= {"environments": _environments(ranks, environment or {})}
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        status = int(server.stdout.readline())
+        texts = [Path(output).read_text() for output in outputs]
+    return subprocess.CompletedProcess(request["command"], status, *texts)
+
+
+def _environments(ranks: int, given: Mapping[str, str]) -> list[dict[str, str]]:
+    if ranks == 1:
+        return [dict(given)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    size = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **size, **given} for rank in range(ranks)]
+
+
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    """This process's server, which ends with it: its standard input closes then."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "MEGATRON_EXT_DEVICE": "cpu"}
+    server = subprocess.Popen(
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert server.stdout is not None
+    assert server.stdout.readline() == "ready\n"
+    return server
+
+
+def _serve() -> None:
+    """Answer each request, a line of JSON, with its exit status; forks return from here and run their program."""
+    sys.path[0] = str(ROOT)
+    from megatron_ext.models.backend import prepare
+
+    prepare()
+    for name in IMPORTED:
+        importlib.import_module(name)
+    threads = os.listdir("/proc/self/task")
+    assert len(threads) == 1, "a fork would lack the threads that an import has started"
+    gc.collect()
+    gc.freeze()  # the collector of a fork need not look at, and so copy, what was imported
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        pids = set()
+        for environment in request["environments"]:
+            pid = os.fork()
+            if pid == 0:
+                _become(request, environment)
+                return
+            pids.add(pid)
+        print(_wait(pids), flush=True)
+
+
+def _become(request: dict[str, Any], environment: dict[str, str]) -> None:
+    """Let this fork look like a fresh process of the request's command, and run it."""
+    for descriptor, name in ((1, request["outputs"][0]), (2, request["outputs"][1])):
+        file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, descriptor)
+        os.close(file)
+    sys.stdin = open(os.devnull)  # noqa: SIM115 - for the life of the process
+    torch.default_generator.seed()  # anew, from the system, as at a start; Python's own generator sees to itself
+    numpy.random.seed()
+    os.chdir(request["cwd"])
+    os.environ.update(environment)
+    script = request["command"][0]
+    sys.argv = request["command"]
+    sys.path[:1] = [str(Path(script).parent), str(ROOT), str(TESTS)]
+    runpy.run_path(script, run_name="__main__")
+
+
+def _wait(pids: set[int]) -> int:
+    """The status of the first that fails, which ends the others; 0 if none does."""
+    failed = 0
+    while pids:
+        pid, status = os.wait()
+        pids.remove(pid)
+        if status and not failed:
+            failed = os.waitstatus_to_exitcode(status)
+            for other in pids:
+                os.kill(other, signal.SIGTERM)
+    return failed
+
+
+if __name__ == "__main__":
+    _serve()

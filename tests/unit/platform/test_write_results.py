@@ -1,0 +1,25 @@
+from pathlib import Path
+
+import fork_server
+
+PROGRAM = """
+import queue
+from megatron.core.dist_checkpointing.strategies import filesystem_async as writer
+from megatron_ext import platform
+from megatron_ext.platform import replacements
+from megatron_ext.platform.write_results import keep_write_results
+
+before = writer._results_queue
+keep_write_results()
+keep_write_results()
+assert isinstance(writer.get_write_results_queue(), queue.Queue), "it would be a process"
+assert len([entry for entry in replacements.table() if entry.name == "_results_queue"]) == 1
+platform.uninstall()
+assert writer._results_queue is before
+"""
+
+
+def test_a_save_starts_no_process_and_the_name_comes_back(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    done = fork_server.run([tmp_path / "program.py"])
+    assert done.returncode == 0, done.stderr
