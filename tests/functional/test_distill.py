@@ -21,6 +21,8 @@ LAYOUTS = {
     "tp2-pp2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
 }
 TWO_STEPS = [*TRAIN, "--train-iters", "2"]
+# Wherever the teacher's states come to be before the student's, or after them, and on every stage.
+STATES = ["--distill-states", "embedding", "final", "0:3", "2:0", "norm3:norm5", "*", "--distill-states-loss", "mse"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def student(workspace: Workspace) -> str:
 @pytest.fixture(scope="module")
 def distilled(workspace: Workspace, teacher: str, student: str) -> str:
     """The student after two steps with the teacher, on one process."""
-    flags = ["--distill-teacher", teacher, "--pretrained-checkpoint", student, "--save", "distilled"]
+    flags = ["--distill-teacher", teacher, "--pretrained-checkpoint", student, "--save", "distilled", *STATES]
     workspace.run("distill_gpt.py", *flags, *workspace.data, *TWO_STEPS)
     return "distilled"
 
@@ -43,14 +45,17 @@ def test_the_layout_changes_nothing(
     workspace: Workspace, teacher: str, student: str, distilled: str, name: str
 ) -> None:
     ranks, flags = LAYOUTS[name]
-    flags = [*STUDENT, "--pretrained-checkpoint", student, "--distill-teacher", teacher, *flags]
+    flags = [*STUDENT, "--pretrained-checkpoint", student, "--distill-teacher", teacher, *STATES, *flags]
     run = workspace.start if name == "cp2" else workspace.run  # one with torchrun itself
     run("distill_gpt.py", *flags, *workspace.data, *TWO_STEPS, "--save", f"distilled-{name}", ranks=ranks)
     expected, got = workspace.metrics(distilled), workspace.metrics(f"distilled-{name}")
     assert len(got) == 2
-    for key in ("loss", "kd_loss", "grad_norm"):
-        assert [step[key] for step in got] == pytest.approx([step[key] for step in expected], rel=1e-5)
-    for key in ("val_loss", "val_kd_loss"):
+    states = [key for key in expected[0] if key.startswith("states_")]
+    assert len(states) == 8
+    for key in ("loss", "kd_loss", "grad_norm", "total_loss", *states):
+        assert [step[key] for step in got] == pytest.approx([step[key] for step in expected], rel=1e-5), key
+    assert got[0]["states_weight"] == 0 < got[1]["states_weight"]
+    for key in ("val_loss", "val_kd_loss", "val_states_loss"):
         assert got[-1][key] == pytest.approx(expected[-1][key], rel=1e-5)
 
 
