@@ -60,6 +60,14 @@ def run(
     return subprocess.CompletedProcess(request["command"], status, *texts)
 
 
+def run_code(code: str, *arguments: str | Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """The same with a script's text, as `python -c` has it."""
+    with tempfile.TemporaryDirectory() as directory:
+        script = Path(directory) / "program.py"
+        script.write_text(code)
+        return run([script, *arguments], ranks)
+
+
 def _environments(ranks: int, given: Mapping[str, str]) -> list[dict[str, str]]:
     if ranks == 1:
         return [dict(given)]

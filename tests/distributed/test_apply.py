@@ -1,13 +1,10 @@
 """Several processes apply a plan together, and what one process does is what they do."""
 
-import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 from distributed.runner import run_ranks
@@ -76,19 +73,20 @@ def test_one_that_fails_stops_all(source: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-SLOW = """
-import sys, time
-from pathlib import Path
+KILLED = """
+import os, signal, sys
 from megatron_ext.checkpoint.writer import Writer
 from megatron_ext.pruning.apply import apply
 from megatron_ext.pruning.plan import Plan
 
-append = Writer._append
-def slow(self, *args):
+append, left = Writer._append, int(sys.argv[4])
+def append_and_die(self, *args):
+    global left
     append(self, *args)
-    print("wrote", flush=True)
-    time.sleep(0.02)
-Writer._append = slow
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+Writer._append = append_and_die
 apply(Plan.load(sys.argv[1]), sys.argv[2], sys.argv[3])
 """
 
@@ -97,20 +95,13 @@ def test_a_killed_process_leaves_nothing_that_looks_complete(source: Path, tmp_p
     """Killed while it writes the first tensor, one in the middle, and the last: the same command then succeeds."""
     plan, out = tmp_path / "plan.json", tmp_path / "out"
     small().save(plan)
-    command = [sys.executable, "-c", SLOW, str(plan), str(source), str(out)]
     writes = len(small().target.pattern) * 3
     for stop in (1, writes, 2 * writes):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
-        assert process.stdout is not None
-        for _ in range(stop):
-            assert process.stdout.readline() == "wrote\n"
-        time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        done = fork_server.run_code(KILLED, plan, source, out, str(stop))
+        assert done.returncode == -signal.SIGKILL
         assert not out.exists()
         for remains in tmp_path.glob(".out.*"):
             with pytest.raises(CheckpointError):
                 layout.find(remains)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert fork_server.run_code(KILLED, plan, source, out, "-1").returncode == 0
     assert Reader(out).shapes.keys() == Reader(apply(small(), source, tmp_path / "again")).shapes.keys()

@@ -1,9 +1,8 @@
 import json
-import subprocess
-import sys
 from argparse import Namespace
 from dataclasses import replace
 
+import fork_server
 import pytest
 
 from megatron_ext.errors import ConfigError
@@ -141,7 +140,7 @@ PARSE = """
 import argparse, json, sys
 from megatron.training.arguments import add_megatron_arguments
 parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-names, runs = json.load(sys.stdin)
+names, runs = json.loads(sys.argv[1])
 parsed = [{name: vars(parser.parse_args(flags))[name] for name in names} for flags in runs]
 print("parsed", json.dumps(parsed))
 """
@@ -151,7 +150,7 @@ def test_the_installed_megatron_has_these_flags_and_defaults():
     """In its own process: Megatron must not be imported here, before a platform is installed."""
     archs = [PRESETS[name].architecture for name in ("tiny-hybrid", "transformer-8b", "llama3.1-8b")] + [EXPERTS]
     request = json.dumps([list(MEGATRON), [[], *(arch.to_flags() for arch in archs)]])
-    run = subprocess.run([sys.executable, "-c", PARSE], input=request, capture_output=True, text=True, check=False)
+    run = fork_server.run_code(PARSE, request)
     assert run.returncode == 0, run.stderr[-2000:]
     defaults, *parsed = json.loads(run.stdout.rpartition("parsed ")[2])
     assert defaults == MEGATRON

@@ -1,24 +1,22 @@
-"""Two real processes over gloo, on the CPU platform."""
+"""Two processes over gloo, on the CPU platform."""
 
 import json
-import os
-import subprocess
-import sys
 
+import fork_server
 import pytest
 import torch
 
 PROGRAM = """
-import json, sys
+import json
 from types import SimpleNamespace
 from megatron_ext.models.backend import prepare
 prepare()
 import torch
 import torch.distributed as dist
 
-store, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-seen = {}
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+seen = {"rank": rank}
 own = torch.tensor([1.0, 10.0]) * (rank + 1)  # rank 0: 1 10, rank 1: 2 20
 
 average = own.clone()
@@ -65,20 +63,14 @@ print(json.dumps(seen))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the replaced collectives are those of a CPU")
-def test_collectives_that_gloo_lacks(tmp_path):
-    environment = os.environ | {"MEGATRON_EXT_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(tmp_path / "store"), str(rank)],
-            env=environment | {"RANK": str(rank), "WORLD_SIZE": "2"},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    ended = [process.communicate(timeout=120) for process in processes]
-    for rank, (process, (out, err)) in enumerate(zip(processes, ended, strict=True)):
-        assert process.returncode == 0, err[-3000:]
-        seen = json.loads(out.splitlines()[-1])
+def test_collectives_that_gloo_lacks():
+    done = fork_server.run_code(PROGRAM, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = sorted(
+        (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")), key=lambda seen: seen["rank"]
+    )
+    assert len(found) == 2
+    for rank, seen in enumerate(found):
         assert seen["average"] == [1.5, 15.0]
         assert seen["sum"] == [3.0, 30.0]
         assert seen["max"] == [2.0, 20.0]

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import fork_server
 
 PROGRAM = """
@@ -19,7 +17,6 @@ assert writer._results_queue is before
 """
 
 
-def test_a_save_starts_no_process_and_the_name_comes_back(tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text(PROGRAM)
-    done = fork_server.run([tmp_path / "program.py"])
+def test_a_save_starts_no_process_and_the_name_comes_back():
+    done = fork_server.run_code(PROGRAM)
     assert done.returncode == 0, done.stderr
