@@ -69,5 +69,6 @@ def quiet() -> None:
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.WARNING)  # a line for each process group
     # "CPU RNG state changed within GPU RNG context": on a CPU they are one and the same.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)

@@ -24,12 +24,12 @@ def before_saving(action: Callable[[int], None]) -> None:
     )
 
 
-def before_schedule(action: Callable[[Any, int], Any]) -> None:
-    """Call `action(data, micro_batches)` on every rank before a step's forward passes, in training and in evaluation.
+def before_schedule(action: Callable[[Any, int, int], Any]) -> None:
+    """Call `action(data, micro_batches, micro_batch_size)` on every rank before each step, of training and evaluation.
 
     Args:
-        action: Takes the data iterator (a list of them with a virtual pipeline) and the number of micro-batches; gives
-            back the iterator that the schedule is to read.
+        action: Takes the data iterator (a list of them with a virtual pipeline), the number of micro-batches and the
+            sequences of each; gives back the iterator that the schedule is to read.
     """
     import megatron.training.training as training
 
@@ -38,9 +38,10 @@ def before_schedule(action: Callable[[Any, int], Any]) -> None:
     def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
         schedule = choose(*args, **kwargs)
 
-        def run(*, data_iterator: Any, num_microbatches: int, **rest: Any) -> Any:
-            data_iterator = action(data_iterator, num_microbatches)
-            return schedule(data_iterator=data_iterator, num_microbatches=num_microbatches, **rest)
+        def run(*, data_iterator: Any, num_microbatches: int, micro_batch_size: int, **rest: Any) -> Any:
+            data = action(data_iterator, num_microbatches, micro_batch_size)
+            sizes = {"num_microbatches": num_microbatches, "micro_batch_size": micro_batch_size}
+            return schedule(data_iterator=data, **sizes, **rest)
 
         return run
 

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from megatron_ext.distillation.teacher import Teacher
 from megatron_ext.errors import ConfigError
+from megatron_ext.models.pattern import MOE
 from megatron_ext.training.distill_options import (
     DistillOptions,
     check_weights,
+    grid_of,
     objective_at,
     pairs,
     vocabulary_size,
@@ -38,14 +40,18 @@ def check(launch: Launch) -> Teacher:
         # Their optimizers do not see the loss scale of the student's.
         raise ConfigError("intermediate states and a corrected teacher do not go with --fp16", legal="--bf16")
     teacher = Teacher.find(options.teacher)
+    grid = grid_of(launch, options)
+    stages = args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)
     teacher.check(
         launch.architecture,
         tokens=vocabulary_size(),
         student_multiple=args.make_vocab_size_divisible_by * args.tensor_model_parallel_size,
-        tp=args.tensor_model_parallel_size,
-        stages=args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1),
+        tp=grid.tp if grid else args.tensor_model_parallel_size,
+        stages=grid.pp if grid else stages,
         ep=args.expert_model_parallel_size,
     )
+    if grid and MOE in teacher.architecture.pattern:
+        raise ConfigError("a teacher with experts must have the student's layout", got=f"{grid.tp} x {grid.pp}")
     pairs(launch, options, teacher)
     return teacher
 
@@ -57,7 +63,7 @@ def distill(launch: Launch, teacher: Teacher) -> None:
     intermediate states `states_loss`, the sum over the pairs, each pair's, and `states_weight`; of a teacher that is
     corrected `teacher_loss`; also `total_loss`, what the student minimises, where that is not one of them.
     """
-    from megatron_ext.platform.loop import before_saving
+    from megatron_ext.platform.loop import before_saving, before_schedule
     from megatron_ext.training import run
     from megatron_ext.training.distill_setup import Setup
     from megatron_ext.training.step import forward_step
@@ -65,6 +71,8 @@ def distill(launch: Launch, teacher: Teacher) -> None:
     options: DistillOptions = launch.options["distill"]
     setup = Setup(launch, teacher, options)
     before_saving(setup.save)
+    if grid_of(launch, options) is not None:
+        before_schedule(setup.before_schedule)
     weights = [(o.kd_weight, o.ce_weight) for o in (objective_at(options, 0.0), objective_at(options, 1.0))]
     mixed = weights not in ([(1.0, 0.0)] * 2, [(0.0, 1.0)] * 2) or bool(options.states)
     run.train(launch, partial(forward_step, loss=partial(masked_sums, mixed)), hooks=(setup.hook,))

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from megatron_ext.arguments import option
 from megatron_ext.distillation import states
 from megatron_ext.distillation.divergences import NAMES
+from megatron_ext.distillation.handover import Grid
 from megatron_ext.distillation.objective import Objective
 from megatron_ext.distillation.states import DISTANCES, Pair
 from megatron_ext.distillation.teacher import Teacher
@@ -34,6 +35,10 @@ class DistillOptions:
         BALANCED,
         f"Weight of that loss: {BALANCED}, which makes it as large as the logits' loss, or as the other weights.",
     )
+    teacher_tensor_model_parallel_size: int | None = option(
+        None, "Tensor-parallel size of the teacher, if it is to have another layout than the student."
+    )
+    teacher_pipeline_model_parallel_size: int | None = option(None, "Pipeline-parallel size of the teacher: likewise.")
     correct_teacher: Literal["first", "together"] | None = option(
         None,
         "Fine-tune the teacher on the data, with a fifth of the learning rate and 120 steps of warm-up: "
@@ -85,6 +90,37 @@ def pairs(launch: Launch, options: DistillOptions, teacher: Teacher) -> tuple[Pa
             got="--recompute-granularity full", legal="--recompute-granularity selective, or none",
         )  # fmt: skip
     return states.parse(options.states, launch.pattern, teacher.architecture.layers)
+
+
+def grid_of(launch: Launch, options: DistillOptions) -> Grid | None:
+    """The teacher's layout if it is not the student's.
+
+    Raises:
+        ConfigError: It does not divide the ranks, or something else asks for the student's.
+    """
+    args = launch.args
+    student = Grid(args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
+    grid = Grid(
+        options.teacher_tensor_model_parallel_size or student.tp,
+        options.teacher_pipeline_model_parallel_size or student.pp,
+    )
+    if grid == student:
+        return None
+    if min(grid) < 1 or args.world_size % (grid.tp * grid.pp):
+        raise ConfigError(
+            "the teacher's layout does not divide the ranks",
+            got=f"{grid.tp} x {grid.pp}",
+            legal=f"a divisor of {args.world_size}",
+        )
+    if options.correct_teacher == "together":
+        raise ConfigError(
+            "a teacher that is corrected together with its student has its layout", got=f"{grid.tp} x {grid.pp}",
+            legal="--distill-correct-teacher first",
+        )  # fmt: skip
+    for flag in ("reset_position_ids", "reset_attention_mask"):
+        if getattr(args, flag):
+            raise ConfigError(f"a teacher on another layout does not go with --{flag.replace('_', '-')}")
+    return grid
 
 
 def objective_at(options: DistillOptions, share: float) -> Objective:

@@ -15,6 +15,7 @@ from megatron_ext.checkpoint.atomic import replacing
 from megatron_ext.checkpoint.resume import has_checkpoint, resume_point
 from megatron_ext.distillation import beside
 from megatron_ext.distillation.beside import TeacherBeside, TrainedTeacherBeside
+from megatron_ext.distillation.elsewhere import Elsewhere, TeacherElsewhere
 from megatron_ext.distillation.model import DistillationModel, Matching
 from megatron_ext.distillation.objective import Objective
 from megatron_ext.distillation.projections import AGAIN, Balance, Projections
@@ -25,6 +26,7 @@ from megatron_ext.errors import CheckpointError
 from megatron_ext.training.correction import CorrectedTeacher
 from megatron_ext.training.distill_options import (
     DistillOptions,
+    grid_of,
     objective_at,
     pairs,
     states_weight_at,
@@ -49,6 +51,7 @@ class Setup:
         self._balance, self._samples = Balance(), 0
         self._projections: Projections | None = None
         self._correction: CorrectedTeacher | None = None
+        self._elsewhere: Elsewhere | None = None
         self._groups: Any = None
 
     def hook(self, students: list[HybridModel]) -> list[DistillationModel]:
@@ -60,15 +63,29 @@ class Setup:
         launch, options = self._launch, self._options
         self._groups = students[0].pg_collection
         step = resumed(launch)
-        if options.correct_teacher == "together":
-            self._correction = CorrectedTeacher(launch, self._teacher, step)
-            chunks, trained = self._correction.chunks, True
-        else:
-            chunks, trained = beside.build(students, self._teacher, launch.args, launch.architecture), False
-        widths = (students[0].config.hidden_size, chunks[0].config.hidden_size)
-        sizes = [tuple(map(len, pattern_of(model).stages)) for model in (students[0], chunks[0])]
-        route = Route(pairs(launch, options, self._teacher), widths, *sizes, trained=trained)
+        wanted = pairs(launch, options, self._teacher)
+        widths = (students[0].config.hidden_size, self._teacher.architecture.hidden_size)
+        sizes = tuple(map(len, pattern_of(students[0]).stages))
         stages = [stage_number(student) for student in students]
+        grid, sides = grid_of(launch, options), []
+        if grid is not None:
+            route = Route(wanted, widths, sizes, None)
+            points = [pair.teacher for pair in wanted]
+            self._elsewhere = Elsewhere(self._teacher, grid, launch.args, points, launch.architecture, self._groups)
+            sides = [TeacherElsewhere(self._elsewhere, student) for student in students]
+        else:
+            trained = options.correct_teacher == "together"
+            if trained:
+                self._correction = CorrectedTeacher(launch, self._teacher, step)
+                chunks = self._correction.chunks
+            else:
+                chunks = beside.build(students, self._teacher, launch.args, launch.architecture)
+            route = Route(wanted, widths, sizes, tuple(map(len, pattern_of(chunks[0]).stages)), trained)
+            for chunk, stage in zip(chunks, stages, strict=True):
+                points = route.points(stage, TEACHER)
+                sides.append(
+                    TrainedTeacherBeside(chunk, points, vocabulary_size()) if trained else TeacherBeside(chunk, points)
+                )
         args = launch.args
         self._projections = Projections(route, stages, args.seed, args.clip_grad, get_optimizer_param_scheduler)
         if route.pairs and step is not None:
@@ -81,12 +98,15 @@ class Setup:
             self._projections,
             self._balance,
         )
-        models = []
-        for student, chunk, stage in zip(students, chunks, stages, strict=True):
-            points = route.points(stage, TEACHER)
-            side = TrainedTeacherBeside(chunk, points, vocabulary_size()) if trained else TeacherBeside(chunk, points)
-            models.append(DistillationModel(student, side, matching, self._objective, vocabulary_size()))
-        return models
+        return [
+            DistillationModel(student, side, matching, self._objective, vocabulary_size())
+            for student, side in zip(students, sides, strict=True)
+        ]
+
+    def before_schedule(self, data: Any, micro_batches: int, micro_batch_size: int) -> Any:
+        """Let a teacher on another layout run ahead (see `platform.loop.before_schedule`)."""
+        assert self._elsewhere is not None
+        return self._elsewhere.before_schedule(data, micro_batches, micro_batch_size)
 
     def save(self, iteration: int) -> None:
         """Write what belongs to a checkpoint of the student and is not in it, on every rank, before it is written."""

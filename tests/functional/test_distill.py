@@ -20,6 +20,16 @@ LAYOUTS = {
     "cp2": (2, ["--context-parallel-size", "2"]),
     "tp2-pp2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
 }
+TP, PP = "--distill-teacher-tensor-model-parallel-size", "--distill-teacher-pipeline-model-parallel-size"
+ELSEWHERE = {
+    "tp2 for dp2": (2, [TP, "2"]),
+    "dp2 for tp2": (2, [TP, "1", "--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+    "pp2 for cp2": (2, [PP, "2", "--context-parallel-size", "2"]),
+    "tp2-pp2 for vpp2-dp2": (
+        4,
+        [TP, "2", PP, "2", "--pipeline-model-parallel-size", "2", "--hybrid-layer-pattern=M|-|*|-"],
+    ),
+}
 TWO_STEPS = [*TRAIN, "--train-iters", "2"]
 # Wherever the teacher's states come to be before the student's, or after them, and on every stage.
 STATES = ["--distill-states", "embedding", "final", "0:3", "2:0", "norm3:norm5", "*", "--distill-states-loss", "mse"]
@@ -47,8 +57,21 @@ def test_the_layout_changes_nothing(
     ranks, flags = LAYOUTS[name]
     flags = [*STUDENT, "--pretrained-checkpoint", student, "--distill-teacher", teacher, *STATES, *flags]
     run = workspace.start if name == "cp2" else workspace.run  # one with torchrun itself
-    run("distill_gpt.py", *flags, *workspace.data, *TWO_STEPS, "--save", f"distilled-{name}", ranks=ranks)
-    expected, got = workspace.metrics(distilled), workspace.metrics(f"distilled-{name}")
+    run("distill_gpt.py", *flags, *workspace.data, *TWO_STEPS, "--save", f"distilled {name}", ranks=ranks)
+    expect_the_same(workspace.metrics(f"distilled {name}"), workspace.metrics(distilled))
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_the_teachers_own_layout_changes_nothing(
+    workspace: Workspace, teacher: str, student: str, distilled: str, name: str
+) -> None:
+    ranks, flags = ELSEWHERE[name]
+    flags = [*STUDENT, "--pretrained-checkpoint", student, "--distill-teacher", teacher, *STATES, *flags]
+    workspace.run("distill_gpt.py", *flags, *workspace.data, *TWO_STEPS, "--save", f"distilled {name}", ranks=ranks)
+    expect_the_same(workspace.metrics(f"distilled {name}"), workspace.metrics(distilled))
+
+
+def expect_the_same(got: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
     assert len(got) == 2
     states = [key for key in expected[0] if key.startswith("states_")]
     assert len(states) == 8

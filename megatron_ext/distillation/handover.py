@@ -1,0 +1,134 @@
+"""Who hands what to whom, when a teacher runs on another layout than its student."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Grid(NamedTuple):
+    """A teacher's layout; the other ranks are replicas that share the sequences.
+
+    Attributes:
+        tp: Tensor-parallel size.
+        pp: Pipeline-parallel size.
+    """
+
+    tp: int
+    pp: int
+
+
+class Place(NamedTuple):
+    """A rank's place in a layout.
+
+    Attributes:
+        replica: Its data-parallel rank.
+        part: Its context-parallel rank: which part of the sequence it has.
+        shard: Its tensor-parallel rank.
+        stage: Its pipeline rank.
+    """
+
+    replica: int
+    part: int
+    shard: int
+    stage: int
+
+
+class Transfer(NamedTuple):
+    """What one rank hands to another in a step.
+
+    Attributes:
+        source: A rank of the teacher's last stage.
+        destination: A rank of the student's last stage.
+        samples: Numbers of sequences in the global batch, ascending.
+        part: Which part of each sequence.
+    """
+
+    source: int
+    destination: int
+    samples: tuple[int, ...]
+    part: int
+
+
+def shares(samples: int, replicas: int) -> list[range]:
+    """The sequences of a global batch that each of the teacher's replicas runs: as even as possible, in order."""
+    edges = [samples * i // replicas for i in range(replicas + 1)]
+    return [range(start, stop) for start, stop in pairwise(edges)]
+
+
+def transfers(students: Sequence[Place], teachers: Sequence[Place], samples: int) -> list[Transfer]:
+    """All transfers of a step, in the order of the sources, then of the destinations.
+
+    Args:
+        students: The place of each rank in the student's layout.
+        teachers: The place of each rank in the teacher's.
+        samples: Sequences in the global batch, ordered by the student's replicas.
+    """
+    last_student = max(place.stage for place in students)
+    replicas = max(place.replica for place in students) + 1
+    ends: dict[int, list[int]] = {}  # of each of the teacher's replicas, the ranks that know its last states
+    for rank, place in enumerate(teachers):
+        if place.stage == max(place.stage for place in teachers):
+            ends.setdefault(place.replica, []).append(rank)
+    result = []
+    wanted = shares(samples, replicas)
+    for destination, place in enumerate(students):
+        if place.stage != last_student:
+            continue
+        for replica, run in enumerate(shares(samples, len(ends))):
+            both = tuple(sorted(set(run) & set(wanted[place.replica])))
+            if both:
+                known = ends[replica]
+                source = destination if destination in known else known[destination % len(known)]
+                result.append(Transfer(source, destination, both, place.part))
+    return sorted(result)
+
+
+def part_of_sequence(states: Float[Tensor, "s b w"], part: int, parts: int) -> Float[Tensor, "l b w"]:
+    """A context-parallel rank's tokens: of 2 `parts` pieces, one from the front and its mirror image from the back."""
+    if parts == 1:
+        return states
+    pieces = states.chunk(2 * parts)
+    return torch.cat([pieces[part], pieces[2 * parts - 1 - part]])
+
+
+def exchange(
+    plan: Sequence[Transfer], states: dict[int, Float[Tensor, "s w"]], like: Float[Tensor, "l w"], parts: int
+) -> dict[int, Float[Tensor, "l w"]]:
+    """Carry out a step's transfers, on all ranks.
+
+    Args:
+        plan: All of them.
+        states: Of each sequence that this rank has run, whole.
+        like: An empty tensor of the shape that arrives for one sequence.
+        parts: The student's context-parallel size.
+
+    Returns:
+        Of each sequence that this rank needs, its part.
+    """
+    rank = dist.get_rank()
+    arrived: dict[int, Tensor] = {}
+    operations, waiting = [], []
+    for transfer in plan:
+        if rank not in (transfer.source, transfer.destination):
+            continue
+        if transfer.source == rank:
+            whole = torch.stack([states[sample] for sample in transfer.samples], dim=1)
+            sent = part_of_sequence(whole, transfer.part, parts).contiguous()
+            if transfer.destination == rank:
+                arrived |= dict(zip(transfer.samples, sent.unbind(1), strict=True))
+            else:
+                operations.append(dist.P2POp(dist.isend, sent, transfer.destination))
+        else:
+            buffer = like.new_empty(like.shape[0], len(transfer.samples), like.shape[1])
+            operations.append(dist.P2POp(dist.irecv, buffer, transfer.source))
+            waiting.append((transfer.samples, buffer))
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
+    for samples, buffer in waiting:
+        arrived |= dict(zip(samples, buffer.unbind(1), strict=True))
+    return arrived
