@@ -5,9 +5,9 @@ With `--skip-train`, measure the validation loss of a checkpoint instead.
 
 import sys
 
-from megatron_ext.training.launch import Job, launch, main
+from megatron_ext.training.launch import STOPPABLE, Job, launch, main
 
-JOB = Job("pretrain")
+JOB = Job("pretrain", defaults=STOPPABLE)
 
 
 def run() -> None:

@@ -1,12 +1,18 @@
 """Teacher correction: the teacher is fine-tuned on the data that it teaches with.
 
 A teacher that has not seen the distillation data judges it badly: Minitron in practice (arXiv 2408.11796, section 2.1)
-trains it on them first, with a fifth of the peak learning rate and 120 steps of warm-up.
+trains it on them, with a fifth of the peak learning rate and 120 steps of warm-up, before it teaches or while it does.
+Its checkpoints are ordinary ones, in `--save`/teacher.
 """
 
+import os
+import signal
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +27,15 @@ from megatron.training.checkpointing import save_checkpoint
 from megatron.training.global_vars import set_args
 from megatron.training.training import setup_model_and_optimizer
 
-from megatron_ext.checkpoint.resume import has_checkpoint
+from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.resume import has_checkpoint, resume_point
 from megatron_ext.distillation.beside import load
 from megatron_ext.distillation.teacher import Teacher
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.builder import model_config, with_architecture
+from megatron_ext.models.config import Architecture
+from megatron_ext.training import run
+from megatron_ext.training.directory import claim
 from megatron_ext.training.launch import Launch
 
 SHARE = 0.2  # of the student's learning rate
@@ -36,7 +46,7 @@ FOLDER = "teacher"
 class CorrectedTeacher:
     """A teacher that is trained in the same job as its student, by a Megatron optimizer of its own.
 
-    Its checkpoints are ordinary ones, in `--save`/teacher, one for each of the student's.
+    There is a checkpoint of it for each of the student's.
 
     Args:
         launch: The student's command line.
@@ -50,9 +60,7 @@ class CorrectedTeacher:
     def __init__(self, launch: Launch, teacher: Teacher, step: int | None) -> None:
         self._launch = launch
         architecture = teacher.beside(launch.architecture)
-        self._args = corrected(with_architecture(launch.args, architecture))
-        self._args.load = self._args.pretrained_checkpoint = self._args.ckpt_step = None
-        self._args.save = str(Path(launch.args.save) / FOLDER) if launch.args.save else None
+        self._args = _own_args(launch, architecture, launch.args.train_iters)
         if step is not None:
             folder = Path(launch.args.load) / FOLDER
             if not has_checkpoint(folder) or not (folder / f"iter_{step:07d}").is_dir():
@@ -112,10 +120,75 @@ class CorrectedTeacher:
             set_args(self._launch.args)
 
 
-def corrected(args: Namespace) -> Namespace:
-    """The namespace with the learning rate and the warm-up of a correction."""
+def correct(launch: Launch, teacher: Teacher, steps: int) -> None:
+    """Train the teacher alone, or go on with it; this process can do nothing else afterwards.
+
+    Args:
+        launch: The student's command line.
+        teacher: The teacher as it was given.
+        steps: How long.
+    """
+    architecture = teacher.beside(launch.architecture)
+    args = _own_args(launch, architecture, steps)
+    step = layout.find(teacher.step)
+    if has_checkpoint(Path(args.save)):
+        step, args.load = resume_point(Path(args.save)), args.save
+    else:
+        args.pretrained_checkpoint = str(step.path.parent)
+    args.ckpt_step = None if step.is_release else step.iteration
+    set_args(args)
+    run.train(replace(launch, args=args, architecture=architecture))
+
+
+def corrected_first(launch: Launch, teacher: Teacher, steps: int) -> Teacher:
+    """The corrected teacher; it is trained now, in a process of its own for each rank, unless that is done.
+
+    Args:
+        launch: The student's command line; no process group may have been formed.
+        teacher: The teacher as it was given.
+        steps: How long it is to be trained.
+
+    Raises:
+        SystemExit: The correction failed, with its status; or it was asked to stop, and has saved, with 0.
+    """
+    folder = Path(launch.args.save) / FOLDER
+    if not _is_done(folder, steps):
+        claim(launch)
+        status = _run_again("--distill-correct-teacher", "only")
+        if status or not _is_done(folder, steps):
+            raise SystemExit(status)
+    return Teacher.find(folder)
+
+
+def _is_done(folder: Path, steps: int) -> bool:
+    return has_checkpoint(folder) and layout.newest(folder).iteration >= steps
+
+
+def _run_again(*flags: str) -> int:
+    """This rank's command once more, with other flags at its end, in a new process; its exit status."""
+    environment = dict(os.environ)
+    if "TORCHELASTIC_RESTART_COUNT" in environment:  # what the ranks tell each other must not meet ours
+        environment["TORCHELASTIC_RESTART_COUNT"] += "-correction"
+    child = subprocess.Popen([sys.executable, *sys.argv, *flags], env=environment)
+    # Ctrl-C on a terminal reaches the child by itself.
+    handlers = {signal.SIGTERM: lambda number, _: child.send_signal(number), signal.SIGINT: signal.SIG_IGN}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        return child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _own_args(launch: Launch, architecture: Architecture, steps: int) -> Namespace:
+    """Megatron's namespace for the teacher, which is to be loaded from nowhere yet."""
+    args = with_architecture(launch.args, architecture)
+    args.load = args.pretrained_checkpoint = args.ckpt_step = None
+    args.finetune = args.no_load_optim = args.no_load_rng = False
+    args.save = str(Path(launch.args.save) / FOLDER)
+    args.train_iters, args.lr_decay_iters = steps, None
     args.lr, args.min_lr = args.lr * SHARE, args.min_lr * SHARE
     args.lr_warmup_fraction, args.lr_warmup_samples = None, 0
     # Of a training that is shorter than the warm-up, half.
-    args.lr_warmup_iters = min(WARMUP, (args.lr_decay_iters or args.train_iters) // 2)
+    args.lr_warmup_iters = min(WARMUP, steps // 2)
     return args

@@ -18,9 +18,9 @@ from megatron_ext.training.distill_options import (
     pairs,
     vocabulary_size,
 )
-from megatron_ext.training.launch import Job, Launch
+from megatron_ext.training.launch import STOPPABLE, Job, Launch
 
-JOB = Job("distill", options={"distill": DistillOptions})
+JOB = Job("distill", options={"distill": DistillOptions}, defaults=STOPPABLE)
 
 
 def check(launch: Launch) -> Teacher:
@@ -36,6 +36,8 @@ def check(launch: Launch) -> Teacher:
     if getattr(args, "use_mup", False):  # it scales the logits, which the losses make themselves
         raise ConfigError("distillation does not go with --use-mup")
     check_weights(options, vocabulary_size())
+    if options.correct_teacher and not args.save:
+        raise ConfigError("--distill-correct-teacher needs a directory for the teacher", legal="--save DIR")
     if args.fp16 and (options.states or options.correct_teacher):
         # Their optimizers do not see the loss scale of the student's.
         raise ConfigError("intermediate states and a corrected teacher do not go with --fp16", legal="--bf16")
@@ -65,10 +67,17 @@ def distill(launch: Launch, teacher: Teacher) -> None:
     """
     from megatron_ext.platform.loop import before_saving, before_schedule
     from megatron_ext.training import run
+    from megatron_ext.training.correction import correct, corrected_first
     from megatron_ext.training.distill_setup import Setup
     from megatron_ext.training.step import forward_step
 
     options: DistillOptions = launch.options["distill"]
+    steps = options.correction_iters or launch.args.train_iters
+    if options.correct_teacher == "only":
+        correct(launch, teacher, steps)
+        return
+    if options.correct_teacher == "first":
+        teacher = corrected_first(launch, teacher, steps)
     setup = Setup(launch, teacher, options)
     before_saving(setup.save)
     if grid_of(launch, options) is not None:

@@ -39,10 +39,13 @@ class DistillOptions:
         None, "Tensor-parallel size of the teacher, if it is to have another layout than the student."
     )
     teacher_pipeline_model_parallel_size: int | None = option(None, "Pipeline-parallel size of the teacher: likewise.")
-    correct_teacher: Literal["first", "together"] | None = option(
+    correct_teacher: Literal["first", "together", "only"] | None = option(
         None,
         "Fine-tune the teacher on the data, with a fifth of the learning rate and 120 steps of warm-up: "
-        "before the student is trained, or while it is.",
+        "before the student is trained, while it is, or without a student.",
+    )
+    correction_iters: int | None = option(
+        None, "Steps of a correction before the student is trained. Default: as many as the student's."
     )
 
 

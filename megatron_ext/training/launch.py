@@ -39,6 +39,8 @@ from megatron_ext.models.presets import preset
 from megatron_ext.training.directory import check_save
 
 VOCAB_MULTIPLE = 128
+STOPPABLE = ("--exit-signal-handler",)
+"""Of a job that trains: SIGTERM and Ctrl-C let it finish its step, save, and end well."""
 
 
 @dataclass(frozen=True)

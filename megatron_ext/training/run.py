@@ -1,8 +1,11 @@
 """Run a validated job through `megatron.training.pretrain`: Megatron's loop, our model, our log."""
 
+import signal
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,8 @@ def train(launch: Launch, forward_step: Callable[..., Any] | None = None, hooks:
     container = pretrain_cfg_container_from_args(args, config)
     if not args.async_save:
         keep_write_results()
+    if args.exit_signal_handler:
+        signal.signal(signal.SIGINT, partial(_interrupt, args.exit_signal))
     log = divert_scalars(lambda inner: _metrics_log(args, inner))
     try:
         pretrain(container, build_datasets, ModelType.encoder_or_decoder, forward_step or language_model_step)
@@ -50,6 +55,13 @@ def train(launch: Launch, forward_step: Callable[..., Any] | None = None, hooks:
             log.close()
     if isinstance(log, MetricsLog) and read_metrics(log.path):
         plot_training(log.path, log.path.with_name("training.png"))
+
+
+def _interrupt(exit_signal: signal.Signals, *_: Any) -> None:
+    """Ctrl-C asks Megatron to finish its step and save; a second one stops at once."""
+    print("stopping after this step, and saving if there is a --save; Ctrl-C again stops at once", file=sys.stderr)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.raise_signal(exit_signal)
 
 
 def _equal_expert_metrics(chunks: list[Any]) -> list[Any]:

@@ -1,8 +1,16 @@
 """Distillation: any layout trains the same, only the student is saved, and bad requests end at once."""
 
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fork_server
 import pytest
 import yaml
-from workspace import TRAIN, Workspace
+from workspace import ROOT, TRAIN, Workspace
 
 from megatron_ext.checkpoint import layout
 
@@ -91,18 +99,104 @@ def test_the_checkpoint_is_the_students(workspace: Workspace, student: str, dist
     assert workspace.loss(distilled, "distilled-alone") < 6.24  # log(512): the validation set as a whole
 
 
-def test_resumes_exactly(workspace: Workspace, teacher: str, student: str) -> None:
-    flags = [
-        "--distill-teacher", teacher, "--pretrained-checkpoint", student, *workspace.data, *TRAIN,
+@pytest.fixture(scope="module")
+def corrected(workspace: Workspace, teacher: str, student: str) -> str:
+    """Four steps with everything that a run may have to remember: a teacher, projections and weights that change."""
+    flags = [*corrects(teacher, student), *workspace.data, "--train-iters", "4", "--save", "corrected"]
+    workspace.run("distill_gpt.py", *flags)
+    return "corrected"
+
+
+def corrects(teacher: str, student: str) -> list[str]:
+    return [
+        "--distill-teacher", teacher, "--pretrained-checkpoint", student, *TRAIN, *STATES,
         "--distill-ce-weight", "0.5:0.1", "--distill-temperature", "2", "--distill-loss", "top-k-rest",
+        "--distill-correct-teacher", "together",
     ]  # fmt: skip
-    workspace.run("distill_gpt.py", *flags, "--train-iters", "4", "--save", "straight")
-    workspace.run("distill_gpt.py", *flags, "--train-iters", "4", "--exit-interval", "2", "--save", "halves")
-    workspace.run("distill_gpt.py", *flags, "--train-iters", "4", "--load", "halves", "--save", "halves")
-    straight, halves = workspace.metrics("straight"), workspace.metrics("halves")
+
+
+def test_resumes_exactly(workspace: Workspace, teacher: str, student: str, corrected: str) -> None:
+    flags = [*corrects(teacher, student), "--train-iters", "4", "--save", "halves"]
+    workspace.run("distill_gpt.py", *flags, *workspace.data, "--exit-interval", "2")
+    workspace.run("distill_gpt.py", *flags, *workspace.data, "--load", "halves")
+    straight, halves = workspace.metrics(corrected), workspace.metrics("halves")
     assert len(halves) == 4
-    for key in ("loss", "kd_loss", "total_loss", "grad_norm"):
-        assert [step[key] for step in halves] == [step[key] for step in straight]
+    times = ("seconds", "tokens_per_second")
+    for before, after in zip(straight, halves, strict=True):
+        assert {k: v for k, v in after.items() if k not in times} == {k: v for k, v in before.items() if k not in times}
+    lost = workspace.path / "halves" / "distillation"
+    lost.rename(lost.with_name("moved"))
+    done = workspace.run("distill_gpt.py", *flags, *workspace.data, "--load", "halves", "--ckpt-step", "2", ok=False)
+    assert "what was trained beside the student is not there" in done.stderr
+
+
+def test_a_corrected_teacher_is_one_that_trains(
+    workspace: Workspace, teacher: str, student: str, corrected: str
+) -> None:
+    """With a fifth of the learning rate, the warm-up of a short run, and no word from the student; on any layout."""
+    flags = ["--pretrained-checkpoint", teacher, *TRAIN, "--lr", "4e-4", "--lr-warmup-iters", "2", "--train-iters", "4"]
+    workspace.run("pretrain_hybrid.py", *flags, *workspace.data, "--save", "alone")
+    alone = [step["loss"] for step in workspace.metrics("alone")]
+    assert [step["teacher_loss"] for step in workspace.metrics(corrected)] == pytest.approx(alone, rel=1e-6)
+    assert workspace.loss(f"{corrected}/teacher", "corrected teacher") == pytest.approx(
+        workspace.loss("alone", "trained teacher"), rel=1e-6
+    )
+    flags = [
+        *STUDENT,
+        *corrects(teacher, student),
+        "--train-iters",
+        "4",
+        "--save",
+        "corrected on 4",
+        "--overlap-grad-reduce",
+    ]
+    flags += ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--use-distributed-optimizer"]
+    workspace.run("distill_gpt.py", *flags, "--pipeline-model-parallel-size", "2", *workspace.data, ranks=4)
+    for key in ("loss", "kd_loss", "states_loss", "teacher_loss"):
+        got, expected = ([step[key] for step in workspace.metrics(run)] for run in ("corrected on 4", corrected))
+        assert got == pytest.approx(expected, rel=1e-5), key
+
+
+def test_a_teacher_is_corrected_first(workspace: Workspace, teacher: str, student: str, corrected: str) -> None:
+    flags = [*workspace.data, *TRAIN, "--train-iters", "1"]
+    first = ["--distill-correct-teacher", "first", "--distill-correction-iters", "4", "--save", "first"]
+    command = ["--pretrained-checkpoint", student, "--distill-teacher", teacher, *flags, *first]
+    workspace.run("distill_gpt.py", *command)
+    losses = [step["loss"] for step in workspace.metrics("first/teacher")]
+    assert losses == pytest.approx([step["teacher_loss"] for step in workspace.metrics(corrected)], rel=1e-6)
+    command = ["--pretrained-checkpoint", student, "--distill-teacher", "first/teacher", *flags]
+    workspace.run("distill_gpt.py", *command, "--save", "then")
+    for key in ("loss", "kd_loss"):
+        assert workspace.metrics("first")[0][key] == pytest.approx(workspace.metrics("then")[0][key], rel=1e-6)
+
+
+def test_signals_save_and_end_well(workspace: Workspace, teacher: str, student: str) -> None:
+    """Ctrl-C, then SIGTERM to the run that goes on."""
+    flags = ["--pretrained-checkpoint", student, "--distill-teacher", teacher, *workspace.data, *TRAIN, *STATES]
+    command = [sys.executable, str(ROOT / "distill_gpt.py"), *flags, "--load", "stopped", "--save", "stopped"]
+    command += ["--train-iters", "100000", "--save-interval", "100000", "--eval-interval", "100000"]
+    done = 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        log = workspace.path / "stopped" / "metrics.jsonl"
+        with subprocess.Popen(command, cwd=workspace.path, stderr=subprocess.PIPE, text=True) as run:
+            while run.poll() is None and not (log.is_file() and len(log.read_text().splitlines()) > done):
+                time.sleep(0.05)
+            run.send_signal(number)
+            assert run.wait() == 0, run.stderr.read()[-3000:]  # type: ignore[union-attr]
+        steps = [step["step"] for step in workspace.metrics("stopped")]
+        assert steps == list(range(1, len(steps) + 1))
+        assert layout.find(workspace.path / "stopped").iteration == len(steps) > done
+        done = len(steps)
+
+
+def test_memory_does_not_grow(workspace: Workspace, teacher: str, student: str) -> None:
+    flags = [*corrects(teacher, student), *workspace.data, "--train-iters", "200", "--save", "long"]
+    flags += ["--save-interval", "1000", "--eval-interval", "1000", "--global-batch-size", "2"]
+    done = fork_server.run([Path(__file__).with_name("memory_of_steps.py"), *flags], cwd=workspace.path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    memory = json.loads((workspace.path / "memory.json").read_text())
+    assert len(memory) == 200
+    assert memory[-1] - memory[19] < 4 * 2**20, memory[::20]  # one micro-batch's logits are 128 KB, its states more
 
 
 def test_a_model_has_nothing_to_learn_from_itself(workspace: Workspace, teacher: str) -> None:
