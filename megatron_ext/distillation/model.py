@@ -12,11 +12,12 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_ext.distillation.identity import name
 from megatron_ext.distillation.losses import Head, Losses, distillation_losses
 from megatron_ext.distillation.objective import Objective
+from megatron_ext.distillation.student import StudentWrapper
 from megatron_ext.distillation.teacher import Teacher
 from megatron_ext.distillation.vocabulary import Vocabulary
 from megatron_ext.errors import CheckpointError
@@ -24,12 +25,11 @@ from megatron_ext.models.builder import PatternModelBuilder, model_config
 from megatron_ext.models.config import Architecture
 
 
-class DistillationModel(MegatronModule):
+class DistillationModel(StudentWrapper):
     """One pipeline stage of a student with the same stage of its teacher beside it.
 
-    To Megatron it is another of its wrappers: the student is `module`, and whatever is asked of the state is answered
-    by the student without a prefix, so that its checkpoint is a `HybridModel`'s. The teacher is not registered: it is
-    in no checkpoint, no optimizer and no gradient buffer, and always in evaluation mode.
+    The teacher is not registered: it is in no checkpoint, no optimizer and no gradient buffer, and always in evaluation
+    mode.
 
     Between stages travels `[student | teacher]`, concatenated over the hidden dimension.
 
@@ -40,15 +40,12 @@ class DistillationModel(MegatronModule):
         tokens: Entries of the vocabulary, without padding.
     """
 
-    module: HybridModel
     teacher: HybridModel
 
     def __init__(
         self, student: HybridModel, teacher: HybridModel, objective: Callable[[], Objective], tokens: int
     ) -> None:
-        super().__init__(student.config)
-        self.module = student
-        self.vp_stage, self.pg_collection = student.vp_stage, student.pg_collection
+        super().__init__(student)
         self.__dict__["teacher"] = teacher.requires_grad_(False).eval()  # past nn.Module's registration
         self._objective, self._tokens = objective, tokens
         if student.pg_collection.pp.size() > 1:
@@ -73,8 +70,17 @@ class DistillationModel(MegatronModule):
         attention_mask: Tensor | None,
         labels: Int[Tensor, "b s"] | None = None,
         loss_mask: Float[Tensor, "b s"] | None = None,
+        sample_id: Int[Tensor, "b 2"] | None = None,
     ) -> Losses | Float[Tensor, "s b h"]:
         """The losses on the last stage, `[student | teacher]` before it.
+
+        Args:
+            tokens: What the models read; on the first stage.
+            position_ids: Their positions.
+            attention_mask: Megatron's.
+            labels: The next tokens; on the last stage, like the others.
+            loss_mask: 1 where a token counts.
+            sample_id: Identities of the sequences (`identity.identify`).
 
         Raises:
             CheckpointError: The teacher's logits are not finite.
@@ -91,29 +97,14 @@ class DistillationModel(MegatronModule):
         mask = loss_mask.T.contiguous()
         losses = distillation_losses(own, other, labels.T.contiguous(), mask, self._objective(), vocabulary)
         if not losses.finite.all():
-            wrong = labels[(~losses.finite).any(0)][:, :8].tolist()
+            wrong = (~losses.finite).any(0)
+            names = ", ".join(name(each) for each in sample_id[wrong]) if sample_id is not None else "sequences"
             raise CheckpointError(
-                f"the teacher's logits are not finite on {len(wrong)} of {len(labels)} sequences of a micro-batch",
-                got=f"sequences whose labels begin with {wrong}",
+                f"the teacher's logits are not finite on {wrong.sum()} of {len(labels)} sequences of a micro-batch",
+                got=f"{names} whose labels begin with {labels[wrong][:, :8].tolist()}",
                 legal="a teacher whose weights and activations are finite on this data",
             )
         return losses
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The student's."""
-        return self.module.state_dict(*args, **kwargs)
-
-    def state_dict_for_save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        """The student's."""
-        return self.module.state_dict_for_save_checkpoint(*args, **kwargs)
-
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The student's."""
-        return self.module.sharded_state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Into the student."""
-        return self.module.load_state_dict(*args, **kwargs)
 
 
 def hidden_states(model: HybridModel, *inputs: Any) -> Float[Tensor, "s b h"]:
