@@ -33,20 +33,39 @@ def test_more_epochs_and_a_given_first_one_change_nothing_else() -> None:
     assert len(epochs(0, 5, 3)) == 0
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_corpus(prefix: Path, start: int) -> Path:
     """Documents of odd lengths, so that packing them in another order gives other sequences."""
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    prefix = tmp_path_factory.mktemp("corpus") / "text"
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
-    start = 0
     for length in (13, 5, 29, 7, 11, 17):
         builder.add_document(torch.arange(start, start + length), [length])
         start += length
     builder.finalize(f"{prefix}.idx")
     return prefix
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "text", 0)
+
+
+def settings(*corpora: Path, weights: list[float] | None = None, seed: int = 1, order_seed: int = 1) -> Any:
+    from megatron_ext.training.passes import PassConfig
+
+    tokenizer: Any = SimpleNamespace(
+        vocab_size=1000, eod=999, pad=998, unique_identifiers="none", special_tokens_dict={}
+    )
+    return PassConfig(
+        random_seed=seed, sequence_length=LENGTH, split="1,0,0", blend=([str(path) for path in corpora], weights),
+        tokenizer=tokenizer, reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
+        create_attention_mask=False, path_to_cache=str(corpora[0].parent / "index"), order_seed=order_seed,
+    )  # fmt: skip
+
+
+def contents(data: Any) -> list[tuple[int, ...]]:
+    return [(*data[i]["tokens"].tolist(), int(data[i]["labels"][-1])) for i in range(len(data))]
 
 
 def sequences(corpus: Path, wanted: int | None, own: bool, seed: int = 1, order_seed: int = 1) -> list[tuple[int, ...]]:
@@ -55,18 +74,13 @@ def sequences(corpus: Path, wanted: int | None, own: bool, seed: int = 1, order_
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
 
-    from megatron_ext.training.passes import PassConfig, PassDataset
+    from megatron_ext.training.passes import PassDataset
 
-    tokenizer: Any = SimpleNamespace(vocab_size=100, eod=99, pad=98, unique_identifiers="none", special_tokens_dict={})
-    config = PassConfig(
-        random_seed=seed, sequence_length=LENGTH, split="1,0,0", blend=([str(corpus)], None), tokenizer=tokenizer,
-        reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
-        path_to_cache=str(corpus.parent / "index"), order_seed=order_seed,
-    )  # fmt: skip
+    config = settings(corpus, seed=seed, order_seed=order_seed)
     kind = PassDataset if own else GPTDataset
     low = IndexedDataset(str(corpus))
     data = kind(low, str(corpus), np.arange(len(low), dtype=np.int32), wanted, Split.train, config)
-    return [(*data[i]["tokens"].tolist(), int(data[i]["labels"][-1])) for i in range(len(data))]
+    return contents(data)
 
 
 def test_no_epoch_and_no_seed_makes_another_sequence(corpus: Path) -> None:
@@ -83,3 +97,21 @@ def test_no_epoch_and_no_seed_makes_another_sequence(corpus: Path) -> None:
     assert sequences(corpus, size // 2, own=True)[: size // 2] == sequences(corpus, size // 2, own=False)[: size // 2]
     assert not set(sequences(corpus, 3 * size, own=False)) <= set(stored)
     assert not set(sequences(corpus, None, own=True, seed=2)) <= set(stored)
+
+
+def test_no_blend_makes_another_sequence(tmp_path: Path) -> None:
+    """Whatever its weights, and though one of the corpora is read several times."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+
+    from megatron_ext.training.passes import PassDataset
+
+    corpora = [write_corpus(tmp_path / f"text{start}", start) for start in (0, 500)]
+    build: Any = BlendedMegatronDatasetBuilder
+    stored, *_ = build(PassDataset, [None] * 3, lambda: True, settings(*corpora)).build()
+    size = len(stored)
+    blend = settings(*corpora, weights=[0.9, 0.1], seed=1, order_seed=2)
+    read, *_ = build(PassDataset, [2 * size, 0, 0], lambda: True, blend).build()
+    assert len(read) >= 2 * size
+    assert set(contents(read)) <= set(contents(stored))
+    first = [content for content in contents(read) if content[0] < 500]
+    assert len(first) > 3 * len(set(first))  # several times
