@@ -6,14 +6,16 @@ from megatron_ext.training.launch import launch, main
 
 
 def run() -> None:
-    from megatron_ext.training import distill, dry_run
+    from megatron_ext.training import cache, cache_write, distill, dry_run
 
-    started = launch(distill.JOB)
-    teacher = distill.check(started)
+    started = launch(distill.JOB, cache.command_line(sys.argv[1:]))
+    source = distill.check(started)
     if started.dry_run:
         dry_run.show(started)
+    elif isinstance(source, cache.Writing):
+        cache_write.write(started, source)
     else:
-        distill.distill(started, teacher)
+        distill.distill(started, source)
 
 
 if __name__ == "__main__":

@@ -42,13 +42,11 @@ class TeacherBeside:
         output = hidden_states(self.chunk, *inputs)
         return {TEACHER: output, **named(TEACHER, self._taps.take(), output)}
 
-    def target(self, found: dict[str, Tensor]) -> Head:
+    def target(self, found: dict[str, Tensor], sample_id: Tensor, labels: Tensor, k: int) -> Head:
         """What its logits are made of."""
         return head(self.chunk, found[TEACHER].detach())
 
-    def loss(
-        self, found: dict[str, Tensor], labels: Int[Tensor, "s b"], mask: Float[Tensor, "s b"]
-    ) -> StepLosses | None:
+    def loss(self, found: dict[str, Tensor], labels: Tensor, mask: Tensor) -> StepLosses | None:
         """None: it is not trained."""
         return None
 

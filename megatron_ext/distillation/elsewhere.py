@@ -171,14 +171,12 @@ class TeacherElsewhere:
             found = {point: value.chunk(group.size())[group.rank()] for point, value in found.items()}
         return {TEACHER: last.contiguous(), **{states.state(TEACHER, point): value for point, value in found.items()}}
 
-    def target(self, found: dict[str, Tensor]) -> Head:
+    def target(self, found: dict[str, Tensor], sample_id: Tensor, labels: Tensor, k: int) -> Head:
         """What its logits are made of."""
         assert self._teacher.rows is not None
         return Head(found[TEACHER], self._teacher.rows)
 
-    def loss(
-        self, found: dict[str, Tensor], labels: Int[Tensor, "s b"], mask: Float[Tensor, "s b"]
-    ) -> StepLosses | None:
+    def loss(self, found: dict[str, Tensor], labels: Tensor, mask: Tensor) -> StepLosses | None:
         """None: it is not trained."""
         return None
 

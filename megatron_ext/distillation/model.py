@@ -11,15 +11,16 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_ext.distillation import states
 from megatron_ext.distillation.divergences import TopK
+from megatron_ext.distillation.identity import name
 from megatron_ext.distillation.losses import Head, distillation_losses
 from megatron_ext.distillation.objective import Objective
 from megatron_ext.distillation.projections import Balance, Projections
 from megatron_ext.distillation.states import DISTANCES, FINAL, STUDENT, TEACHER, Point, Route
+from megatron_ext.distillation.student import StudentWrapper
 from megatron_ext.distillation.taps import Taps
 from megatron_ext.distillation.vocabulary import Vocabulary
 from megatron_ext.errors import CheckpointError
@@ -49,8 +50,17 @@ class TeacherSide(Protocol):
         """
         ...
 
-    def target(self, found: dict[str, Tensor]) -> Head | TopK:
-        """On the last stage, what the student's logits are compared with."""
+    def target(
+        self, found: dict[str, Tensor], sample_id: Int[Tensor, "b 2"], labels: Int[Tensor, "b s"], k: int
+    ) -> Head | TopK:
+        """On the last stage, what the student's logits are compared with.
+
+        Args:
+            found: The states of this stage.
+            sample_id: Identities of the sequences.
+            labels: Their next tokens, for an error to show.
+            k: Of a sparse comparison: how many entries count one by one.
+        """
         ...
 
     def loss(
@@ -79,24 +89,22 @@ class Matching:
     balance: Balance
 
 
-class DistillationModel(MegatronModule):
-    """One pipeline stage of a student with the same stage of its teacher beside it.
+class DistillationModel(StudentWrapper):
+    """One pipeline stage of a student, with whatever it learns from.
 
-    To Megatron it is another of its wrappers: the student is `module`, and whatever is asked of the state is answered
-    by the student without a prefix, so that its checkpoint is a `HybridModel`'s. Teacher and projections are not
-    registered: they are in none of Megatron's checkpoints, optimizers and gradient buffers of the student.
+    Teacher and projections are not registered: they are in none of the student's checkpoints, optimizers and gradient
+    buffers.
 
     Between stages travels what `Route.leaving` lists, side by side in the last dimension.
 
     Args:
         student: A chunk of the student.
-        teacher: The teacher on this stage.
+        teacher: The teacher on this stage, or what stands for it.
         matching: Intermediate states.
         objective: What is compared, at this moment.
         tokens: Entries of the vocabulary, without padding.
     """
 
-    module: HybridModel
     teacher: TeacherSide
 
     def __init__(
@@ -107,9 +115,7 @@ class DistillationModel(MegatronModule):
         objective: Callable[[], Objective],
         tokens: int,
     ) -> None:
-        super().__init__(student.config)
-        self.module = student
-        self.vp_stage, self.pg_collection = student.vp_stage, student.pg_collection
+        super().__init__(student)
         self.teacher = teacher
         self._matching, self._objective, self._tokens = matching, objective, tokens
         self.stage = student.pg_collection.pp.rank() + student.pg_collection.pp.size() * (student.vp_stage or 0)
@@ -134,11 +140,21 @@ class DistillationModel(MegatronModule):
         attention_mask: Tensor | None,
         labels: Int[Tensor, "b s"] | None = None,
         loss_mask: Float[Tensor, "b s"] | None = None,
+        sample_id: Int[Tensor, "b 2"] | None = None,
     ) -> StepLosses | Float[Tensor, "s b w"]:
         """The losses on the last stage, what travels on before it.
 
+        Args:
+            tokens: What the models read; on the first stage.
+            position_ids: Their positions.
+            attention_mask: Megatron's.
+            labels: The next tokens; on the last stage, like the others.
+            loss_mask: 1 where a token counts.
+            sample_id: Identities of the sequences (`identity.identify`).
+
         Raises:
             CheckpointError: The teacher's logits are not finite.
+            DataError: A sequence is not in the cache, or damaged.
         """
         inputs = (tokens, position_ids, attention_mask)
         found, self._arrived = self._arrived, {}
@@ -155,17 +171,23 @@ class DistillationModel(MegatronModule):
             return states.pack(route.leaving(self.stage, dtype), found)
         assert labels is not None
         assert loss_mask is not None
-        return self._losses(found, labels, loss_mask)
+        assert sample_id is not None
+        return self._losses(found, labels, loss_mask, sample_id)
 
     def _losses(
-        self, found: dict[str, Tensor], labels: Int[Tensor, "b s"], loss_mask: Float[Tensor, "b s"]
+        self,
+        found: dict[str, Tensor],
+        labels: Int[Tensor, "b s"],
+        loss_mask: Float[Tensor, "b s"],
+        sample_id: Int[Tensor, "b 2"],
     ) -> StepLosses:
         own, objective = head(self.module, found[STUDENT]), self._objective()
         vocabulary = Vocabulary(own.weight.shape[0], self._tokens, self.pg_collection.tp)
         mask, transposed = loss_mask.T.contiguous(), labels.T.contiguous()
-        losses = distillation_losses(own, self.teacher.target(found), transposed, mask, objective, vocabulary)
+        target = self.teacher.target(found, sample_id, labels, objective.k)
+        losses = distillation_losses(own, target, transposed, mask, objective, vocabulary)
         if not losses.finite.all():
-            _refuse(losses.finite, labels)
+            _refuse((~losses.finite).any(0), labels, sample_id)
         total, parts = losses.total, {"lm loss": losses.ce, "kd loss": losses.kd}
         if self._matching.route.pairs:
             matched = self._matched(found)
@@ -198,22 +220,6 @@ class DistillationModel(MegatronModule):
             values[str(pair)] = value
         return values
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The student's."""
-        return self.module.state_dict(*args, **kwargs)
-
-    def state_dict_for_save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        """The student's."""
-        return self.module.state_dict_for_save_checkpoint(*args, **kwargs)
-
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The student's."""
-        return self.module.sharded_state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Into the student."""
-        return self.module.load_state_dict(*args, **kwargs)
-
 
 def named(side: str, taken: dict[Point, Tensor], output: Tensor) -> dict[str, Tensor]:
     """States by the names under which they travel; what a chunk gives out is `final` where that is asked for."""
@@ -241,10 +247,10 @@ def head(model: HybridModel, hidden: Float[Tensor, "s b h"]) -> Head:
     return Head(copy_to_tensor_model_parallel_region(hidden, group=group), weight)
 
 
-def _refuse(finite: Tensor, labels: Int[Tensor, "b s"]) -> None:
-    wrong = labels[(~finite).any(0)][:, :8].tolist()
+def _refuse(wrong: Tensor, labels: Int[Tensor, "b s"], sample_id: Int[Tensor, "b 2"]) -> None:
+    names = ", ".join(name(each) for each in sample_id[wrong])
     raise CheckpointError(
-        f"the teacher's logits are not finite on {len(wrong)} of {len(labels)} sequences of a micro-batch",
-        got=f"sequences whose labels begin with {wrong}",
+        f"the teacher's logits are not finite on {wrong.sum()} of {len(labels)} sequences of a micro-batch",
+        got=f"{names} whose labels begin with {labels[wrong][:, :8].tolist()}",
         legal="a teacher whose weights and activations are finite on this data",
     )

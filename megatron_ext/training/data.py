@@ -12,6 +12,8 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_
 from megatron.training import get_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron_ext.distillation.identity import identify
+
 # The keys that Megatron's batch functions expect; those of packed sequences stay None.
 KEYS = (
     "tokens",
@@ -35,34 +37,45 @@ def build_datasets(num_samples: Sequence[int | None], vp_stage: int | None = Non
         vp_stage: Virtual pipeline stage that asks.
     """
     args: Any = get_args()
+    config = GPTDatasetConfig(**dataset_settings(args))
+    return build(MockGPTDataset if args.mock_data else GPTDataset, config, num_samples, vp_stage)
+
+
+build_datasets.is_distributed = True  # type: ignore[attr-defined] - Megatron's mark: call it on every rank
+
+
+def dataset_settings(args: Any) -> dict[str, Any]:
+    """What Megatron's flags say of the data, as fields of `GPTDatasetConfig`."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
-        random_seed=args.seed,
-        sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
-        path_to_cache=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
-        tokenizer=build_tokenizer(args),
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
-        eod_mask_loss=args.eod_mask_loss,
-        create_attention_mask=args.create_attention_mask_in_dataloader,
-        context_parallel_size=args.context_parallel_size,
-        data_parallel_size=args.data_parallel_size,
-        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
-    )
+    return {
+        "random_seed": args.seed,
+        "sequence_length": args.seq_length,
+        "blend": blend,
+        "blend_per_split": blend_per_split,
+        "split": args.split,
+        "path_to_cache": args.data_cache_path,
+        "mmap_bin_files": args.mmap_bin_files,
+        "tokenizer": build_tokenizer(args),
+        "reset_position_ids": args.reset_position_ids,
+        "reset_attention_mask": args.reset_attention_mask,
+        "eod_mask_loss": args.eod_mask_loss,
+        "create_attention_mask": args.create_attention_mask_in_dataloader,
+        "context_parallel_size": args.context_parallel_size,
+        "data_parallel_size": args.data_parallel_size,
+        "sequence_parallel_size": args.tensor_model_parallel_size * args.sequence_parallel,
+    }
+
+
+def build(
+    dataset: type[GPTDataset], config: GPTDatasetConfig, num_samples: Sequence[int | None], vp_stage: int | None
+) -> list[Any]:
+    """Three datasets on the ranks that read data, None on the others. A collective of all ranks."""
 
     def built_here() -> bool:
         return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
 
-    dataset = MockGPTDataset if args.mock_data else GPTDataset
-    build: Any = BlendedMegatronDatasetBuilder  # its annotation denies the None that it documents
-    return build(dataset, list(num_samples), built_here, config).build()
-
-
-build_datasets.is_distributed = True  # type: ignore[attr-defined] - Megatron's mark: call it on every rank
+    builder: Any = BlendedMegatronDatasetBuilder  # its annotation denies the None that it documents
+    return builder(dataset, list(num_samples), built_here, config).build()
 
 
 def get_batch(data: Iterator[dict[str, Any]] | None, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
@@ -97,3 +110,21 @@ def get_batch(data: Iterator[dict[str, Any]] | None, vp_stage: int | None) -> di
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=cp_group)
+
+
+def get_identified_batch(data: Iterator[dict[str, Any]] | None, vp_stage: int | None) -> dict[str, Any]:
+    """`get_batch`, and `sample_id` (b, 2): which sequences these are, the same on all ranks of the last stage."""
+    reads = is_first_or_last_pipeline_stage(vp_stage)
+    sample = next(data) if data is not None and reads and mpu.get_tensor_model_parallel_rank() == 0 else None
+    batch: dict[str, Any] = get_batch(iter([sample]) if sample is not None else None, vp_stage)
+    batch["sample_id"] = None
+    if reads and mpu.is_pipeline_last_stage():
+        args: Any = get_args()
+        own = torch.empty(args.micro_batch_size, 2, dtype=torch.int64)
+        if sample is not None:
+            own = identify(sample["tokens"], sample["labels"])
+        own = own.cuda()
+        group: Any = mpu.get_tensor_model_parallel_group()
+        torch.distributed.broadcast(own, mpu.get_tensor_model_parallel_src_rank(), group)
+        batch["sample_id"] = own
+    return batch

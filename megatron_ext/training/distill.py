@@ -7,15 +7,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from megatron_ext.distillation.cache import Cache
 from megatron_ext.distillation.teacher import Teacher
 from megatron_ext.errors import ConfigError
 from megatron_ext.models.pattern import MOE
+from megatron_ext.training.cache import Writing, check_cache, check_writing, compared
 from megatron_ext.training.distill_options import (
     DistillOptions,
     check_weights,
     grid_of,
     objective_at,
     pairs,
+    source_of,
     vocabulary_size,
 )
 from megatron_ext.training.launch import STOPPABLE, Job, Launch
@@ -23,28 +26,32 @@ from megatron_ext.training.launch import STOPPABLE, Job, Launch
 JOB = Job("distill", options={"distill": DistillOptions}, defaults=STOPPABLE)
 
 
-def check(launch: Launch) -> Teacher:
-    """Find what is wrong with the options, and the teacher, before any process group.
+def check(launch: Launch) -> Teacher | Cache | Writing:
+    """Find what is wrong with the options, and with whom the student learns from, before any process group.
 
     Raises:
         ConfigError: An option is missing or illegal, the vocabularies differ, or the teacher does not fit the layout.
         CheckpointError: There is no usable checkpoint of the teacher.
+        DataError: There is no usable cache.
     """
     args, options = launch.args, launch.options["distill"]
-    if options.teacher is None:
-        raise ConfigError("--distill-teacher is missing", legal="the checkpoint directory of the teacher")
     if getattr(args, "use_mup", False):  # it scales the logits, which the losses make themselves
         raise ConfigError("distillation does not go with --use-mup")
-    check_weights(options, vocabulary_size())
+    if options.cache_write is not None:
+        return check_writing(launch, vocabulary_size())
+    source = source_of(options)
+    check_weights(options, source, vocabulary_size())
     if options.correct_teacher and not args.save:
         raise ConfigError("--distill-correct-teacher needs a directory for the teacher", legal="--save DIR")
     if args.fp16 and (options.states or options.correct_teacher):
         # Their optimizers do not see the loss scale of the student's.
         raise ConfigError("intermediate states and a corrected teacher do not go with --fp16", legal="--bf16")
-    teacher = Teacher.find(options.teacher)
+    if isinstance(source, Cache):
+        check_cache(launch, source, compared(options, source), vocabulary_size())
+        return source
     grid = grid_of(launch, options)
     stages = args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)
-    teacher.check(
+    source.check(
         launch.architecture,
         tokens=vocabulary_size(),
         student_multiple=args.make_vocab_size_divisible_by * args.tensor_model_parallel_size,
@@ -52,13 +59,13 @@ def check(launch: Launch) -> Teacher:
         stages=grid.pp if grid else stages,
         ep=args.expert_model_parallel_size,
     )
-    if grid and MOE in teacher.architecture.pattern:
+    if grid and MOE in source.architecture.pattern:
         raise ConfigError("a teacher with experts must have the student's layout", got=f"{grid.tp} x {grid.pp}")
-    pairs(launch, options, teacher)
-    return teacher
+    pairs(launch, options, source)
+    return source
 
 
-def distill(launch: Launch, teacher: Teacher) -> None:
+def distill(launch: Launch, source: Teacher | Cache) -> None:
     """Train the student until `--train-iters`.
 
     `metrics.jsonl` has `loss` and `val_loss`, the student's cross-entropy as in pre-training, and `kd_loss`; of
@@ -66,25 +73,28 @@ def distill(launch: Launch, teacher: Teacher) -> None:
     corrected `teacher_loss`; also `total_loss`, what the student minimises, where that is not one of them.
     """
     from megatron_ext.platform.loop import before_saving, before_schedule
-    from megatron_ext.training import run
+    from megatron_ext.training import passes, run
     from megatron_ext.training.correction import correct, corrected_first
+    from megatron_ext.training.data import build_datasets, get_identified_batch
     from megatron_ext.training.distill_setup import Setup
     from megatron_ext.training.step import forward_step
 
     options: DistillOptions = launch.options["distill"]
     steps = options.correction_iters or launch.args.train_iters
-    if options.correct_teacher == "only":
-        correct(launch, teacher, steps)
+    if isinstance(source, Teacher) and options.correct_teacher == "only":
+        correct(launch, source, steps)
         return
-    if options.correct_teacher == "first":
-        teacher = corrected_first(launch, teacher, steps)
-    setup = Setup(launch, teacher, options)
+    if isinstance(source, Teacher) and options.correct_teacher == "first":
+        source = corrected_first(launch, source, steps)
+    setup = Setup(launch, source, options)
     before_saving(setup.save)
     if grid_of(launch, options) is not None:
         before_schedule(setup.before_schedule)
-    weights = [(o.kd_weight, o.ce_weight) for o in (objective_at(options, 0.0), objective_at(options, 1.0))]
+    weights = [(o.kd_weight, o.ce_weight) for o in (objective_at(options, source, share) for share in (0.0, 1.0))]
     mixed = weights not in ([(1.0, 0.0)] * 2, [(0.0, 1.0)] * 2) or bool(options.states)
-    run.train(launch, partial(forward_step, loss=partial(masked_sums, mixed)), hooks=(setup.hook,))
+    step = partial(forward_step, loss=partial(masked_sums, mixed), batch_of=get_identified_batch)
+    datasets = passes.repeated(source.manifest.seed) if isinstance(source, Cache) else build_datasets
+    run.train(launch, step, hooks=(setup.hook,), datasets=datasets)
 
 
 def masked_sums(mixed: bool, loss_mask: Float[Tensor, "b s"], losses: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -1,16 +1,18 @@
 """The flags of `distill_gpt.py`, and what they ask for at each moment of the training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_ext.arguments import option
 from megatron_ext.distillation import states
+from megatron_ext.distillation.cache import Cache
 from megatron_ext.distillation.divergences import NAMES
 from megatron_ext.distillation.handover import Grid
 from megatron_ext.distillation.objective import Objective
 from megatron_ext.distillation.states import DISTANCES, Pair
 from megatron_ext.distillation.teacher import Teacher
 from megatron_ext.errors import ConfigError
+from megatron_ext.training.cache import DEFAULT_K, compared
 from megatron_ext.training.launch import Launch
 
 BALANCED = "balanced"
@@ -21,12 +23,25 @@ class DistillOptions:
     """Whom the student learns from, and how the losses are weighted."""
 
     teacher: str | None = option(None, "Checkpoint of the teacher: a directory of steps, or one step.")
-    temperature: float = option(1.0, "Temperature of both distributions; the loss is multiplied by its square.")
-    loss: str = option("forward-kl", f"How student and teacher are compared: {', '.join(NAMES)}.")
+    cache: str | None = option(None, "Directory of a cache, in place of the teacher.")
+    cache_write: str | None = option(
+        None, "Train nothing; store the teacher's likeliest next tokens of one pass over the data in this directory."
+    )
+    cache_dtype: Literal["float16", "float32"] = option("float16", "In which their probabilities are stored.")
+    temperature: float | None = option(
+        None, "Temperature of both distributions; the loss is multiplied by its square. Default: 1, or the cache's."
+    )
+    loss: str | None = option(
+        None, f"How student and teacher are compared: {', '.join(NAMES)}. Default: forward-kl; with a cache top-k-rest."
+    )
     kd_weight: str = option("1.0", "Weight of that loss: a number, or FIRST:LAST to go in a line over the training.")
     ce_weight: str = option("0.0", "Weight of the cross-entropy with the data's next token: likewise.")
     jsd_beta: float = option(0.5, "Of jsd: the teacher's share of the mixture.")
-    top_k: int = option(100, "Of top-k and top-k-rest: how many of the teacher's entries count one by one.")
+    top_k: int | None = option(
+        None,
+        "Of top-k and top-k-rest: how many of the teacher's entries count one by one; of a cache: how many are stored. "
+        f"Default: {DEFAULT_K}, or all that the cache holds.",
+    )
     states: list[str] | None = option(
         None, "Pairs STUDENT:TEACHER of intermediate states to match, or kinds of sub-layers (see docs/distill.md)."
     )
@@ -49,18 +64,45 @@ class DistillOptions:
     )
 
 
-def check_weights(options: DistillOptions, tokens: int) -> None:
+def source_of(options: DistillOptions) -> Teacher | Cache:
+    """Whom the student learns from.
+
+    Raises:
+        ConfigError: Nobody, or two; or a cache is asked for what it does not know.
+        CheckpointError: There is no usable checkpoint of the teacher.
+        DataError: There is no usable cache.
+    """
+    if options.cache is not None and options.teacher is not None:
+        raise ConfigError("--distill-teacher and --distill-cache are one too many", legal="one of them")
+    if options.cache is None:
+        if options.teacher is None:
+            legal = "the checkpoint directory of the teacher, or --distill-cache"
+            raise ConfigError("--distill-teacher is missing", legal=legal)
+        return Teacher.find(options.teacher)
+    wanting = (
+        "states",
+        "correct_teacher",
+        "teacher_tensor_model_parallel_size",
+        "teacher_pipeline_model_parallel_size",
+    )
+    if given := [f"--distill-{name.replace('_', '-')}" for name in wanting if getattr(options, name)]:
+        raise ConfigError("a cache has no teacher to run", got=", ".join(given), legal="--distill-teacher")
+    return Cache.find(options.cache)
+
+
+def check_weights(options: DistillOptions, source: Teacher | Cache, tokens: int) -> None:
     """Find what is wrong with the losses and their weights, at the first and the last step.
 
     Args:
         options: The flags.
+        source: Whom the student learns from.
         tokens: Entries of the vocabulary, without padding.
 
     Raises:
         ConfigError: One is illegal.
     """
     for share in (0.0, 1.0):
-        objective, weight = objective_at(options, share), states_weight_at(options, share)
+        objective, weight = objective_at(options, source, share), states_weight_at(options, share)
         objective.check(tokens)
         if (
             min(objective.kd_weight, objective.ce_weight, weight or 0) < 0
@@ -126,14 +168,14 @@ def grid_of(launch: Launch, options: DistillOptions) -> Grid | None:
     return grid
 
 
-def objective_at(options: DistillOptions, share: float) -> Objective:
+def objective_at(options: DistillOptions, source: Teacher | Cache, share: float) -> Objective:
     """What the options ask for when this share of the training is done.
 
     Raises:
         ConfigError: A weight is no number and no FIRST:LAST.
     """
     kd_weight, ce_weight = (_weight(name, getattr(options, name), share) for name in ("kd_weight", "ce_weight"))
-    return Objective(options.loss, options.temperature, kd_weight, ce_weight, options.jsd_beta, options.top_k)
+    return replace(compared(options, source), kd_weight=kd_weight, ce_weight=ce_weight)
 
 
 def states_weight_at(options: DistillOptions, share: float) -> float | None:

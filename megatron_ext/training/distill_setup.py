@@ -1,6 +1,7 @@
 """What distillation adds to Megatron's loop: the teacher, and what is trained and saved beside the student."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from megatron_ext.checkpoint.atomic import replacing
 from megatron_ext.checkpoint.resume import has_checkpoint, resume_point
 from megatron_ext.distillation import beside
 from megatron_ext.distillation.beside import TeacherBeside, TrainedTeacherBeside
+from megatron_ext.distillation.cache import Cache
+from megatron_ext.distillation.cached import TeacherCached, over_entries
 from megatron_ext.distillation.elsewhere import Elsewhere, TeacherElsewhere
-from megatron_ext.distillation.model import DistillationModel, Matching
+from megatron_ext.distillation.handover import Grid
+from megatron_ext.distillation.model import DistillationModel, Matching, TeacherSide
 from megatron_ext.distillation.objective import Objective
 from megatron_ext.distillation.projections import AGAIN, Balance, Projections
 from megatron_ext.distillation.states import TEACHER, Route
@@ -42,12 +46,12 @@ class Setup:
 
     Args:
         launch: The validated command line.
-        teacher: The teacher.
+        source: Whom the student learns from.
         options: The distillation's flags.
     """
 
-    def __init__(self, launch: Launch, teacher: Teacher, options: DistillOptions) -> None:
-        self._launch, self._teacher, self._options = launch, teacher, options
+    def __init__(self, launch: Launch, source: Teacher | Cache, options: DistillOptions) -> None:
+        self._launch, self._source, self._options = launch, source, options
         self._balance, self._samples = Balance(), 0
         self._projections: Projections | None = None
         self._correction: CorrectedTeacher | None = None
@@ -63,30 +67,13 @@ class Setup:
         launch, options = self._launch, self._options
         self._groups = students[0].pg_collection
         step = resumed(launch)
-        wanted = pairs(launch, options, self._teacher)
-        widths = (students[0].config.hidden_size, self._teacher.architecture.hidden_size)
-        sizes = tuple(map(len, pattern_of(students[0]).stages))
-        stages = [stage_number(student) for student in students]
-        grid, sides = grid_of(launch, options), []
-        if grid is not None:
-            route = Route(wanted, widths, sizes, None)
-            points = [pair.teacher for pair in wanted]
-            self._elsewhere = Elsewhere(self._teacher, grid, launch.args, points, launch.architecture, self._groups)
-            sides = [TeacherElsewhere(self._elsewhere, student) for student in students]
+        if isinstance(self._source, Cache):
+            route, sides = self._from_cache(students, self._source)
+        elif (grid := grid_of(launch, options)) is not None:
+            route, sides = self._from_elsewhere(students, self._source, grid)
         else:
-            trained = options.correct_teacher == "together"
-            if trained:
-                self._correction = CorrectedTeacher(launch, self._teacher, step)
-                chunks = self._correction.chunks
-            else:
-                chunks = beside.build(students, self._teacher, launch.args, launch.architecture)
-            route = Route(wanted, widths, sizes, tuple(map(len, pattern_of(chunks[0]).stages)), trained)
-            for chunk, stage in zip(chunks, stages, strict=True):
-                points = route.points(stage, TEACHER)
-                sides.append(
-                    TrainedTeacherBeside(chunk, points, vocabulary_size()) if trained else TeacherBeside(chunk, points)
-                )
-        args = launch.args
+            route, sides = self._from_beside(students, self._source, step)
+        stages, args = [stage_number(student) for student in students], launch.args
         self._projections = Projections(route, stages, args.seed, args.clip_grad, get_optimizer_param_scheduler)
         if route.pairs and step is not None:
             self._resume(step)
@@ -102,6 +89,40 @@ class Setup:
             DistillationModel(student, side, matching, self._objective, vocabulary_size())
             for student, side in zip(students, sides, strict=True)
         ]
+
+    def _from_cache(self, students: list[HybridModel], cache: Cache) -> tuple[Route, Sequence[TeacherSide]]:
+        width = students[0].config.hidden_size
+        route = Route((), (width, width), stage_sizes(students[0]), None)
+        return route, [TeacherCached(cache, student) for student in students]
+
+    def _from_elsewhere(
+        self, students: list[HybridModel], teacher: Teacher, grid: Grid
+    ) -> tuple[Route, Sequence[TeacherSide]]:
+        launch, wanted = self._launch, pairs(self._launch, self._options, teacher)
+        widths = (students[0].config.hidden_size, teacher.architecture.hidden_size)
+        points = sorted({pair.teacher for pair in wanted})
+        self._elsewhere = Elsewhere(teacher, grid, launch.args, points, launch.architecture, self._groups)
+        sides = [TeacherElsewhere(self._elsewhere, student) for student in students]
+        return Route(wanted, widths, stage_sizes(students[0]), None), sides
+
+    def _from_beside(
+        self, students: list[HybridModel], teacher: Teacher, step: int | None
+    ) -> tuple[Route, Sequence[TeacherSide]]:
+        launch, trained = self._launch, self._options.correct_teacher == "together"
+        if trained:
+            self._correction = CorrectedTeacher(launch, teacher, step)
+            chunks = self._correction.chunks
+        else:
+            chunks = beside.build(students, teacher, launch.args, launch.architecture)
+        wanted = pairs(launch, self._options, teacher)
+        widths = (students[0].config.hidden_size, chunks[0].config.hidden_size)
+        route = Route(wanted, widths, stage_sizes(students[0]), stage_sizes(chunks[0]), trained)
+        sides: list[TeacherSide] = []
+        for student, chunk in zip(students, chunks, strict=True):
+            points = route.points(stage_number(student), TEACHER)
+            side = TrainedTeacherBeside(chunk, points, vocabulary_size()) if trained else TeacherBeside(chunk, points)
+            sides.append(side)
+        return route, sides
 
     def before_schedule(self, data: Any, micro_batches: int, micro_batch_size: int) -> Any:
         """Let a teacher on another layout run ahead (see `platform.loop.before_schedule`)."""
@@ -155,7 +176,8 @@ class Setup:
         return done / max(1, (args.train_iters or 1) - 1)
 
     def _objective(self) -> Objective:
-        return objective_at(self._options, self._done())
+        objective = objective_at(self._options, self._source, self._done())
+        return over_entries(objective, self._source) if isinstance(self._source, Cache) else objective
 
 
 def stage_number(chunk: HybridModel) -> int:
@@ -170,6 +192,11 @@ def resumed(launch: Launch) -> int | None:
         return None
     step = resume_point(Path(args.load))
     return None if step.is_release else args.ckpt_step
+
+
+def stage_sizes(model: HybridModel) -> tuple[int, ...]:
+    """Sub-layers on each stage of a model's pipeline."""
+    return tuple(len(stage) for stage in pattern_of(model).stages)
 
 
 def _folder(run: str, iteration: int) -> Path:

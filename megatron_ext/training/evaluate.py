@@ -16,11 +16,16 @@ from megatron_ext.training.launch import Launch
 
 def load_model(launch: Launch) -> list[Any]:
     """Start Megatron, build this rank's chunks of the model and load its weights; in evaluation mode."""
+    start(launch)
+    return build_model(launch)
+
+
+def start(launch: Launch) -> None:
+    """Start Megatron's process groups, for forward passes only."""
     from megatron.training import initialize_megatron
 
     launch.args.skip_train = True  # no optimizer, no gradient buffers
     initialize_megatron()
-    return _build(launch)
 
 
 def load_other(launch: Launch, architecture: Architecture, checkpoint: Path) -> tuple[Launch, list[Any]]:
@@ -42,10 +47,11 @@ def load_other(launch: Launch, architecture: Architecture, checkpoint: Path) -> 
     args.load, args.pretrained_checkpoint, args.ckpt_step = str(checkpoint), None, None
     set_args(args)
     other = replace(launch, args=args, architecture=architecture)
-    return other, _build(other)
+    return other, build_model(other)
 
 
-def _build(launch: Launch) -> list[Any]:
+def build_model(launch: Launch) -> list[Any]:
+    """This rank's chunks of the model, in evaluation mode, with the weights of the checkpoint that is to be loaded."""
     from megatron.core.enums import ModelType
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import pretrain_cfg_container_from_args

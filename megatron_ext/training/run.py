@@ -19,7 +19,12 @@ from megatron_ext.training.log import MetricsLog, read_metrics
 Hook = Callable[[list[Any]], list[Any]]
 
 
-def train(launch: Launch, forward_step: Callable[..., Any] | None = None, hooks: tuple[Hook, ...] = ()) -> None:
+def train(
+    launch: Launch,
+    forward_step: Callable[..., Any] | None = None,
+    hooks: tuple[Hook, ...] = (),
+    datasets: Callable[..., Any] | None = None,
+) -> None:
     """Train until `--train-iters`, with Megatron's own loop.
 
     Args:
@@ -27,6 +32,7 @@ def train(launch: Launch, forward_step: Callable[..., Any] | None = None, hooks:
         forward_step: Megatron's `forward_step_func`; language modelling by default.
         hooks: Called in turn with the list of model chunks after they are built and before they are wrapped for data
             parallelism (`ModelConfig.pre_wrap_hooks`).
+        datasets: Megatron's dataset provider; `data.build_datasets` by default.
     """
     from megatron.core.enums import ModelType
     from megatron.training import pretrain, set_startup_timestamps
@@ -49,7 +55,8 @@ def train(launch: Launch, forward_step: Callable[..., Any] | None = None, hooks:
         signal.signal(signal.SIGINT, partial(_interrupt, args.exit_signal))
     log = divert_scalars(lambda inner: _metrics_log(args, inner))
     try:
-        pretrain(container, build_datasets, ModelType.encoder_or_decoder, forward_step or language_model_step)
+        step = forward_step or language_model_step
+        pretrain(container, datasets or build_datasets, ModelType.encoder_or_decoder, step)
     finally:
         if log is not None:
             log.close()

@@ -28,7 +28,10 @@ def masked_sum(
 
 
 def forward_step(
-    data: Iterator[dict[str, Any]], model: torch.nn.Module, loss: Callable[..., Any] = masked_sum
+    data: Iterator[dict[str, Any]],
+    model: torch.nn.Module,
+    loss: Callable[..., Any] = masked_sum,
+    batch_of: Callable[..., dict[str, Any]] = get_batch,
 ) -> tuple[Tensor, Any]:
     """Run the model on the next micro-batch; (output, loss function) as Megatron's schedules expect.
 
@@ -36,12 +39,13 @@ def forward_step(
         data: This rank's micro-batches.
         model: The model, wrapped as Megatron wraps it.
         loss: From the loss mask and the model's output to Megatron's loss contract (see `masked_sum`).
+        batch_of: `get_batch`, or `get_identified_batch` for a model that takes `sample_id`.
     """
     timers: Any = get_timers()
     timer = timers("batch-generator", log_level=2)
     timer.start()
     vp_stage: Any = get_attr_wrapped_model(model, "vp_stage")
-    batch = get_batch(data, vp_stage)
+    batch = batch_of(data, vp_stage)
     timer.stop()
     output = model(
         batch["tokens"],
@@ -49,5 +53,6 @@ def forward_step(
         batch["attention_mask"],
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        **({"sample_id": batch["sample_id"]} if "sample_id" in batch else {}),
     )
     return output, partial(loss, batch["loss_mask"])

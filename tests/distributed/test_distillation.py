@@ -8,6 +8,7 @@ from distributed.runner import run_ranks
 from torch import Tensor
 
 from megatron_ext.distillation.divergences import NAMES
+from megatron_ext.distillation.likeliest import likeliest
 from megatron_ext.distillation.losses import Head, distillation_losses
 from megatron_ext.distillation.objective import Objective
 from megatron_ext.distillation.vocabulary import Vocabulary
@@ -61,3 +62,26 @@ def test_a_split_vocabulary_changes_nothing(ranks: int, tokens: int) -> None:
         gradients = sum(part[i][3] for part in parts), torch.cat([part[i][4] for part in parts])
         torch.testing.assert_close(gradients[0].double(), hidden.grad, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(gradients[1].double(), weight.grad, rtol=1e-5, atol=1e-6)
+
+
+def likeliest_of_a_part(tokens: int) -> list[Tensor]:
+    """What one rank finds to be the likeliest six entries, and the rest."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    rows = slice(rank * COLUMNS // size, (rank + 1) * COLUMNS // size)
+    _, _, hidden, weight = tensors()
+    vocabulary = Vocabulary(COLUMNS // size, tokens, dist.group.WORLD if size > 1 else None)
+    kept, finite = likeliest(Head(hidden, weight[rows]), vocabulary, 6, temperature=1.5)
+    return [kept.index, kept.log_q, kept.log_rest, finite]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_split_vocabulary_has_the_same_likeliest_entries(ranks: int) -> None:
+    """On every rank, though one of four holds nothing but padding."""
+    _, _, hidden, weight = tensors()
+    log = (hidden.flatten(0, 1).double() @ weight.double().T)[:, :11].div(1.5).log_softmax(-1)
+    log_q, index = log.sort(dim=-1, descending=True)
+    for got in run_ranks(likeliest_of_a_part, ranks, 11):
+        assert got[0].equal(index[:, :6])
+        torch.testing.assert_close(got[1].double(), log_q[:, :6], rtol=1e-6, atol=2e-6)
+        torch.testing.assert_close(got[2].double(), log_q[:, 6:].logsumexp(-1), rtol=1e-5, atol=1e-6)
+        assert got[3].all()

@@ -1,0 +1,47 @@
+"""What the command line of a cache means, before anything starts."""
+
+import pytest
+
+from megatron_ext.distillation.cache import Cache, Manifest
+from megatron_ext.distillation.objective import Objective
+from megatron_ext.errors import ConfigError
+from megatron_ext.training.cache import command_line, compared
+from megatron_ext.training.distill import DistillOptions, _source
+
+WRITE = ["--distill-teacher", "t", "--distill-cache-write", "c"]
+MANIFEST = Manifest(7, "float16", 2.0, 64, 512, "fingerprint", "float32", [False, False], seed=1)
+
+
+def test_writing_takes_the_model_from_the_teacher(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command_line(["--lr", "1"]) == ["--lr", "1"]
+    assert command_line(WRITE) == [*WRITE, "--preset", str(tmp_path / "t"), "--skip-train"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (WRITE[2:], "needs the teacher"),
+        ([*WRITE, "--load", "x"], "got:   --load"),
+        ([*WRITE, "--save=x", "--distill-cache", "y"], "got:   --save, --distill-cache\n"),
+    ],
+)
+def test_writing_does_nothing_else(argv, message):
+    with pytest.raises(ConfigError, match=message):
+        command_line(argv)
+
+
+def test_a_cache_decides_the_defaults(tmp_path):
+    cache = Cache(tmp_path, MANIFEST)
+    assert compared(DistillOptions(), cache) == Objective("top-k-rest", 2.0, k=7)
+    given = DistillOptions(loss="top-k", temperature=1.0, top_k=3)
+    assert compared(given, cache) == Objective("top-k", 1.0, k=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(DistillOptions(), "is missing"), (DistillOptions(teacher="t", cache="c"), "one too many")],
+)
+def test_there_is_one_source(options, message):
+    with pytest.raises(ConfigError, match=message):
+        _source(options)
