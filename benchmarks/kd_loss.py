@@ -3,10 +3,13 @@
     python benchmarks/kd_loss.py [--tokens 8192 --vocabulary 128256 --hidden 4096]
 
 Forward KL at temperature 1, from hidden states and output weights of student and teacher to the gradients of the
-student's. Plain: two matrix products, fp32 log-softmaxes, `kl_div`, autograd. Liger-Kernel's fused JSD (beta 0 is the
-forward KL) joins where it is installed, on a GPU. Each case runs in processes of its own, in turns; the time is the
-median over all of them. The peak is what is allocated beyond the inputs, the gradients included.
-On a GPU bf16 and 8,192 tokens x 128,256 words x hidden 4,096; on a CPU fp32 and a size that fits.
+student's. Plain: two matrix products, fp32 log-softmaxes, `kl_div`, autograd. Ours: `distillation_losses`, with logits
+compared in torch, and on a GPU also by Triton's kernels. Liger-Kernel's fused JSD (beta 0 is the forward KL) joins on
+a GPU where it is installed (`pip install liger-kernel`). Each case runs in processes of its own, in turns; the time is
+the median over all of them. The peak is what is allocated beyond the inputs, the gradients included. A case that fails
+is reported as failed, and the others run on.
+On a GPU bf16 and 8,192 tokens x 128,256 words x hidden 4,096; on a CPU fp32 and a size that fits. On a GPU one chunk of
+logits is compared alone, too, which must read both models' logits twice and write the student's once.
 """
 
 import argparse
@@ -23,7 +26,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
+from megatron_ext.distillation.losses import CHUNK, Compare, Head, compare_in_torch, distillation_losses
+from megatron_ext.distillation.objective import Objective
+from megatron_ext.distillation.vocabulary import Vocabulary
+
 SIZES = {"cuda": (8192, 128256, 4096), "cpu": (4096, 32000, 512)}
+PATIENCE = 900  # seconds: a process that was killed never answers
 Case = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -35,17 +43,25 @@ def plain(x: Tensor, w: Tensor, xt: Tensor, wt: Tensor) -> Tensor:
     return kl_div(log_p, log_q, reduction="sum", log_target=True)
 
 
-def ours(x: Tensor, w: Tensor, xt: Tensor, wt: Tensor) -> Tensor:
-    """`distillation_losses`."""
-    from megatron_ext.distillation.losses import Head, distillation_losses
-    from megatron_ext.distillation.objective import Objective
-    from megatron_ext.distillation.vocabulary import Vocabulary
+def ours(compare: Compare) -> Case:
+    """`distillation_losses`, its logits compared like this."""
 
-    labels = torch.zeros(len(x), 1, dtype=torch.long, device=x.device)
-    student, teacher = Head(x.unsqueeze(1), w), Head(xt.unsqueeze(1), wt)
-    return distillation_losses(
-        student, teacher, labels, torch.ones_like(labels).float(), Objective(), Vocabulary(len(w), len(w))
-    ).total
+    def case(x: Tensor, w: Tensor, xt: Tensor, wt: Tensor) -> Tensor:
+        labels = torch.zeros(len(x), 1, dtype=torch.long, device=x.device)
+        student, teacher = Head(x.unsqueeze(1), w), Head(xt.unsqueeze(1), wt)
+        mask, vocabulary = torch.ones_like(labels).float(), Vocabulary(len(w), len(w))
+        return distillation_losses(student, teacher, labels, mask, Objective(), vocabulary, compare).total
+
+    return case
+
+
+def comparison(name: str) -> Compare:
+    """Ours by name."""
+    if name == "ours":
+        return compare_in_torch
+    from megatron_ext.distillation import triton_kl
+
+    return triton_kl.compare
 
 
 def liger(x: Tensor, w: Tensor, xt: Tensor, wt: Tensor) -> Tensor:
@@ -57,7 +73,7 @@ def liger(x: Tensor, w: Tensor, xt: Tensor, wt: Tensor) -> Tensor:
 
 def measure(name: str, size: tuple[int, int, int], repeats: int) -> dict[str, Any]:
     """Times of each repeat after a first one, seconds, and the peak beyond the inputs, bytes."""
-    case: Case = {"plain": plain, "ours": ours, "liger": liger}[name]
+    case: Case = {"plain": plain, "liger": liger}.get(name) or ours(comparison(name))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens, vocabulary, hidden = size
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -85,6 +101,31 @@ def measure(name: str, size: tuple[int, int, int], repeats: int) -> dict[str, An
     return {"seconds": seconds[1:], "peak": peak, "loss": loss}
 
 
+def measure_chunk(name: str, vocabulary: int, repeats: int) -> dict[str, Any]:
+    """The comparison of one chunk of logits alone, on a GPU: seconds, and bytes per second of what must be moved."""
+    compare, n = comparison(name), CHUNK["cuda"] // vocabulary
+    logits, target = (torch.randn(n, vocabulary, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    labels, mask = torch.zeros(n, dtype=torch.long, device="cuda"), torch.ones(n, device="cuda")
+    seconds = []
+    for _ in range(repeats + 2):
+        _wait("cuda")
+        start = time.perf_counter()
+        compare(logits, target, labels, mask, Objective(), Vocabulary(vocabulary, vocabulary), True)
+        _wait("cuda")
+        seconds.append(time.perf_counter() - start)
+    median = statistics.median(seconds[2:])
+    return {"tokens": n, "seconds": median, "bytes_per_second": 5 * logits.nbytes / median}
+
+
+def _attempt(context: Any, function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """In a process of its own."""
+    with context.Pool(1) as process:
+        try:
+            return process.apply_async(function, arguments).get(PATIENCE)
+        except Exception as error:  # one method's failure is a result of the benchmark
+            return {"error": f"{type(error).__name__}: {error}"[:500]}
+
+
 def _wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -105,14 +146,14 @@ def main() -> None:
     args = parser.parse_args()
     size = args.tokens, args.vocabulary, args.hidden
     names = ["plain", "ours"]
-    if device == "cuda" and importlib.util.find_spec("liger_kernel"):
-        names.append("liger")
+    if device == "cuda":
+        names += ["triton"] + ["liger"] * (importlib.util.find_spec("liger_kernel") is not None)
     context = multiprocessing.get_context("spawn")
     found: dict[str, list[Any]] = {name: [] for name in names}
     for _ in range(args.processes):
         for name in names:
-            with context.Pool(1) as process:
-                found[name].append(process.apply(measure, (name, size, args.repeats)))
+            found[name].append(_attempt(context, measure, name, size, args.repeats))
+    failed = {name: runs for name, runs in found.items() if any("error" in run for run in runs)}
     cases = {
         name: {
             "seconds": statistics.median(s for run in runs for s in run["seconds"]),
@@ -120,18 +161,30 @@ def main() -> None:
             "loss": runs[0]["loss"],
         }
         for name, runs in found.items()
+        if name not in failed
     }
+    chunks = {}
+    if device == "cuda":
+        chunks = {name: _attempt(context, measure_chunk, name, args.vocabulary, 20) for name in ("ours", "triton")}
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     report = {
         **machine.describe(), "device": where, "dtype": "bfloat16" if device == "cuda" else "float32",
         "tokens": args.tokens, "vocabulary": args.vocabulary, "hidden": args.hidden, "cases": cases, "runs": found,
+        "chunks": chunks,
         "gradients_bytes": (args.tokens + args.vocabulary) * args.hidden * (2 if device == "cuda" else 4),
     }  # fmt: skip
-    base = cases["plain"]
+    base = cases.get("plain", {"seconds": float("nan"), "peak_bytes": float("nan")})
     rows = [
         f"| {name} | {case['seconds'] * 1e3:,.0f} | {case['seconds'] / base['seconds']:.2f} "
         f"| {case['peak_bytes'] / 1e6:,.0f} | {case['peak_bytes'] / base['peak_bytes']:.3f} | {case['loss']:.6g} |"
         for name, case in cases.items()
+    ]
+    rows += [f"| {name} | failed: {runs[0].get('error', 'in one process')} | | | | |" for name, runs in failed.items()]
+    rows += [
+        f"\nOne chunk of {chunk['tokens']:,} tokens compared ({name}): {chunk['seconds'] * 1e3:.2f} ms, "
+        f"{chunk['bytes_per_second'] / 1e12:.2f} TB/s."
+        for name, chunk in chunks.items()
+        if "error" not in chunk
     ]
     text = (
         f"Distillation loss and gradients, {args.tokens:,} tokens x {args.vocabulary:,} words x hidden "

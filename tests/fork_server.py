@@ -6,6 +6,7 @@ and for their sake some tests start each program for real: the order of imports,
 sets for all ranks here), and torchrun itself.
 """
 
+import atexit
 import functools
 import gc
 import importlib
@@ -80,12 +81,13 @@ def _environments(ranks: int, given: Mapping[str, str]) -> list[dict[str, str]]:
 
 @functools.cache
 def _server() -> subprocess.Popen[str]:
-    """This process's server, which ends with it: its standard input closes then."""
+    """This process's server, which ends with it."""
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "MEGATRON_EXT_DEVICE": "cpu"}
     server = subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )
+    atexit.register(server.communicate)  # closes its input
     assert server.stdout is not None
     assert server.stdout.readline() == "ready\n"
     return server
@@ -118,11 +120,11 @@ def _serve() -> None:
 
 def _become(request: dict[str, Any], environment: dict[str, str]) -> None:
     """Let this fork look like a fresh process of the request's command, and run it."""
-    for descriptor, name in ((1, request["outputs"][0]), (2, request["outputs"][1])):
-        file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor, name in enumerate((os.devnull, *request["outputs"])):
+        file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         os.dup2(file, descriptor)
         os.close(file)
-    sys.stdin = open(os.devnull)  # noqa: SIM115 - for the life of the process
+    sys.stdin = os.fdopen(0)
     torch.default_generator.seed()  # anew, from the system, as at a start; Python's own generator sees to itself
     numpy.random.seed()
     os.chdir(request["cwd"])

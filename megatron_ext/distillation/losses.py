@@ -1,13 +1,15 @@
 """From hidden states and output weights to the distillation loss and its gradients, without ever holding the logits.
 
-Logits are made for a chunk of tokens at a time, in the model's type, and compared in fp32 a slice at a time. The loss
-is the last node of the graph, so the gradients are made with it, in the forward pass, and no logits are made twice.
-What is held beyond them does not grow with tokens x vocabulary: `CHUNK` logits of each model, and about six fp32
-temporaries of `SLICE`.
+Logits are made for a chunk of tokens at a time, in the model's type, and compared in fp32: by two kernels on CUDA
+(`triton_kl`), in torch a slice at a time. The loss is the last node of the graph, so the gradients are made with it, in
+the forward pass, and no logits are made twice. What is held beyond them does not grow with tokens x vocabulary: `CHUNK`
+logits of each model, and in torch about six fp32 temporaries of `SLICE`.
 
 Shapes: s sequence, b micro-batch, n = s b tokens, h hidden, v this rank's columns of the padded vocabulary.
 """
 
+import importlib.util
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +56,10 @@ class Losses(NamedTuple):
     finite: Tensor
 
 
+Compare = Callable[..., tuple[Tensor, Tensor, Tensor]]
+"""Of a chunk of logits; see `compare_in_torch`."""
+
+
 def distillation_losses(
     student: Head,
     teacher: Head | TopK,
@@ -61,6 +67,7 @@ def distillation_losses(
     mask: Float[Tensor, "s b"],
     objective: Objective,
     vocabulary: Vocabulary,
+    compare: Compare | None = None,
 ) -> Losses:
     """The distillation loss of a micro-batch, exact under a vocabulary that is split over tensor-parallel ranks.
 
@@ -74,12 +81,14 @@ def distillation_losses(
         objective: What is compared.
         vocabulary: This rank's columns. The divergence leaves padding out of both distributions; the cross entropy does
             not, as Megatron's does not.
+        compare: What compares a chunk of logits; by default the fastest that can (`comparison`).
     """
+    compare = compare or comparison(student.hidden.device, teacher, objective)
     gradient = torch.is_grad_enabled() and (student.hidden.requires_grad or student.weight.requires_grad)
     flat: Any = teacher if isinstance(teacher, TopK) else Head(teacher.hidden.detach().flatten(0, 1), teacher.weight)
     total, kd, ce, finite = _Distillation.apply(
         student.hidden.flatten(0, 1), student.weight, flat, labels.flatten(), mask.flatten(), objective, vocabulary,
-        gradient,
+        gradient, compare,
     )  # fmt: skip
     return Losses(total, kd.view(labels.shape), ce.view(labels.shape), finite.view(labels.shape))
 
@@ -110,14 +119,25 @@ def cross_entropy(
     gradient = torch.is_grad_enabled() and (model.hidden.requires_grad or model.weight.requires_grad)
     alone = Objective(kd_weight=0.0, ce_weight=1.0)
     total, _, ce, _ = _Distillation.apply(
-        model.hidden.flatten(0, 1), model.weight, None, labels.flatten(), mask.flatten(), alone, vocabulary, gradient
-    )
+        model.hidden.flatten(0, 1), model.weight, None, labels.flatten(), mask.flatten(), alone, vocabulary, gradient,
+        compare_in_torch,
+    )  # fmt: skip
     return CrossEntropy(total, ce.view(labels.shape))
+
+
+def comparison(device: torch.device, teacher: Head | TopK | None, objective: Objective) -> Compare:
+    """What compares a chunk of logits: Triton's kernels on CUDA for the divergences that they know, torch otherwise."""
+    if device.type == "cuda" and isinstance(teacher, Head) and importlib.util.find_spec("triton") is not None:
+        from megatron_ext.distillation import triton_kl
+
+        if objective.divergence in triton_kl.DIVERGENCES:
+            return triton_kl.compare
+    return compare_in_torch
 
 
 class _Distillation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden, weight, teacher, labels, mask, objective, vocabulary, gradient):
+    def forward(ctx: Any, hidden, weight, teacher, labels, mask, objective, vocabulary, gradient, compare):
         n, v = hidden.shape[0], weight.shape[0]
         kd, ce = (hidden.new_empty(n, dtype=torch.float32) for _ in range(2))
         finite = torch.empty(n, dtype=torch.bool, device=hidden.device)
@@ -129,7 +149,7 @@ class _Distillation(torch.autograd.Function):
             rows = slice(start, min(start + step, n))
             logits = torch.mm(hidden[rows], weight.T, out=buffers[0][: rows.stop - start])
             target = _rows(teacher, rows, buffers[-1])
-            kd[rows], ce[rows], finite[rows] = _compare(
+            kd[rows], ce[rows], finite[rows] = compare(
                 logits, target, labels[rows], mask[rows], objective, vocabulary, gradient
             )
             if d_hidden is not None and d_weight is not None:  # `logits` have become their gradient
@@ -146,7 +166,7 @@ class _Distillation(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs):
         d_hidden, d_weight = ctx.saved_tensors
         scale = grad_outputs[0]
-        return d_hidden.mul_(scale), d_weight.mul_(scale).to(ctx.weight_type), *[None] * 6
+        return d_hidden.mul_(scale), d_weight.mul_(scale).to(ctx.weight_type), *[None] * 7
 
 
 def _rows(teacher: Head | TopK | None, rows: slice, buffer: Float[Tensor, "c v"]) -> Float[Tensor, "n v"] | TopK | None:
@@ -158,7 +178,7 @@ def _rows(teacher: Head | TopK | None, rows: slice, buffer: Float[Tensor, "c v"]
     return torch.mm(teacher.hidden[rows], teacher.weight.T, out=out)
 
 
-def _compare(
+def compare_in_torch(
     logits: Float[Tensor, "n v"],
     target: Float[Tensor, "n u"] | TopK | None,
     labels: Int[Tensor, " n"],

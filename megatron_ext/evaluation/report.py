@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Shaped
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
@@ -207,7 +209,7 @@ def plot_importance(scores: Mapping[str, ArrayLike], kept: Mapping[str, Sequence
             few = len(heights) <= 64
             order = np.arange(len(heights)) if few else np.argsort(-heights, kind="stable")
             colors = np.where(survives[order], COLORS["distilled"], COLORS["pruned"])
-            ax.bar(np.arange(len(heights)), heights[order], width=0.75 if few else 1.0, color=colors, linewidth=0)
+            _bars(ax, heights[order], 0.75 if few else 1.0, colors)
             ax.set_title(f"{name}: {survives.sum():,} of {len(heights):,} kept")
             ax.set_xlabel("index" if few else "rank, by importance")
             ax.grid(axis="x", visible=False)
@@ -218,6 +220,17 @@ def plot_importance(scores: Mapping[str, ArrayLike], kept: Mapping[str, Sequence
         handles = [Patch(color=COLORS["distilled"], label="kept"), Patch(color=COLORS["pruned"], label="dropped")]
         figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False)
         _save(figure, out)
+
+
+def _bars(ax: Axes, heights: Float[np.ndarray, " n"], width: float, colors: Shaped[np.ndarray, " n"]) -> None:
+    """What `ax.bar` draws, as one object: a bar of its own for each of thousands of channels takes minutes."""
+    left = np.arange(len(heights)) - width / 2
+    x = np.stack([left, left, left + width, left + width], axis=1)
+    y = heights[:, None] * np.array([0, 1, 1, 0])
+    bars = PolyCollection(np.stack([x, y], axis=2), facecolors=colors, linewidths=0)  # type: ignore[arg-type]
+    bars.sticky_edges.y.append(0)
+    ax.add_collection(bars)
+    ax.autoscale_view()
 
 
 def plot_losses(models: Sequence[tuple[str, int, float]], out: Path) -> None:

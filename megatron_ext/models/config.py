@@ -3,7 +3,7 @@
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from math import gcd
+from math import gcd, prod
 from typing import Any, Literal, Self
 
 from megatron_ext.errors import ConfigError, nearest
@@ -179,8 +179,8 @@ class Architecture:
     def num_parameters(self, *, embedding: bool = True) -> int:
         """Parameters in all; without the word embedding and the output layer if not `embedding`."""
         return sum(
-            axes.size(self, key)
-            for key in axes.tensors(self)
+            prod(shape)
+            for key, shape in axes.tensors(self).items()
             if embedding or key not in (axes.EMBEDDING, axes.OUTPUT_LAYER)
         )
 

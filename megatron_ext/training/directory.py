@@ -49,8 +49,7 @@ def check_save(save: Path, job: str, load: Path | None) -> None:
     Raises:
         ConfigError: It holds another kind of job, a checkpoint this run does not continue, or foreign files.
     """
-    # This run's first rank may be ahead, and be writing its config.yaml at this moment.
-    if not save.exists() or all(path.name.startswith(f".{CONFIG}.") for path in save.iterdir()):
+    if not save.exists() or not any(save.iterdir()):
         return
     config = save / CONFIG
     continues = load is not None and load.resolve() == save.resolve()

@@ -43,17 +43,24 @@ def train(
     from megatron_ext.training.step import forward_step as language_model_step
 
     args = launch.args
-    claim(launch)
+    if not args.async_save:
+        keep_write_results()
+    log: Any = None
+
+    def begin(chunks: list[Any]) -> list[Any]:
+        """Write the first files, now that the ranks have met: each of them has found the directory free."""
+        nonlocal log
+        claim(launch)
+        log = divert_scalars(lambda inner: _metrics_log(args, inner))
+        return chunks
+
     config = model_config(args, launch.architecture)
-    config.pre_wrap_hooks = [*config.pre_wrap_hooks, _equal_expert_metrics, *hooks]
+    config.pre_wrap_hooks = [begin, *config.pre_wrap_hooks, _equal_expert_metrics, *hooks]
     now = time.time()
     set_startup_timestamps(program_start=now, main_entry=now)
     container = pretrain_cfg_container_from_args(args, config)
-    if not args.async_save:
-        keep_write_results()
     if args.exit_signal_handler:
         signal.signal(signal.SIGINT, partial(_interrupt, args.exit_signal))
-    log = divert_scalars(lambda inner: _metrics_log(args, inner))
     try:
         step = forward_step or language_model_step
         pretrain(container, datasets or build_datasets, ModelType.encoder_or_decoder, step)

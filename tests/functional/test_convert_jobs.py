@@ -1,9 +1,9 @@
 """From Hugging Face into training and back: the programs load what was converted, and what they save is converted."""
 
-import subprocess
 import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 from hf_models import make
@@ -15,7 +15,7 @@ from megatron_ext.checkpoint.huggingface.shards import Shards
 
 def convert(workspace: Workspace, *words: str) -> str:
     command = [str(Path(sys.executable).parent / "megatron-ext"), "convert", *words]
-    done = subprocess.run(command, cwd=workspace.path, capture_output=True, text=True)
+    done = fork_server.run(command, cwd=workspace.path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 

@@ -3,9 +3,10 @@
 import shutil
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
-from workspace import MODEL, TRAIN, Workspace
+from workspace import MODEL, ROOT, TRAIN, Workspace
 
 from megatron_ext.checkpoint.reader import Reader
 
@@ -97,6 +98,25 @@ def test_losses_are_the_golden_ones(workspace: Workspace) -> None:
     workspace.start("pretrain_hybrid.py", *MODEL, *flags, *TRAIN, "--save", "golden")
     golden = [float(line) for line in GOLDEN.read_text().split()]
     assert [step["loss"] for step in workspace.metrics("golden")] == pytest.approx(golden, rel=1e-4)
+
+
+LATE = """
+import os, runpy, sys, time
+if os.environ["RANK"] == "0":
+    time.sleep(1)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_first_rank_may_come_last(workspace: Workspace, teacher: str) -> None:
+    """Nobody writes into the run directory before everybody has looked whether it is free."""
+    (workspace.path / "late.py").write_text(LATE)
+    flags = [*workspace.data, *TRAIN, "--train-iters", "1", "--eval-iters", "0", "--save", "late"]
+    command = [workspace.path / "late.py", ROOT / "pretrain_hybrid.py", "--pretrained-checkpoint", teacher, *flags]
+    done = fork_server.run(command, 2, workspace.path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert len(workspace.metrics("late")) == 1
 
 
 def test_bfloat16_trains(workspace: Workspace) -> None:
