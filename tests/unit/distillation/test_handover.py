@@ -1,0 +1,55 @@
+"""Each sequence goes from a rank that has run it to each rank that needs it, once."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ext.distillation.handover import Place, part_of_sequence, shares, transfers
+
+
+def places(replicas: int, parts: int, shards: int, stages: int) -> list[Place]:
+    """Megatron's order of ranks: tensor, context, data, pipeline."""
+    return [
+        Place(replica, part, shard, stage)
+        for stage in range(stages)
+        for replica in range(replicas)
+        for part in range(parts)
+        for shard in range(shards)
+    ]
+
+
+layout = st.tuples(*(st.sampled_from([1, 2, 4]) for _ in range(4))).filter(
+    lambda sizes: torch.tensor(sizes).prod() == 16
+)
+
+
+@given(student=layout, teacher=layout.filter(lambda sizes: sizes[1] == 1), per_replica=st.integers(1, 5))
+def test_everyone_gets_what_it_needs(student: tuple[int, ...], teacher: tuple[int, ...], per_replica: int) -> None:
+    samples = per_replica * student[0]
+    students, teachers = places(*student), places(*teacher)
+    plan = transfers(students, teachers, samples)
+    assert len({(t.source, t.destination) for t in plan}) == len(plan)  # one message for two ranks
+    runs = shares(samples, teacher[0])
+    for rank, place in enumerate(students):
+        got = sorted(sample for t in plan if t.destination == rank for sample in t.samples)
+        last = place.stage == student[3] - 1
+        assert got == ([place.replica * per_replica + i for i in range(per_replica)] if last else [])
+    for t in plan:
+        assert teachers[t.source].stage == teacher[3] - 1
+        assert set(t.samples) <= set(runs[teachers[t.source].replica])
+        assert t.part == students[t.destination].part
+
+
+@pytest.mark.parametrize(("samples", "replicas"), [(8, 2), (7, 3), (2, 4)])
+def test_the_teachers_replicas_share_evenly(samples: int, replicas: int) -> None:
+    runs = shares(samples, replicas)
+    assert [i for run in runs for i in run] == list(range(samples))
+    assert max(map(len, runs)) - min(map(len, runs)) <= 1
+
+
+def test_a_part_is_a_piece_and_its_mirror_image() -> None:
+    states = torch.arange(8.0).view(8, 1, 1)
+    assert part_of_sequence(states, 0, 2).flatten().tolist() == [0, 1, 6, 7]
+    assert part_of_sequence(states, 1, 2).flatten().tolist() == [2, 3, 4, 5]
+    assert part_of_sequence(states, 0, 1) is states
