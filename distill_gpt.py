@@ -6,8 +6,9 @@ from megatron_ext.training.launch import launch, main
 
 
 def run() -> None:
-    from megatron_ext.training import cache, cache_write, distill, dry_run
+    from megatron_ext.training import cache, cache_write, distill, dry_run, teacher_ranks
 
+    apart = teacher_ranks.divide(sys.argv[1:])
     started = launch(distill.JOB, cache.command_line(sys.argv[1:]))
     source = distill.check(started)
     if started.dry_run:
@@ -15,7 +16,7 @@ def run() -> None:
     elif isinstance(source, cache.Writing):
         cache_write.write(started, source)
     else:
-        distill.distill(started, source)
+        distill.distill(started, source, apart)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A teacher on a layout of its own, on the student's ranks: it runs a whole step before the student begins it.
+"""A teacher on a layout of its own, on the student's ranks or others: it runs a whole step before the student does.
 
 All micro-batches of a step go through the teacher's own tensor- and pipeline-parallel model; what the loss needs, its
 last hidden states and those that are matched, is handed to the student's last stage. Logits are made there, as with any
@@ -8,32 +8,30 @@ teacher: each rank holds the teacher's output rows of its own part of the vocabu
 from argparse import Namespace
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
-from megatron.core import dist_checkpointing
-from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.hybrid.hybrid_model import HybridModel
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.distillation import states
-from megatron_ext.distillation.handover import Grid, Place, exchange, shares, transfers
+from megatron_ext.distillation.handover import Bridge, Grid, Place, exchange, transfers
 from megatron_ext.distillation.losses import Head
-from megatron_ext.distillation.model import StepLosses, hidden_states, named
-from megatron_ext.distillation.states import EMBEDDING, FINAL, TEACHER, Part, Point
-from megatron_ext.distillation.taps import Taps, pattern_of
+from megatron_ext.distillation.model import StepLosses
+from megatron_ext.distillation.runner import Runner, by_stage, empty
+from megatron_ext.distillation.states import FINAL, TEACHER, Point
 from megatron_ext.distillation.teacher import Teacher
 from megatron_ext.models import axes
-from megatron_ext.models.builder import PatternModelBuilder, model_config, with_architecture
 from megatron_ext.models.config import Architecture
+
+STOP, RUN = 0, 1
 
 
 class Elsewhere:
-    """This rank's part of the teacher.
+    """The student's rank of a student whose teacher has another layout, on its ranks or on others.
 
     Args:
         teacher: The teacher.
@@ -42,6 +40,7 @@ class Elsewhere:
         points: The states that are wanted beside the last ones.
         architecture: The student's.
         groups: The student's process groups.
+        bridge: All ranks, if the teacher's are others.
     """
 
     def __init__(
@@ -52,46 +51,35 @@ class Elsewhere:
         points: Sequence[Point],
         architecture: Architecture,
         groups: Any,
+        bridge: Bridge | None,
     ) -> None:
-        self._args, self._groups = args, groups
+        self._args, self._groups, self._apart = args, groups, bridge is not None
+        self._runner = None if bridge else Runner(teacher, grid, args, points, architecture)
+        self._bridge = bridge or Bridge(None, dist.get_rank(), dist.get_world_size())
         own = teacher.beside(architecture)
-        self._pgs = _process_groups(grid)
-        self._chunk = _build(own, grid, args, self._pgs)
-        _load(self._chunk, teacher, self._pgs)
-        self._stage, self._last = self._pgs.pp.rank(), self._pgs.pp.size() - 1
-        sizes = [len(stage) for stage in pattern_of(self._chunk).stages]
-        wanted = [point for point in points if point.kind != FINAL]
-        self._points = [[p for p in wanted if _born(p, sizes) == stage] for stage in range(len(sizes))]
-        self._taps = Taps(self._chunk, self._points[self._stage])
-        self.order = [point for stage in self._points for point in stage]
-        """The states beside the last ones, as they come side by side."""
         self.width = own.hidden_size
-        here = (
-            Place(groups.dp.rank(), groups.cp.rank(), groups.tp.rank(), groups.pp.rank()),
-            Place(self._pgs.dp.rank(), 0, self._pgs.tp.rank(), self._stage),
-        )
-        places: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(places, here)
-        self._students, self._teachers = [list(column) for column in zip(*places, strict=True)]
+        stages = by_stage(points, [len(stage) for stage in own.layers.split(grid.pp).stages])
+        self.order = [point for stage in stages for point in stage]
+        """The states beside the last ones, as they come side by side."""
+        here = Place(groups.dp.rank(), groups.cp.rank(), groups.tp.rank(), groups.pp.rank())
+        self._reads = here[1:] == (0, 0, 0)
+        self._places = self._bridge.places(here, self._runner.place if self._runner else None)
         self.rows: Tensor | None = None
         if groups.pp.rank() == groups.pp.size() - 1:
             self.rows = _output_rows(teacher, own, groups).to(args.params_dtype)
         self.queue: deque[Float[Tensor, "s b w"]] = deque()
 
-    @torch.no_grad()
     def before_schedule(self, data: Any, micro_batches: int, micro_batch_size: int) -> Any:
-        """Run the teacher on all micro-batches of a step; on every rank (see `platform.loop.before_schedule`)."""
+        """Let the teacher run all micro-batches of a step; on every rank (see `platform.loop.before_schedule`)."""
         iterators = data if isinstance(data, list) else [data]
-        ahead: list[Any] = []
-        if self._students[dist.get_rank()] == Place(self._groups.dp.rank(), 0, 0, 0):
-            ahead = [next(iterators[0]) for _ in range(micro_batches)]
-        tokens = self._gather([sample["tokens"] for sample in ahead], micro_batches * micro_batch_size)
-        run = shares(len(tokens), self._pgs.dp.size())[self._pgs.dp.rank()]
-        outputs = self._run(tokens[run.start : run.stop], micro_batch_size)
-        plan = transfers(self._students, self._teachers, len(tokens))
-        parts = self._groups.cp.size()
-        like = self._empty(tokens.shape[1] // parts, self.width * (1 + len(self.order)))
-        arrived = exchange(plan, dict(zip(run, outputs, strict=False)), like, parts)
+        ahead = [next(iterators[0]) for _ in range(micro_batches)] if self._reads else []
+        if self._apart:
+            call(self._bridge, RUN, micro_batches, micro_batch_size)
+        sizes = Sizes(micro_batches * micro_batch_size, self._args.seq_length, micro_batch_size)
+        tokens = torch.cat([sample["tokens"] for sample in ahead]) if ahead else None
+        wanted = self._args.seq_length // self._groups.cp.size(), self.width * (1 + len(self.order))
+        like = empty(self._args.params_dtype, *wanted)
+        arrived = step(self._bridge, self._places, self._runner, tokens, sizes, like, self._groups.cp.size())
         assert not self.queue, "the student has left micro-batches of the step before"
         own = sorted(arrived)
         for start in range(0, len(own), micro_batch_size):
@@ -101,57 +89,84 @@ class Elsewhere:
         iterators = [iter(ahead), *iterators[1:]]
         return iterators if isinstance(data, list) else iterators[0]
 
-    def _gather(self, tokens: list[Int[Tensor, "b s"]], per_replica: int) -> Int[Tensor, "n s"]:
-        """The tokens of the global batch on every rank, ordered by the student's replicas."""
-        length = self._args.seq_length
-        device = torch.cuda.current_device()
-        own = torch.zeros(per_replica, length, dtype=torch.int32, device=device)
-        if tokens:
-            own.copy_(torch.cat(tokens))
-        everywhere = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(everywhere, own)
-        readers = sorted((place.replica, rank) for rank, place in enumerate(self._students) if place[1:] == (0, 0, 0))
-        return torch.cat([everywhere[rank] for _, rank in readers]).long()
+    def close(self) -> None:
+        """Let a teacher on ranks of its own end."""
+        if self._apart:
+            call(self._bridge, STOP, 0, 0)
 
-    def _run(self, tokens: Int[Tensor, "n s"], size: int) -> list[Float[Tensor, "s w"]]:
-        """What the last stage knows of each sequence: its states side by side; nothing on the other stages."""
-        outputs: list[Tensor] = []
-        before, after = (self._neighbour(step) for step in (-1, 1))
-        incoming, outgoing = (self._parts(stage) for stage in (self._stage - 1, self._stage))
-        sent: list[tuple[Any, Tensor]] = []
-        for some in tokens.split(size):
-            found: dict[str, Tensor] = {}
-            if before is not None:
-                packed = self._empty(some.shape[1], len(some), sum(part.width for part in incoming))
-                dist.recv(packed, before)
-                found = states.unpack(incoming, packed)
-            self._chunk.set_input_tensor(found.get(TEACHER))  # type: ignore[arg-type] - None on the first stage
-            positions = torch.arange(some.shape[1], device=some.device).expand_as(some)
-            found[TEACHER] = hidden_states(self._chunk, some, positions, None)
-            found |= named(TEACHER, self._taps.take(), found[TEACHER])
-            packed = states.pack(outgoing, found)
-            if after is None:
-                outputs += packed.unbind(1)
-            else:
-                sent.append((dist.isend(packed, after), packed))
-        for work, _ in sent:
-            work.wait()
-        return outputs
 
-    def _parts(self, stage: int) -> list[Part]:
-        known = [point for points in self._points[: stage + 1] for point in points]
-        names = [TEACHER, *(states.state(TEACHER, point) for point in known)]
-        return [Part(name, self.width, False) for name in names]
+class Sizes(NamedTuple):
+    """Of a step.
 
-    def _neighbour(self, step: int) -> int | None:
-        stage = self._stage + step
-        if not 0 <= stage <= self._last:
-            return None
-        own = self._teachers[dist.get_rank()]
-        return self._teachers.index(own._replace(stage=stage))
+    Attributes:
+        per_replica: Sequences of each of the student's replicas.
+        length: Tokens of a sequence.
+        micro_batch: Sequences that go through the models at once.
+    """
 
-    def _empty(self, *shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=self._args.params_dtype, device=torch.cuda.current_device())
+    per_replica: int
+    length: int
+    micro_batch: int
+
+
+def serve(bridge: Bridge, runner: Runner, length: int, like: Float[Tensor, "l w"], parts: int) -> None:
+    """What a rank of a teacher on ranks of its own does until the student ends.
+
+    Args:
+        bridge: All ranks.
+        runner: This rank's part of the teacher.
+        length: Tokens of a sequence.
+        like: An empty tensor of the teacher's type.
+        parts: The student's context-parallel size.
+    """
+    places = bridge.places(None, runner.place)
+    while True:
+        what, micro_batches, micro_batch_size = call(bridge, STOP, 0, 0)
+        if what == STOP:
+            return
+        sizes = Sizes(micro_batches * micro_batch_size, length, micro_batch_size)
+        step(bridge, places, runner, None, sizes, like, parts)
+
+
+def call(bridge: Bridge, *own: int) -> list[int]:
+    """What the student's first rank says: run, micro-batches and sequences of each, or stop."""
+    return bridge.gather(torch.tensor(own, device=torch.cuda.current_device()))[0].tolist()
+
+
+def step(
+    bridge: Bridge,
+    places: tuple[list[Place | None], list[Place | None]],
+    runner: Runner | None,
+    tokens: Int[Tensor, "n s"] | None,
+    sizes: Sizes,
+    like: Float[Tensor, "l w"],
+    parts: int,
+) -> dict[int, Float[Tensor, "l w"]]:
+    """One step of the teacher, on every rank: tokens from the student's readers, states to the student's last stage.
+
+    Args:
+        bridge: All ranks.
+        places: Where they are in both layouts.
+        runner: This rank's part of the teacher, if it has one.
+        tokens: The student's sequences, on the ranks that read them.
+        sizes: Of the step.
+        like: An empty tensor of the shape that arrives for one sequence.
+        parts: The student's context-parallel size.
+
+    Returns:
+        Of each sequence that this rank needs, its part.
+    """
+    own = torch.zeros(sizes.per_replica, sizes.length, dtype=torch.int32, device=torch.cuda.current_device())
+    if tokens is not None:
+        own.copy_(tokens)
+    everywhere = bridge.gather(own)
+    readers = sorted((p.replica, rank) for rank, p in enumerate(places[0]) if p is not None and p[1:] == (0, 0, 0))
+    whole = torch.cat([everywhere[rank] for _, rank in readers]).long()
+    known: dict[int, Tensor] = {}
+    if runner is not None:
+        run = runner.share(len(whole))
+        known = dict(zip(run, runner.run(whole[run.start : run.stop], sizes.micro_batch), strict=False))
+    return exchange(bridge, transfers(*places, len(whole)), known, like, parts)
 
 
 class TeacherElsewhere:
@@ -179,49 +194,6 @@ class TeacherElsewhere:
     def loss(self, found: dict[str, Tensor], labels: Tensor, mask: Tensor) -> StepLosses | None:
         """None: it is not trained."""
         return None
-
-
-def _born(point: Point, sizes: Sequence[int]) -> int:
-    if point.kind == EMBEDDING:
-        return 0
-    return next(stage for stage in range(len(sizes)) if point.layer < sum(sizes[: stage + 1]))
-
-
-def _process_groups(grid: Grid) -> ProcessGroupCollection:
-    replicas = dist.get_world_size() // (grid.tp * grid.pp)
-    ranks = HyperCommGrid([grid.tp, 1, replicas, grid.pp], ["tp", "cp", "dp", "pp"])
-    names: dict[str, str | list[str]] = {
-        "tp": "tp", "cp": "cp", "dp": "dp", "pp": "pp", "mp": ["tp", "pp"], "dp_cp": ["cp", "dp"],
-        "tp_cp": ["tp", "cp"], "tp_dp_cp": ["tp", "cp", "dp"],
-    }  # fmt: skip
-    groups = {name: ranks.create_pg(dims) for name, dims in names.items()}
-    return ProcessGroupCollection(**groups, embd=None, pos_embd=None)
-
-
-def _build(own: Architecture, grid: Grid, args: Namespace, groups: Any) -> HybridModel:
-    layout = Namespace(**vars(args))
-    layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size = grid
-    layout.tensor_parallel_num_weight_shards = grid.tp
-    layout.virtual_pipeline_model_parallel_size, layout.context_parallel_size = None, 1
-    layout.sequence_parallel = False  # nothing is kept for a backward pass
-    layout = with_architecture(layout, own)
-    config = model_config(layout, own)
-    config.transformer.perform_initialization = False  # every weight is read
-    config.share_embeddings_and_output_weights = False  # of the output layer, which is not used here
-    chunk = PatternModelBuilder(config).build_model(groups)
-    chunk = chunk.to(device=torch.cuda.current_device(), dtype=config.transformer.params_dtype)
-    return chunk.requires_grad_(False).eval()
-
-
-def _load(chunk: HybridModel, teacher: Teacher, groups: Any) -> None:
-    """Read all weights but those of the output layer, which is removed."""
-    metadata = dict(dist_checkpointing.load_content_metadata(str(teacher.step)) or {}) | {"dp_cp_group": groups.dp_cp}
-    wanted = chunk.sharded_state_dict(metadata=metadata)
-    wanted = {key: value for key, value in wanted.items() if not key.startswith("output_layer")}
-    found: Any = dist_checkpointing.load({"0": wanted}, str(teacher.step))
-    if chunk.post_process:
-        del chunk.output_layer
-    chunk.load_state_dict(found["0"])
 
 
 def _output_rows(teacher: Teacher, own: Architecture, groups: Any) -> Float[Tensor, "v h"]:

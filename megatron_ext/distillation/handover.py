@@ -1,8 +1,9 @@
 """Who hands what to whom, when a teacher runs on another layout than its student."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,35 @@ class Place(NamedTuple):
     stage: int
 
 
+@dataclass(frozen=True)
+class Bridge:
+    """All ranks of student and teacher.
+
+    Attributes:
+        group: Their process group; None for the default one.
+        rank: This one's number.
+        size: How many there are.
+    """
+
+    group: Any
+    rank: int
+    size: int
+
+    def gather(self, own: Tensor) -> list[Tensor]:
+        """What each rank has; all of one shape."""
+        everywhere = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(everywhere, own, group=self.group)
+        return everywhere
+
+    def places(self, student: Place | None, teacher: Place | None) -> tuple[list[Place | None], list[Place | None]]:
+        """Of each rank its place in the student's layout and in the teacher's; None where it has none."""
+        nowhere = Place(-1, -1, -1, -1)
+        own = torch.tensor([student or nowhere, teacher or nowhere], device=torch.cuda.current_device())
+        known = [[Place(*row) for row in rows.tolist()] for rows in self.gather(own)]
+        students, teachers = ([None if p == nowhere else p for p in column] for column in zip(*known, strict=True))
+        return students, teachers
+
+
 class Transfer(NamedTuple):
     """What one rank hands to another in a step.
 
@@ -60,7 +90,7 @@ def shares(samples: int, replicas: int) -> list[range]:
     return [range(start, stop) for start, stop in pairwise(edges)]
 
 
-def transfers(students: Sequence[Place], teachers: Sequence[Place], samples: int) -> list[Transfer]:
+def transfers(students: Sequence[Place | None], teachers: Sequence[Place | None], samples: int) -> list[Transfer]:
     """All transfers of a step, in the order of the sources, then of the destinations.
 
     Args:
@@ -68,16 +98,16 @@ def transfers(students: Sequence[Place], teachers: Sequence[Place], samples: int
         teachers: The place of each rank in the teacher's.
         samples: Sequences in the global batch, ordered by the student's replicas.
     """
-    last_student = max(place.stage for place in students)
-    replicas = max(place.replica for place in students) + 1
+    learning, teaching = ({i: p for i, p in enumerate(places) if p is not None} for places in (students, teachers))
+    last_stages = [max(place.stage for place in places.values()) for places in (learning, teaching)]
     ends: dict[int, list[int]] = {}  # of each of the teacher's replicas, the ranks that know its last states
-    for rank, place in enumerate(teachers):
-        if place.stage == max(place.stage for place in teachers):
+    for rank, place in teaching.items():
+        if place.stage == last_stages[1]:
             ends.setdefault(place.replica, []).append(rank)
     result = []
-    wanted = shares(samples, replicas)
-    for destination, place in enumerate(students):
-        if place.stage != last_student:
+    wanted = shares(samples, max(place.replica for place in learning.values()) + 1)
+    for destination, place in learning.items():
+        if place.stage != last_stages[0]:
             continue
         for replica, run in enumerate(shares(samples, len(ends))):
             both = tuple(sorted(set(run) & set(wanted[place.replica])))
@@ -97,11 +127,16 @@ def part_of_sequence(states: Float[Tensor, "s b w"], part: int, parts: int) -> F
 
 
 def exchange(
-    plan: Sequence[Transfer], states: dict[int, Float[Tensor, "s w"]], like: Float[Tensor, "l w"], parts: int
+    bridge: Bridge,
+    plan: Sequence[Transfer],
+    states: dict[int, Float[Tensor, "s w"]],
+    like: Float[Tensor, "l w"],
+    parts: int,
 ) -> dict[int, Float[Tensor, "l w"]]:
     """Carry out a step's transfers, on all ranks.
 
     Args:
+        bridge: The ranks.
         plan: All of them.
         states: Of each sequence that this rank has run, whole.
         like: An empty tensor of the shape that arrives for one sequence.
@@ -110,7 +145,7 @@ def exchange(
     Returns:
         Of each sequence that this rank needs, its part.
     """
-    rank = dist.get_rank()
+    rank, group = bridge.rank, bridge.group
     arrived: dict[int, Tensor] = {}
     operations, waiting = [], []
     for transfer in plan:
@@ -122,10 +157,10 @@ def exchange(
             if transfer.destination == rank:
                 arrived |= dict(zip(transfer.samples, sent.unbind(1), strict=True))
             else:
-                operations.append(dist.P2POp(dist.isend, sent, transfer.destination))
+                operations.append(dist.P2POp(dist.isend, sent, transfer.destination, group))
         else:
             buffer = like.new_empty(like.shape[0], len(transfer.samples), like.shape[1])
-            operations.append(dist.P2POp(dist.irecv, buffer, transfer.source))
+            operations.append(dist.P2POp(dist.irecv, buffer, transfer.source, group))
             waiting.append((transfer.samples, buffer))
     for work in dist.batch_isend_irecv(operations) if operations else ():
         work.wait()

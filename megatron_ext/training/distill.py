@@ -22,6 +22,7 @@ from megatron_ext.training.distill_options import (
     vocabulary_size,
 )
 from megatron_ext.training.launch import STOPPABLE, Job, Launch
+from megatron_ext.training.teacher_ranks import Apart, teach
 
 JOB = Job("distill", options={"distill": DistillOptions}, defaults=STOPPABLE)
 
@@ -65,7 +66,7 @@ def check(launch: Launch) -> Teacher | Cache | Writing:
     return source
 
 
-def distill(launch: Launch, source: Teacher | Cache) -> None:
+def distill(launch: Launch, source: Teacher | Cache, apart: Apart | None = None) -> None:
     """Train the student until `--train-iters`.
 
     `metrics.jsonl` has `loss` and `val_loss`, the student's cross-entropy as in pre-training, and `kd_loss`; of
@@ -86,7 +87,10 @@ def distill(launch: Launch, source: Teacher | Cache) -> None:
         return
     if isinstance(source, Teacher) and options.correct_teacher == "first":
         source = corrected_first(launch, source, steps)
-    setup = Setup(launch, source, options)
+    if apart is not None and apart.teaches:
+        teach(launch, source, apart)
+        return
+    setup = Setup(launch, source, options, apart)
     before_saving(setup.save)
     if grid_of(launch, options) is not None:
         before_schedule(setup.before_schedule)
@@ -94,7 +98,13 @@ def distill(launch: Launch, source: Teacher | Cache) -> None:
     mixed = weights not in ([(1.0, 0.0)] * 2, [(0.0, 1.0)] * 2) or bool(options.states)
     step = partial(forward_step, loss=partial(masked_sums, mixed), batch_of=get_identified_batch)
     datasets = passes.repeated(source.manifest.seed) if isinstance(source, Cache) else build_datasets
-    run.train(launch, step, hooks=(setup.hook,), datasets=datasets)
+    try:
+        run.train(launch, step, hooks=(setup.hook,), datasets=datasets)
+    except SystemExit as end:
+        if end.code in (0, None):  # asked to stop, and has saved
+            setup.close()
+        raise
+    setup.close()
 
 
 def masked_sums(mixed: bool, loss_mask: Float[Tensor, "b s"], losses: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

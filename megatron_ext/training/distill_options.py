@@ -54,6 +54,9 @@ class DistillOptions:
         None, "Tensor-parallel size of the teacher, if it is to have another layout than the student."
     )
     teacher_pipeline_model_parallel_size: int | None = option(None, "Pipeline-parallel size of the teacher: likewise.")
+    teacher_ranks: int | None = option(
+        None, "How many ranks, the last ones, run the teacher and nothing else. Default: it runs on the student's."
+    )
     correct_teacher: Literal["first", "together", "only"] | None = option(
         None,
         "Fine-tune the teacher on the data, with a fifth of the learning rate and 120 steps of warm-up: "
@@ -84,6 +87,7 @@ def source_of(options: DistillOptions) -> Teacher | Cache:
         "correct_teacher",
         "teacher_tensor_model_parallel_size",
         "teacher_pipeline_model_parallel_size",
+        "teacher_ranks",
     )
     if given := [f"--distill-{name.replace('_', '-')}" for name in wanting if getattr(options, name)]:
         raise ConfigError("a cache has no teacher to run", got=", ".join(given), legal="--distill-teacher")
@@ -149,14 +153,20 @@ def grid_of(launch: Launch, options: DistillOptions) -> Grid | None:
         options.teacher_tensor_model_parallel_size or student.tp,
         options.teacher_pipeline_model_parallel_size or student.pp,
     )
-    if grid == student:
+    if grid == student and options.teacher_ranks is None:
         return None
-    if min(grid) < 1 or args.world_size % (grid.tp * grid.pp):
+    ranks = options.teacher_ranks or args.world_size
+    if min(grid) < 1 or ranks % (grid.tp * grid.pp):
         raise ConfigError(
             "the teacher's layout does not divide the ranks",
             got=f"{grid.tp} x {grid.pp}",
-            legal=f"a divisor of {args.world_size}",
+            legal=f"a divisor of {ranks}",
         )
+    if options.correct_teacher == "first" and options.teacher_ranks is not None:
+        raise ConfigError(
+            "a teacher on ranks of its own cannot be corrected first", got=f"--distill-teacher-ranks {ranks}",
+            legal="--distill-correct-teacher only, in a run before",
+        )  # fmt: skip
     if options.correct_teacher == "together":
         raise ConfigError(
             "a teacher that is corrected together with its student has its layout", got=f"{grid.tp} x {grid.pp}",

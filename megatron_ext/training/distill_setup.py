@@ -37,6 +37,7 @@ from megatron_ext.training.distill_options import (
     vocabulary_size,
 )
 from megatron_ext.training.launch import Launch
+from megatron_ext.training.teacher_ranks import Apart
 
 FOLDER, STATE = "distillation", "state.json"
 
@@ -48,10 +49,13 @@ class Setup:
         launch: The validated command line.
         source: Whom the student learns from.
         options: The distillation's flags.
+        apart: This rank among all, if the teacher has ranks of its own.
     """
 
-    def __init__(self, launch: Launch, source: Teacher | Cache, options: DistillOptions) -> None:
-        self._launch, self._source, self._options = launch, source, options
+    def __init__(
+        self, launch: Launch, source: Teacher | Cache, options: DistillOptions, apart: Apart | None = None
+    ) -> None:
+        self._launch, self._source, self._options, self._apart = launch, source, options, apart
         self._balance, self._samples = Balance(), 0
         self._projections: Projections | None = None
         self._correction: CorrectedTeacher | None = None
@@ -101,7 +105,8 @@ class Setup:
         launch, wanted = self._launch, pairs(self._launch, self._options, teacher)
         widths = (students[0].config.hidden_size, teacher.architecture.hidden_size)
         points = sorted({pair.teacher for pair in wanted})
-        self._elsewhere = Elsewhere(teacher, grid, launch.args, points, launch.architecture, self._groups)
+        bridge = self._apart.bridge(launch.args) if self._apart else None
+        self._elsewhere = Elsewhere(teacher, grid, launch.args, points, launch.architecture, self._groups, bridge)
         sides = [TeacherElsewhere(self._elsewhere, student) for student in students]
         return Route(wanted, widths, stage_sizes(students[0]), None), sides
 
@@ -128,6 +133,11 @@ class Setup:
         """Let a teacher on another layout run ahead (see `platform.loop.before_schedule`)."""
         assert self._elsewhere is not None
         return self._elsewhere.before_schedule(data, micro_batches, micro_batch_size)
+
+    def close(self) -> None:
+        """Let a teacher on ranks of its own end."""
+        if self._elsewhere is not None:
+            self._elsewhere.close()
 
     def save(self, iteration: int) -> None:
         """Write what belongs to a checkpoint of the student and is not in it, on every rank, before it is written."""

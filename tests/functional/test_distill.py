@@ -37,6 +37,7 @@ TP, PP = "--distill-teacher-tensor-model-parallel-size", "--distill-teacher-pipe
 ELSEWHERE = {
     "tp2 for dp2": (2, [TP, "2"]),
     "dp2 for tp2": (2, [TP, "1", "--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+    "tp2 on two ranks for dp2 on two more": (4, ["--distill-teacher-ranks", "2", TP, "2"]),
     "pp2 for cp2": (2, [PP, "2", "--context-parallel-size", "2"]),
     "tp2-pp2 for vpp2-dp2": (
         4,

@@ -26,21 +26,38 @@ LAYOUTS = [sizes for sizes in product([1, 2, 4], repeat=4) if prod(sizes) == 16]
 TEACHERS = [sizes for sizes in LAYOUTS if sizes[1] == 1]
 
 
-@given(student=st.sampled_from(LAYOUTS), teacher=st.sampled_from(TEACHERS), per_replica=st.integers(1, 5))
-def test_everyone_gets_what_it_needs(student: tuple[int, ...], teacher: tuple[int, ...], per_replica: int) -> None:
+@given(
+    student=st.sampled_from(LAYOUTS),
+    teacher=st.sampled_from(TEACHERS),
+    per_replica=st.integers(1, 5),
+    apart=st.booleans(),
+)
+def test_everyone_gets_what_it_needs(
+    student: tuple[int, ...], teacher: tuple[int, ...], per_replica: int, apart: bool
+) -> None:
+    """Whether the teacher is on the student's ranks or on others."""
     samples = per_replica * student[0]
-    students, teachers = places(*student), places(*teacher)
+    students: list[Place | None] = list(places(*student))
+    teachers: list[Place | None] = list(places(*teacher))
+    if apart:
+        students, teachers = [*students, *[None] * 16], [*[None] * 16, *teachers]
     plan = transfers(students, teachers, samples)
     assert len({(t.source, t.destination) for t in plan}) == len(plan)  # one message for two ranks
     runs = shares(samples, teacher[0])
     for rank, place in enumerate(students):
+        if place is None:
+            assert all(t.destination != rank for t in plan)
+            continue
         got = sorted(sample for t in plan if t.destination == rank for sample in t.samples)
         last = place.stage == student[3] - 1
         assert got == ([place.replica * per_replica + i for i in range(per_replica)] if last else [])
     for t in plan:
-        assert teachers[t.source].stage == teacher[3] - 1
-        assert set(t.samples) <= set(runs[teachers[t.source].replica])
-        assert t.part == students[t.destination].part
+        source, destination = teachers[t.source], students[t.destination]
+        assert source is not None
+        assert destination is not None
+        assert source.stage == teacher[3] - 1
+        assert set(t.samples) <= set(runs[source.replica])
+        assert t.part == destination.part
 
 
 @pytest.mark.parametrize(("samples", "replicas"), [(8, 2), (7, 3), (2, 4)])
