@@ -39,7 +39,7 @@ def ours(x: Tensor, w: Tensor, xt: Tensor, wt: Tensor) -> Tensor:
     """`distillation_losses`."""
     from megatron_ext.distillation.losses import Head, distillation_losses
     from megatron_ext.distillation.objective import Objective
-    from megatron_ext.distillation.vocabulary import Vocabulary
+    from megatron_ext.models.vocabulary import Vocabulary
 
     labels = torch.zeros(len(x), 1, dtype=torch.long, device=x.device)
     student, teacher = Head(x.unsqueeze(1), w), Head(xt.unsqueeze(1), wt)

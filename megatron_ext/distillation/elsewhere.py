@@ -23,13 +23,14 @@ from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.distillation import states
 from megatron_ext.distillation.handover import Grid, Place, exchange, shares, transfers
 from megatron_ext.distillation.losses import Head
-from megatron_ext.distillation.model import StepLosses, hidden_states, named
+from megatron_ext.distillation.model import StepLosses, named
 from megatron_ext.distillation.states import EMBEDDING, FINAL, TEACHER, Part, Point
 from megatron_ext.distillation.taps import Taps, pattern_of
 from megatron_ext.distillation.teacher import Teacher
 from megatron_ext.models import axes
 from megatron_ext.models.builder import PatternModelBuilder, model_config, with_architecture
 from megatron_ext.models.config import Architecture
+from megatron_ext.models.hidden import hidden_states
 
 
 class Elsewhere:
