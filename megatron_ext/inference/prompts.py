@@ -4,14 +4,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.huggingface import companions
 from megatron_ext.errors import DataError
-
-if TYPE_CHECKING:
-    from megatron_ext.inference.generate import Request
+from megatron_ext.inference.request import Request
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -64,10 +62,8 @@ class Writer:
     ends: frozenset[int]
     stops: Sequence[str] = ()
 
-    def request(self, prompt: str, max_new_tokens: int) -> "Request":
+    def request(self, prompt: str, max_new_tokens: int) -> Request:
         """What to ask for: an empty prompt begins as a document does."""
-        from megatron_ext.inference.generate import Request
-
         tokens = self.tokenizer(prompt)["input_ids"] or [document_start(self.tokenizer)]
         stop: Callable[[list[int]], bool] | None = None
         if self.stops:

@@ -1,5 +1,7 @@
 """A checkpoint, opened to be run and not trained, on whatever layout the flags say."""
 
+import logging
+import os
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
@@ -73,10 +75,16 @@ def opened(started: Launch, words: int) -> "Iterator[ShardedModel]":
     from megatron_ext.inference.sharded import ShardedModel
     from megatron_ext.training.evaluate import load_model
 
-    with silenced(started.args), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, of being alone
-        chunks = load_model(started)
+    # Standard output, to which Megatron's log goes, belongs to what is generated or measured.
+    disabled = logging.root.manager.disable
+    if not os.environ.get("MEGATRON_EXT_VERBOSE"):
+        logging.disable(logging.WARNING)
     try:
+        with silenced(started.args), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of being alone
+            chunks = load_model(started)
         yield ShardedModel(unwrap_model(chunks), started.architecture, words)
     finally:
-        torch.distributed.destroy_process_group()
+        logging.disable(disabled)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -107,7 +107,8 @@ def inferred(model: Any) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     from megatron_ext.errors import ConfigError
-    from megatron_ext.inference.generate import Request, generate
+    from megatron_ext.inference.generate import generate
+    from megatron_ext.inference.request import Request
     from megatron_ext.inference.sampling import Sampling
     from megatron_ext.inference.score import Passage, score
 
