@@ -147,6 +147,11 @@ COMMANDS = {
     "convert": Command(
         "convert between Hugging Face directories and Megatron checkpoints", _module("megatron_ext.training.convert")
     ),
+    "evaluate": Command(
+        "measure a checkpoint: text, tasks, long contexts",
+        _module("megatron_ext.training.measure"),
+        runs_model=True,
+    ),
     "generate": Command("continue prompts", _module("megatron_ext.training.generate"), runs_model=True),
     "presets": Command("list the named architectures", lambda: (_presets_arguments, _presets)),
     "report": Command("draw a run directory's report again", lambda: (_report_arguments, _report)),

@@ -16,47 +16,12 @@ from torch import Tensor
 
 from megatron_ext.checkpoint.ranks import gather
 from megatron_ext.errors import ConfigError
+from megatron_ext.inference.passage import Passage, Score
 from megatron_ext.inference.sharded import ShardedModel
 from megatron_ext.models.hidden import hidden_states, output_weight
 from megatron_ext.models.vocabulary import Vocabulary, row_max
 
 ROWS = 1024  # of logits at a time
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A text, of which the last tokens are scored.
-
-    Attributes:
-        tokens: Token ids, at least two.
-        first: The first of them that is scored, at least 1; those before it are only context.
-    """
-
-    tokens: Sequence[int]
-    first: int = 1
-
-
-@dataclass(frozen=True)
-class Score:
-    """What the model says about a text.
-
-    Attributes:
-        log_probabilities: In nats, of each scored token.
-        greedy: For each scored token, whether it is the one that greedy decoding would choose.
-    """
-
-    log_probabilities: Float[Tensor, " n"]
-    greedy: Bool[Tensor, " n"]
-
-    @property
-    def total(self) -> float:
-        """Of all scored tokens together."""
-        return float(self.log_probabilities.double().sum())
-
-    @property
-    def all_greedy(self) -> bool:
-        """Whether greedy decoding would give exactly this text."""
-        return bool(self.greedy.all())
 
 
 def score(model: ShardedModel, passages: Sequence[Passage], batch_tokens: int = 8192) -> Iterator[tuple[int, Score]]:

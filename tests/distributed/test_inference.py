@@ -108,9 +108,10 @@ def inferred(model: Any) -> dict[str, Any]:
 
     from megatron_ext.errors import ConfigError
     from megatron_ext.inference.generate import generate
+    from megatron_ext.inference.passage import Passage
     from megatron_ext.inference.request import Request
     from megatron_ext.inference.sampling import Sampling
-    from megatron_ext.inference.score import Passage, score
+    from megatron_ext.inference.score import score
 
     def new(sampling: Sampling, end: tuple[int, ...] = (), batch_size: int = 3) -> list[list[int]]:
         requests = [Request(prompt, NEW, frozenset(end)) for prompt in PROMPTS]
