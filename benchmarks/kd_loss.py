@@ -28,7 +28,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from megatron_ext.distillation.losses import CHUNK, Compare, Head, compare_in_torch, distillation_losses
 from megatron_ext.distillation.objective import Objective
-from megatron_ext.distillation.vocabulary import Vocabulary
+from megatron_ext.models.vocabulary import Vocabulary
 
 SIZES = {"cuda": (8192, 128256, 4096), "cpu": (4096, 32000, 512)}
 PATIENCE = 900  # seconds: a process that was killed never answers

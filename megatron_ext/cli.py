@@ -1,11 +1,14 @@
-"""The console command `megatron-ext`: one subcommand per job that needs no `torchrun`.
+"""The console command `megatron-ext`: one subcommand per job.
 
-A subcommand's module is imported when that subcommand is chosen, so that `megatron-ext --help` answers at once.
+A subcommand's module is imported when that subcommand is chosen, so that `megatron-ext --help` answers at once. Those
+that run a model also take Megatron's own flags, and run on several ranks:
+`torchrun --nproc-per-node 2 --no-python megatron-ext generate CHECKPOINT --tensor-model-parallel-size 2 ...`
 """
 
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,10 +30,12 @@ class Command:
     Attributes:
         summary: One line for `megatron-ext --help`.
         load: Imports what the subcommand needs; returns its `add_arguments(parser)` and its `main(namespace)`.
+        runs_model: It takes Megatron's flags too: `main` finds what is not its own in `megatron_flags`.
     """
 
     summary: str
     load: Callable[[], tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]]
+    runs_model: bool = False
 
 
 def _module(name: str) -> Callable[[], tuple[Any, Any]]:
@@ -142,6 +147,12 @@ COMMANDS = {
     "convert": Command(
         "convert between Hugging Face directories and Megatron checkpoints", _module("megatron_ext.training.convert")
     ),
+    "evaluate": Command(
+        "measure a checkpoint: text, tasks, long contexts",
+        _module("megatron_ext.training.measure"),
+        runs_model=True,
+    ),
+    "generate": Command("continue prompts", _module("megatron_ext.training.generate"), runs_model=True),
     "presets": Command("list the named architectures", lambda: (_presets_arguments, _presets)),
     "report": Command("draw a run directory's report again", lambda: (_report_arguments, _report)),
 }
@@ -156,16 +167,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], None] | None = None
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
-            name, help=command.summary, description=command.summary[0].upper() + command.summary[1:]
-        )
+            name, help=command.summary, description=command.summary[0].upper() + command.summary[1:],
+            allow_abbrev=not command.runs_model,
+        )  # fmt: skip
         if name == chosen:
             add_arguments, run = command.load()
             add_arguments(sub)
-    args = parser.parse_args(words)
+    args, rest = parser.parse_known_args(words)
     assert run is not None  # argparse has refused every other word
+    if COMMANDS[words[0]].runs_model:
+        args.megatron_flags = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         run(args)
     except MegatronExtError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if _tells_errors():
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
+
+
+def _tells_errors() -> bool:
+    """Whether this rank says what is wrong. Before there are process groups all find the same, later perhaps one."""
+    if os.environ.get("RANK", "0") == "0":
+        return True
+    torch = sys.modules.get("torch")  # never imported for this
+    return torch is not None and torch.distributed.is_initialized()

@@ -14,6 +14,9 @@ CHECKED = [
     "megatron_ext.pruning.importance",
     "megatron_ext.pruning.expert_importance",
     "megatron_ext.training.step",
+    "megatron_ext.inference",
+    "megatron_ext.models.hidden",
+    "megatron_ext.models.vocabulary",
 ]
 install_import_hook(CHECKED, "beartype.beartype")
 

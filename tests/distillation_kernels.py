@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_ext.distillation import triton_kl
 from megatron_ext.distillation.losses import Head, distillation_losses
 from megatron_ext.distillation.objective import Objective
-from megatron_ext.distillation.vocabulary import Vocabulary
+from megatron_ext.models.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)

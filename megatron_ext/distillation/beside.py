@@ -11,13 +11,14 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor
 
 from megatron_ext.distillation.losses import Head, cross_entropy
-from megatron_ext.distillation.model import StepLosses, head, hidden_states, named
+from megatron_ext.distillation.model import StepLosses, head, named
 from megatron_ext.distillation.states import TEACHER, Point
 from megatron_ext.distillation.taps import Taps
 from megatron_ext.distillation.teacher import Teacher
-from megatron_ext.distillation.vocabulary import Vocabulary
 from megatron_ext.models.builder import PatternModelBuilder, model_config
 from megatron_ext.models.config import Architecture
+from megatron_ext.models.hidden import hidden_states
+from megatron_ext.models.vocabulary import Vocabulary
 
 
 class TeacherBeside:

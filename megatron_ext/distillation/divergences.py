@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from megatron_ext.distillation.vocabulary import Vocabulary, row_max
+from megatron_ext.models.vocabulary import Vocabulary, row_max
 
 TINY = 1e-37
 """Stands for a probability that underflowed, where a logarithm is taken of it."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_ext.distillation.divergences import TopK, softmax, top_k
 from megatron_ext.distillation.losses import CHUNK, SLICE, Head
-from megatron_ext.distillation.vocabulary import Vocabulary
+from megatron_ext.models.vocabulary import Vocabulary
 
 
 class Likeliest(NamedTuple):

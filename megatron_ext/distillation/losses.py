@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_ext.distillation import divergences
 from megatron_ext.distillation.divergences import Divergence, TopK, softmax
 from megatron_ext.distillation.objective import Objective
-from megatron_ext.distillation.vocabulary import Vocabulary, row_max
+from megatron_ext.models.vocabulary import Vocabulary, row_max
 
 CHUNK = {"cpu": 2**23, "cuda": 2**26}
 """Logits of each model that are held at a time, in the model's type."""

@@ -22,8 +22,9 @@ from megatron_ext.distillation.projections import Balance, Projections
 from megatron_ext.distillation.states import DISTANCES, FINAL, STUDENT, TEACHER, Point, Route
 from megatron_ext.distillation.student import StudentWrapper
 from megatron_ext.distillation.taps import Taps
-from megatron_ext.distillation.vocabulary import Vocabulary
 from megatron_ext.errors import CheckpointError
+from megatron_ext.models.hidden import hidden_states, output_weight
+from megatron_ext.models.vocabulary import Vocabulary
 
 
 class StepLosses(NamedTuple):
@@ -226,21 +227,9 @@ def named(side: str, taken: dict[Point, Tensor], output: Tensor) -> dict[str, Te
     return {states.state(side, point): value for point, value in (taken | {Point(FINAL): output}).items()}
 
 
-def hidden_states(model: HybridModel, *inputs: Any) -> Float[Tensor, "s b h"]:
-    """What a chunk hands on: on the last stage the states after the final norm, instead of logits."""
-    last = model.post_process
-    model.post_process = False  # Megatron's only door past the output layer
-    try:
-        return model(*inputs)
-    finally:
-        model.post_process = last
-
-
 def head(model: HybridModel, hidden: Float[Tensor, "s b h"]) -> Head:
     """The end of a model: its states, whole in the sequence, and this rank's rows of the output layer."""
-    shared = model.share_embeddings_and_output_weights
-    weight: Any = model.shared_embedding_or_output_weight() if shared else model.output_layer.weight
-    group = model.pg_collection.tp
+    weight, group = output_weight(model), model.pg_collection.tp
     # Each rank makes its part of the gradient of `hidden`: on the way back the parts are summed.
     if model.config.sequence_parallel:
         return Head(gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group), weight)

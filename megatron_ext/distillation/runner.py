@@ -15,12 +15,13 @@ from torch import Tensor
 
 from megatron_ext.distillation import states
 from megatron_ext.distillation.handover import Grid, Place, shares
-from megatron_ext.distillation.model import hidden_states, named
+from megatron_ext.distillation.model import named
 from megatron_ext.distillation.states import EMBEDDING, FINAL, TEACHER, Part, Point
 from megatron_ext.distillation.taps import Taps, pattern_of
 from megatron_ext.distillation.teacher import Teacher
 from megatron_ext.models.builder import PatternModelBuilder, model_config, with_architecture
 from megatron_ext.models.config import Architecture
+from megatron_ext.models.hidden import hidden_states
 
 
 class Runner:

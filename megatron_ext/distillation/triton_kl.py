@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from megatron_ext.distillation.objective import Objective
-from megatron_ext.distillation.vocabulary import Vocabulary
+from megatron_ext.models.vocabulary import Vocabulary
 
 DIVERGENCES = ("forward-kl", "reverse-kl")
 """What these kernels can compare by."""

@@ -2,7 +2,7 @@
 
 On a CPU, torch looks like a machine with one GPU per rank (`torch_cuda`, `tensors`, `gloo`). Where Transformer Engine,
 Apex or mamba-ssm are not installed, plain torch stands under their names (`transformer_engine`, `fused_adam`,
-`state_space`). On a GPU with all of them installed only a fault of the megatron-core wheel is mended (`wheel`).
+`state_space`). On a GPU with all of them installed only faults of megatron-core are mended (`wheel`, `mamba_decode`).
 `replacements.table()` lists what is replaced and why.
 """
 
@@ -44,10 +44,12 @@ def install(kernels: state_space.Kernels) -> None:
         torch_cuda.install()
         tensors.install()
         gloo.install()
-    from megatron_ext.platform import fused_adam, transformer_engine, wheel
+    from megatron_ext.platform import fused_adam, mamba_decode, transformer_engine, wheel
 
-    if on_cpu or not state_space.available():
+    ours = on_cpu or not state_space.available()
+    if ours:
         state_space.install(kernels)
+    mamba_decode.install(kernels if ours else None)
     wheel.install()
     transformer_engine.install()
     fused_adam.install()

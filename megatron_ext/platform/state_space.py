@@ -20,6 +20,8 @@ class Kernels(Protocol):
     mamba_chunk_scan_combined: Any
     mamba_split_conv1d_scan_combined: Any
     causal_conv1d_fn: Any
+    causal_conv1d_update: Any
+    selective_state_update: Any
 
 
 class _ModuleTable:
@@ -55,9 +57,3 @@ def install(kernels: Kernels) -> None:
     )
     _module("causal_conv1d", __version__="1.7.0", causal_conv1d_fn=kernels.causal_conv1d_fn)
     _module("causal_conv1d.causal_conv1d_varlen", causal_conv1d_varlen_states=None)
-
-    import megatron.core.ssm.mamba_mixer as mixer
-
-    # Triton needs a GPU: without these two names the mixer decodes with its own torch path.
-    for name in ("causal_conv1d_update", "selective_state_update"):
-        replace(mixer, name, None, "MambaMixer's own torch decode path (no Triton kernels)")

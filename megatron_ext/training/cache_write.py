@@ -178,8 +178,9 @@ def _forward_step(
     from megatron.core.utils import unwrap_model
 
     from megatron_ext.distillation.likeliest import likeliest
-    from megatron_ext.distillation.model import head, hidden_states
-    from megatron_ext.distillation.vocabulary import Vocabulary
+    from megatron_ext.distillation.model import head
+    from megatron_ext.models.hidden import hidden_states
+    from megatron_ext.models.vocabulary import Vocabulary
     from megatron_ext.training.data import get_identified_batch
 
     chunk: Any = unwrap_model(model)

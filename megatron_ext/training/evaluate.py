@@ -1,6 +1,5 @@
 """Forward passes without training: load a model on any layout, and its mean loss on a data split."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -9,8 +8,9 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_ext.evaluation.results import read_results, write_results
 from megatron_ext.models.config import Architecture
-from megatron_ext.training.directory import claim, write_atomically
+from megatron_ext.training.directory import claim
 from megatron_ext.training.launch import Launch
 
 
@@ -179,6 +179,6 @@ def evaluate(launch: Launch) -> None:
         print(f"validation loss {loss:.6f} nats per token over {sequences:,} sequences of {args.seq_length} tokens")
         if args.save:
             claim(launch)
-            write_atomically(Path(args.save) / "results.json", json.dumps(result, indent=2) + "\n")
+            write_results(Path(args.save), read_results(Path(args.save)) | result)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

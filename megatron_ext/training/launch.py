@@ -352,12 +352,13 @@ def silenced(args: Namespace) -> Iterator[None]:
     if os.environ.get("MEGATRON_EXT_VERBOSE"):
         yield
         return
-    logging.disable(logging.INFO)
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.INFO))
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def _single_process() -> None:

@@ -11,7 +11,7 @@ from megatron_ext.distillation.divergences import NAMES
 from megatron_ext.distillation.likeliest import likeliest
 from megatron_ext.distillation.losses import Head, distillation_losses
 from megatron_ext.distillation.objective import Objective
-from megatron_ext.distillation.vocabulary import Vocabulary
+from megatron_ext.models.vocabulary import Vocabulary
 
 COLUMNS = 16
 MASK = torch.linspace(0, 1, 10).view(5, 2)

@@ -6,7 +6,7 @@ import torch
 from megatron_ext.distillation import likeliest as module
 from megatron_ext.distillation.likeliest import likeliest
 from megatron_ext.distillation.losses import Head
-from megatron_ext.distillation.vocabulary import Vocabulary
+from megatron_ext.models.vocabulary import Vocabulary
 
 S, B, H, COLUMNS, TOKENS = 5, 2, 6, 16, 13
 

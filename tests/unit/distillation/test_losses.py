@@ -14,8 +14,8 @@ from megatron_ext.distillation import losses
 from megatron_ext.distillation.divergences import NAMES, TopK
 from megatron_ext.distillation.losses import Head, Losses, distillation_losses
 from megatron_ext.distillation.objective import Objective
-from megatron_ext.distillation.vocabulary import Vocabulary
 from megatron_ext.errors import ConfigError
+from megatron_ext.models.vocabulary import Vocabulary
 
 HIDDEN, OTHER = 5, 7
 

@@ -1,0 +1,43 @@
+"""A text that is scored, and its score."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text, of which the last tokens are scored.
+
+    Attributes:
+        tokens: Token ids, at least two.
+        first: The first of them that is scored, at least 1; those before it are only context.
+    """
+
+    tokens: Sequence[int]
+    first: int = 1
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the model says about a text.
+
+    Attributes:
+        log_probabilities: In nats, of each scored token.
+        greedy: For each scored token, whether it is the one that greedy decoding would choose.
+    """
+
+    log_probabilities: Float[Tensor, " n"]
+    greedy: Bool[Tensor, " n"]
+
+    @property
+    def total(self) -> float:
+        """Of all scored tokens together."""
+        return float(self.log_probabilities.double().sum())
+
+    @property
+    def all_greedy(self) -> bool:
+        """Whether greedy decoding would give exactly this text."""
+        return bool(self.greedy.all())

@@ -1,0 +1,176 @@
+"""How probable given texts are: the log-probability of each token after those before it, without keeping logits."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from megatron.core import parallel_state as mpu
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from megatron_ext.checkpoint.ranks import gather
+from megatron_ext.errors import ConfigError
+from megatron_ext.inference.passage import Passage, Score
+from megatron_ext.inference.sharded import ShardedModel
+from megatron_ext.models.hidden import hidden_states, output_weight
+from megatron_ext.models.vocabulary import Vocabulary, row_max
+
+ROWS = 1024  # of logits at a time
+
+
+def score(model: ShardedModel, passages: Sequence[Passage], batch_tokens: int = 8192) -> Iterator[tuple[int, Score]]:
+    """Score texts; every rank gives the same texts and gets every score, in batches as they are done.
+
+    Args:
+        model: The model.
+        passages: The texts; the longest are scored first.
+        batch_tokens: Tokens that go through at once on each data-parallel rank; a longer text goes alone.
+
+    Yields:
+        The number of a text, and its score.
+
+    Raises:
+        ConfigError: A text has nothing to score, or an unknown token.
+    """
+    _check(model, passages)
+    rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    order = sorted(range(len(passages)), key=lambda i: (-len(passages[i].tokens), i))
+    while order:
+        length = _padded(len(passages[order[0]].tokens) - 1, model)
+        rows = max(1, min(batch_tokens // length, -(-len(order) // size)))
+        most = rows * size * (1 if model.stages == 1 else 4 * model.stages)
+        wave, order = order[:most], order[most:]
+        # All ranks have as many batches, of one shape: those that share experts work through the layers together.
+        count = -(-len(wave) // (rows * size))
+        if len(model.chunks) > 1:
+            count = -(-count // model.stages) * model.stages
+        own = wave[rank::size]
+        batches = [_batch(passages, own[i * rows : (i + 1) * rows], rows, length) for i in range(count)]
+        with torch.no_grad():
+            done = model.run(
+                batches, (rows, length),
+                lambda chunk, batch: hidden_states(chunk, batch.tokens, batch.positions, None),
+                partial(_scores, model.words),
+            )  # fmt: skip
+        for part in gather(done if model.speaks else []):
+            for scores in part:
+                yield from scores.items()
+
+
+def _padded(length: int, model: ShardedModel) -> int:
+    """A length that all ranks that share a sequence can share."""
+    sequence_parallel = model.chunks[0].config.sequence_parallel
+    multiple = mpu.get_tensor_model_parallel_world_size() if sequence_parallel else 1
+    if (context_parallel := mpu.get_context_parallel_world_size()) > 1:
+        multiple *= 2 * context_parallel
+    return -(-length // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A micro-batch: what each token is followed by, and where that is scored. Rows that only fill it have no owner."""
+
+    owners: list[int]
+    tokens: Int[Tensor, "b s"]
+    positions: Int[Tensor, "b s"]
+    labels: Int[Tensor, "b whole"]
+    wanted: Bool[Tensor, "b whole"]
+
+
+def _batch(passages: Sequence[Passage], owners: list[int], rows: int, length: int) -> _Batch:
+    tokens = torch.zeros(rows, length + 1, dtype=torch.int64)
+    wanted = torch.zeros(rows, length, dtype=torch.bool)
+    for row, owner in enumerate(owners):
+        passage = passages[owner]
+        tokens[row, : len(passage.tokens)] = torch.as_tensor(passage.tokens)
+        wanted[row, passage.first - 1 : len(passage.tokens) - 1] = True
+    device = torch.cuda.current_device()
+    tokens, wanted = tokens.to(device), wanted.to(device)
+    places = _places(length)
+    return _Batch(owners, tokens[:, places], places.expand(rows, -1), tokens[:, 1:], wanted)
+
+
+def _places(length: int) -> Int[Tensor, " s"]:
+    """The positions that this context-parallel rank holds: of 2C pieces of the sequence, the r-th from either end."""
+    places = torch.arange(length, device=torch.cuda.current_device())
+    size, rank = mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank()
+    if size == 1:
+        return places
+    pieces = places.chunk(2 * size)
+    return torch.cat([pieces[rank], pieces[2 * size - 1 - rank]])
+
+
+def _scores(words: int, chunk: HybridModel, batch: _Batch, hidden: Float[Tensor, "s b h"]) -> dict[int, Score]:
+    """From the last stage's states to the scores of a micro-batch."""
+    groups: Any = chunk.pg_collection
+    if chunk.config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, group=groups.tp)
+    here = batch.positions[0]
+    wanted = batch.wanted[:, here]
+    weight = output_weight(chunk)
+    vocabulary = Vocabulary(weight.shape[0], words, groups.tp)
+    scored = log_probabilities(hidden.transpose(0, 1)[wanted], weight, batch.labels[:, here][wanted], vocabulary)
+    whole = scored.new_zeros(2, *batch.labels.shape)
+    whole[:, :, here] = whole[:, :, here].masked_scatter(wanted, scored)
+    if groups.cp.size() > 1:
+        dist.all_reduce(whole, group=groups.cp)
+    whole = whole.cpu()
+    found = {}
+    for row, owner in enumerate(batch.owners):
+        log_probability, greedy = whole[:, row, batch.wanted[row].cpu()]
+        found[owner] = Score(log_probability.clone(), greedy > 0)
+    return found
+
+
+def log_probabilities(
+    hidden: Float[Tensor, "n h"], weight: Float[Tensor, "v h"], labels: Int[Tensor, " n"], vocabulary: Vocabulary
+) -> Float[Tensor, "2 n"]:
+    """The log-probability of each label in nats, and 1 where it is the most probable token, 0 elsewhere.
+
+    Of equally probable tokens the first counts as the most probable, as `argmax` has it.
+
+    Args:
+        hidden: States after the final norm.
+        weight: This rank's rows of the output layer.
+        labels: The tokens that follow, numbers in the whole vocabulary.
+        vocabulary: How it is split, and where its padding begins.
+    """
+    found = [
+        _log_probabilities(F.linear(states, weight).float(), own, vocabulary)
+        for states, own in zip(hidden.split(ROWS), labels.split(ROWS), strict=True)
+    ]
+    return torch.cat(found, dim=-1) if found else hidden.new_zeros(2, 0, dtype=torch.float32)
+
+
+def _log_probabilities(
+    logits: Float[Tensor, "n v"], labels: Int[Tensor, " n"], vocabulary: Vocabulary
+) -> Float[Tensor, "2 n"]:
+    logits[:, vocabulary.tokens :] = -torch.inf
+    largest = row_max(logits)
+    (top,) = vocabulary.max(largest)
+    local, mine = vocabulary.local(labels)
+    label = torch.where(mine, logits.gather(-1, local[:, None])[:, 0], 0.0)
+    total, label = vocabulary.sum((logits - top[:, None]).exp().sum(-1), label)
+    first = logits.argmax(-1) + vocabulary.first
+    (minus,) = vocabulary.max(torch.where(largest == top, -first.float(), -torch.inf))
+    return torch.stack([label - top - total.log(), (labels == -minus).float()])
+
+
+def _check(model: ShardedModel, passages: Sequence[Passage]) -> None:
+    for number, passage in enumerate(passages):
+        if not 1 <= passage.first < len(passage.tokens):
+            raise ConfigError(
+                f"text {number} has nothing to score", got=f"{len(passage.tokens)} tokens from {passage.first} on",
+                legal="at least one token of context, and one to score",
+            )  # fmt: skip
+        if not 0 <= min(passage.tokens) <= max(passage.tokens) < model.words:
+            raise ConfigError(
+                f"text {number} has a token that the model does not know", got=max(passage.tokens),
+                legal=f"0 to {model.words - 1}: the tokenizer is not this model's",
+            )  # fmt: skip

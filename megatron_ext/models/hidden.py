@@ -1,0 +1,24 @@
+"""Past the output layer: the hidden states that logits are made of, and the rows they are multiplied with."""
+
+from typing import Any
+
+from jaxtyping import Float
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from torch import Tensor
+
+
+def hidden_states(model: HybridModel, *inputs: Any) -> Float[Tensor, "s b h"]:
+    """What a chunk hands on: on the last stage the states after the final norm, instead of logits."""
+    last = model.post_process
+    model.post_process = False  # Megatron's only door past the output layer
+    try:
+        return model(*inputs)
+    finally:
+        model.post_process = last
+
+
+def output_weight(model: HybridModel) -> Float[Tensor, "v h"]:
+    """This rank's rows of the output layer, which may be those of the embedding; of the last stage."""
+    shared = model.share_embeddings_and_output_weights
+    weight: Any = model.shared_embedding_or_output_weight() if shared else model.output_layer.weight
+    return weight
