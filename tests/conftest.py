@@ -6,18 +6,22 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
+HAS_GPU = torch.cuda.is_available()  # asked once, before a test makes the CPU look like one
+if not HAS_GPU:
+    # Triton reads this when it is imported: its kernels then run on the CPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The modules with shapes in their signatures. Before any test imports them: jaxtyping's shapes then are checked at each
-# call, and across the arguments of one call.
+# call, and across the arguments of one call. (Not the modules of Triton kernels, whose source Triton itself reads.)
 CHECKED = [
-    "megatron_ext.ssm",
+    *(f"megatron_ext.ssm.{name}" for name in ("_decay", "chunk", "conv", "decode", "mamba_ssm_api", "naive", "norm")),
+    *(f"megatron_ext.ssm.triton.{name}" for name in ("conv", "decode", "mixer", "norm", "scan")),
     "megatron_ext.distillation",
     "megatron_ext.pruning.importance",
     "megatron_ext.pruning.expert_importance",
     "megatron_ext.training.step",
 ]
 install_import_hook(CHECKED, "beartype.beartype")
-
-HAS_GPU = torch.cuda.is_available()  # asked once, before a test makes the CPU look like one
 
 # What tests start (torchrun workers, our own programs) inherits this: two busy thread pools on one core are slow.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
