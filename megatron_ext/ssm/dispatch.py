@@ -44,7 +44,7 @@ _BUILT = {
 NAMES = ("auto", *_BUILT, "triton", "mamba_ssm")
 # What the tiles of the Triton kernels are made for; beyond it plain torch is the better choice.
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TRITON_CHANNELS, TRITON_STATE, TRITON_TAPS = 128, 256, 4
+TRITON_CHANNELS, TRITON_STATE, TRITON_HEAD, TRITON_TAPS = 128, 256, 128 * 128, 4
 _chosen: Backend | None = None
 
 
@@ -114,10 +114,11 @@ def _installed(package: str) -> bool:
 def _automatic(x: Tensor | None, channels: int, state: int, taps: int) -> Backend:
     """Triton on a GPU for every dtype and size its tiles are made for, else torch."""
     fits = x is not None and x.device.type == "cuda" and x.dtype in TRITON_DTYPES
-    fits = fits and channels <= TRITON_CHANNELS and state <= TRITON_STATE and taps <= TRITON_TAPS
+    fits = fits and channels <= TRITON_CHANNELS and state <= TRITON_STATE and channels * state <= TRITON_HEAD
+    fits = fits and taps <= TRITON_TAPS
     chosen = _triton() if fits and _triton_runs() else _BUILT["torch"]
     where = "no input" if x is None else f"{x.device.type}, {str(x.dtype).removeprefix('torch.')}"
-    _say(chosen.name, f"{where}, head dimension up to {TRITON_CHANNELS}" if fits else where)
+    _say(chosen.name, where)
     return chosen
 
 

@@ -73,6 +73,7 @@ def test_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
         ({"dtype": torch.float64}, "torch"),
         ({"channels": 256}, "torch"),
         ({"state": 512}, "torch"),
+        ({"channels": 128, "state": 256}, "torch"),
         ({"taps": 5}, "torch"),
     ],
 )
