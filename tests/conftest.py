@@ -6,11 +6,6 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-HAS_GPU = torch.cuda.is_available()  # asked once, before a test makes the CPU look like one
-if not HAS_GPU:
-    # Triton reads this when it is imported: its kernels then run on the CPU.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 # The modules with shapes in their signatures. Before any test imports them: jaxtyping's shapes then are checked at each
 # call, and across the arguments of one call. (Not the modules of Triton kernels, whose source Triton itself reads.)
 CHECKED = [
@@ -23,17 +18,23 @@ CHECKED = [
 ]
 install_import_hook(CHECKED, "beartype.beartype")
 
+HAS_GPU = torch.cuda.is_available()  # asked once, before a test makes the CPU look like one
+
 # What tests start (torchrun workers, our own programs) inherits this: two busy thread pools on one core are slow.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the tests marked `gpu` where there is no CUDA device."""
+    """Deselect the tests marked `gpu` where there is no CUDA device.
+
+    Those marked `triton` also run in a process with Triton's interpreter, which `test_triton_interpreter.py` starts.
+    """
     if HAS_GPU:
         return
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    marks = ["gpu"] if os.environ.get("TRITON_INTERPRET") == "1" else ["gpu", "triton"]
+    gpu = [item for item in items if any(item.get_closest_marker(mark) for mark in marks)]
     if gpu:
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if item not in gpu]
         config.hook.pytest_deselected(items=gpu)
         config.stash[DESELECTED] = len(gpu)
 
@@ -44,4 +45,4 @@ DESELECTED = pytest.StashKey[int]()
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
     """Say why they are deselected."""
     count = config.stash.get(DESELECTED, 0)
-    return [f"deselected {count} tests marked gpu: torch sees no CUDA device"] if count else []
+    return [f"deselected {count} tests marked gpu or triton: torch sees no CUDA device"] if count else []

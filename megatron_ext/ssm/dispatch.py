@@ -1,7 +1,6 @@
 """Which implementation of the state-space operations runs."""
 
 import functools
-import importlib
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -133,16 +132,21 @@ def _triton_runs() -> bool:
     return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability() >= (8, 0)
 
 
-@functools.cache
 def _triton() -> Backend:
     if importlib.util.find_spec("triton") is None:
         raise ConfigError("the Triton state-space kernels need Triton", got="triton not installed", legal="torch")
-    jit = importlib.import_module("megatron_ext.ssm.triton._jit")
-    if device_type() == "cpu" and not jit.INTERPRETED:
+    from megatron_ext.ssm.triton import _jit
+
+    if device_type() == "cpu" and not _jit.INTERPRETED:
         raise ConfigError(
             "the Triton state-space kernels need a CUDA device", got="--ext-ssm-backend triton",
             legal="auto, torch; or TRITON_INTERPRET=1 in the environment, to check them on a CPU, very slowly",
         )  # fmt: skip
+    return _import_triton()
+
+
+@functools.cache
+def _import_triton() -> Backend:
     from megatron_ext.ssm.triton import conv, mixer, norm, scan
 
     return Backend("triton", scan.ssd, conv.causal_conv1d, norm.gated_rms_norm, mixer.conv_scan_gate)
