@@ -97,6 +97,16 @@ def main() -> None:
     y, final = conv_scan_gate(*leaves, channels, groups, initial, torch.zeros(1, length, dtype=torch.int32))
     out = norm.gated_rms_norm(y, weight, gate, group_size=inner // groups)
     torch.autograd.grad((out.sum(), final.sum()), [*leaves, initial, weight, gate])
+    from megatron_ext.ssm.triton.decode import conv_step, state_step
+
+    with torch.no_grad():
+        token, slots = torch.zeros(2, conv, **bf16), torch.zeros(2, dtype=torch.int64)
+        conv_step(token, torch.zeros(2, conv, 4, **bf16), leaves[1], leaves[2], "silu", slots)
+        x, B = torch.zeros(2, heads, channels, **bf16), torch.zeros(2, groups, state, **bf16)
+        each = (heads, channels)
+        dt, A = torch.zeros(2, heads, 1, **bf16).expand(2, *each), torch.zeros(heads, 1, 1).expand(*each, state)
+        D = torch.zeros(heads, 1).expand(each)
+        state_step(torch.zeros(2, *each, state), x, dt, A, B, B, D, x, D, True, slots)
     print(json.dumps(found, indent=1))
 
 

@@ -27,6 +27,8 @@ class Backend:
         causal_conv1d: The convolution before it.
         gated_rms_norm: The norm after it.
         conv_scan_gate: Convolution, scan and gate at once (`triton.mixer`), where there is such a thing.
+        conv_step: The convolution of one more token (`triton.decode`); elsewhere `decode.conv_step`.
+        state_step: The scan of one more token; elsewhere `decode.ssd_step`.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Backend:
     causal_conv1d: Callable[..., tuple[Tensor, Tensor]]
     gated_rms_norm: Callable[..., Tensor]
     conv_scan_gate: Callable[..., tuple[Tensor, Tensor]] | None = None
+    conv_step: Callable[..., Tensor] | None = None
+    state_step: Callable[..., Tensor] | None = None
 
 
 _BUILT = {
@@ -147,6 +151,7 @@ def _triton() -> Backend:
 
 @functools.cache
 def _import_triton() -> Backend:
-    from megatron_ext.ssm.triton import conv, mixer, norm, scan
+    from megatron_ext.ssm.triton import conv, decode, mixer, norm, scan
 
-    return Backend("triton", scan.ssd, conv.causal_conv1d, norm.gated_rms_norm, mixer.conv_scan_gate)
+    whole = (mixer.conv_scan_gate, decode.conv_step, decode.state_step)
+    return Backend("triton", scan.ssd, conv.causal_conv1d, norm.gated_rms_norm, *whole)

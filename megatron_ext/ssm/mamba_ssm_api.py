@@ -265,6 +265,9 @@ def causal_conv1d_update(
         steps = x.unbind(-1)
         rest = (conv_state, weight, bias, activation, None, conv_state_indices)
         return torch.stack([causal_conv1d_update(step, *rest) for step in steps], -1)
+    ops = backend(x=x)
+    if ops.conv_step is not None and conv_state[0].is_contiguous():
+        return ops.conv_step(x, conv_state, weight, bias, activation, conv_state_indices)
     window = conv_state if conv_state_indices is None else conv_state[conv_state_indices]
     y = decode.conv_step(x, window, weight, bias, activation)
     if conv_state_indices is not None:
@@ -300,6 +303,9 @@ def selective_state_update(
         dt_softplus: Apply softplus to dt after the bias.
         state_batch_indices: The slot of each row of x in `state`.
     """
+    ops = backend(x=x, channels=x.shape[2], state=B.shape[2])
+    if ops.state_step is not None and state.is_contiguous():
+        return ops.state_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
     steps = _step_sizes(dt, dt_bias, dt_softplus, NO_LIMIT)
     own = state if state_batch_indices is None else state[state_batch_indices]
     y = decode.ssd_step(own, x, steps, A, B, C, D)
