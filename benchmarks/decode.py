@@ -246,10 +246,8 @@ def table(report: dict[str, Any]) -> str:
         f"One token of a batch of {report['batch']}, {report['dtype']}, {report['device']}; in brackets what the bytes "
         f"allow at {report['bandwidth'] / 1e9:,.0f} GB/s.",
         "",
-        "| context | hybrid over full heads | hybrid over grouped | "
-        + " | ".join(f"{n}, tokens/s" for n in names)
-        + " |",
-        "|---" * (3 + len(names)) + "|",
+        "| " + " | ".join(head) + " |",
+        "|---" * len(head) + "|",
     ]
     for context in map(str, contexts):
         cells = []
