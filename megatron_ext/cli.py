@@ -27,10 +27,12 @@ class Command:
     Attributes:
         summary: One line for `megatron-ext --help`.
         load: Imports what the subcommand needs; returns its `add_arguments(parser)` and its `main(namespace)`.
+        runs_model: It takes Megatron's flags too: `main` finds what is not its own in `megatron_flags`.
     """
 
     summary: str
     load: Callable[[], tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]]
+    runs_model: bool = False
 
 
 def _module(name: str) -> Callable[[], tuple[Any, Any]]:
@@ -142,6 +144,11 @@ COMMANDS = {
     "convert": Command(
         "convert between Hugging Face directories and Megatron checkpoints", _module("megatron_ext.training.convert")
     ),
+    "estimate": Command(
+        "parameters, memory, time and money of a training run, on paper",
+        _module("megatron_ext.training.estimate"),
+        runs_model=True,
+    ),
     "presets": Command("list the named architectures", lambda: (_presets_arguments, _presets)),
     "report": Command("draw a run directory's report again", lambda: (_report_arguments, _report)),
 }
@@ -156,13 +163,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], None] | None = None
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
-            name, help=command.summary, description=command.summary[0].upper() + command.summary[1:]
-        )
+            name, help=command.summary, description=command.summary[0].upper() + command.summary[1:],
+            allow_abbrev=not command.runs_model,
+        )  # fmt: skip
         if name == chosen:
             add_arguments, run = command.load()
             add_arguments(sub)
-    args = parser.parse_args(words)
+    args, rest = parser.parse_known_args(words)
     assert run is not None  # argparse has refused every other word
+    if COMMANDS[words[0]].runs_model:
+        args.megatron_flags = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         run(args)
     except MegatronExtError as error:
