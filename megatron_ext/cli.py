@@ -153,6 +153,11 @@ COMMANDS = {
         runs_model=True,
     ),
     "generate": Command("continue prompts", _module("megatron_ext.training.generate"), runs_model=True),
+    "estimate": Command(
+        "parameters, memory, time and money of a training run, on paper",
+        _module("megatron_ext.training.estimate"),
+        runs_model=True,
+    ),
     "presets": Command("list the named architectures", lambda: (_presets_arguments, _presets)),
     "report": Command("draw a run directory's report again", lambda: (_report_arguments, _report)),
 }

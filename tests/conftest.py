@@ -7,9 +7,10 @@ import torch
 from jaxtyping import install_import_hook
 
 # The modules with shapes in their signatures. Before any test imports them: jaxtyping's shapes then are checked at each
-# call, and across the arguments of one call.
+# call, and across the arguments of one call. (Not the modules of Triton kernels, whose source Triton itself reads.)
 CHECKED = [
-    "megatron_ext.ssm",
+    *(f"megatron_ext.ssm.{name}" for name in ("_decay", "chunk", "conv", "decode", "mamba_ssm_api", "naive", "norm")),
+    *(f"megatron_ext.ssm.triton.{name}" for name in ("conv", "decode", "mixer", "norm", "scan")),
     "megatron_ext.distillation",
     "megatron_ext.pruning.importance",
     "megatron_ext.pruning.expert_importance",
@@ -27,12 +28,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the tests marked `gpu` where there is no CUDA device."""
+    """Deselect the tests marked `gpu` where there is no CUDA device.
+
+    Those marked `triton` also run in a process with Triton's interpreter, which `test_triton_interpreter.py` starts.
+    """
     if HAS_GPU:
         return
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    marks = ["gpu"] if os.environ.get("TRITON_INTERPRET") == "1" else ["gpu", "triton"]
+    gpu = [item for item in items if any(item.get_closest_marker(mark) for mark in marks)]
     if gpu:
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if item not in gpu]
         config.hook.pytest_deselected(items=gpu)
         config.stash[DESELECTED] = len(gpu)
 
@@ -43,4 +48,4 @@ DESELECTED = pytest.StashKey[int]()
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
     """Say why they are deselected."""
     count = config.stash.get(DESELECTED, 0)
-    return [f"deselected {count} tests marked gpu: torch sees no CUDA device"] if count else []
+    return [f"deselected {count} tests marked gpu or triton: torch sees no CUDA device"] if count else []

@@ -21,11 +21,12 @@ def installed() -> bool:
     return next(replacements.table(), None) is not None
 
 
-def install(kernels: state_space.Kernels) -> None:
+def install(kernels: state_space.Kernels, always: bool = False) -> None:
     """Prepare this process, before anything of Megatron is imported. Calling it again does nothing.
 
     Args:
         kernels: What stands in for mamba_ssm and causal_conv1d where they cannot run.
+        always: Use `kernels` where they can run, too.
 
     Raises:
         ConfigError: `MEGATRON_EXT_DEVICE` cannot be satisfied.
@@ -46,7 +47,7 @@ def install(kernels: state_space.Kernels) -> None:
         gloo.install()
     from megatron_ext.platform import fused_adam, mamba_decode, transformer_engine, wheel
 
-    ours = on_cpu or not state_space.available()
+    ours = always or on_cpu or not state_space.available()
     if ours:
         state_space.install(kernels)
     mamba_decode.install(kernels if ours else None)

@@ -1,13 +1,17 @@
 """Which implementation of the state-space operations runs."""
 
+import functools
+import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 
+import torch
 from torch import Tensor
 
 from megatron_ext.errors import ConfigError, nearest
+from megatron_ext.platform.device import device_type
 from megatron_ext.ssm import chunk, conv, naive, norm
 
 logger = logging.getLogger(__name__)
@@ -15,12 +19,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation: the three operations, with the signatures and the meaning of those in `naive.py`."""
+    """One implementation: the three operations, with the signatures and the meaning of those in `naive.py`.
+
+    Attributes:
+        name: What `--ext-ssm-backend` calls it.
+        ssd: The scan.
+        causal_conv1d: The convolution before it.
+        gated_rms_norm: The norm after it.
+        conv_scan_gate: Convolution, scan and gate at once (`triton.mixer`), where there is such a thing.
+        conv_step: The convolution of one more token (`triton.decode`); elsewhere `decode.conv_step`.
+        state_step: The scan of one more token; elsewhere `decode.ssd_step`.
+    """
 
     name: str
     ssd: Callable[..., tuple[Tensor, Tensor]]
     causal_conv1d: Callable[..., tuple[Tensor, Tensor]]
     gated_rms_norm: Callable[..., Tensor]
+    conv_scan_gate: Callable[..., tuple[Tensor, Tensor]] | None = None
+    conv_step: Callable[..., Tensor] | None = None
+    state_step: Callable[..., Tensor] | None = None
 
 
 _BUILT = {
@@ -28,31 +45,41 @@ _BUILT = {
     "torch": Backend("torch", chunk.ssd, conv.causal_conv1d, norm.gated_rms_norm),
 }
 NAMES = ("auto", *_BUILT, "triton", "mamba_ssm")
+# What the tiles of the Triton kernels are made for; beyond it plain torch is the better choice.
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TRITON_CHANNELS, TRITON_STATE, TRITON_HEAD, TRITON_TAPS = 128, 256, 128 * 128, 4
 _chosen: Backend | None = None
 
 
-def backend(name: str = "auto") -> Backend:
+def backend(
+    name: str = "auto", x: Tensor | None = None, *, channels: int = 1, state: int = 1, taps: int = 1
+) -> Backend:
     """The implementation of that name; `auto` is the one set by `set_backend`, or else the fastest that runs here.
+
+    Args:
+        name: One of `NAMES`.
+        x: The input of the operation, for the automatic choice: its device and dtype count.
+        channels: Channels of a head.
+        state: State size.
+        taps: Taps of the convolution.
 
     Raises:
         ConfigError: No such name, or something it needs is missing.
     """
     if name == "auto":
-        return _chosen or set_backend("torch")
+        return _chosen or _automatic(x, channels, state, taps)
     if name in _BUILT:
         return _BUILT[name]
     if name == "triton":
-        raise ConfigError("the Triton state-space kernels are not built", got=name, legal=", ".join(("auto", *_BUILT)))
+        return _triton()
     if name == "mamba_ssm":
-        missing = [package for package in ("mamba_ssm", "causal_conv1d") if PathFinder.find_spec(package) is None]
-        what = "the mamba_ssm kernels are not importable: " + ", ".join(missing) + " not installed"
-        if not missing:
-            what = "Megatron calls mamba_ssm by itself where it can run; it is not reached through this dispatch"
-        raise ConfigError(what, got=name, legal=", ".join(("auto", *_BUILT)))
+        require_mamba_ssm()
+        what = "Megatron calls mamba_ssm by itself where it can run; it is not reached through this dispatch"
+        raise ConfigError(what, got=name, legal=", ".join(("auto", *_BUILT, "triton")))
     raise ConfigError("no such state-space backend", got=name, legal=nearest(name, NAMES))
 
 
-def set_backend(name: str) -> Backend:
+def set_backend(name: str) -> Backend | None:
     """Make that implementation the one behind `backend("auto")` in this process; `auto` takes the choice back.
 
     Raises:
@@ -61,9 +88,70 @@ def set_backend(name: str) -> Backend:
     global _chosen
     if name == "auto":
         _chosen = None
-        return backend()
+        return None
     chosen = backend(name)
     if chosen is not _chosen:
         logger.info("state-space kernels: %s", chosen.name)
     _chosen = chosen
     return chosen
+
+
+def require_mamba_ssm() -> None:
+    """Check that the packages mamba_ssm and causal_conv1d are there, and a CUDA device for them.
+
+    Raises:
+        ConfigError: They are not.
+    """
+    missing = [f"{package} not installed" for package in ("mamba_ssm", "causal_conv1d") if not _installed(package)]
+    if not missing and device_type() == "cpu":
+        missing = ["no CUDA device"]
+    if missing:
+        what = "the mamba_ssm kernels cannot run: " + ", ".join(missing)
+        raise ConfigError(what, got="mamba_ssm", legal=", ".join(("auto", *_BUILT, "triton")))
+
+
+def _installed(package: str) -> bool:
+    return PathFinder.find_spec(package) is not None  # not importlib.util's: a stand-in of that name is in sys.modules
+
+
+def _automatic(x: Tensor | None, channels: int, state: int, taps: int) -> Backend:
+    """Triton on a GPU for every dtype and size its tiles are made for, else torch."""
+    fits = x is not None and x.device.type == "cuda" and x.dtype in TRITON_DTYPES
+    fits = fits and channels <= TRITON_CHANNELS and state <= TRITON_STATE and channels * state <= TRITON_HEAD
+    fits = fits and taps <= TRITON_TAPS
+    chosen = _triton() if fits and _triton_runs() else _BUILT["torch"]
+    where = "no input" if x is None else f"{x.device.type}, {str(x.dtype).removeprefix('torch.')}"
+    _say(chosen.name, where)
+    return chosen
+
+
+@functools.cache
+def _say(name: str, why: str) -> None:
+    logger.info("state-space kernels: %s (chosen for %s)", name, why)
+
+
+@functools.cache
+def _triton_runs() -> bool:
+    """Whether Triton is there and the GPU has matrix units for bfloat16."""
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def _triton() -> Backend:
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError("the Triton state-space kernels need Triton", got="triton not installed", legal="torch")
+    from megatron_ext.ssm.triton import _jit
+
+    if device_type() == "cpu" and not _jit.INTERPRETED:
+        raise ConfigError(
+            "the Triton state-space kernels need a CUDA device", got="--ext-ssm-backend triton",
+            legal="auto, torch; or TRITON_INTERPRET=1 in the environment, to check them on a CPU, very slowly",
+        )  # fmt: skip
+    return _import_triton()
+
+
+@functools.cache
+def _import_triton() -> Backend:
+    from megatron_ext.ssm.triton import conv, decode, mixer, norm, scan
+
+    whole = (mixer.conv_scan_gate, decode.conv_step, decode.state_step)
+    return Backend("triton", scan.ssd, conv.causal_conv1d, norm.gated_rms_norm, *whole)

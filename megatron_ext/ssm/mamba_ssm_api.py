@@ -43,7 +43,8 @@ def causal_conv1d_fn(
         ConfigError: Another activation, or initial states together with documents.
     """
     initial = None if initial_states is None else initial_states.mT
-    y, last = backend().causal_conv1d(x.mT, weight, bias, initial, seq_idx, activation)
+    ops = backend(x=x, taps=weight.shape[1])
+    y, last = ops.causal_conv1d(x.mT, weight, bias, initial, seq_idx, activation)
     if not return_final_states:
         return y.mT
     final = last.mT
@@ -83,7 +84,7 @@ def mamba_chunk_scan_combined(
         dt_bias: Added to dt.
         initial_states: The state before the first token; it belongs to the first document of a row.
         seq_idx: Document number of each token; the state is forgotten where it changes.
-        cu_seqlens: Not supported.
+        cu_seqlens: Where documents begin and the last one ends, in a single row; another way to say seq_idx.
         dt_softplus: Apply softplus to dt after the bias.
         dt_limit: dt is clamped to this range at last.
         return_final_states: Also return the state after the last token.
@@ -91,12 +92,18 @@ def mamba_chunk_scan_combined(
         state_dtype: Without effect; states are float32.
 
     Raises:
-        ConfigError: cu_seqlens or return_varlen_states are given, or the heads do not divide into the groups.
+        ConfigError: return_varlen_states is asked for, cu_seqlens comes with several rows or with seq_idx, or the heads
+            do not divide into the groups.
     """
-    if cu_seqlens is not None or return_varlen_states:
-        raise ConfigError("the state-space scan returns no states per document", got="cu_seqlens", legal="seq_idx")
+    if return_varlen_states:
+        raise ConfigError("the state-space scan returns no states per document", got="return_varlen_states=True")
+    if cu_seqlens is not None:
+        if x.shape[0] != 1 or seq_idx is not None:
+            raise ConfigError("cu_seqlens describes the documents of one row, and seq_idx the same", got=tuple(x.shape))
+        seq_idx = torch.searchsorted(cu_seqlens[1:], torch.arange(x.shape[1], device=x.device), right=True)[None].int()
     steps = _step_sizes(dt, dt_bias, dt_softplus, dt_limit)
-    y, state = backend().ssd(x, steps, A, B, C, D, initial_states, seq_idx)
+    ops = backend(x=x, channels=x.shape[3], state=B.shape[3])
+    y, state = ops.ssd(x, steps, A, B, C, D, initial_states, seq_idx)
     if z is not None:
         y = (y * F.silu(z.to(steps.dtype))).to(x.dtype)
     return (y, state) if return_final_states else y
@@ -163,23 +170,30 @@ def mamba_split_conv1d_scan_combined(
         what = "the input projection does not split into z, x, B, C and dt"
         raise ConfigError(what, got=zxbcdt.shape[-1], legal=f"{inner} + {conv} + {heads}, {ngroups} groups")
     n = (conv - inner) // (2 * ngroups)
-    z, xBC, dt = zxbcdt.split([inner, conv, heads], -1)
-    xBC, _ = backend().causal_conv1d(xBC, conv1d_weight, conv1d_bias, None, seq_idx, activation)
-    x, B, C = xBC.split([inner, ngroups * n, ngroups * n], -1)
-    y, state = backend().ssd(
-        x.unflatten(-1, (heads, p)),
-        _step_sizes(dt, dt_bias, True, dt_limit),
-        A,
-        B.unflatten(-1, (ngroups, n)),
-        C.unflatten(-1, (ngroups, n)),
-        D,
-        initial_states,
-        seq_idx,
-    )
-    y = y.flatten(2)
-    if rmsnorm_weight is not None:
-        y = backend().gated_rms_norm(y, rmsnorm_weight, z, rmsnorm_eps, inner // ngroups, norm_before_gate)
+    ops = backend(x=zxbcdt, channels=p, state=n, taps=conv1d_weight.shape[1])
+    gate_first = rmsnorm_weight is None or not norm_before_gate
+    if ops.conv_scan_gate is not None and gate_first:
+        rest = (initial_states, seq_idx, dt_limit, activation)
+        y, state = ops.conv_scan_gate(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, p, ngroups, *rest)
+        z = None
     else:
+        z, xBC, dt = zxbcdt.split([inner, conv, heads], -1)
+        xBC, _ = ops.causal_conv1d(xBC, conv1d_weight, conv1d_bias, None, seq_idx, activation)
+        x, B, C = xBC.split([inner, ngroups * n, ngroups * n], -1)
+        y, state = ops.ssd(
+            x.unflatten(-1, (heads, p)),
+            _step_sizes(dt, dt_bias, True, dt_limit),
+            A,
+            B.unflatten(-1, (ngroups, n)),
+            C.unflatten(-1, (ngroups, n)),
+            D,
+            initial_states,
+            seq_idx,
+        )
+        y = y.flatten(2)
+    if rmsnorm_weight is not None:
+        y = ops.gated_rms_norm(y, rmsnorm_weight, z, rmsnorm_eps, inner // ngroups, norm_before_gate)
+    elif z is not None:
         y = (y * F.silu(z.to(state.dtype))).to(y.dtype)
     if outproj_weight is not None:
         y = F.linear(y.to(outproj_weight.dtype), outproj_weight, outproj_bias)
@@ -219,7 +233,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Float[Tensor, "*b d"], z: Float[Tensor, "*b d"] | None = None) -> Float[Tensor, "*b d"]:
         """The norm of x, gated by z if given."""
-        return backend().gated_rms_norm(x, self.weight, z, self.eps, self.group_size, self.norm_before_gate)
+        return backend(x=x).gated_rms_norm(x, self.weight, z, self.eps, self.group_size, self.norm_before_gate)
 
 
 def causal_conv1d_update(
@@ -251,6 +265,9 @@ def causal_conv1d_update(
         steps = x.unbind(-1)
         rest = (conv_state, weight, bias, activation, None, conv_state_indices)
         return torch.stack([causal_conv1d_update(step, *rest) for step in steps], -1)
+    ops = backend(x=x)
+    if ops.conv_step is not None and conv_state[0].is_contiguous():
+        return ops.conv_step(x, conv_state, weight, bias, activation, conv_state_indices)
     window = conv_state if conv_state_indices is None else conv_state[conv_state_indices]
     y = decode.conv_step(x, window, weight, bias, activation)
     if conv_state_indices is not None:
@@ -286,6 +303,9 @@ def selective_state_update(
         dt_softplus: Apply softplus to dt after the bias.
         state_batch_indices: The slot of each row of x in `state`.
     """
+    ops = backend(x=x, channels=x.shape[2], state=B.shape[2])
+    if ops.state_step is not None and state.is_contiguous():
+        return ops.state_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
     steps = _step_sizes(dt, dt_bias, dt_softplus, NO_LIMIT)
     own = state if state_batch_indices is None else state[state_batch_indices]
     y = decode.ssd_step(own, x, steps, A, B, C, D)

@@ -3,43 +3,46 @@
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ext.models.axes import parameters_per_rank
+from megatron_ext.models.config import Architecture
+from megatron_ext.models.training_cost import Layout, memory
 from megatron_ext.training.launch import Launch
 
 GIB = 2**30
 
 
-def memory_per_gpu(launch: Launch) -> dict[str, float]:
-    """Bytes on the fullest rank: weights, gradients, optimizer state, and an estimate of the activations.
-
-    Weights and gradients take the parameter dtype (gradients fp32 unless reduced in bf16); Adam keeps two fp32 moments
-    and, beside 16-bit weights, an fp32 copy; the distributed optimizer divides these by the data-parallel size.
-    Activations follow "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198, equation 2)
-    with flash attention: 34 s b h bytes per block in 16 bits, the linear part divided by TP.
-    """
-    args, architecture = launch.args, launch.architecture
-    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    ep, etp = args.expert_model_parallel_size, args.expert_tensor_parallel_size
-    parameters = max(parameters_per_rank(architecture, tp=tp, pp=pp, ep=ep, etp=etp))
+def layout_of(launch: Launch) -> Layout:
+    """What `models.training_cost` has to know of a validated command line."""
+    args = launch.args
     half = args.bf16 or args.fp16
-    width = 2 if half else 4
-    gradient = 4 if args.accumulate_allreduce_grads_in_fp32 or not half else 2
-    states = 8 + (4 if half else 0)
-    shards = args.data_parallel_size if args.use_distributed_optimizer else 1
-    tokens = args.micro_batch_size * args.seq_length / args.context_parallel_size
-    per_unit = tokens * architecture.hidden_size * 17 * (width / 2)
-    share = tp if args.sequence_parallel else 1
-    units = -(-len(architecture.pattern) // pp)
-    in_flight = min(pp, 8)
-    activations = per_unit * units * in_flight / share
-    if args.recompute_granularity == "full":
-        activations = tokens * architecture.hidden_size * width * units * in_flight / share + per_unit
-    return {
-        "weights": parameters * width,
-        "gradients": parameters * gradient,
-        "optimizer": parameters * states / shards,
-        "activations (estimate)": activations,
-    }
+    return Layout(
+        tp=args.tensor_model_parallel_size,
+        pp=args.pipeline_model_parallel_size,
+        cp=args.context_parallel_size,
+        dp=args.data_parallel_size,
+        ep=args.expert_model_parallel_size,
+        etp=args.expert_tensor_parallel_size,
+        micro_batch=args.micro_batch_size,
+        global_batch=args.global_batch_size,
+        seq_length=args.seq_length,
+        width=2 if half else 4,
+        gradient_width=4 if args.accumulate_allreduce_grads_in_fp32 or not half else 2,
+        shard_optimizer=args.use_distributed_optimizer,
+        sequence_parallel=args.sequence_parallel,
+        recompute=args.recompute_granularity == "full",
+        overlap_gradients=args.overlap_grad_reduce,
+        virtual=args.virtual_pipeline_model_parallel_size or 1,
+    )
+
+
+def memory_per_gpu(launch: Launch, teacher: Architecture | None = None) -> dict[str, float]:
+    """Bytes on the fullest rank, by component; see `training_cost.memory`."""
+    return memory(launch.architecture, layout_of(launch), teacher)
+
+
+def shown(parts: dict[str, float]) -> str:
+    """Bytes by component as one line."""
+    each = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    return f"{sum(parts.values()) / GIB:.2f} GiB: {each} (estimated)"
 
 
 def show(launch: Launch, *more: Table) -> None:
@@ -58,9 +61,7 @@ def show(launch: Launch, *more: Table) -> None:
     total, body = architecture.num_parameters(), architecture.num_parameters(embedding=False)
     active = f", of which a token uses {architecture.num_active_parameters():,}" if architecture.num_experts else ""
     table.add_row("parameters", f"{total:,} ({total / 1e9:.2f}B), without embeddings {body:,}{active}")
-    memory = memory_per_gpu(launch)
-    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items())
-    table.add_row("memory per GPU", f"{sum(memory.values()) / GIB:.2f} GiB: {parts}")
+    table.add_row("memory per GPU", shown(memory_per_gpu(launch)))
     table.add_row(
         "layout",
         f"{args.world_size} ranks = tensor {args.tensor_model_parallel_size} x pipeline "

@@ -36,6 +36,7 @@ from megatron_ext.models.config import Architecture
 from megatron_ext.models.pattern import MOE, Pattern
 from megatron_ext.models.pattern import parse as parse_pattern
 from megatron_ext.models.presets import preset
+from megatron_ext.ssm.dispatch import NAMES as SSM_BACKENDS
 from megatron_ext.training.directory import check_save
 
 VOCAB_MULTIPLE = 128
@@ -103,6 +104,7 @@ def _early_parser() -> argparse.ArgumentParser:
     parser.add_argument("--padded-vocab-size", type=int)
     parser.add_argument("--tokenizer-model")
     parser.add_argument("--tokenizer-type")
+    parser.add_argument("--ext-ssm-backend", default="auto")
     return parser
 
 
@@ -226,7 +228,7 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
         words = model_flags[model_flags.index("--padded-vocab-size") + 1]
         model_flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(int(words) - 1)]
     _single_process()
-    prepare()
+    prepare(early.ext_ssm_backend)
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 
@@ -238,6 +240,8 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
         group.add_argument("--dry-run", action="store_true", help="validate, print model, memory and layout, and stop")
         sizes = "sizes that differ from layer to layer, such as 'ffn_hidden_size=96,80 mamba_num_heads=8,4'"
         group.add_argument("--ext-layer-sizes", metavar="SIZES", help=sizes)
+        kernels = "state-space kernels; auto: mamba_ssm where installed, else by device, dtype and shape"
+        group.add_argument("--ext-ssm-backend", choices=SSM_BACKENDS, default="auto", help=kernels)
         for prefix, options in job.options.items():
             add_options(parser, options, prefix)
         _mend(parser)
@@ -376,6 +380,11 @@ def main(run: Callable[[], None]) -> int:
     """Run a program; a user's mistake becomes one readable message and exit status 2."""
     from megatron_ext.errors import MegatronExtError
 
+    if int(os.environ.get("RANK", "0")) == 0:
+        ours = logging.getLogger("megatron_ext")
+        ours.setLevel(logging.INFO)
+        ours.propagate = False  # Megatron's handler would say it again
+        ours.handlers = [logging.StreamHandler()]
     try:
         run()
     except MegatronExtError as error:

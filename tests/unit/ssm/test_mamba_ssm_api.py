@@ -115,6 +115,16 @@ def test_packed_documents(kernels: str) -> None:
     torch.testing.assert_close(packed, alone)
 
 
+def test_boundaries_are_documents(kernels: str) -> None:
+    """cu_seqlens says what seq_idx says, empty documents included."""
+    torch.manual_seed(0)
+    x, dt, A, B = torch.randn(1, 9, 2, 3), torch.rand(1, 9, 2), -torch.rand(2), torch.randn(1, 9, 1, 5)
+    seq_idx = torch.tensor([[0, 0, 0, 1, 3, 3, 3, 3, 3]], dtype=torch.int32)
+    expected = api.mamba_chunk_scan_combined(x, dt, A, B, B, 4, seq_idx=seq_idx)
+    got = api.mamba_chunk_scan_combined(x, dt, A, B, B, 4, cu_seqlens=torch.tensor([0, 3, 4, 4, 9], dtype=torch.int32))
+    torch.testing.assert_close(got, expected)
+
+
 def test_bfloat16(kernels: str) -> None:
     """As in training: activations and projections in bfloat16, A, D and dt_bias in float32."""
     module = mixer()
@@ -201,7 +211,11 @@ def test_megatron_finds_state_dtype() -> None:
 def test_errors() -> None:
     x, dt, A, B = torch.randn(1, 4, 2, 3), torch.rand(1, 4, 2), -torch.rand(2), torch.randn(1, 4, 1, 5)
     with pytest.raises(ConfigError, match="per document"):
-        api.mamba_chunk_scan_combined(x, dt, A, B, B, 4, cu_seqlens=torch.tensor([0, 4]))
+        api.mamba_chunk_scan_combined(x, dt, A, B, B, 4, return_varlen_states=True)
+    with pytest.raises(ConfigError, match="one row"):
+        api.mamba_chunk_scan_combined(
+            x, dt, A, B, B, 4, cu_seqlens=torch.tensor([0, 4]), seq_idx=torch.zeros(1, 4).int()
+        )
     rest = (torch.randn(16, 4), None, torch.zeros(2), A, torch.ones(2), 4)
     with pytest.raises(ConfigError, match="headdim"):
         api.mamba_split_conv1d_scan_combined(torch.randn(1, 4, 24), *rest)

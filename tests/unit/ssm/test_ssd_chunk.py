@@ -1,66 +1,17 @@
 """The chunked scan against the recurrence: forward and every gradient, at every awkward length, decay and layout."""
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ssm_oracle import assert_agree, inputs, results
 from torch import Tensor
 
 from megatron_ext.errors import ConfigError
 from megatron_ext.ssm import chunk, naive
 from megatron_ext.ssm._blocks import BUDGET
-
-NAMES = ("x", "dt", "A", "B", "C", "D", "initial_states")
-
-
-def inputs(
-    length: int,
-    *,
-    batch: int = 2,
-    heads: int = 4,
-    channels: int = 3,
-    groups: int = 2,
-    state: int = 5,
-    decay: float = 1.0,
-    skip_per_channel: bool = False,
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """Float64 inputs of a scan, by name. `decay` scales A."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    return {
-        "x": normal(batch, length, heads, channels),
-        "dt": torch.nn.functional.softplus(normal(batch, length, heads)),
-        "A": -decay * normal(heads).exp(),
-        "B": normal(batch, length, groups, state),
-        "C": normal(batch, length, groups, state),
-        "D": normal(heads, channels) if skip_per_channel else normal(heads),
-        "initial_states": normal(batch, heads, channels, state),
-    }
-
-
-def results(scan: Callable, given: dict[str, Tensor], dtype: torch.dtype, **more: object) -> dict[str, Tensor]:
-    """y, the final state and the gradients of a fixed random functional of both, by name."""
-    leaves = {name: t.to(dtype).requires_grad_() for name, t in given.items()}
-    y, final = scan(**leaves, **more)
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in (y, final)]
-    loss = sum((t.double() * w).sum() for t, w in zip((y, final), weights, strict=True))
-    gradients = torch.autograd.grad(loss, list(leaves.values()))
-    return {"y": y, "final": final, **{f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}}
-
-
-def assert_agree(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Largest difference relative to the largest entry, for each result by name."""
-    for name, right in expected.items():
-        error = (got[name].double() - right.double()).abs().max() / right.double().abs().max().clamp_min(1e-20)
-        assert error < tolerance, f"{name}: relative error {error:.2e}"
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 15, 16, 17, 31])

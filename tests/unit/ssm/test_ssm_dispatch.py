@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -52,11 +54,51 @@ def test_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
         dispatch.set_backend("naive")
         dispatch.backend()
     assert [record.getMessage() for record in caplog.records] == ["state-space kernels: naive"]
+    caplog.clear()
+    dispatch.set_backend("auto")
+    dispatch._say.cache_clear()
+    with caplog.at_level(logging.INFO, logger=dispatch.__name__):
+        for _ in range(2):
+            dispatch.backend(x=torch.zeros(1))
+    assert [record.getMessage() for record in caplog.records] == [
+        "state-space kernels: torch (chosen for cpu, float32)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({}, "triton"),
+        ({"device": "cpu"}, "torch"),
+        ({"dtype": torch.float64}, "torch"),
+        ({"channels": 256}, "torch"),
+        ({"state": 512}, "torch"),
+        ({"channels": 128, "state": 256}, "torch"),
+        ({"taps": 5}, "torch"),
+    ],
+)
+def test_auto_looks_at_device_dtype_and_shape(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], name: str
+) -> None:
+    case = {"device": "cuda", "dtype": torch.bfloat16, "channels": 64, "state": 128, "taps": 4} | change
+    x = SimpleNamespace(device=torch.device(case.pop("device")), dtype=case.pop("dtype"))
+    monkeypatch.setattr(dispatch, "_triton_runs", lambda: True)
+    monkeypatch.setattr(dispatch, "device_type", lambda: "cuda")
+    assert dispatch.backend(x=x, **case).name == name  # type: ignore[arg-type]
+
+
+def test_triton_wants_a_gpu_or_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_ext.ssm.triton import _jit
+
+    monkeypatch.setattr(dispatch, "device_type", lambda: "cpu")
+    monkeypatch.setattr(_jit, "INTERPRETED", False)
+    with pytest.raises(ConfigError, match="need a CUDA device"):
+        dispatch.set_backend("triton")
+    monkeypatch.setattr(_jit, "INTERPRETED", True)
+    assert dispatch.set_backend("triton") is dispatch.backend()
 
 
 def test_missing_backends_say_what_is_missing() -> None:
-    with pytest.raises(ConfigError, match="Triton"):
-        dispatch.set_backend("triton")
     with pytest.raises(ConfigError, match="mamba_ssm"):
         dispatch.set_backend("mamba_ssm")
     with pytest.raises(ConfigError, match="did you mean 'torch'"):
@@ -73,5 +115,5 @@ def test_an_installed_stand_in_is_not_mistaken_for_mamba_ssm(monkeypatch: pytest
         if dispatch.PathFinder.find_spec(name) is not None:
             pytest.skip(f"{name} is installed")
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    with pytest.raises(ConfigError, match="mamba_ssm, causal_conv1d not installed"):
+    with pytest.raises(ConfigError, match="mamba_ssm not installed, causal_conv1d not installed"):
         dispatch.backend("mamba_ssm")

@@ -153,3 +153,16 @@ def test_the_model_does_not_depend_on_the_layout(run, tp):
     status, out, err = run(*OK, *flags, "--dry-run", "--tensor-model-parallel-size", tp)
     assert status == 0, err
     assert "vocabulary 384" in out
+
+
+def test_state_space_backend(run) -> None:
+    """Chosen by a flag, said once; what cannot run here is refused with what would."""
+    assert "state-space kernels: naive" in run(*OK, *MOCK, "--dry-run", "--ext-ssm-backend", "naive")[2]
+    refused = {
+        "trition": "did you mean 'triton'",
+        "mamba_ssm": "mamba_ssm not installed, causal_conv1d not installed",
+        "triton": "need a CUDA device",
+    }
+    for name, said in refused.items():
+        status, _, error = run(*OK, *MOCK, "--dry-run", f"--ext-ssm-backend={name}", TRITON_INTERPRET="0")
+        assert (status, said in error) == (2, True), error

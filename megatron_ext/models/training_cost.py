@@ -1,0 +1,241 @@
+"""What a model costs to train, on paper: operations, memory of the fullest GPU by component, seconds of a step.
+
+Everything follows from the architecture, the layout and a few figures of the GPU; what is an assumption rather than a
+count is a field of `Gpu` or an argument, so that it can be said beside the result. Each kind of layer is counted by
+itself. Sizes are per GPU, in bytes.
+"""
+
+from dataclasses import dataclass, replace
+
+from megatron_ext.models import axes
+from megatron_ext.models.config import Architecture
+from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE, parse
+
+# Tokens after which a state is kept for the backward (`ssm/triton/scan.py`).
+STATE_EVERY = 128
+# Logits of each model that the distillation loss holds at a time (`distillation/losses.py`).
+LOGITS_AT_A_TIME = 2**26
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU and what connects it, from its data sheet: dense 16-bit FLOP/s, bytes, bytes/s in one direction.
+
+    Attributes:
+        flops: Matrix units in 16 bits, without sparsity.
+        memory: Of the device.
+        link: To the other GPUs of its node.
+        network: To other nodes.
+        per_node: GPUs of a node.
+    """
+
+    flops: float
+    memory: float
+    link: float
+    network: float
+    per_node: int = 8
+
+
+GPUS = {
+    "a100": Gpu(312e12, 80e9, 300e9, 25e9),
+    "h100": Gpu(989e12, 80e9, 450e9, 50e9),
+    "h200": Gpu(989e12, 141e9, 450e9, 50e9),
+    "b200": Gpu(2250e12, 180e9, 900e9, 50e9),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is divided over GPUs and what each is given.
+
+    Attributes:
+        tp: Tensor-parallel size; pp, cp, dp, ep, etp: pipeline, context, data, expert and expert tensor.
+        micro_batch: Sequences of a rank at a time.
+        global_batch: Sequences of a step.
+        seq_length: Tokens of a sequence.
+        width: Bytes of a weight and of an activation, 2 or 4.
+        gradient_width: Bytes of a gradient.
+        shard_optimizer: The optimizer's state is divided over the data-parallel ranks.
+        sequence_parallel: Norms and residuals are divided over the tensor ranks.
+        recompute: Only the inputs of layers are kept, and each layer runs forward again.
+        overlap_gradients: Gradients travel while the backward runs.
+        virtual: Model chunks of a pipeline rank.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    dp: int = 1
+    ep: int = 1
+    etp: int = 1
+    micro_batch: int = 1
+    global_batch: int = 1
+    seq_length: int = 4096
+    width: int = 2
+    gradient_width: int = 4
+    shard_optimizer: bool = True
+    sequence_parallel: bool = False
+    recompute: bool = False
+    overlap_gradients: bool = False
+    virtual: int = 1
+
+    @property
+    def gpus(self) -> int:
+        """All ranks."""
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a step and rank."""
+        return max(1, self.global_batch // (self.micro_batch * self.dp))
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.global_batch * self.seq_length
+
+
+def forward_flops_per_token(arch: Architecture, seq_length: int) -> float:
+    """Operations of a forward pass per token, as Megatron counts them.
+
+    Two for each weight of a matrix that the token meets; attention under its causal mask, 2 s per query channel (half
+    of both products); the scan of Mamba-2, 7 per channel and state.
+    """
+    total = 2.0 * arch.vocab_size * arch.hidden_size
+    for key, shape in axes.tensors(arch).items():
+        if key in (axes.EMBEDDING, axes.OUTPUT_LAYER) or len(shape) < 2 or "conv1d" in key:
+            continue
+        share = arch.moe_router_topk / arch.num_experts if axes.is_expert(arch, key) else 1.0
+        total += 2.0 * axes.size(arch, key) * share
+    for layer, unit in enumerate(arch.pattern):
+        if unit == ATTENTION:
+            total += 2.0 * seq_length * arch.num_attention_heads * arch.kv_channels
+        elif unit == MAMBA:
+            total += 7.0 * arch.at(layer).mamba_inner_size * arch.mamba_state_dim
+    return total
+
+
+def training_flops_per_token(arch: Architecture, seq_length: int) -> float:
+    """Forward and backward: three times the forward. What is computed twice to save memory is not counted."""
+    return 3 * forward_flops_per_token(arch, seq_length)
+
+
+def memory(arch: Architecture, layout: Layout, teacher: Architecture | None = None) -> dict[str, float]:
+    """Bytes of the fullest pipeline stage's GPU, by component.
+
+    Adam keeps two fp32 moments and, beside 16-bit weights, an fp32 copy. Activations are what each kind of layer keeps
+    for its backward (see `kept_per_token`) for the micro-batches that are under way at once (1F1B: as many as stages
+    follow), and the logits with their fp32 softmax on the last stage. With a teacher logits are only ever made in
+    chunks, and it adds its weights, its widest layer at work, and such a chunk of both models. Neither the CUDA context
+    nor what an allocator loses in gaps is counted.
+    """
+    parameters = axes.parameters_per_rank(arch, tp=layout.tp, pp=layout.pp, ep=layout.ep, etp=layout.etp)
+    states = 8 + (4 if layout.width == 2 else 0)
+    shards = layout.dp * layout.cp if layout.shard_optimizer else 1
+    stages = []
+    for stage, count in enumerate(parameters):
+        parts = {
+            "weights": float(count * layout.width),
+            "gradients": float(count * layout.gradient_width),
+            "optimizer": count * states / shards,
+            "activations": _activations(arch, layout, stage, logits=teacher is None),
+        }
+        if teacher is not None:
+            parts["distillation"] = _distillation(arch, teacher, layout, stage)
+        stages.append(parts)
+    return max(stages, key=lambda parts: sum(parts.values()))
+
+
+def kept_per_token(arch: Architecture, layer: int, layout: Layout) -> float:
+    """Bytes that a layer keeps of each token for its backward, with the norm before it, on one tensor rank.
+
+    Inputs of matrix products, of norms, of activations and of flash attention; no attention scores, no dropout masks.
+    """
+    unit, own, tp = arch.pattern[layer], arch.at(layer), layout.tp
+    hidden = arch.hidden_size / (tp if layout.sequence_parallel else 1)
+    values = 2 * hidden  # the residual stream as the norm's input, and its output as the first product's
+    extra = 0.0
+    if unit == ATTENTION:
+        heads, groups = arch.num_attention_heads / tp, arch.num_query_groups / tp
+        values += (2 * heads + 2 * groups) * arch.kv_channels  # query, key, value, output
+        extra = 4 * heads  # the logarithm of the softmax's sum
+    elif unit == MAMBA:
+        inner, heads = own.mamba_inner_size / tp, own.mamba_num_heads / tp
+        projected = 2 * inner + 2 * arch.mamba_num_groups / tp * arch.mamba_state_dim + heads
+        states = inner * arch.mamba_state_dim / STATE_EVERY
+        values += projected + 3 * inner + states  # and y before the gate, after it, and after its norm
+        extra = 8 * heads  # step sizes and decays
+    elif unit == MLP:
+        values += own.ffn_hidden_size / tp * (3 if arch.gated_linear_unit else 2)  # before and after the activation
+    elif unit == MOE:
+        ffn = arch.moe_ffn_hidden_size / layout.etp * (3 if arch.gated_linear_unit else 2)
+        values += arch.moe_router_topk * (2 * arch.hidden_size + ffn)  # sent to the experts, and what comes back
+        values += arch.moe_shared_expert_intermediate_size / tp * (3 if arch.gated_linear_unit else 2)
+        extra = 4 * arch.num_experts
+    return values * layout.width + extra
+
+
+def _activations(arch: Architecture, layout: Layout, stage: int, logits: bool) -> float:
+    units = parse(arch.pattern).split(layout.pp).stages
+    first = sum(len(each) for each in units[:stage])
+    tokens = layout.micro_batch * layout.seq_length / layout.cp
+    layers = [kept_per_token(arch, first + i, layout) for i in range(len(units[stage]))]
+    in_flight = min(layout.micro_batches, layout.pp - stage)
+    if layout.recompute:
+        entry = arch.hidden_size / (layout.tp if layout.sequence_parallel else 1) * layout.width
+        total = len(layers) * entry * in_flight + max(layers, default=0)
+    else:
+        total = sum(layers) * in_flight
+    if logits and stage == layout.pp - 1:
+        total += arch.vocab_size / layout.tp * (2 * layout.width + 4)  # logits, their fp32 softmax, and their gradient
+    return total * tokens
+
+
+def _distillation(arch: Architecture, teacher: Architecture, layout: Layout, stage: int) -> float:
+    counts = axes.parameters_per_rank(teacher, tp=layout.tp, pp=layout.pp, ep=layout.ep, etp=layout.etp)
+    tokens = layout.micro_batch * layout.seq_length / layout.cp
+    working = max(kept_per_token(teacher, layer, layout) for layer in range(len(teacher.pattern))) * tokens
+    logits = 0.0
+    if stage == layout.pp - 1:
+        words = (arch.vocab_size / layout.tp, teacher.vocab_size / layout.tp)
+        logits = sum(min(tokens * each, LOGITS_AT_A_TIME) for each in words) * layout.width
+    return counts[stage] * layout.width + working + logits
+
+
+def step_seconds(
+    arch: Architecture, layout: Layout, gpu: Gpu, efficiency: float, teacher: Architecture | None = None
+) -> dict[str, float]:
+    """Seconds of a step, by cause.
+
+    `compute`: all operations at `efficiency` of the matrix units' peak, with the forward again where it is recomputed.
+    `pipeline`: the bubble of 1F1B, (pp - 1) / (micro-batches x virtual chunks) of that (arXiv 2104.04473).
+    `tensor`: what tensor parallelism reduces, once forward and once backward per layer, 2 (tp - 1) / tp of the
+    activations each. `data`: gradients and weights once over the data-parallel ranks, less what half of the computing
+    hides where they overlap. Context and expert parallelism are not counted: their traffic hides behind the products.
+    """
+    flops = training_flops_per_token(arch, layout.seq_length)
+    if layout.recompute:
+        flops += forward_flops_per_token(arch, layout.seq_length)
+    if teacher is not None:
+        flops += forward_flops_per_token(teacher, layout.seq_length)
+    peak = gpu.flops if layout.width == 2 else gpu.flops / 2
+    compute = layout.tokens * flops / (layout.gpus * peak * efficiency)
+    bubble = compute * (layout.pp - 1) / (layout.micro_batches * layout.virtual)
+
+    tokens = layout.tokens / (layout.dp * layout.cp)
+    layers = len(arch.pattern) / layout.pp
+    reduced = 2 * layers * tokens * arch.hidden_size * layout.width * 2 * (layout.tp - 1) / layout.tp
+    tensor = reduced / (gpu.link if layout.tp <= gpu.per_node else gpu.network)
+
+    replicas = layout.dp * layout.cp
+    count = max(axes.parameters_per_rank(arch, tp=layout.tp, pp=layout.pp, ep=layout.ep, etp=layout.etp))
+    moved = count * (layout.gradient_width + layout.width) * (replicas - 1) / replicas
+    data = moved / (gpu.link if layout.gpus <= gpu.per_node else gpu.network)
+    if layout.overlap_gradients:
+        data = max(0.0, data - compute / 2)
+    return {"compute": compute, "pipeline": bubble, "tensor": tensor, "data": data}
+
+
+def scaled(layout: Layout, gpus: int) -> Layout:
+    """The same layout on more or fewer GPUs: as many replicas as fit, and the same sequences per step."""
+    return replace(layout, dp=gpus // (layout.tp * layout.pp * layout.cp))

@@ -1,0 +1,48 @@
+"""`megatron-ext estimate` as it is typed: the flags of a training run, and nothing else."""
+
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+
+from megatron_ext.errors import ConfigError
+from megatron_ext.models.presets import PRESETS
+from megatron_ext.models.training_cost import training_flops_per_token
+from megatron_ext.training.estimate import main, table
+
+COMMAND = [sys.executable, "-c", "import sys; from megatron_ext.cli import main; sys.exit(main())", "estimate"]
+
+
+def test_estimate(tmp_path) -> None:
+    flags = ["--preset", "llama3.1-8b", "--bf16", "--use-distributed-optimizer", "--tensor-model-parallel-size", "2"]
+    flags += ["--sequence-parallel", "--seq-length", "4096", "--global-batch-size", "128", "--train-iters", "1000"]
+    own = ["--gpus", "16", "--gpu", "h200", "--efficiency", "0.5", "--dollars-per-gpu-hour", "3", "--json"]
+    environment = os.environ | {"MEGATRON_EXT_DEVICE": "cpu"}
+    done = subprocess.run(
+        [*COMMAND, *own, "--teacher", "mamba2-hybrid-8b", *flags],
+        capture_output=True, text=True, env=environment, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list(tmp_path.iterdir()) == []
+    found = json.loads(done.stdout)
+    arch = PRESETS["llama3.1-8b"].architecture
+    assert found["parameters"] == arch.num_parameters()
+    assert found["flops_per_token"] > training_flops_per_token(arch, 4096)
+    assert found["memory_bytes"].keys() == {"weights", "gradients", "optimizer", "activations", "distillation"}
+    assert found["fits"]
+    step = sum(found["step_seconds"].values())
+    assert found["days"] == pytest.approx(1000 * step / 86400)
+    assert found["dollars"] == pytest.approx(found["days"] * 24 * 16 * 3)
+    assert found["tokens_per_second"] == pytest.approx(128 * 4096 / step)
+    assert found["mfu"] < 0.5
+    shown = table(found)
+    assert "16 x h200" in shown
+    assert max(map(len, shown.splitlines())) <= 120
+
+
+def test_a_wrong_number_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--gpus"):
+        main(Namespace(gpus=0, efficiency=0.5))

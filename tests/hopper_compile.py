@@ -1,0 +1,114 @@
+"""Compile the Triton kernels for an H100 or H200 on a machine without one, and print what each takes, as JSON.
+
+    python tests/hopper_compile.py [--all]
+
+Triton compiles without a device if it is told what for. The kernels are reached through the public functions, with
+tensors on the CPU; they are compiled, not run. `--all` compiles every configuration, not only each kernel's first.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import autotuner, driver, jit
+
+HOPPER = GPUTarget("cuda", 90, 32)
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+found: list[dict[str, Any]] = []
+
+
+class _NoDevice:
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return HOPPER
+
+
+def _describe(name: str, kernel: Any) -> dict[str, Any]:
+    ptx = kernel.asm["ptx"]
+    arch = re.search(r"\.target (sm_\w+)", ptx)[1]  # type: ignore[index]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [str(PTXAS), "-v", f"-arch={arch}", file.name, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {
+        "kernel": name,
+        "warps": kernel.metadata.num_warps,
+        "stages": kernel.metadata.num_stages,
+        "registers": int(re.search(r"Used (\d+) registers", said)[1]),  # type: ignore[index]
+        "spilled_bytes": int(re.search(r"(\d+) bytes spill stores", said)[1]),  # type: ignore[index]
+        "shared_bytes": kernel.metadata.shared,
+        "matrix_instructions": ptx.count("wgmma.mma_async") + ptx.count("mma.sync"),
+    }
+
+
+def install(every_configuration: bool) -> None:
+    """From here on launches compile."""
+    driver.set_active(_NoDevice())  # type: ignore[arg-type]
+    launch = jit.JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
+        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        found.append(_describe(self.fn.__name__, kernel))
+        return kernel
+
+    def each(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.nargs = dict(zip(self.arg_names, args, strict=False))
+        for config in self.configs if every_configuration else self.configs[:1]:
+            self.fn.run(*args, **kwargs, **config.all_kwargs())
+
+    jit.JITFunction.run = compile_only
+    autotuner.Autotuner.run = each
+
+
+def main() -> None:
+    """The benchmark's layer, with all that a kernel can be asked for."""
+    install("--all" in sys.argv)
+    from megatron_ext.ssm.triton import norm
+    from megatron_ext.ssm.triton.mixer import conv_scan_gate
+
+    heads, channels, groups, state, length = 128, 64, 8, 128, 2048
+    inner = heads * channels
+    conv = inner + 2 * groups * state
+    bf16 = {"dtype": torch.bfloat16}
+    leaves = [
+        torch.zeros(1, length, inner + conv + heads, **bf16), torch.zeros(conv, 4, **bf16), torch.zeros(conv, **bf16),
+        torch.zeros(heads), torch.zeros(heads), torch.zeros(heads),
+    ]  # fmt: skip
+    initial = torch.zeros(1, heads, channels, state)
+    weight, gate = torch.ones(inner, **bf16), torch.zeros(1, length, inner, **bf16)
+    for t in (*leaves, initial, weight, gate):
+        t.requires_grad_()
+    y, final = conv_scan_gate(*leaves, channels, groups, initial, torch.zeros(1, length, dtype=torch.int32))
+    out = norm.gated_rms_norm(y, weight, gate, group_size=inner // groups)
+    torch.autograd.grad((out.sum(), final.sum()), [*leaves, initial, weight, gate])
+    from megatron_ext.ssm.triton.decode import conv_step, state_step
+
+    with torch.no_grad():
+        token, slots = torch.zeros(2, conv, **bf16), torch.zeros(2, dtype=torch.int64)
+        conv_step(token, torch.zeros(2, conv, 4, **bf16), leaves[1], leaves[2], "silu", slots)
+        x, B = torch.zeros(2, heads, channels, **bf16), torch.zeros(2, groups, state, **bf16)
+        each = (heads, channels)
+        dt, A = torch.zeros(2, heads, 1, **bf16).expand(2, *each), torch.zeros(heads, 1, 1).expand(*each, state)
+        D = torch.zeros(heads, 1).expand(each)
+        state_step(torch.zeros(2, *each, state), x, dt, A, B, B, D, x, D, True, slots)
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

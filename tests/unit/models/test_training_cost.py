@@ -1,0 +1,103 @@
+"""What training costs on paper: against Megatron's own count, published figures, and sums done by hand."""
+
+from argparse import Namespace
+from dataclasses import replace
+
+import pytest
+from megatron.training.training import num_floating_point_operations
+
+from megatron_ext.models import axes
+from megatron_ext.models.presets import PRESETS
+from megatron_ext.models.training_cost import (
+    GPUS,
+    Layout,
+    forward_flops_per_token,
+    kept_per_token,
+    memory,
+    scaled,
+    step_seconds,
+    training_flops_per_token,
+)
+
+HYBRID = PRESETS["mamba2-hybrid-8b"].architecture
+TRANSFORMER = PRESETS["llama3.1-8b"].architecture
+MIXTURE = replace(TRANSFORMER, pattern="*E" * 4, num_experts=8, moe_ffn_hidden_size=1024, moe_router_topk=2)
+
+
+class Absent(Namespace):
+    """Megatron's arguments, of which it reads many that are about other models."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@pytest.mark.parametrize("arch", [HYBRID, TRANSFORMER, PRESETS["mamba2-8b"].architecture, MIXTURE])
+def test_operations_are_those_megatron_counts(arch) -> None:
+    """Megatron leaves out routers, which are small."""
+    fields = arch.to_args() | {"hybrid_layer_pattern": arch.pattern, "seq_length": 4096}
+    more = {"group_query_attention": True, "swiglu": arch.gated_linear_unit, "linear_conv_kernel_dim": 4}
+    args = Absent(**fields | more)
+    expected = num_floating_point_operations(args, 3) / (3 * 4096)
+    assert training_flops_per_token(arch, 4096) == pytest.approx(expected, rel=1e-3)
+
+
+def test_published_operations() -> None:
+    """6 for each weight of a 1.24B Transformer, and half of 12 s h for each of its 16 layers of attention."""
+    sizes = {"hidden_size": 2048, "ffn_hidden_size": 8192, "kv_channels": 64, "pattern": "*-" * 16}
+    small = replace(TRANSFORMER, **sizes, untie_embeddings_and_output_weights=False)
+    assert small.num_parameters() == pytest.approx(1.24e9, rel=5e-3)
+    assert training_flops_per_token(small, 4096) == pytest.approx(8.22e9, rel=5e-3)
+    assert training_flops_per_token(HYBRID, 4096) == pytest.approx(46.4e9, rel=5e-3)
+
+
+def test_memory_by_hand() -> None:
+    """One layer of each kind without parallelism, counted again."""
+    layout = Layout(micro_batch=2, seq_length=100, shard_optimizer=False)
+    arch = replace(HYBRID, pattern="M*-", gated_linear_unit=True, activation="silu")
+    found = memory(arch, layout)
+    count = arch.num_parameters()
+    assert (found["weights"], found["gradients"], found["optimizer"]) == (2 * count, 4 * count, 12 * count)
+    h, inner, n, heads = 4096, 8192, 128, 128
+    mamba = 2 * h + (2 * inner + 2 * 8 * n + heads) + 3 * inner + inner * n / 128
+    attention = 2 * h + (32 + 8 + 8 + 32) * 128
+    values = mamba + attention + 2 * h + 3 * arch.ffn_hidden_size
+    logits = arch.vocab_size * (2 + 2 + 4)
+    assert found["activations"] == pytest.approx(200 * (2 * values + 8 * heads + 4 * 32 + logits))
+
+
+def test_layouts_divide_memory() -> None:
+    whole = memory(HYBRID, Layout())
+    parts = memory(HYBRID, Layout(tp=4, sequence_parallel=True, dp=8))
+    assert parts["weights"] == pytest.approx(whole["weights"] / 4, rel=1e-3)
+    assert parts["optimizer"] == pytest.approx(whole["optimizer"] / 32, rel=1e-3)
+    assert parts["activations"] == pytest.approx(whole["activations"] / 4, rel=1e-3)
+    assert memory(HYBRID, Layout(cp=2))["activations"] == pytest.approx(whole["activations"] / 2)
+    assert memory(HYBRID, Layout(recompute=True))["activations"] < whole["activations"] / 2
+    # The first of two stages holds two micro-batches of half of the layers, the last one and the logits.
+    first = sum(kept_per_token(HYBRID, layer, Layout()) for layer in range(28)) * 4096 * 2
+    assert memory(HYBRID, Layout(pp=2, global_batch=8))["activations"] == pytest.approx(first)
+
+
+def test_a_teacher_adds_its_weights_and_takes_the_logits() -> None:
+    layout = Layout(seq_length=8192)
+    alone, taught = memory(HYBRID, layout), memory(HYBRID, layout, TRANSFORMER)
+    assert taught["distillation"] > 2 * TRANSFORMER.num_parameters()
+    assert alone["activations"] - taught["activations"] == pytest.approx(8192 * 8 * HYBRID.vocab_size)
+    gpu = GPUS["h200"]
+    more = step_seconds(HYBRID, layout, gpu, 0.5, TRANSFORMER)["compute"]
+    share = forward_flops_per_token(TRANSFORMER, 8192) / training_flops_per_token(HYBRID, 8192)
+    assert more == pytest.approx(step_seconds(HYBRID, layout, gpu, 0.5)["compute"] * (1 + share))
+
+
+def test_seconds_by_hand() -> None:
+    gpu = GPUS["h100"]
+    layout = Layout(tp=8, pp=4, dp=2, global_batch=64, seq_length=4096)
+    found = step_seconds(TRANSFORMER, layout, gpu, 0.5)
+    compute = 64 * 4096 * training_flops_per_token(TRANSFORMER, 4096) / (64 * 989e12 * 0.5)
+    assert found["compute"] == pytest.approx(compute)
+    assert found["pipeline"] == pytest.approx(compute * 3 / 32)
+    assert found["tensor"] == pytest.approx(2 * 16 * 32 * 4096 * 4096 * 2 * 2 * 7 / 8 / 450e9)
+    fullest = max(axes.parameters_per_rank(TRANSFORMER, tp=8, pp=4))
+    assert found["data"] == pytest.approx(fullest * 6 / 2 / 50e9)
+    assert step_seconds(TRANSFORMER, replace(layout, overlap_gradients=True), gpu, 0.5)["data"] == 0
+    assert scaled(layout, 512).gpus == 512
