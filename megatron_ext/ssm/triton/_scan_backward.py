@@ -10,8 +10,8 @@ what they share in the L2 cache.
 
 Per token of a mixer of width 8192 (128 heads x 64, state 128, 8 groups, bf16, chunk 128): 50 KB to and from memory (114
 with a gate) and 90 KB, the published kernels 433 KB. Three float32 tiles of 128 x 64 are kept over the heads and two
-are made for each head: with 8 warps all 255 registers of a thread, and 300 to 480 bytes that spill to L1. With 64 tokens in
-a chunk nearly nothing spills, and states are twice the traffic.
+are made for each head: with 8 warps all 255 registers of a thread, and 300 to 480 bytes that spill to L1. With 64
+tokens in a chunk nearly nothing spills, and states are twice the traffic.
 
 The gradient of a log-decay is a sum over pairs of tokens around it. Here each token's row sum of the pairs' float32
 terms is written; the same terms make both sums, so what must cancel does (`decay_backward_kernel` takes it on).
