@@ -33,6 +33,15 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]", "mamba-ssm", "causal-conv1d"],
         "eval": ["lm-eval"],
-        "dev": ["beartype", "hypothesis", "import-linter", "pyright[nodejs]", "pytest", "pytest-xdist", "ruff"],
+        "dev": [
+            "beartype",
+            "hypothesis",
+            "import-linter",
+            "lm-eval",
+            "pyright[nodejs]",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+        ],
     },
 )

@@ -62,13 +62,16 @@ class Writer:
     ends: frozenset[int]
     stops: Sequence[str] = ()
 
-    def request(self, prompt: str, max_new_tokens: int) -> Request:
-        """What to ask for: an empty prompt begins as a document does."""
-        tokens = self.tokenizer(prompt)["input_ids"] or [document_start(self.tokenizer)]
+    def encode(self, prompt: str) -> list[int]:
+        """A prompt's tokens: an empty one begins as a document does."""
+        return self.tokenizer(prompt)["input_ids"] or [document_start(self.tokenizer)]
+
+    def request(self, prompt: Sequence[int], max_new_tokens: int) -> Request:
+        """What to ask for, to continue these tokens."""
         stop: Callable[[list[int]], bool] | None = None
         if self.stops:
             stop = lambda new: self._cut(self._decoded(new)) is not None  # noqa: E731
-        return Request(tokens, max_new_tokens, self.ends, stop)
+        return Request(prompt, max_new_tokens, self.ends, stop)
 
     def text(self, new: Sequence[int]) -> str:
         """The continuation that these tokens are."""

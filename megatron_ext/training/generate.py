@@ -9,12 +9,12 @@ from pathlib import Path
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.ranks import rank
 from megatron_ext.errors import ConfigError
+from megatron_ext.inference.progress import progress
 from megatron_ext.inference.prompts import Writer, read_prompts, stop_tokens
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.inference.tokenizer import tokenizer_of, words_of
 from megatron_ext.training import inference
 from megatron_ext.training.directory import write_atomically
-from megatron_ext.training.progress import progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
     started = inference.prepare(args.checkpoint, args.dtype, args.megatron_flags)
     from megatron_ext.inference.generate import generate
 
-    requests = [writer.request(prompt, args.max_new_tokens) for prompt in prompts]
+    requests = [writer.request(writer.encode(prompt), args.max_new_tokens) for prompt in prompts]
     made: dict[int, list[int]] = {}
     with (
         inference.opened(started, min(words_of(args.checkpoint, tokenizer), len(tokenizer))) as model,

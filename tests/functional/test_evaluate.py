@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hf_models import make
-from workspace import Workspace
+from workspace import ROOT, Workspace
 
 from megatron_ext.checkpoint.huggingface.convert import to_megatron
 
@@ -75,6 +75,101 @@ def test_perplexity_is_that_of_transformers_on_every_layout(workspace: Workspace
     assert all(found["text"]["nats"] == pytest.approx(first["nats"], rel=1e-6) for found in results.values())
 
 
+TASKS = ["local_choice", "local_rolling", "local_until"]
+TASK_FLAGS = ["--tasks", *TASKS, "--task-folder", str(ROOT / "tests" / "tasks"), "--window", str(WINDOW)]
+
+
+def by_transformers_in_the_harness(path: Path) -> dict[str, dict[str, float]]:
+    """The same tasks with the shortest possible model on the other side of the harness's interface."""
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    class Plain(TemplateLM):
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        eot_token_id = property(lambda self: self.tokenizer.eos_token_id)
+
+        def tok_encode(self, string: str, add_special_tokens: Any = None, **_: Any) -> list[int]:
+            return self.tokenizer(string)["input_ids"]
+
+        @torch.no_grad()
+        def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
+            answers = []
+            for _, before, after in requests:
+                ids = torch.tensor([(before + after)[-WINDOW - 1 :]])
+                logits = self.model(ids[:, :-1]).logits[0, -len(after) :].double().log_softmax(-1)
+                label = torch.tensor(after)
+                own = logits.gather(-1, label[:, None]).sum()
+                answers.append((float(own), bool((logits.argmax(-1) == label).all())))
+            return answers
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            texts = [self.tok_encode(request.args[0]) for request in requests]
+            assert all(len(text) < WINDOW for text in texts)
+            return [self._loglikelihood_tokens([(None, [self.eot_token_id], text)])[0][0] for text in texts]
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            answers = []
+            for request in requests:
+                prompt, settings = request.args
+                ids = torch.tensor([self.tok_encode(prompt)])[:, -(WINDOW - settings["max_gen_toks"]) :]
+                made = self.model.generate(
+                    ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                    max_new_tokens=settings["max_gen_toks"], eos_token_id=self.eot_token_id, pad_token_id=0,
+                )  # fmt: skip
+                text = self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+                for stop in settings["until"]:
+                    text = text.split(stop)[0]
+                answers.append(text)
+            return answers
+
+    manager = TaskManager(include_path=str(ROOT / "tests" / "tasks"), include_defaults=False)
+    found: Any = simple_evaluate(
+        Plain(), tasks=TASKS, task_manager=manager, num_fewshot=2, bootstrap_iters=1000, log_samples=False
+    )
+    return {
+        task: {name.split(",")[0]: value for name, value in metrics.items() if isinstance(value, float)}
+        for task, metrics in found["results"].items()
+    }
+
+
+def test_the_harness_finds_on_every_layout_what_it_finds_in_transformers(workspace: Workspace, model: str) -> None:
+    expected = by_transformers_in_the_harness(workspace.path / "model-hf")
+    assert set(expected) == set(TASKS)
+    assert {"acc", "acc_stderr", "acc_norm"} <= set(expected["local_choice"])
+    for name, (ranks, layout) in LAYOUTS.items():
+        flags = [*TASK_FLAGS, "--num-fewshot", "2", "--save", f"tasks-{name}", *layout]
+        workspace.run(COMMAND, "evaluate", model, *flags, ranks=ranks)
+        found = json.loads((workspace.path / f"tasks-{name}" / "results.json").read_text())["tasks"]
+        for task, metrics in expected.items():
+            assert found[task]["samples"] == 6
+            for metric, value in metrics.items():
+                assert found[task][metric] == pytest.approx(value, rel=1e-5), (task, metric)
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(workspace: Workspace, model: str) -> None:
+    flags = [*TASK_FLAGS, "--save", "resumed"]
+    workspace.run(COMMAND, "evaluate", model, *flags)
+    folder = workspace.path / "resumed"
+    answers = folder / "answers.jsonl"
+    lines = answers.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 6 * 4 + 6 + 6
+    results = json.loads((folder / "results.json").read_text())
+    answers.write_bytes(b"".join(lines[:20]) + lines[20][:7])  # it was killed while it wrote
+    done = workspace.run(COMMAND, "evaluate", model, *flags, "--tensor-model-parallel-size", "2", ranks=2)
+    assert "20 answers were there already" in done.stdout
+    assert sorted(line[:40] for line in answers.read_bytes().splitlines()) == sorted(line[:40] for line in lines)
+    again = json.loads((folder / "results.json").read_text())
+    for task, metrics in results["tasks"].items():
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        assert {name: again["tasks"][task][name] for name in numbers} == pytest.approx(numbers, rel=1e-5)
+    # Answers of another model, or in another type, are none.
+    done = workspace.run(COMMAND, "evaluate", model, *flags, "--dtype", "bfloat16", "--limit", "1")
+    assert "already" not in done.stdout
+
+
 def test_results_lie_beside_the_checkpoint_and_earlier_ones_are_kept(workspace: Workspace, model: str) -> None:
     own = workspace.path / model / "results.json"
     for words in (["--window", "32"], ["--window", "16", "--dtype", "bfloat16"]):
@@ -96,6 +191,7 @@ def test_results_lie_beside_the_checkpoint_and_earlier_ones_are_kept(workspace: 
         (["--text", "text.txt", "--window", "8", "--stride", "9"], "stride"),
         (["--text", "text.txt", "--save", "data"], "holds no results"),
         (["--text", "text.txt", "--batch-tokens", "0"], "--batch-tokens"),
+        (["--tasks", "local_choice", "--task-folder", "nowhere"], "no such folder"),
         (["--text", "text.txt", "--pipeline-model-parallel-size", "2"], "world size"),
     ],
 )

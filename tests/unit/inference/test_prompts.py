@@ -41,7 +41,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_the_first_stop_string_ends_the_text() -> None:
     writer = Writer(characters(), frozenset(), stops=["x", "ab"])
     new = writer.tokenizer("12abx")["input_ids"]
-    request = writer.request("12", max_new_tokens=9)
+    request = writer.request(writer.encode("12"), max_new_tokens=9)
     assert [request.ended(new[:count]) for count in range(6)] == [False] * 4 + [True, True]
     assert writer.text(new) == "12"
     assert writer.text(new[:3]) == "12a"
