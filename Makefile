@@ -14,7 +14,7 @@ help:
 	@echo 'make lint        the same without pytest'
 	@echo 'make clean-venv  remove the virtual environment $(VENV)'
 	@echo
-	@echo 'The first use installs pinned dependencies into $(VENV): about 2 minutes and 5 GB. It needs Python 3.12.'
+	@echo 'The first use installs pinned dependencies into $(VENV): about 3 minutes and 6 GB. It needs Python 3.12.'
 
 demo: $(READY)
 	$(BIN)/megatron-ext demo
@@ -56,6 +56,6 @@ $(READY): constraints.txt setup.py pyproject.toml
 	    fi; \
 	    "$$python" -m venv --clear $(VENV); \
 	fi
-	@echo 'Installing the pinned dependencies into $(VENV): about 2 minutes and 5 GB, once.'
+	@echo 'Installing the pinned dependencies into $(VENV): about 3 minutes and 6 GB, once.'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
