@@ -48,6 +48,7 @@ NAMES = ("auto", *_BUILT, "triton", "mamba_ssm")
 # What the tiles of the Triton kernels are made for; beyond it plain torch is the better choice.
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_CHANNELS, TRITON_STATE, TRITON_HEAD, TRITON_TAPS = 128, 256, 128 * 128, 4
+TRITON_SHARED_MEMORY = 160 * 1024  # an A100 has 163 KB, an H100 227
 _chosen: Backend | None = None
 
 
@@ -132,8 +133,10 @@ def _say(name: str, why: str) -> None:
 
 @functools.cache
 def _triton_runs() -> bool:
-    """Whether Triton is there and the GPU has matrix units for bfloat16."""
-    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability() >= (8, 0)
+    """Whether Triton is there, and the GPU has matrix units for bfloat16 and the shared memory our tiles take."""
+    if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability() < (8, 0):
+        return False
+    return torch.cuda.get_device_properties().shared_memory_per_block_optin >= TRITON_SHARED_MEMORY
 
 
 def _triton() -> Backend:

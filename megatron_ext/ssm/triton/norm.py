@@ -16,8 +16,8 @@ from megatron_ext.ssm.triton._jit import INTERPRETED, cdiv, power
 
 # Tokens of a program of the backward: its sums for the weight's gradient are then 1/16 of a float32 pass.
 RUN = 4 if INTERPRETED else 16
-# Channels of a group that fit the registers of a program.
-LARGEST_GROUP = 16384
+# Channels of a group that a program can hold, 64 a thread.
+LARGEST_GROUP = 32768
 
 
 def gated_rms_norm(

@@ -98,6 +98,19 @@ def test_triton_wants_a_gpu_or_its_interpreter(monkeypatch: pytest.MonkeyPatch) 
     assert dispatch.set_backend("triton") is dispatch.backend()
 
 
+def test_deterministic_algorithms_take_the_first_configuration() -> None:
+    """Which one is the fastest is measured, and so may differ from process to process."""
+    from megatron_ext.ssm.triton import _jit
+
+    choices: Any = ["first", "second"]
+    assert _jit.PRUNE["early_config_prune"](choices, {}, CHUNK=64) == choices
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert _jit.PRUNE["early_config_prune"](choices, {}, CHUNK=64) == ["first"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_missing_backends_say_what_is_missing() -> None:
     with pytest.raises(ConfigError, match="mamba_ssm"):
         dispatch.set_backend("mamba_ssm")

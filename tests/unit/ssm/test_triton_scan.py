@@ -46,6 +46,7 @@ SMALL = [
     Case("bare", 19, sizes={"batch": 2, "heads": 3, "groups": 3}, absent=("D", "initial_states")),
     Case("one token", 1, sizes={"batch": 1}),
     Case("two row blocks", 70, chunk=64, ends=(3, 40, 66), sizes={"batch": 1, "heads": 3, "groups": 1}),
+    Case("half", 20, ends=(5, 17), sizes={"batch": 1, "heads": 2, "groups": 1}),
 ]
 LARGE = [
     Case(
@@ -58,9 +59,16 @@ LARGE = [
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
+def exact(case: Case, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By the recurrence; for large cases by plain torch's scan in float64, which its tests hold against it."""
+    if case in SMALL:
+        return results(naive.ssd, given, torch.float64, **case.documents("cpu"))
+    return results(chunk.ssd, given, torch.float64, device=DEVICE, **case.documents(DEVICE))
+
+
 def check(case: Case, dtype: torch.dtype) -> None:
     given = case.given(dtype)
-    expected = results(naive.ssd, given, torch.float64, **case.documents("cpu"))
+    expected = exact(case, given)
     more = case.documents(DEVICE) | {"chunk_size": case.chunk}
     got = results(scan.ssd, given, torch.float32, narrow=dtype, device=DEVICE, **more)
     assert got["y"].dtype == got["dx"].dtype == got["dB"].dtype == dtype
@@ -68,7 +76,7 @@ def check(case: Case, dtype: torch.dtype) -> None:
     assert_agree(got, expected, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SMALL[:-1], ids=lambda case: case.name)
 def test_agrees_with_the_recurrence(case: Case) -> None:
     """Odd lengths, groups, documents, states, with and without D: y, the final state and every gradient."""
     check(case, torch.float32)
@@ -76,7 +84,7 @@ def test_agrees_with_the_recurrence(case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits(dtype: torch.dtype) -> None:
-    check(Case("half", 20, ends=(5, 17), sizes={"batch": 1, "heads": 2, "groups": 1}), dtype)
+    check(SMALL[-1], dtype)
 
 
 @pytest.mark.gpu
@@ -91,7 +99,7 @@ def test_bfloat16_is_as_close_as_plain_torch() -> None:
     """chunk.py multiplies in float32 and rounds its results; the kernels round operands as well. Not by much."""
     given = LARGE[0].given(torch.bfloat16)
     more = LARGE[0].documents(DEVICE)
-    expected = results(naive.ssd, given, torch.float64, **LARGE[0].documents("cpu"))
+    expected = exact(LARGE[0], given)
     for name, right in expected.items():
         errors = []
         for f in (scan.ssd, chunk.ssd):
@@ -168,8 +176,8 @@ def test_rows_of_one_projection(tmp_path: Path) -> None:
     leaves = {name: t.requires_grad_() for name, t in case.given().items()}
     generator = torch.Generator().manual_seed(1)
     right = sum((t * torch.randn(t.shape, generator=generator).double()).sum() for t in naive.ssd(**leaves))
-    exact = torch.autograd.grad(right, [leaves["x"], leaves["B"]])
-    assert_agree({"dx": dx.cpu(), "dB": dB.cpu()}, dict(zip(("dx", "dB"), exact, strict=True)), 1e-5)
+    right_dx, right_dB = torch.autograd.grad(right, [leaves["x"], leaves["B"]])
+    assert_agree({"dx": dx.cpu(), "dB": dB.cpu()}, {"dx": right_dx, "dB": right_dB}, 1e-5)
 
 
 def test_errors() -> None:
