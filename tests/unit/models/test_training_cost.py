@@ -4,11 +4,16 @@ from argparse import Namespace
 from dataclasses import replace
 
 import pytest
-from megatron.training.training import num_floating_point_operations
 
-from megatron_ext.models import axes
-from megatron_ext.models.presets import PRESETS
-from megatron_ext.models.training_cost import (
+from megatron_ext.models.backend import prepare
+
+prepare()  # before Megatron is imported
+
+from megatron.training.training import num_floating_point_operations  # noqa: E402
+
+from megatron_ext.models import axes  # noqa: E402
+from megatron_ext.models.presets import PRESETS  # noqa: E402
+from megatron_ext.models.training_cost import (  # noqa: E402
     GPUS,
     Layout,
     forward_flops_per_token,

@@ -6,7 +6,7 @@ from megatron_ext.distillation.cache import Cache, Manifest
 from megatron_ext.distillation.objective import Objective
 from megatron_ext.errors import ConfigError
 from megatron_ext.training.cache import command_line, compared
-from megatron_ext.training.distill import DistillOptions, _source
+from megatron_ext.training.distill_options import DistillOptions, source_of
 
 WRITE = ["--distill-teacher", "t", "--distill-cache-write", "c"]
 MANIFEST = Manifest(7, "float16", 2.0, 64, 512, "fingerprint", "float32", [False, False], seed=1)
@@ -44,4 +44,4 @@ def test_a_cache_decides_the_defaults(tmp_path):
 )
 def test_there_is_one_source(options, message):
     with pytest.raises(ConfigError, match=message):
-        _source(options)
+        source_of(options)
