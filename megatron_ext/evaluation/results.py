@@ -69,6 +69,12 @@ class Results:
                 "the directory is not empty and holds no results", got=self.directory, legal="a new directory"
             )
 
+    def section(self, name: str) -> dict[str, Any]:
+        """What was measured of this very step before, under a name; or nothing."""
+        results = read_results(self.directory)
+        same = results.get(CHECKPOINT, {}).get("fingerprint") == self.about["fingerprint"]
+        return results.get(name, {}) if same else {}
+
     def add(self, **sections: Any) -> None:
         """Put sections in the place of those of their names.
 

@@ -170,6 +170,30 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(workspace: Workspace
     assert "already" not in done.stdout
 
 
+def test_synthetic_suites_come_out_the_same_on_every_layout_and_are_drawn(workspace: Workspace, model: str) -> None:
+    names = ["phonebook", "induction"]
+    flags = ["--synthetic", *names, "--synthetic-samples", "3", "--save"]
+    found = {}
+    for name in ("alone", "dp2"):
+        ranks, layout = LAYOUTS[name]
+        done = workspace.run(
+            COMMAND, "evaluate", model, *flags, f"synthetic-{name}", "--synthetic-lengths", "256", "300", *layout,
+            ranks=ranks,
+        )  # fmt: skip
+        found[name] = json.loads((workspace.path / f"synthetic-{name}" / "results.json").read_text())["synthetic"]
+        assert "accuracy" in done.stdout
+    assert found["alone"] == found["dp2"]
+    assert list(found["alone"]) == names
+    assert {length for cells in found["alone"].values() for length in cells} == {"256", "300"}
+    assert found["alone"]["induction"]["256"]["samples"] == 3
+    # More lengths join those that are there.
+    workspace.run(COMMAND, "evaluate", model, *flags, "synthetic-alone", "--synthetic-lengths", "400")
+    folder = workspace.path / "synthetic-alone"
+    again = json.loads((folder / "results.json").read_text())["synthetic"]
+    assert list(again["phonebook"]) == ["256", "300", "400"]
+    assert (folder / "synthetic.png").stat().st_size > 8000
+
+
 def test_results_lie_beside_the_checkpoint_and_earlier_ones_are_kept(workspace: Workspace, model: str) -> None:
     own = workspace.path / model / "results.json"
     for words in (["--window", "32"], ["--window", "16", "--dtype", "bfloat16"]):
@@ -192,6 +216,8 @@ def test_results_lie_beside_the_checkpoint_and_earlier_ones_are_kept(workspace: 
         (["--text", "text.txt", "--save", "data"], "holds no results"),
         (["--text", "text.txt", "--batch-tokens", "0"], "--batch-tokens"),
         (["--tasks", "local_choice", "--task-folder", "nowhere"], "no such folder"),
+        (["--synthetic", "needel"], "no such synthetic suite"),
+        (["--synthetic", "phonebook", "--synthetic-lengths", "20"], "no question so short"),
         (["--text", "text.txt", "--pipeline-model-parallel-size", "2"], "world size"),
     ],
 )
