@@ -52,10 +52,11 @@ class Results:
     def __init__(self, checkpoint: Path, directory: Path | None = None) -> None:
         step = layout.find(checkpoint)
         self.directory = directory or step.path.parent
-        self.about = {
+        self.about: dict[str, Any] = {
             "path": str(step.path.parent.resolve()),
             "step": step.path.name,
             "fingerprint": layout.fingerprint(step.path),
+            "architecture": layout.architecture(step.path).to_dict(),
         }
         there = read_results(self.directory).get(CHECKPOINT)
         if there is not None and there.get("path") != self.about["path"]:

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     synthetic.add_argument("--synthetic-lengths", type=int, nargs="+", metavar="N", help=lengths)
     synthetic.add_argument("--synthetic-samples", type=int, default=50, metavar="N", help="default: %(default)s")
     synthetic.add_argument("--synthetic-seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    speed = parser.add_argument_group("speed", "tokens per second of prefill and decode, with random tokens")
+    speed.add_argument("--speed", type=int, nargs="+", metavar="N", help="tokens of context; --batch-size sequences")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -58,8 +61,10 @@ def main(args: argparse.Namespace) -> None:
     for name in ("batch_tokens", "batch_size", "synthetic_samples"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}", got=getattr(args, name), legal="at least 1")
-    if not (args.text or args.tasks or args.synthetic):
-        raise ConfigError("nothing to measure", legal="--text FILE, --tasks NAME, --synthetic NAME")
+    if not (args.text or args.tasks or args.synthetic or args.speed):
+        raise ConfigError("nothing to measure", legal="--text FILE, --tasks NAME, --synthetic NAME or --speed N")
+    if min(args.speed or [1]) < 1:
+        raise ConfigError("--speed", got=min(args.speed), legal="at least one token of context")
     results = Results(args.checkpoint, args.save)
     tokenizer = tokenizer_of(args.checkpoint, args.tokenizer)
     started = inference.prepare(args.checkpoint, args.dtype, args.megatron_flags)
@@ -72,6 +77,8 @@ def main(args: argparse.Namespace) -> None:
         jobs.append(("tasks", _tasks(args, started, results, tokenizer, length), _say_tasks))
     if args.synthetic:
         jobs.append(("synthetic", _synthetic(args, results, tokenizer, started.architecture), _say_synthetic))
+    if args.speed:
+        jobs.append(("speed", partial(_speed, sorted(set(args.speed)), args.batch_size), _say_speed))
     with inference.opened(started, words_of(args.checkpoint, tokenizer)) as model:
         for name, measure, say in jobs:
             found = measure(model)
@@ -139,6 +146,20 @@ def _say_synthetic(found: dict[str, Any]) -> str:
         rows.append([name, *("-" if accuracy is None else f"{accuracy:.0%}" for accuracy in accuracies)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(word.rjust(width) for word, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _speed(lengths: list[int], batch_size: int, model: "ShardedModel") -> dict[str, Any]:
+    from megatron_ext.inference.speed import speed
+
+    return {str(length): speed(model, length, batch_size) for length in lengths}
+
+
+def _say_speed(found: dict[str, Any]) -> str:
+    return "\n".join(
+        f"speed at {int(length):,} tokens, {cell['batch_size']} sequences: prefill "
+        f"{cell['prefill_tokens_per_second']:,.0f}, decode {cell['decode_tokens_per_second']:,.1f} tokens per second"
+        for length, cell in found.items()
+    )
 
 
 def _say_text(found: dict[str, Any]) -> str:

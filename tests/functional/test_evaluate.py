@@ -194,6 +194,26 @@ def test_synthetic_suites_come_out_the_same_on_every_layout_and_are_drawn(worksp
     assert (folder / "synthetic.png").stat().st_size > 8000
 
 
+def test_speed_is_measured_and_runs_are_compared(workspace: Workspace, model: str, teacher: str) -> None:
+    flags = ["--speed", "32", "16", "--batch-size", "3"]
+    workspace.run(COMMAND, "evaluate", model, *flags, "--save", "speed-alone")
+    workspace.run(
+        COMMAND, "evaluate", model, *flags, "--save", "speed-pp2", "--pipeline-model-parallel-size", "2", ranks=2
+    )  # fmt: skip
+    for name, batch, ranks in (("speed-alone", 3, 1), ("speed-pp2", 4, 2)):
+        found = json.loads((workspace.path / name / "results.json").read_text())["speed"]
+        assert list(found) == ["16", "32"]
+        for cell in found.values():
+            assert (cell["batch_size"], cell["ranks"]) == (batch, ranks)
+            assert min(cell["prefill_tokens_per_second"], cell["decode_tokens_per_second"]) > 0
+    done = workspace.run(COMMAND, "compare", "speed-alone", "speed-pp2", teacher, "--out", "compared")
+    assert "decode at 32, tokens/s" in done.stdout
+    page = (workspace.path / "compared" / "comparison.md").read_text()
+    assert "| | speed-alone | speed-pp2 | teacher |" in page
+    assert "| `M-*-M` | `M-*-M` | `M-*-M-` |" in page
+    assert (workspace.path / "compared" / "comparison.png").stat().st_size > 20_000
+
+
 def test_results_lie_beside_the_checkpoint_and_earlier_ones_are_kept(workspace: Workspace, model: str) -> None:
     own = workspace.path / model / "results.json"
     for words in (["--window", "32"], ["--window", "16", "--dtype", "bfloat16"]):
