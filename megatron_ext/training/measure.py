@@ -99,8 +99,7 @@ def _tasks(
         raise ConfigError(
             f"lm-evaluation-harness is not installed: {error}", legal="pip install 'megatron-ext[eval]'"
         ) from error
-    tasks = harness.Tasks(args.tasks, args.task_folder, args.num_fewshot, args.limit)
-    manager = tasks.manager()
+    loaded = harness.Tasks(args.tasks, args.task_folder, args.num_fewshot).load()
     limits = harness.Limits(length, args.batch_tokens, args.batch_size)
     writer = Writer(tokenizer, stop_tokens(args.checkpoint, tokenizer))
 
@@ -108,7 +107,7 @@ def _tasks(
         answers = Answers(
             results.directory / "answers.jsonl", {**results.about, "dtype": str(started.args.params_dtype)}
         )
-        found = harness.run_tasks(harness.MegatronLM(model, writer, limits, answers), tasks, manager)
+        found = harness.run_tasks(harness.MegatronLM(model, writer, limits, answers), loaded, args.limit)
         if rank() == 0 and answers.found:
             print(f"{answers.found:,} answers were there already, in {results.directory / 'answers.jsonl'}", flush=True)
         return found

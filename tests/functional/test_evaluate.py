@@ -227,6 +227,28 @@ def test_results_lie_beside_the_checkpoint_and_earlier_ones_are_kept(workspace: 
     assert json.loads((own.parent / "results-release.json").read_text())["val_loss"] == 1.0
 
 
+def test_an_earlier_step_can_be_measured(workspace: Workspace, teacher: str) -> None:
+    losses = {}
+    for step in ("iter_0000002", "iter_0000004"):
+        flags = ["--text", "text.txt", "--window", "32", "--save", f"step-{step}"]
+        workspace.run(COMMAND, "evaluate", f"{teacher}/{step}", *flags)
+        found = json.loads((workspace.path / f"step-{step}" / "results.json").read_text())
+        assert found["checkpoint"]["step"] == step
+        losses[step] = found["text"]["loss"]
+    assert losses["iter_0000004"] < losses["iter_0000002"] - 0.01
+
+
+def test_tasks_that_cannot_be_loaded_are_named(workspace: Workspace, model: str) -> None:
+    folder = workspace.path / "broken-tasks"
+    folder.mkdir()
+    (folder / "broken.yaml").write_text("task: broken\ndataset_path: nowhere/at/all\noutput_type: multiple_choice\n")
+    flags = ["--tasks", "broken", "--task-folder", str(folder), "--save", "broken"]
+    done = workspace.run(COMMAND, "evaluate", model, *flags, ok=False)
+    assert "cannot load the tasks" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (workspace.path / "broken").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
