@@ -158,6 +158,7 @@ COMMANDS = {
         _module("megatron_ext.training.estimate"),
         runs_model=True,
     ),
+    "compare": Command("put several checkpoints side by side", _module("megatron_ext.evaluation.compare")),
     "presets": Command("list the named architectures", lambda: (_presets_arguments, _presets)),
     "report": Command("draw a run directory's report again", lambda: (_report_arguments, _report)),
 }

@@ -4,11 +4,13 @@ To the harness each rank is a world of its own that asks the whole model everyth
 questions are shared is decided below its interface. So all ranks call `run_tasks` alike, and all get the results.
 """
 
+import contextlib
 import difflib
+import io
 import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
-from megatron_ext.errors import ConfigError
+from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.evaluation.answers import Answers
 from megatron_ext.evaluation.perplexity import Window
 from megatron_ext.inference.generate import generate
@@ -207,20 +209,34 @@ class Tasks:
         names: Tasks or groups of tasks, as `lm_eval --tasks list` has them.
         folders: Where else task files lie.
         num_fewshot: Examples before each question; the task's own number by default.
-        limit: Questions of each task; all by default.
     """
 
     names: Sequence[str]
     folders: Sequence[Path] = ()
     num_fewshot: int | None = None
-    limit: int | None = None
 
-    def manager(self) -> Any:
-        """The harness's index of tasks.
+    def load(self) -> Any:
+        """The tasks with their data, which the harness may have to download.
 
         Raises:
             ConfigError: There is no task of a name.
+            DataError: A task or its data cannot be loaded.
         """
+        manager = self._manager()
+        try:
+            with _first_rank_speaks():
+                loaded = manager.load(list(self.names))
+        except Exception as error:  # whatever a task's own code or a download raises
+            raise DataError(f"the harness cannot load the tasks: {error!r}", got=" ".join(self.names)) from error
+        for task in loaded["tasks"].values():
+            # A task that says 0 itself cannot be asked with examples.
+            own = task.get_config("num_fewshot")
+            if own is None or (own != 0 and self.num_fewshot is not None):
+                task.set_config(key="num_fewshot", value=self.num_fewshot or 0)
+            task.set_fewshot_seed(seed=SEED)
+        return loaded
+
+    def _manager(self) -> Any:
         from lm_eval.tasks import TaskManager
 
         for folder in self.folders:
@@ -239,27 +255,31 @@ class Tasks:
         return manager
 
 
-def run_tasks(lm: MegatronLM, tasks: Tasks, manager: Any) -> dict[str, dict[str, Any]]:
+def run_tasks(lm: MegatronLM, loaded: Any, limit: int | None = None) -> dict[str, dict[str, Any]]:
     """Run tasks; the metrics of each task and group by name, on every rank.
 
     Args:
         lm: The model.
-        tasks: What to run.
-        manager: From `Tasks.manager`.
+        loaded: From `Tasks.load`.
+        limit: Questions of each task; all by default.
     """
     from lm_eval.evaluator import evaluate
 
     random.seed(SEED)  # tasks may draw, and all ranks must draw alike
     numpy.random.seed(SEED)
-    loaded = manager.load(list(tasks.names))
-    for task in loaded["tasks"].values():
-        # A task that says 0 itself cannot be asked with examples.
-        own = task.get_config("num_fewshot")
-        if own is None or (own != 0 and tasks.num_fewshot is not None):
-            task.set_config(key="num_fewshot", value=tasks.num_fewshot or 0)
-        task.set_fewshot_seed(seed=SEED)
-    found: Any = evaluate(lm, loaded, limit=tasks.limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
+    with _first_rank_speaks():
+        found: Any = evaluate(lm, loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
     return {name: _metrics(name, found) for name in found["results"]}
+
+
+@contextlib.contextmanager
+def _first_rank_speaks() -> Iterator[None]:
+    """Without the progress bars that the harness would show on each rank, a world of its own."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        yield
+    else:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
 
 
 def _metrics(name: str, found: dict[str, Any]) -> dict[str, Any]:

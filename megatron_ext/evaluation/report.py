@@ -18,44 +18,26 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike
 
-from megatron_ext.checkpoint.atomic import replacing
 from megatron_ext.errors import DataError
+from megatron_ext.evaluation.figures import (
+    COLORS,
+    GREY,
+    MARKERS,
+    STYLE,
+    count,
+    halo,
+    label_ends,
+    save,
+    tick,
+    write_text,
+)
 
 VARIANTS = ("teacher", "pruned", "distilled", "scratch")
 MEASURED = ("params", "non_embedding_params", "val_loss", "tokens", "seconds", "tokens_per_second", "pattern")
 TIE = 0.005  # nats: closer than this is called equal
-
-# Okabe and Ito's palette, safe for colour-blind readers; ink and grey for what carries no data.
-COLORS = {"teacher": "#3B3B3B", "pruned": "#D55E00", "distilled": "#0072B2", "scratch": "#009E73"}
-MARKERS = {"teacher": "s", "pruned": "X", "distilled": "o", "scratch": "D"}
-INK, GREY = "#222222", "#8A8A8A"
-STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": GREY,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlepad": 10,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E8E8E8",
-    "grid.linewidth": 0.8,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "lines.linewidth": 2,
-    "lines.solid_capstyle": "round",
-}
 
 
 def write_report(directory: Path, report: Mapping[str, Any]) -> None:
@@ -76,10 +58,10 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> None:
         if missing:
             raise DataError("the report lacks measurements", got=f"{name} without {', '.join(missing)}")
     directory.mkdir(parents=True, exist_ok=True)
-    _write_text(directory / "report.json", json.dumps(_finite(report), indent=2, allow_nan=False) + "\n")
-    _write_text(directory / "report.md", render_markdown(report))
+    write_text(directory / "report.json", json.dumps(_finite(report), indent=2, allow_nan=False) + "\n")
+    write_text(directory / "report.md", render_markdown(report))
     with rc_context(STYLE):
-        _save(_draw_report(report), directory / "report.png")
+        save(_draw_report(report), directory / "report.png")
 
 
 def headline(report: Mapping[str, Any]) -> str:
@@ -87,9 +69,9 @@ def headline(report: Mapping[str, Any]) -> str:
     distilled, scratch = report["distilled"], report["scratch"]
     losses = f"{distilled['val_loss']:.3f} against {scratch['val_loss']:.3f} nats per token"
     if distilled["tokens"] == scratch["tokens"]:
-        budget = f"at equal tokens ({_count(distilled['tokens'])})"
+        budget = f"at equal tokens ({count(distilled['tokens'])})"
     else:
-        budget = f"at unequal tokens ({_count(distilled['tokens'])} against {_count(scratch['tokens'])})"
+        budget = f"at unequal tokens ({count(distilled['tokens'])} against {count(scratch['tokens'])})"
     gain = scratch["val_loss"] - distilled["val_loss"]
     if not math.isfinite(gain):
         return f"Distilled and scratch cannot be compared, a run diverged: {losses}"
@@ -104,18 +86,18 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     lines = ["# Train, prune, distil: what was measured", "", f"**{headline(report)}.**", ""]
     cut = 1 - pruned["params"] / teacher["params"]
     lines.append(
-        f"- Pruning took {cut:.0%} of the parameters ({_count(teacher['params'])} to {_count(pruned['params'])}) "
+        f"- Pruning took {cut:.0%} of the parameters ({count(teacher['params'])} to {count(pruned['params'])}) "
         f"and moved the validation loss from {teacher['val_loss']:.3f} to {pruned['val_loss']:.3f} nats per token."
     )
     lost, left = pruned["val_loss"] - teacher["val_loss"], distilled["val_loss"] - teacher["val_loss"]
-    step = f"- Distillation on {_count(distilled['tokens'])} tokens moved it to {distilled['val_loss']:.3f}"
+    step = f"- Distillation on {count(distilled['tokens'])} tokens moved it to {distilled['val_loss']:.3f}"
     if lost > TIE:
         won = (lost - left) / lost
         step += f": {won:.0%} of the loss won back" if won >= 0 else ": worse than before it"
     lines.append(step + (", and below the teacher's." if left < -TIE else "."))
     lines.append(
         f"- Equal tokens are not equal work: distillation also runs the teacher ({distilled['seconds']:.0f} s "
-        f"against {scratch['seconds']:.0f} s from scratch) and builds on the {_count(teacher['tokens'])} tokens "
+        f"against {scratch['seconds']:.0f} s from scratch) and builds on the {count(teacher['tokens'])} tokens "
         "that the teacher was trained on."
     )
     lines.append("- One run of each with one seed: how far another seed moves these numbers was not measured.")
@@ -179,11 +161,11 @@ def plot_training(metrics: Path, out: Path) -> None:
                 ends.append((x[-1], y[-1], key.replace("_", " "), color))
             ax.set_title(label)
             if ax is axes[0]:
-                _label_ends(ax, ends)
+                label_ends(ax, ends)
         axes[0].margins(x=0.01)
         axes[-1].set_xlabel("step")
         axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-        _save(figure, out)
+        save(figure, out)
 
 
 def plot_importance(scores: Mapping[str, ArrayLike], kept: Mapping[str, Sequence[int]], out: Path) -> None:
@@ -219,7 +201,7 @@ def plot_importance(scores: Mapping[str, ArrayLike], kept: Mapping[str, Sequence
         axes[0].set_ylabel("importance")
         handles = [Patch(color=COLORS["distilled"], label="kept"), Patch(color=COLORS["pruned"], label="dropped")]
         figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False)
-        _save(figure, out)
+        save(figure, out)
 
 
 def _bars(ax: Axes, heights: Float[np.ndarray, " n"], width: float, colors: Shaped[np.ndarray, " n"]) -> None:
@@ -250,10 +232,10 @@ def plot_losses(models: Sequence[tuple[str, int, float]], out: Path) -> None:
             ax.annotate(f"{name}: {y:.3f}", (x, y), xytext=offset, textcoords="offset points", ha="center")
         ax.invert_xaxis()  # pruning goes to the right
         ax.margins(x=0.2, y=0.2)
-        ax.xaxis.set_major_formatter(FuncFormatter(_tick))
+        ax.xaxis.set_major_formatter(FuncFormatter(tick))
         ax.set_xlabel("parameters")
         ax.set_ylabel("loss on the calibration data, nats per token")
-        _save(figure, out)
+        save(figure, out)
 
 
 def _draw_report(report: Mapping[str, Any]) -> Figure:
@@ -291,8 +273,8 @@ def _draw_losses(ax: Axes, report: Mapping[str, Any]) -> None:
     ax.set_title("Validation loss while training")
     ax.set_xlabel("tokens this model was trained on")
     ax.set_ylabel("validation loss, nats per token")
-    ax.xaxis.set_major_formatter(FuncFormatter(_tick))
-    _label_ends(ax, ends)
+    ax.xaxis.set_major_formatter(FuncFormatter(tick))
+    label_ends(ax, ends)
 
 
 def _draw_sizes(ax: Axes, report: Mapping[str, Any]) -> None:
@@ -311,47 +293,12 @@ def _draw_sizes(ax: Axes, report: Mapping[str, Any]) -> None:
     ax.set_title("Validation loss against size")
     ax.set_xlabel("parameters, embeddings included")
     ax.set_ylabel("validation loss, nats per token")
-    ax.xaxis.set_major_formatter(FuncFormatter(_tick))
-    _label_ends(ax, [(x, y, f"{name} {y:.3f}", COLORS[name]) for name, (x, y) in at.items()])
+    ax.xaxis.set_major_formatter(FuncFormatter(tick))
+    label_ends(ax, [(x, y, f"{name} {y:.3f}", COLORS[name]) for name, (x, y) in at.items()])
     for start, end, word, bend in steps:
         (x0, y0), (x1, y1) = ax.transData.transform((at[start], at[end]))
         x, y = ax.transData.inverted().transform(((x0 + x1) / 2 - bend / 2 * abs(y1 - y0), (y0 + y1) / 2))
-        _halo(ax.text(x, y, word, color=GREY, style="italic", ha="center", va="center"))
-
-
-def _label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write each (x, y, text, colour) right of its point, moved up or down where two would overlap."""
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    figure.draw_without_rendering()  # settles the limits and the layout that the distances below are measured in
-    height = 14 * figure.dpi / 72
-    placed: list[tuple[float, float]] = []
-    for x, y, text, color in sorted(ends, key=lambda end: end[1]):
-        left, bottom = ax.transData.transform((x, y))
-        wanted = bottom
-        for other_left, other in placed:  # ascending, so that one pass is enough
-            if abs(left - other_left) < 120 and wanted - other < height:
-                wanted = other + height
-        placed.append((left, wanted))
-        shift = (wanted - bottom) * 72 / figure.dpi
-        _halo(
-            ax.annotate(
-                text,
-                (x, y),
-                (9, shift),
-                textcoords="offset points",
-                color=color,
-                weight="bold",
-                va="center",
-                annotation_clip=False,
-                zorder=6,
-            )
-        )
-
-
-def _halo(text: Any) -> None:
-    """A white rim, so that a label stays legible on a line."""
-    text.set_path_effects([withStroke(linewidth=3, foreground="white")])
+        halo(ax.text(x, y, word, color=GREY, style="italic", ha="center", va="center"))
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -372,18 +319,6 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
     return [rows[step] for step in sorted(rows)]
 
 
-def _count(value: float) -> str:
-    """1234567 as "1.23 M"."""
-    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
-
-
-def _tick(value: float, _: int) -> str:
-    return _count(value) if value else "0"
-
-
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) else f"`{json.dumps(value)}`"
 
@@ -395,14 +330,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_text(path: Path, text: str) -> None:
-    with replacing(path) as partial:
-        partial.write_text(text)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=150, facecolor="white")

@@ -52,10 +52,11 @@ class Results:
     def __init__(self, checkpoint: Path, directory: Path | None = None) -> None:
         step = layout.find(checkpoint)
         self.directory = directory or step.path.parent
-        self.about = {
+        self.about: dict[str, Any] = {
             "path": str(step.path.parent.resolve()),
             "step": step.path.name,
             "fingerprint": layout.fingerprint(step.path),
+            "architecture": layout.architecture(step.path).to_dict(),
         }
         there = read_results(self.directory).get(CHECKPOINT)
         if there is not None and there.get("path") != self.about["path"]:
@@ -68,6 +69,12 @@ class Results:
             raise ConfigError(
                 "the directory is not empty and holds no results", got=self.directory, legal="a new directory"
             )
+
+    def section(self, name: str) -> dict[str, Any]:
+        """What was measured of this very step before, under a name; or nothing."""
+        results = read_results(self.directory)
+        same = results.get(CHECKPOINT, {}).get("fingerprint") == self.about["fingerprint"]
+        return results.get(name, {}) if same else {}
 
     def add(self, **sections: Any) -> None:
         """Put sections in the place of those of their names.

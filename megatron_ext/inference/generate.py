@@ -106,7 +106,7 @@ def _continue(
     with model.whole_sequences(), InferenceMode.active(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         while position < end and not all(ended):
-            logits = _next_logits(model, contexts, tokens, start, position)
+            logits = next_logits(model, contexts, tokens, start, position)
             added = torch.zeros(len(owners), dtype=torch.int64, device=device)
             if logits is not None:
                 added = choose(logits, sampling, None if draws is None else draws[:, position])
@@ -122,7 +122,7 @@ def _continue(
     return {i: new[row] for row, i in enumerate(chosen)}
 
 
-def _next_logits(
+def next_logits(
     model: ShardedModel, contexts: list[StaticInferenceContext], tokens: Int[Tensor, "n s"], start: int, stop: int
 ) -> Float[Tensor, "n v"] | None:
     """Send the tokens from `start` to `stop` through the model; the logits of the next on the last stage."""

@@ -1,7 +1,7 @@
 """Prompts as people write them, and what becomes of them: text, tokens, where a continuation ends."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.huggingface import companions
 from megatron_ext.errors import DataError
 from megatron_ext.inference.request import Request
+
+MARGIN = 8  # tokens before a stop string: parts of a character, and what a tokenizer does to the first word
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -68,16 +70,18 @@ class Writer:
 
     def request(self, prompt: Sequence[int], max_new_tokens: int) -> Request:
         """What to ask for, to continue these tokens."""
-        stop: Callable[[list[int]], bool] | None = None
-        if self.stops:
-            stop = lambda new: self._cut(self._decoded(new)) is not None  # noqa: E731
-        return Request(prompt, max_new_tokens, self.ends, stop)
+        return Request(prompt, max_new_tokens, self.ends, self._stopped if self.stops else None)
 
     def text(self, new: Sequence[int]) -> str:
         """The continuation that these tokens are."""
         text = self._decoded(new)
         cut = self._cut(text)
         return text if cut is None else text[:cut]
+
+    def _stopped(self, new: list[int]) -> bool:
+        """Whether the last token has completed a stop string, which has a token for each byte at most."""
+        tail = max(len(stop.encode()) for stop in self.stops) + MARGIN
+        return self._cut(self._decoded(new[-tail:])) is not None
 
     def _decoded(self, new: Sequence[int]) -> str:
         return self.tokenizer.decode(new, skip_special_tokens=True)

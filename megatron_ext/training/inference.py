@@ -57,8 +57,9 @@ def prepare(checkpoint: Path, dtype: str | None, flags: Sequence[str]) -> Launch
     stored = str(layout.tensors(step.path)[axes.EMBEDDING][1]).removeprefix("torch.")
     # Every pass says its own length; this one only has to divide by whatever the layout wants.
     length = 2 ** (arch.max_position_embeddings.bit_length() - 1)
-    source = step.path if step.path == Path(checkpoint) else Path(checkpoint)
-    words = ["--load", str(source), "--seq-length", str(length), *TYPES[dtype or stored], *flags]
+    words = ["--load", str(step.path.parent), "--seq-length", str(length), *TYPES[dtype or stored], *flags]
+    if not step.is_release:
+        words += ["--ckpt-step", str(step.iteration)]
     return launch(JOB, words)
 
 

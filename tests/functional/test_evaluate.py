@@ -170,6 +170,50 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(workspace: Workspace
     assert "already" not in done.stdout
 
 
+def test_synthetic_suites_come_out_the_same_on_every_layout_and_are_drawn(workspace: Workspace, model: str) -> None:
+    names = ["phonebook", "induction"]
+    flags = ["--synthetic", *names, "--synthetic-samples", "3", "--save"]
+    found = {}
+    for name in ("alone", "dp2"):
+        ranks, layout = LAYOUTS[name]
+        done = workspace.run(
+            COMMAND, "evaluate", model, *flags, f"synthetic-{name}", "--synthetic-lengths", "256", "300", *layout,
+            ranks=ranks,
+        )  # fmt: skip
+        found[name] = json.loads((workspace.path / f"synthetic-{name}" / "results.json").read_text())["synthetic"]
+        assert "accuracy" in done.stdout
+    assert found["alone"] == found["dp2"]
+    assert list(found["alone"]) == names
+    assert {length for cells in found["alone"].values() for length in cells} == {"256", "300"}
+    assert found["alone"]["induction"]["256"]["samples"] == 3
+    # More lengths join those that are there.
+    workspace.run(COMMAND, "evaluate", model, *flags, "synthetic-alone", "--synthetic-lengths", "400")
+    folder = workspace.path / "synthetic-alone"
+    again = json.loads((folder / "results.json").read_text())["synthetic"]
+    assert list(again["phonebook"]) == ["256", "300", "400"]
+    assert (folder / "synthetic.png").stat().st_size > 8000
+
+
+def test_speed_is_measured_and_runs_are_compared(workspace: Workspace, model: str, teacher: str) -> None:
+    flags = ["--speed", "32", "16", "--batch-size", "3"]
+    workspace.run(COMMAND, "evaluate", model, *flags, "--save", "speed-alone")
+    workspace.run(
+        COMMAND, "evaluate", model, *flags, "--save", "speed-pp2", "--pipeline-model-parallel-size", "2", ranks=2
+    )  # fmt: skip
+    for name, batch, ranks in (("speed-alone", 3, 1), ("speed-pp2", 4, 2)):
+        found = json.loads((workspace.path / name / "results.json").read_text())["speed"]
+        assert list(found) == ["16", "32"]
+        for cell in found.values():
+            assert (cell["batch_size"], cell["ranks"]) == (batch, ranks)
+            assert min(cell["prefill_tokens_per_second"], cell["decode_tokens_per_second"]) > 0
+    done = workspace.run(COMMAND, "compare", "speed-alone", "speed-pp2", teacher, "--out", "compared")
+    assert "decode at 32, tokens/s" in done.stdout
+    page = (workspace.path / "compared" / "comparison.md").read_text()
+    assert "| | speed-alone | speed-pp2 | teacher |" in page
+    assert "| `M-*-M` | `M-*-M` | `M-*-M-` |" in page
+    assert (workspace.path / "compared" / "comparison.png").stat().st_size > 20_000
+
+
 def test_results_lie_beside_the_checkpoint_and_earlier_ones_are_kept(workspace: Workspace, model: str) -> None:
     own = workspace.path / model / "results.json"
     for words in (["--window", "32"], ["--window", "16", "--dtype", "bfloat16"]):
@@ -183,6 +227,28 @@ def test_results_lie_beside_the_checkpoint_and_earlier_ones_are_kept(workspace: 
     assert json.loads((own.parent / "results-release.json").read_text())["val_loss"] == 1.0
 
 
+def test_an_earlier_step_can_be_measured(workspace: Workspace, teacher: str) -> None:
+    losses = {}
+    for step in ("iter_0000002", "iter_0000004"):
+        flags = ["--text", "text.txt", "--window", "32", "--save", f"step-{step}"]
+        workspace.run(COMMAND, "evaluate", f"{teacher}/{step}", *flags)
+        found = json.loads((workspace.path / f"step-{step}" / "results.json").read_text())
+        assert found["checkpoint"]["step"] == step
+        losses[step] = found["text"]["loss"]
+    assert losses["iter_0000004"] < losses["iter_0000002"] - 0.01
+
+
+def test_tasks_that_cannot_be_loaded_are_named(workspace: Workspace, model: str) -> None:
+    folder = workspace.path / "broken-tasks"
+    folder.mkdir()
+    (folder / "broken.yaml").write_text("task: broken\ndataset_path: nowhere/at/all\noutput_type: multiple_choice\n")
+    flags = ["--tasks", "broken", "--task-folder", str(folder), "--save", "broken"]
+    done = workspace.run(COMMAND, "evaluate", model, *flags, ok=False)
+    assert "cannot load the tasks" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (workspace.path / "broken").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -192,6 +258,8 @@ def test_results_lie_beside_the_checkpoint_and_earlier_ones_are_kept(workspace: 
         (["--text", "text.txt", "--save", "data"], "holds no results"),
         (["--text", "text.txt", "--batch-tokens", "0"], "--batch-tokens"),
         (["--tasks", "local_choice", "--task-folder", "nowhere"], "no such folder"),
+        (["--synthetic", "needel"], "no such synthetic suite"),
+        (["--synthetic", "phonebook", "--synthetic-lengths", "20"], "no question so short"),
         (["--text", "text.txt", "--pipeline-model-parallel-size", "2"], "world size"),
     ],
 )

@@ -12,6 +12,7 @@ from matplotlib.image import imread
 
 from megatron_ext.errors import DataError
 from megatron_ext.evaluation import report as reporting
+from megatron_ext.evaluation.figures import write_text
 
 
 def measured(
@@ -146,7 +147,7 @@ def test_missing_measurements_are_named_and_nothing_is_written(tmp_path: Path):
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path):
     (tmp_path / "report.md").write_text("old")
     with pytest.raises(UnicodeEncodeError):
-        reporting._write_text(tmp_path / "report.md", "new, but half a pair: \ud800")
+        write_text(tmp_path / "report.md", "new, but half a pair: \ud800")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("report.md", "old")]
 
 
