@@ -7,7 +7,8 @@ attention (torch's), the two Mamba-2 steps (`mamba_ssm_api`), MLPs and output la
 the given length, on a GPU as a CUDA graph. The Transformer comes with full multi-head attention and with grouped query
 heads, because what a hybrid gains depends on which. Beside each figure stands the roofline: the bytes that
 `models/cost.py` counts, at the bandwidth of a copy measured in the same run. Models take turns, `--rounds` times each;
-medians over the rounds. On a GPU bf16 and about 8B parameters, what does not fit is said; on a CPU fp32 and tiny ones.
+medians over the rounds. On a GPU bf16 and about 8B parameters, what does not fit is said; on a CPU fp32, tiny ones, and
+CPU times.
 Writes results/decode_cuda or decode_cpu .json and .md.
 """
 
@@ -117,7 +118,8 @@ class Step:
         qkv = (x @ w["qkv"].T).view(self.batch, heads + 2 * groups, 1, -1)
         query, key, value = qkv.split([heads, groups, groups], 1)
         keys[:, :, -1:], values[:, :, -1:] = key, value
-        out = F.scaled_dot_product_attention(query, keys, values, enable_gqa=groups < heads)
+        # The heads of a group as tokens that ask the same keys, which are then read once and not repeated.
+        out = F.scaled_dot_product_attention(query.view(self.batch, groups, heads // groups, -1), keys, values)
         return out.reshape(self.batch, -1) @ w["out"].T
 
     def _mlp(self, x: Tensor, w: dict[str, Tensor]) -> Tensor:
@@ -146,9 +148,9 @@ def timer(step: Step) -> Callable[[], float]:
     if step.device == "cpu":
 
         def once() -> float:
-            start = time.perf_counter()
+            start = time.process_time()
             step()
-            return time.perf_counter() - start
+            return time.process_time() - start
 
         once()
         return once
@@ -177,12 +179,13 @@ def bandwidth(device: str) -> float:
     """Bytes read and written in a second by a copy that no cache holds."""
     source = torch.zeros(2**30 if device == "cuda" else 2**28, dtype=torch.uint8, device=device)
     target, times = torch.empty_like(source), []
+    clock = time.perf_counter if device == "cuda" else time.process_time
     for _ in range(6):
-        start = time.perf_counter()
+        start = clock()
         target.copy_(source)
         if device == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return 2 * source.numel() / statistics.median(times[1:])
 
 
