@@ -162,13 +162,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"{report['tokens']:,} tokens, nats per token; {len(report['seeds'])} seed(s), {report['machine']}.", "",
     ]  # fmt: skip
     for text, what in (("library", "the teacher's own text"), ("headers", "text that the teacher has not seen")):
-        known = report["losses"][text]
-        lines += [
-            f"### On {what}",
-            "",
-            f"Teacher {known['teacher']:.4f}, the half before training {known['half']:.4f}.",
-            "",
-        ]
+        known = [("not measured" if x is None else f"{x:.4f}") for x in report["losses"][text].values()]
+        lines += [f"### On {what}", "", f"Teacher {known[0]}, the half before training {known[1]}.", ""]
         lines += ["| trained with | loss | seconds |", "| --- | ---: | ---: |"]
         names = dict.fromkeys(row["arm"] for row in report["rows"] if row["text"] == text)
         for name in sorted(names, key=lambda name: mean(report["rows"], text=text, arm=name)):

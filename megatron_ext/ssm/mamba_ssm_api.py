@@ -5,6 +5,8 @@ arguments change the speed there and nothing here: `chunk_size` (a backend picks
 float32 here, at least as exact as asked).
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -65,7 +67,7 @@ def mamba_chunk_scan_combined(
     seq_idx: Int[Tensor, "b l"] | None = None,
     cu_seqlens: Int[Tensor, "boundaries"] | None = None,
     dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = NO_LIMIT,
+    dt_limit: Sequence[float] = NO_LIMIT,
     return_final_states: bool = False,
     return_varlen_states: bool = False,
     state_dtype: torch.dtype | None = None,
@@ -119,7 +121,7 @@ def mamba_split_conv1d_scan_combined(
     chunk_size: int,
     initial_states: Float[Tensor, "b h p n"] | None = None,
     seq_idx: Int[Tensor, "b l"] | None = None,
-    dt_limit: tuple[float, float] = NO_LIMIT,
+    dt_limit: Sequence[float] = NO_LIMIT,
     return_final_states: bool = False,
     activation: str | None = "silu",
     rmsnorm_weight: Float[Tensor, "inner"] | None = None,
