@@ -316,7 +316,7 @@ def selective_state_update(
     return y if z is None else (y * F.silu(z.to(steps.dtype))).to(x.dtype)
 
 
-def _step_sizes(dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[float, float]) -> Tensor:
+def _step_sizes(dt: Tensor, bias: Tensor | None, softplus: bool, limit: Sequence[float]) -> Tensor:
     """dt after bias, softplus and limits, in float32 or wider."""
     dtype = torch.promote_types(dt.dtype, torch.float32)
     dt = dt.to(dtype) if bias is None else dt.to(dtype) + bias.to(dtype)

@@ -4,6 +4,7 @@ The parts of the input projection are read where they lie and their gradients wr
 is split, padded or put together again. The convolution is computed again in the backward instead of kept.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def conv_scan_gate(
     groups: int,
     initial_states: Float[Tensor, "b h p n"] | None = None,
     seq_idx: Int[Tensor, "b l"] | None = None,
-    dt_limit: tuple[float, float] = scan.NO_LIMIT,
+    dt_limit: Sequence[float] = scan.NO_LIMIT,
     activation: str | None = "silu",
     chunk_size: int | None = None,
 ) -> tuple[Float[Tensor, "b l hp"], Float[Tensor, "b h p n"]]:

@@ -7,6 +7,7 @@ the state before each chunk in the dtype of the inputs, in which the matrix unit
 # A launch takes numbers for constants, and num_warps, whatever Triton's annotations say.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ class Steps:
 
     bias: Tensor | None = None
     softplus: bool = False
-    limit: tuple[float, float] = NO_LIMIT
+    limit: Sequence[float] = NO_LIMIT
 
 
 @dataclass(frozen=True)
