@@ -7,11 +7,13 @@ sets for all ranks here), and torchrun itself.
 """
 
 import atexit
+import contextlib
 import functools
 import gc
 import importlib
 import json
 import os
+import random
 import runpy
 import signal
 import socket
@@ -72,11 +74,18 @@ def run_code(code: str, *arguments: str | Path, ranks: int = 1) -> subprocess.Co
 def _environments(ranks: int, given: Mapping[str, str]) -> list[dict[str, str]]:
     if ranks == 1:
         return [dict(given)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(_free_port())
     size = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **size, **given} for rank in range(ranks)]
+
+
+def _free_port() -> int:
+    """Below those that outgoing connections take, as another test's would before this one's program listens."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 @functools.cache

@@ -167,7 +167,8 @@ def _is_done(folder: Path, steps: int) -> bool:
 def _run_again(*flags: str) -> int:
     """This rank's command once more, with other flags at its end, in a new process; its exit status."""
     # Its ranks meet at the next port, in a store of their own: what they tell each other must not meet ours.
-    environment = os.environ | {"MASTER_PORT": str(int(os.environ["MASTER_PORT"]) + 1)}
+    port = int(os.environ["MASTER_PORT"])  # 0 for one process: any
+    environment = os.environ | {"MASTER_PORT": str(port and port + 1)}
     environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     child = subprocess.Popen([sys.executable, *sys.argv, *flags], env=environment)
     # Ctrl-C on a terminal reaches the child by itself.

@@ -11,7 +11,6 @@ import io
 import logging
 import os
 import re
-import socket
 import sys
 import traceback
 from argparse import Namespace
@@ -369,10 +368,8 @@ def _single_process() -> None:
     """Without torchrun, this process is a world of its own."""
     if "RANK" in os.environ:
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # Nobody else has to know the port, so whoever listens on it takes a free one: one chosen here may be gone by then.
+    os.environ.update(RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     os.environ.setdefault("WORLD_SIZE", "1")
 
 
