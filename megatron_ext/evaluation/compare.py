@@ -121,15 +121,20 @@ def _facts(runs: Sequence[Run]) -> list[Row]:
 
 
 def _text(runs: Sequence[Run]) -> list[Row]:
-    texts = [run.results.get("text", {}) for run in runs]
+    texts, note = [run.results.get("text", {}) for run in runs], text_note(runs)
     if not any(texts):
         return []
-    measured = {(text["bytes"], text["size"], text["stride"]) for text in texts if text}
-    note = "" if len(measured) == 1 else " (unequal texts or windows)"
     return [
         (f"text: bits per byte{note}", _shown([text.get("bits_per_byte") for text in texts], "{:.4f}")),
         (f"text: loss, nats per token{note}", _shown([text.get("loss") for text in texts], "{:.4f}")),
     ]
+
+
+def text_note(runs: Sequence[Run]) -> str:
+    """What is to be said where not all runs were measured on one text in one way."""
+    texts = [run.results["text"] for run in runs if run.results.get("text")]
+    alike = len({(text["bytes"], text["size"], text["stride"]) for text in texts}) < 2
+    return "" if alike else " (unequal texts or windows)"
 
 
 def _metrics(runs: Sequence[Run]) -> list[tuple[str, str]]:

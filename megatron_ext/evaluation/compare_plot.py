@@ -2,26 +2,24 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
+from megatron_ext.evaluation.compare import Run, text_note
 from megatron_ext.evaluation.figures import STYLE, save, tick
 from megatron_ext.models import cost
-
-if TYPE_CHECKING:
-    from megatron_ext.evaluation.compare import Run
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#3B3B3B", "#8A6D3B")
 MARKERS = "osD^vXPh"
 CONTEXTS = [2**k for k in range(8, 18)]
-Panel = tuple[str, Callable[[Axes, Sequence["Run"]], None]]
+Panel = tuple[str, Callable[[Axes, Sequence[Run]], None]]
 
 
-def plot_comparison(runs: Sequence["Run"], out: Path) -> None:
+def plot_comparison(runs: Sequence[Run], out: Path) -> None:
     """Draw what at least one of the runs has.
 
     Args:
@@ -44,9 +42,9 @@ def plot_comparison(runs: Sequence["Run"], out: Path) -> None:
         save(figure, out)
 
 
-def _panels(runs: Sequence["Run"]) -> list[Panel]:
+def _panels(runs: Sequence[Run]) -> list[Panel]:
     panels: list[Panel] = [("memory in 16 bits, one sequence", _memory)]
-    for what, label in (("bits per byte", "text"), ("validation loss, nats per token", "val_loss")):
+    for what, label in ((f"bits per byte{text_note(runs)}", "text"), ("validation loss, nats per token", "val_loss")):
         if any(label in run.results for run in runs):
             panels.append((what, lambda ax, runs, label=label: _quality(ax, runs, label)))
     if any(run.results.get("synthetic") for run in runs):
@@ -72,7 +70,7 @@ def _over_length(ax: Axes, lengths: Sequence[int]) -> None:
     ax.set_xlabel("tokens of context")
 
 
-def _memory(ax: Axes, runs: Sequence["Run"]) -> None:
+def _memory(ax: Axes, runs: Sequence[Run]) -> None:
     for number, run in enumerate(runs):
         sizes = [cost.memory_bytes(run.architecture, cost.Workload(1, length)) for length in CONTEXTS]
         ax.plot(CONTEXTS, sizes, label=run.name, **_look(number))
@@ -81,18 +79,19 @@ def _memory(ax: Axes, runs: Sequence["Run"]) -> None:
     _over_length(ax, CONTEXTS)
 
 
-def _quality(ax: Axes, runs: Sequence["Run"], label: str) -> None:
+def _quality(ax: Axes, runs: Sequence[Run], label: str) -> None:
     for number, run in enumerate(runs):
         value = run.results.get(label)
         value = value.get("bits_per_byte") if isinstance(value, dict) else value
         if value is not None:
             ax.plot(run.architecture.num_parameters(), value, **{**_look(number), "markersize": 8})
     ax.xaxis.set_major_formatter(FuncFormatter(tick))
+    ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.margins(0.2)
     ax.set_xlabel("parameters")
 
 
-def _synthetic(ax: Axes, runs: Sequence["Run"]) -> None:
+def _synthetic(ax: Axes, runs: Sequence[Run]) -> None:
     """Of each length the mean over those suites that all runs were asked at it."""
     measured = [(number, run.results["synthetic"]) for number, run in enumerate(runs) if run.results.get("synthetic")]
     shared = set.intersection(*({(suite, length) for suite in own for length in own[suite]} for _, own in measured))
@@ -109,7 +108,7 @@ def _synthetic(ax: Axes, runs: Sequence["Run"]) -> None:
         _over_length(ax, lengths)
 
 
-def _tasks(ax: Axes, runs: Sequence["Run"]) -> None:
+def _tasks(ax: Axes, runs: Sequence[Run]) -> None:
     """Of each task one metric that all have: the first that is a share."""
     names = list(dict.fromkeys(task for run in runs for task in run.results.get("tasks", {})))
     shown: list[tuple[str, str]] = []
@@ -131,14 +130,14 @@ def _tasks(ax: Axes, runs: Sequence["Run"]) -> None:
     ax.xaxis.set_major_formatter(PercentFormatter(1.0))
 
 
-def _speed(ax: Axes, runs: Sequence["Run"], what: str) -> None:
-    lengths: set[int] = set()
+def _speed(ax: Axes, runs: Sequence[Run], what: str) -> None:
+    key, lengths, fastest = f"{what}_tokens_per_second", set[int](), 0.0
     for number, run in enumerate(runs):
-        points = sorted((int(length), cell) for length, cell in run.results.get("speed", {}).items())
+        points = sorted((int(length), cell[key]) for length, cell in run.results.get("speed", {}).items())
         if points:
-            x = [length for length, _ in points]
-            ax.plot(x, [cell[f"{what}_tokens_per_second"] for _, cell in points], **_look(number))
-            lengths |= set(x)
-    ax.set_ylim(bottom=0)
+            x, y = zip(*points, strict=True)
+            ax.plot(x, y, **_look(number))
+            lengths, fastest = lengths | set(x), max(fastest, *y)
+    ax.set_ylim(0, 1.1 * fastest)
     ax.yaxis.set_major_formatter(FuncFormatter(tick))
     _over_length(ax, sorted(lengths))

@@ -7,6 +7,7 @@ questions are shared is decided below its interface. So all ranks call `run_task
 import contextlib
 import difflib
 import io
+import logging
 import math
 import os
 import random
@@ -222,6 +223,7 @@ class Tasks:
             ConfigError: There is no task of a name.
             DataError: A task or its data cannot be loaded.
         """
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
         manager = self._manager()
         try:
             with _first_rank_speaks():
