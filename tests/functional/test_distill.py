@@ -182,11 +182,11 @@ def test_a_teacher_is_corrected_first(workspace: Workspace, teacher: str, studen
 def test_a_teacher_that_is_not_finite_stops_the_run(workspace: Workspace, teacher: str, student: str) -> None:
     """And the error names the sequences, as a cache of the teacher would."""
     whole = Reader(workspace.path / teacher)
-    with writing(workspace.path / "broken", layout.architecture(whole.step.path)) as writer:
+    with writing(workspace.path / "nan-teacher", layout.architecture(whole.step.path)) as writer:
         for key in axes.tensors(layout.architecture(whole.step.path)):
             tensor = whole.read(key)
             writer.write(key, tensor.fill_(torch.nan) if key == "decoder.final_norm.weight" else tensor)
-    flags = ["--distill-teacher", "broken", "--pretrained-checkpoint", student, "--save", "stopped by it"]
+    flags = ["--distill-teacher", "nan-teacher", "--pretrained-checkpoint", student, "--save", "stopped by it"]
     done = workspace.run("distill_gpt.py", *flags, *workspace.data, *TWO_STEPS, ok=False)
     assert done.returncode == 2
     assert "the teacher's logits are not finite on 2 of 2 sequences of a micro-batch" in done.stderr

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-import torch
+from workspace import HAS_GPU
 
 REVERSIBILITY = """
 import importlib, json, sys
@@ -104,7 +104,7 @@ def run(code: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU next to nothing is replaced")
+@pytest.mark.skipif(HAS_GPU, reason="on a GPU next to nothing is replaced")
 def test_every_name_comes_back():
     seen = run(REVERSIBILITY)
     assert len(seen["entries"]) > 50
@@ -125,7 +125,7 @@ def test_every_name_comes_back():
     assert all(entry.endswith(")") and ": " in entry for entry in seen["entries"])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="checks the modules that stand in where there is no GPU")
+@pytest.mark.skipif(HAS_GPU, reason="checks the modules that stand in where there is no GPU")
 def test_the_stock_spec_builds_with_transformer_engines_parameter_names():
     seen = run(NAMES)
     assert seen["parameters"] == {
