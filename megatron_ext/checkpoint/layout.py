@@ -186,12 +186,21 @@ def architecture(step: str | Path) -> Architecture:
         CheckpointError: It has no arguments, or not those of a `HybridModel`.
     """
     args = common(step).get("args")
+    if isinstance(args, Namespace) and getattr(args, "num_layers", None) and not pattern_of(args):
+        raise CheckpointError(
+            "the checkpoint holds a GPTModel", got=step, legal="megatron-ext convert --from gpt --to megatron"
+        )
     try:
         if not isinstance(args, Namespace):
             raise AttributeError("no args")
         return Architecture.from_args(args)
     except AttributeError as error:
         raise CheckpointError(f"the checkpoint does not say which model it holds: {error}", got=step) from error
+
+
+def pattern_of(args: Namespace) -> str | None:
+    """The layer pattern that a checkpoint's arguments name, if any, under its present or its former name."""
+    return getattr(args, "hybrid_layer_pattern", None) or getattr(args, "hybrid_override_pattern", None)
 
 
 def fingerprint(step: str | Path) -> str:

@@ -56,24 +56,30 @@ class Reader:
             if index.offset is not None:
                 self._chunks[index.fqn].append((tuple(index.offset), info))
 
-    def read(self, key: str, into: Scratch | None = None) -> Tensor:
+    def read(self, key: str, into: Scratch | None = None, layer: int | None = None) -> Tensor:
         """One whole tensor, on the CPU, in the type it was saved in.
 
         Args:
             key: Its key.
             into: Where it is to lie; in memory of its own by default.
+            layer: Only this entry of its first dimension, which is dropped.
 
         Raises:
             CheckpointError: There is none of this key, or not all of it.
         """
         entry = self._entry(key)
         shape, dtype = tuple(entry.size), entry.properties.dtype
+        if layer is not None:
+            shape = (1, *shape[1:])
         whole = torch.empty(shape, dtype=dtype) if into is None else into.tensor(shape, dtype)
-        for offset, stored in self._parts(key, entry):
-            sizes = stored.tensor.shape
-            place = whole[tuple(slice(start, start + size) for start, size in zip(offset, sizes, strict=True))]
+        for offset, stored in self._parts(key, entry, layer):
+            sizes, first = stored.tensor.shape, 0 if layer is None else layer
+            if layer is not None and sizes[0] != 1:
+                raise CheckpointError(f"{key!r} is not saved layer by layer", got=f"a part of {tuple(sizes)}")
+            starts = (offset[0] - first, *offset[1:]) if offset else ()
+            place = whole[tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))]
             self._load(key, stored, place)
-        return whole
+        return whole if layer is None else whole[0]
 
     def copy(self, key: str, writer: "Writer", new_key: str) -> bool:
         """Let the kernel copy a tensor as it lies on disk, part by part, if nothing else lies there with it.
@@ -104,11 +110,16 @@ class Reader:
             raise CheckpointError(f"the checkpoint has no tensor {key!r}", got=self.step.path)
         return entry
 
-    def _parts(self, key: str, entry: TensorStorageMetadata) -> Iterator[tuple[tuple[int, ...], Stored]]:
-        """The chunks of a tensor with their offsets, which are checked to make it whole."""
+    def _parts(
+        self, key: str, entry: TensorStorageMetadata, layer: int | None = None
+    ) -> Iterator[tuple[tuple[int, ...], Stored]]:
+        """The chunks of a tensor, or of a layer of it, with their offsets, which are checked to make it whole."""
         whole = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        wanted = whole.numel() if layer is None else whole[layer].numel()
         covered = 0
         for offset, info in self._chunks[key]:
+            if layer is not None and offset[0] != layer:
+                continue
             stored = self._locate(key, info)
             chunk = stored.tensor
             if len(offset) != whole.dim() or chunk.dim() != whole.dim() or chunk.dtype != whole.dtype:
@@ -117,9 +128,9 @@ class Reader:
                 raise CheckpointError(f"the checkpoint is damaged: a part of {key!r} lies outside", got=self.step.path)
             yield offset, stored
             covered += chunk.numel()
-        if covered != whole.numel():  # parts have distinct offsets and, from one grid, do not overlap
+        if covered != wanted:  # parts have distinct offsets and, from one grid, do not overlap
             raise CheckpointError(
-                f"the checkpoint is damaged: {key!r} is not whole", got=f"{covered} of {whole.numel()} elements"
+                f"the checkpoint is damaged: {key!r} is not whole", got=f"{covered} of {wanted} elements"
             )  # fmt: skip
 
     def _locate(self, key: str, info: _StorageInfo) -> Stored:

@@ -11,7 +11,9 @@ import uuid
 from argparse import Namespace
 from collections.abc import Buffer, Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from io import FileIO
+from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -62,6 +64,36 @@ class DiskFile(FileIO):
             self._begun = here
 
 
+Progress = Callable[[int, int], None]
+"""Called with the bytes written, and those to write in all."""
+
+
+def silent(done: int, total: int) -> None:
+    """No progress shown."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a checkpoint keeps a model.
+
+    Attributes:
+        tensors: Its weights by key, with their global shapes.
+        states: Modules that ask for an `_extra_state`, and the grid of such objects that each has.
+        args: Megatron's arguments.
+    """
+
+    tensors: Callable[[Architecture], dict[str, tuple[int, ...]]]
+    states: Callable[[Architecture], dict[str, tuple[int, ...]]]
+    args: Callable[[Architecture], dict[str, Any]]
+
+
+PATTERN = Form(
+    axes.tensors,
+    lambda arch: {module: (count,) for module, count in axes.modules_with_state(arch).items()},
+    Architecture.to_args,
+)
+
+
 class Writer:
     """The weights of one step, being written. Made by `writing`."""
 
@@ -109,10 +141,25 @@ class Writer:
                 if isinstance(self._file, DiskFile):
                     self._file.begin()
 
-    def write_object(self, key: str, value: Any, shards: int = 1) -> None:
-        """Append one object, as a Megatron `ShardedObject` whose shards are all alike."""
-        for shard in range(shards):
-            self._append(MetadataIndex(f"{key}/shard_{shard}_{shards}"), BytesStorageMetadata(), [value])
+    def write_layer(self, key: str, tensor: Tensor, layer: int, layers: int) -> None:
+        """Append one layer's part of a tensor (layers, ...) whose other parts are written likewise."""
+        tensor = tensor.detach().cpu().contiguous()[None]
+        size = torch.Size((layers, *tensor.shape[1:]))
+        offset = torch.Size((layer, *[0] * (tensor.dim() - 1)))
+        entry = TensorStorageMetadata(properties=TensorProperties(dtype=tensor.dtype), size=size, chunks=[])
+        entry = self._metadata.get(key, entry)
+        if entry.size != size or MetadataIndex(key, offset) in self._storage:
+            raise CheckpointError(f"layer {layer} of {key!r} is written twice, or is of another shape")
+        self._metadata.pop(key, None)
+        entry.chunks.append(ChunkStorageMetadata(offsets=offset, sizes=tensor.shape))
+        self._append(MetadataIndex(key, offset), entry, tensor)
+
+    def write_object(self, key: str, value: Any, grid: tuple[int, ...] = (1,)) -> None:
+        """Append one object, as a Megatron `ShardedObject` whose shards, a grid of so many, are all alike."""
+        size = ".".join(map(str, grid))
+        for place in product(*map(range, grid)):
+            name = f"{key}/shard_{'.'.join(map(str, place))}_{size}"
+            self._append(MetadataIndex(name), BytesStorageMetadata(), [value])
 
     def attach(self, name: str, save: Callable[[Path], object]) -> None:
         """Let `save` write a file of this name beside the step, such as the plan that made it."""
@@ -168,7 +215,9 @@ def _without_checksums() -> Iterator[None]:
 
 
 @contextmanager
-def writing(path: str | Path, arch: Architecture, args: Namespace | None = None) -> Iterator[Writer]:
+def writing(
+    path: str | Path, arch: Architecture, args: Namespace | None = None, form: Form = PATTERN
+) -> Iterator[Writer]:
     """Write a checkpoint of `arch` that Megatron loads in any layout; the block writes its tensors.
 
     It becomes a `release`: weights only, from iteration 0, with a fresh optimizer. All of it appears when the block
@@ -177,8 +226,9 @@ def writing(path: str | Path, arch: Architecture, args: Namespace | None = None)
 
     Args:
         path: A new directory, the same one for all processes.
-        arch: The model; the block must write exactly its tensors (`megatron_ext.models.axes.tensors`).
+        arch: The model; the block must write exactly its tensors (`form.tensors`).
         args: Megatron's arguments of the model that this one comes from; sizes and counters are set anew.
+        form: What the tensors are called.
 
     Raises:
         CheckpointError: `path` exists already, or the tensors written are not those of `arch`, or another process
@@ -196,10 +246,10 @@ def writing(path: str | Path, arch: Architecture, args: Namespace | None = None)
             if ranks.rank() == 0:
                 for part in parts[1:]:
                     writer.add(*part)
-                check_shapes(arch, writer.shapes)
-                for module, count in axes.modules_with_state(arch).items():
-                    writer.write_object(f"{module}._extra_state", None, count)
-                writer.finish(_common_state(arch, args))
+                check_tensors(form.tensors(arch), writer.shapes)
+                for module, grid in form.states(arch).items():
+                    writer.write_object(f"{module}._extra_state", None, grid)
+                writer.finish(_common_state(form.args(arch), args))
                 (directory / layout.TRACKER).write_text(layout.RELEASE, encoding="utf-8")
 
 
@@ -226,12 +276,16 @@ def _together() -> Iterator[None]:
 
 
 def check_shapes(arch: Architecture, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Check that a checkpoint holds exactly the tensors of `arch`.
+    """Check that a checkpoint holds exactly the tensors of `arch`, as `check_tensors`."""
+    check_tensors(axes.tensors(arch), shapes)
+
+
+def check_tensors(expected: dict[str, tuple[int, ...]], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Check that there are exactly the tensors that are expected.
 
     Raises:
         CheckpointError: Names the first few that are missing, too many, or of another shape.
     """
-    expected = axes.tensors(arch)
     wrong = [f"{key} is missing" for key in expected if key not in shapes]
     wrong += [f"{key} is not part of the model" for key in shapes if key not in expected]
     wrong += [
@@ -244,7 +298,7 @@ def check_shapes(arch: Architecture, shapes: dict[str, tuple[int, ...]]) -> None
         raise CheckpointError("the tensors are not those of the model", got="; ".join(wrong[:3]) + more)
 
 
-def _common_state(arch: Architecture, args: Namespace | None) -> dict[str, Any]:
+def _common_state(model: dict[str, Any], args: Namespace | None) -> dict[str, Any]:
     values = vars(args) if args is not None else {}
     counters = {"iteration": 0, "consumed_train_samples": 0, "consumed_valid_samples": 0, "skipped_train_samples": 0}
     layout_args = {
@@ -254,7 +308,7 @@ def _common_state(arch: Architecture, args: Namespace | None) -> dict[str, Any]:
         "no_save_rng": True,
     }
     return {
-        "args": Namespace(**(values | arch.to_args() | counters | layout_args)),
+        "args": Namespace(**(values | model | counters | layout_args)),
         "checkpoint_version": 3.0,
         "iteration": 0,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},

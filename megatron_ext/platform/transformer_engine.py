@@ -198,10 +198,13 @@ def install() -> None:
 
     import megatron.core.extensions.transformer_engine_spec_provider as provider
     import megatron.core.models.gpt.gpt_layer_specs as gpt_specs
+    import megatron.core.transformer.transformer_block as transformer_block
     import megatron.core.utils as core_utils
     from packaging.version import Version
 
-    # The specs compare versions; 1.8 is the oldest that has every name above.
-    replace(core_utils, "_te_version", Version("1.8.0"), REASON)
+    # The specs compare versions; 1.9 is the oldest that has every name above, and its norms for query and key.
+    replace(core_utils, "_te_version", Version("1.9.0"), REASON)
     replace(gpt_specs, "TESpecProvider", provider.TESpecProvider, REASON)
+    replace(gpt_specs, "TENorm", TorchNorm, REASON)
+    replace(transformer_block, "LayerNormImpl", TorchNorm, REASON)
     replace(gpt_specs, "HAVE_TE", True, REASON)

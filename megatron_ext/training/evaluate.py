@@ -1,5 +1,6 @@
 """Forward passes without training: load a model on any layout, and its mean loss on a data split."""
 
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -50,8 +51,37 @@ def load_other(launch: Launch, architecture: Architecture, checkpoint: Path) -> 
     return other, build_model(other)
 
 
-def build_model(launch: Launch) -> list[Any]:
-    """This rank's chunks of the model, in evaluation mode, with the weights of the checkpoint that is to be loaded."""
+def load_gpt(launch: Launch, checkpoint: Path) -> list[Any]:
+    """The same model as Megatron's GPTModel, once `load_model` has started Megatron; free the one before first.
+
+    Args:
+        launch: The command line that Megatron was started with.
+        checkpoint: Its weights, in the GPTModel's form.
+
+    Returns:
+        This rank's chunks, in evaluation mode.
+    """
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.global_vars import set_args
+
+    from megatron_ext.checkpoint import layout
+    from megatron_ext.checkpoint.gpt import to_args
+
+    args = Namespace(**vars(launch.args) | to_args(launch.architecture))
+    saved = layout.common(layout.find(checkpoint).path)["args"]
+    args.transformer_impl = getattr(saved, "transformer_impl", args.transformer_impl)  # which decides on some names
+    args.load, args.pretrained_checkpoint, args.ckpt_step = str(checkpoint), None, None
+    set_args(args)
+    return build_model(replace(launch, args=args), gpt_config_from_args(args))
+
+
+def build_model(launch: Launch, config: Any = None) -> list[Any]:
+    """This rank's chunks of the model, in evaluation mode, with the weights of the checkpoint that is to be loaded.
+
+    Args:
+        launch: The validated command line.
+        config: Megatron's configuration of the model; by default that of the layer pattern.
+    """
     from megatron.core.enums import ModelType
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -59,7 +89,8 @@ def build_model(launch: Launch) -> list[Any]:
 
     from megatron_ext.models.builder import model_config
 
-    container = pretrain_cfg_container_from_args(launch.args, model_config(launch.args, launch.architecture))
+    config = config or model_config(launch.args, launch.architecture)
+    container = pretrain_cfg_container_from_args(launch.args, config)
     model, _, _ = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         cfg_container=container,

@@ -1,0 +1,233 @@
+"""Checkpoints of Megatron's GPTModel into the pattern form, and back, tensor by tensor.
+
+A GPTModel has layers of two sub-layers, `*-` or `*E`. Where all its layers are alike, it keeps each weight of theirs as
+one tensor whose first dimension is the layers (`megatron/core/transformer/transformer_block.py`, `sharded_state_dict`).
+"""
+
+from argparse import Namespace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.atomic import refuse_existing
+from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.scratch import Scratch
+from megatron_ext.checkpoint.writer import Form, Progress, check_shapes, check_tensors, silent, writing
+from megatron_ext.errors import CheckpointError
+from megatron_ext.models import axes
+from megatron_ext.models.config import Architecture
+from megatron_ext.models.pattern import ATTENTION, MLP, MOE
+
+_OURS, _THEIRS = "decoder.final_norm.", "decoder.final_layernorm."
+# Megatron's own modules (`--transformer-impl local`) call the norm before experts as that before an MLP.
+_LOCAL_NORM = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
+# Arguments that change the function of a GPTModel, and that a pattern of ours has no word for.
+_REFUSED = (
+    "multi_latent_attention", "apply_residual_connection_post_layernorm", "qk_l2_norm", "rotary_interleaved",
+    "rotary_seq_len_interpolation_factor", "mtp_num_layers", "window_size", "no_rope_freq", "attention_output_gate",
+    "heterogeneous_layers_config_path", "experimental_attention_variant", "linear_attention_freq", "openai_gelu",
+    "glu_linear_offset", "activation_func_clamp_value", "softmax_scale", "use_mup",
+)  # fmt: skip
+# What arguments that older versions did not have mean.
+_DEFAULTS: dict[str, Any] = {
+    "quick_geglu": False, "squared_relu": False, "swiglu": False, "group_query_attention": False,
+    "num_query_groups": None, "kv_channels": None, "ffn_hidden_size": None, "normalization": "LayerNorm",
+    "layernorm_epsilon": 1e-5, "position_embedding_type": "learned_absolute", "rotary_base": 10000,
+    "rotary_percent": 1.0, "use_rope_scaling": False, "rope_scaling_factor": 8.0, "add_bias_linear": True,
+    "add_qkv_bias": False, "mamba_num_heads": None, "mamba_head_dim": 64, "mamba_state_dim": 128,
+    "mamba_num_groups": 8,
+}  # fmt: skip
+
+
+def architecture(step: str | Path) -> Architecture:
+    """The model that a GPTModel's step holds, as a layer pattern.
+
+    Raises:
+        CheckpointError: It has no arguments, is no GPTModel's, or its function is none of ours; names the argument.
+    """
+    args = layout.common(step).get("args")
+    if not isinstance(args, Namespace) or not getattr(args, "num_layers", None):
+        raise CheckpointError("the checkpoint does not say which model it holds", got=step)
+    if layout.pattern_of(args):
+        raise CheckpointError(
+            "the checkpoint is in the pattern form already", got=layout.pattern_of(args), legal="--from megatron"
+        )
+    for name in _REFUSED:
+        if value := getattr(args, name, None):
+            raise CheckpointError(f"a GPTModel with {name} is not converted", got=value)
+    if getattr(args, "softmax_type", "vanilla") != "vanilla":
+        raise CheckpointError("a GPTModel with another softmax is not converted", got=args.softmax_type)
+    values = _DEFAULTS | vars(args)
+    values.setdefault("layernorm_zero_centered_gamma", values.get("apply_layernorm_1p", False))
+    values["hybrid_layer_pattern"] = "".join(f"{ATTENTION}{unit}" for unit in _feed_forwards(args))
+    try:
+        return Architecture.from_args(Namespace(**values))
+    except AttributeError as error:
+        raise CheckpointError(f"the checkpoint does not say which model it holds: {error}", got=step) from error
+
+
+def _feed_forwards(args: Namespace) -> str:
+    """The second sub-layer of each layer."""
+    if not getattr(args, "num_experts", None):
+        return MLP * args.num_layers
+    every = getattr(args, "moe_layer_freq", 1)
+    chosen = [layer % every == 0 for layer in range(args.num_layers)] if isinstance(every, int) else every
+    return "".join(MOE if each else MLP for each in chosen)
+
+
+def is_uniform(arch: Architecture) -> bool:
+    """Whether all layers of a GPTModel are alike, so that it stacks them."""
+    return len(set(arch.pattern[1::2])) == 1
+
+
+def check(arch: Architecture) -> None:
+    """Check that a GPTModel can be this model.
+
+    Raises:
+        CheckpointError: Its pattern is another, or its sizes differ from layer to layer.
+    """
+    if set(arch.pattern[::2]) != {ATTENTION} or not set(arch.pattern[1::2]) <= {MLP, MOE} or len(arch.pattern) % 2:
+        raise CheckpointError(
+            "a GPTModel cannot have this layer pattern", got=arch.pattern, legal="*- and *E, one after another"
+        )
+    if arch.layer_sizes:
+        raise CheckpointError("a GPTModel's sizes cannot differ from layer to layer", got=arch.layer_sizes_text)
+
+
+def place(arch: Architecture, key: str, stacked: bool) -> tuple[str, int | None]:
+    """Where a GPTModel keeps a weight of ours: its key, and the layer in its first dimension if layers are stacked."""
+    layer, weight = axes.locate(arch, key)
+    if layer is None:
+        return key.replace(_OURS, _THEIRS), None
+    if stacked:
+        return f"{axes.LAYER}.{weight.name}", layer // 2
+    return f"{axes.LAYER}.{layer // 2}.{weight.name}", None
+
+
+def tensors(arch: Architecture, stacked: bool | None = None) -> dict[str, tuple[int, ...]]:
+    """Every weight of a GPTModel and its global shape; stacked where all layers are alike, by default."""
+    check(arch)
+    stacked = is_uniform(arch) if stacked is None else stacked
+    shapes: dict[str, tuple[int, ...]] = {}
+    for key, shape in axes.tensors(arch).items():
+        theirs, layer = place(arch, key, stacked)
+        shapes[theirs] = shape if layer is None else (len(arch.pattern) // 2, *shape)
+    return shapes
+
+
+def _states(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Modules that a GPTModel asks for an `_extra_state`, and the grid of such objects that each has."""
+    states: dict[str, tuple[int, ...]] = {}
+    layers = len(arch.pattern) // 2
+    for module, count in axes.modules_with_state(arch).items():
+        if not module.startswith(axes.LAYER):
+            states[module.replace(_OURS[:-1], _THEIRS[:-1])] = (count,)
+            continue
+        layer, name = module.removeprefix(f"{axes.LAYER}.").split(".", 1)
+        if is_uniform(arch):
+            states[f"{axes.LAYER}.{name}"] = (layers, count) if ".experts.experts." in name else (layers,)
+        else:
+            states[f"{axes.LAYER}.{int(layer) // 2}.{name}"] = (count,)
+    del states["output_layer"]  # it asks for none
+    return states
+
+
+def to_args(arch: Architecture) -> dict[str, Any]:
+    """Megatron's arguments of a GPTModel, of Transformer Engine's modules, after which `tensors` are named."""
+    experts = [int(unit == MOE) for unit in arch.pattern[1::2]]
+    return arch.to_args() | {
+        "hybrid_layer_pattern": None, "hybrid_override_pattern": None, "is_hybrid_model": False, "spec": None,
+        "num_layers": len(experts), "moe_layer_freq": 1 if is_uniform(arch) else experts,
+        "transformer_impl": "transformer_engine",
+    }  # fmt: skip
+
+
+GPT = Form(tensors, _states, to_args)
+
+
+def to_pattern(source: str | Path, destination: str | Path, progress: Progress = silent) -> Architecture:
+    """Convert a checkpoint of a GPTModel, saved on any layout, into one of a `HybridModel` for any layout.
+
+    Args:
+        source: A checkpoint directory (then its newest complete step), or a step in it; its optimizer state is left.
+        destination: A new directory.
+        progress: Called with the bytes written, and those to write in all.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: The source is missing, damaged or of a kind that is not converted, or the destination exists.
+    """
+    refuse_existing(Path(destination))
+    reader = Reader(source)
+    arch = architecture(reader.step.path)
+    stacked = _check_theirs(arch, reader)
+    args = layout.common(reader.step.path)["args"]
+    memory, done, total = Scratch(), 0, _bytes(reader)
+    with writing(destination, arch, args) as writer:
+        for key in axes.tensors(arch):
+            theirs, layer = place(arch, key, stacked)
+            tensor = reader.read(_alias(theirs, reader), memory, layer)
+            writer.write(key, tensor)
+            done += tensor.nbytes
+            progress(done, total)
+    return arch
+
+
+def to_gpt(source: str | Path, destination: str | Path, progress: Progress = silent) -> Architecture:
+    """Convert a checkpoint of a `HybridModel` into one that Megatron's `pretrain_gpt.py` loads, on any layout.
+
+    Args:
+        source: A checkpoint directory (then its newest complete step), or a step in it.
+        destination: A new directory.
+        progress: Called with the bytes written, and those to write in all.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: The source is missing or damaged, no GPTModel can be it, or the destination exists.
+    """
+    refuse_existing(Path(destination))
+    reader = Reader(source)
+    arch = layout.architecture(reader.step.path)
+    check(arch)
+    check_shapes(arch, reader.shapes)
+    args = layout.common(reader.step.path)["args"]
+    memory, done, total = Scratch(), 0, _bytes(reader)
+    with writing(destination, arch, args, GPT) as writer:
+        for key in axes.tensors(arch):
+            theirs, layer = place(arch, key, is_uniform(arch))
+            tensor = reader.read(key, memory)
+            if layer is None:
+                writer.write(theirs, tensor)
+            else:
+                writer.write_layer(theirs, tensor, layer, len(arch.pattern) // 2)
+            done += tensor.nbytes
+            progress(done, total)
+    return arch
+
+
+def _bytes(reader: Reader) -> int:
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in layout.tensors(reader.step.path).values())
+
+
+def _alias(theirs: str, reader: Reader) -> str:
+    return theirs if theirs in reader.shapes else theirs.replace(*_LOCAL_NORM)
+
+
+def _check_theirs(arch: Architecture, reader: Reader) -> bool:
+    """Check that a checkpoint holds exactly the tensors of a GPTModel; whether its layers are stacked.
+
+    Raises:
+        CheckpointError: Names the first few that are missing, too many, or of another shape.
+    """
+    first, _ = place(arch, next(key for key in axes.tensors(arch) if key.startswith(axes.LAYER)), True)
+    stacked = first in reader.shapes
+    if stacked and not is_uniform(arch):
+        raise CheckpointError("the checkpoint is damaged: layers that differ are one tensor", got=first)
+    expected = tensors(arch, stacked)
+    check_tensors({_alias(key, reader): shape for key, shape in expected.items()}, reader.shapes)
+    return stacked
