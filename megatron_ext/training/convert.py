@@ -1,4 +1,4 @@
-"""`megatron-ext convert`: between Hugging Face directories and checkpoints, and the proof that nothing changed."""
+"""`megatron-ext convert`: checkpoints from and to Hugging Face directories and GPTModels, and the proof of equality."""
 
 import argparse
 import gc
@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ext.checkpoint import gpt, layout
 from megatron_ext.checkpoint.huggingface import companions, families
 from megatron_ext.checkpoint.huggingface.convert import TYPES, to_hf, to_megatron
+from megatron_ext.checkpoint.huggingface.pruned import PrunedFamily, holds_our_code
 from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.training.launch import Job, launch, silenced
 
+FORMATS = "the format of the input: hf, Megatron in the pattern form of all programs here, or Megatron's GPTModel"
 LINE_SECONDS = 10
 TOKENS = 64
 TOLERANCE = 1e-4
@@ -35,10 +38,10 @@ JOB = Job(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's flags."""
-    formats = ("hf", "megatron")
+    formats = ("hf", "megatron", "gpt")
     parser.add_argument("input", type=Path, help="a Hugging Face directory, or a checkpoint of Megatron's")
     parser.add_argument("output", type=Path, help="a new directory")
-    parser.add_argument("--from", dest="source", choices=formats, required=True, help="the format of the input")
+    parser.add_argument("--from", dest="source", choices=formats, required=True, help=FORMATS)
     parser.add_argument("--to", dest="target", choices=formats, required=True, help="the format of the output")
     parser.add_argument("--dtype", choices=list(TYPES), help="the type of the weights; by default the one they have")
     parser.add_argument("--verify", action="store_true", help="load both models and compare their logits")
@@ -58,15 +61,24 @@ def main(args: argparse.Namespace) -> None:
     dtype = TYPES[args.dtype] if args.dtype else None
     start = time.monotonic()
     with _Progress() as progress:
-        if args.target == "megatron":
+        if args.source == "gpt":
+            gpt.to_pattern(args.input, args.output, progress)
+        elif args.target == "gpt":
+            gpt.to_gpt(args.input, args.output, progress)
+        elif args.target == "megatron":
             to_megatron(args.input, args.output, dtype=dtype, vocab_multiple=args.pad_vocab_to, progress=progress)
         else:
-            to_hf(
+            family = to_hf(
                 args.input, args.output, like=args.like, family=args.hf_class, vocab_size=args.vocab_size,
                 dtype=dtype, shard_bytes=int(args.shard_gb * 1e9), progress=progress,
             )  # fmt: skip
+            if isinstance(family, PrunedFamily):
+                print(f"layers differ: {family.name}, whose code is in {family.module}.py beside the weights, "
+                      "loads with trust_remote_code=True", flush=True)  # fmt: skip
     print(f"wrote {args.output}: {progress.total / 1e9:.2f} GB in {time.monotonic() - start:.1f} s", flush=True)
-    if args.verify:
+    if args.verify and "gpt" in (args.source, args.target):
+        verify_gpt(*((args.output, args.input) if args.source == "gpt" else (args.input, args.output)))
+    elif args.verify:
         hf, megatron = (args.input, args.output) if args.target == "megatron" else (args.output, args.input)
         if args.dtype is None:
             verify(hf, megatron)
@@ -76,9 +88,14 @@ def main(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Find what is wrong with the flags."""
-    if args.source == args.target:
-        raise ConfigError("--from and --to are the same", got=args.source, legal="--from hf --to megatron, or back")
-    if args.target == "megatron" and (args.like or args.hf_class or args.vocab_size):
+    if (args.source == "megatron") == (args.target == "megatron"):
+        raise ConfigError(
+            "one of the two formats is megatron", got=f"--from {args.source} --to {args.target}",
+            legal="--from hf --to megatron, --from gpt --to megatron, and back",
+        )  # fmt: skip
+    if "gpt" in (args.source, args.target) and (args.dtype or args.pad_vocab_to != 1):
+        raise ConfigError("--dtype and --pad-vocab-to go with hf")
+    if args.target != "hf" and (args.like or args.hf_class or args.vocab_size):
         raise ConfigError("--like, --hf-class and --vocab-size go with --to hf")
     if args.pad_vocab_to != 1 and args.target == "hf":
         raise ConfigError("--pad-vocab-to goes with --to megatron", legal="--vocab-size N cuts padding off")
@@ -139,8 +156,21 @@ def verify(hf: Path, megatron: Path, tolerance: float = TOLERANCE) -> float:
         inputs["text"] = text[:, :context]
     theirs = hf_logits(hf, list(inputs.values()))
     ours = megatron_logits(megatron, list(inputs.values()))
+    return _compared(list(inputs), theirs, ours, tolerance)
+
+
+def verify_gpt(pattern: Path, twin: Path) -> float:
+    """Compare the logits of a checkpoint and of Megatron's own GPTModel in fp32, on random tokens; see `verify`."""
+    arch = layout.architecture(layout.find(pattern).path)
+    length = min(TOKENS, arch.max_position_embeddings)
+    inputs = torch.randint(arch.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    ours, theirs = megatron_logits(pattern, [inputs], twin)
+    return _compared(["random tokens"], [theirs], [ours], TOLERANCE)
+
+
+def _compared(names: list[str], theirs: list[Tensor], ours: list[Tensor], tolerance: float) -> float:
     largest = 0.0
-    for (name, _), left, right in zip(inputs.items(), theirs, ours, strict=True):
+    for name, left, right in zip(names, theirs, ours, strict=True):
         difference = float((left - right[..., : left.shape[-1]]).abs().max())
         scale = max(1.0, float(left.abs().max()))
         print(f"{name}: largest difference of logits {difference:.2e}, largest logit {scale:.2f}", flush=True)
@@ -165,7 +195,8 @@ def hf_logits(directory: Path, inputs: list[Tensor]) -> list[Tensor]:
     """Logits (b, s, v) of transformers' model in fp32 for each batch of tokens (b, s)."""
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    ours = holds_our_code(directory, companions.read_config(directory))  # and no other is run
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=ours).eval()
     logits = [model(tokens).logits for tokens in inputs]
     del model
     gc.collect()
@@ -173,21 +204,39 @@ def hf_logits(directory: Path, inputs: list[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def megatron_logits(checkpoint: Path, inputs: list[Tensor]) -> list[Tensor]:
-    """Logits (b, s, v) of Megatron's model in fp32 for each batch of tokens (b, s); starts Megatron in this process."""
+def megatron_logits(checkpoint: Path, inputs: list[Tensor], twin: Path | None = None) -> list[Tensor]:
+    """Logits (b, s, v) of Megatron's model in fp32 for each batch of tokens (b, s); starts Megatron in this process.
+
+    Args:
+        checkpoint: The model.
+        inputs: The batches.
+        twin: The same model as a GPTModel, whose logits are appended.
+    """
     length = max(tokens.shape[1] for tokens in inputs)
     flags = ["--load", str(checkpoint), "--seq-length", str(length), "--global-batch-size", "1"]
     words = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "1"]
     started = launch(JOB, [*flags, *words])
-    from megatron_ext.training.evaluate import load_model
+    from megatron_ext.training.evaluate import load_gpt, load_model
 
     with silenced(started.args), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of being alone
         (model,) = load_model(started)
+    logits = _logits(model, inputs)
+    if twin is not None:
+        del model
+        gc.collect()
+        with silenced(started.args), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            (model,) = load_gpt(started, twin)
+        logits += _logits(model, inputs)
+    torch.distributed.destroy_process_group()
+    return logits
+
+
+def _logits(model: Any, inputs: list[Tensor]) -> list[Tensor]:
     device = torch.cuda.current_device()
     logits = []
     for tokens in inputs:
         positions = torch.arange(tokens.shape[1], device=device)[None].expand_as(tokens)
         logits.append(model(tokens.to(device), positions, None).float().cpu())
-    torch.distributed.destroy_process_group()
     return logits

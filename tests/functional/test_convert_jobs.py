@@ -7,10 +7,14 @@ import fork_server
 import pytest
 import torch
 from hf_models import make
+from random_models import random_weights
 from workspace import TRAIN, Workspace
 
+from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.huggingface.convert import to_megatron
 from megatron_ext.checkpoint.huggingface.shards import Shards
+from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.writer import writing
 
 
 def convert(workspace: Workspace, *words: str) -> str:
@@ -40,3 +44,20 @@ def test_a_converted_model_is_trained_on_two_ranks_and_converted_back(workspace:
     Shards(workspace.path / "hf").read(name, before)
     Shards(workspace.path / "back").read(name, after)
     assert 0 < float((before - after).abs().max()) < 0.1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_becomes_a_gpt_model_and_a_pattern_again(workspace: Workspace) -> None:
+    make("llama3", workspace.path / "hf-llama", vocab_size=128)
+    to_megatron(workspace.path / "hf-llama", workspace.path / "llama-whole")
+    arch = layout.architecture(layout.find(workspace.path / "llama-whole").path)
+    with writing(workspace.path / "llama-pattern", arch) as writer:
+        for key, weight in random_weights(arch).items():
+            writer.write(key, weight.bfloat16())
+    out = convert(workspace, "--from", "megatron", "--to", "gpt", "llama-pattern", "llama-gpt", "--verify")
+    assert "random tokens: largest difference" in out
+    refused = workspace.run("pretrain_hybrid.py", "--load", "llama-gpt", *workspace.data, *TRAIN, ok=False)
+    assert "--from gpt --to megatron" in refused.stderr
+    convert(workspace, "--from", "gpt", "--to", "megatron", "llama-gpt", "llama-again")
+    old, new = Reader(workspace.path / "llama-pattern"), Reader(workspace.path / "llama-again")
+    assert all(torch.equal(old.read(key), new.read(key)) for key in old.shapes)

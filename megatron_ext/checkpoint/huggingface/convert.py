@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -18,10 +17,11 @@ from megatron_ext.checkpoint.huggingface import companions, families
 from megatron_ext.checkpoint.huggingface.family import Family, Piece, their_shape
 from megatron_ext.checkpoint.huggingface.pickled import NAME as PICKLED
 from megatron_ext.checkpoint.huggingface.pickled import Pickled
+from megatron_ext.checkpoint.huggingface.pruned import PrunedFamily
 from megatron_ext.checkpoint.huggingface.shards import SHARD_BYTES, Shards, writing_shards
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.scratch import Scratch
-from megatron_ext.checkpoint.writer import check_shapes, writing
+from megatron_ext.checkpoint.writer import Progress, check_shapes, silent, writing
 from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.models import axes
 from megatron_ext.models.config import Architecture
@@ -29,11 +29,6 @@ from megatron_ext.models.config import Architecture
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a recurrence or a router multiplies up stays in the type it has.
 _EXACT = ("A_log", ".D", "dt_bias", "expert_bias", "e_score_correction_bias")
-Progress = Callable[[int, int], None]
-
-
-def _silent(done: int, total: int) -> None:
-    """No progress shown."""
 
 
 def to_megatron(
@@ -42,7 +37,7 @@ def to_megatron(
     *,
     dtype: torch.dtype | None = None,
     vocab_multiple: int = 1,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Architecture:
     """Convert a Hugging Face directory into a checkpoint of a `HybridModel`, for any parallel layout.
 
@@ -179,7 +174,7 @@ def to_hf(
     vocab_size: int | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Family:
     """Convert a checkpoint of a `HybridModel` into a directory that transformers loads.
 
@@ -209,7 +204,7 @@ def to_hf(
     config = companions.read_config(folder) if folder else {}
     arch = replace(arch, vocab_size=_words(arch, config, vocab_size))
     chosen = _family(arch, config, family)
-    if config and families.of_config(config) != chosen:
+    if config and families.of_config(config) not in (chosen, getattr(chosen, "base", None)):
         config = {}
     types = {key: dtype_ for key, (_, dtype_) in layout.tensors(reader.step.path).items()}
     written = chosen.write(arch, config)
@@ -235,6 +230,8 @@ def to_hf(
             companions.copy(companions.files(folder), directory)
         if written != config:
             (directory / companions.CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        if isinstance(chosen, PrunedFamily):
+            (directory / f"{chosen.module}.py").write_text(chosen.code(), encoding="utf-8")
         facts = _facts(arch, chosen) | companions.provenance(reader.step.path)
         (directory / companions.CARD).write_text(companions.card(destination.name, facts), encoding="utf-8")
     return chosen
@@ -284,7 +281,7 @@ def _words(arch: Architecture, config: dict[str, Any], wanted: int | None) -> in
 def _family(arch: Architecture, config: dict[str, Any], name: str | None) -> Family:
     if name is not None:
         return families.named(name)
-    return families.of_config(config) if config else families.expressing(arch)
+    return families.like(config, arch) if config else families.expressing(arch)
 
 
 def _with_type(written: dict[str, Any], config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -301,6 +298,7 @@ def _facts(arch: Architecture, family: Family) -> dict[str, str]:
         f"{name} {importlib.metadata.version(name)}" for name in ("megatron-ext", "megatron-core", "torch")
     )
     return {
-        "class": family.name, "parameters": f"{arch.num_parameters():,}", "layers": f"`{arch.pattern}`",
+        "class": family.name + (" (`trust_remote_code=True`)" if isinstance(family, PrunedFamily) else ""),
+        "parameters": f"{arch.num_parameters():,}", "layers": f"`{arch.pattern}`",
         "hidden size": f"{arch.hidden_size:,}", "versions": versions,
     }  # fmt: skip

@@ -6,14 +6,14 @@ from megatron_ext.checkpoint.huggingface.mamba2 import MAMBA2
 from megatron_ext.checkpoint.huggingface.mistral import MISTRAL
 from megatron_ext.checkpoint.huggingface.nemotron import NEMOTRON
 from megatron_ext.checkpoint.huggingface.nemotron_h import NEMOTRON_H
+from megatron_ext.checkpoint.huggingface.pruned import VARIANTS
 from megatron_ext.checkpoint.huggingface.qwen import QWEN2, QWEN3
 from megatron_ext.checkpoint.huggingface.state_spaces import STATE_SPACES
 from megatron_ext.errors import CheckpointError, ConfigError, nearest
 from megatron_ext.models.config import Architecture
 
-FAMILIES = {
-    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, MAMBA2, NEMOTRON_H, STATE_SPACES)
-}
+_NATIVE = (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, MAMBA2, NEMOTRON_H, STATE_SPACES)
+FAMILIES = {family.name: family for family in (*_NATIVE, *VARIANTS)}
 
 
 def named(name: str) -> Family:
@@ -45,8 +45,24 @@ def of_config(config: Config) -> Family:
     )  # fmt: skip
 
 
+def like(config: Config, arch: Architecture) -> Family:
+    """The family that a `config.json` names, or its variant with layers that differ if only that can be the model.
+
+    Raises:
+        CheckpointError: The configuration names no family of ours, or neither can express the model; says why.
+    """
+    family = of_config(config)
+    try:
+        return _able(family, arch, config)
+    except CheckpointError:
+        variants = [variant for variant in VARIANTS if variant.base is family]
+        if not variants:
+            raise
+        return _able(variants[0], arch, config)
+
+
 def expressing(arch: Architecture) -> Family:
-    """The first family that can express a model.
+    """The first family that can express a model, those of transformers' before their variants.
 
     Raises:
         CheckpointError: None can; says why not for each.
@@ -54,9 +70,13 @@ def expressing(arch: Architecture) -> Family:
     reasons = []
     for family in FAMILIES.values():
         try:
-            family.write(arch)
-            family.pieces(arch)
-            return family
+            return _able(family, arch, {})
         except CheckpointError as error:
             reasons.append(" ".join(line.strip() for line in str(error).splitlines()))
     raise CheckpointError("no family can express this model:\n    " + "\n    ".join(reasons))
+
+
+def _able(family: Family, arch: Architecture, config: Config) -> Family:
+    family.write(arch, config)
+    family.pieces(arch)
+    return family

@@ -245,8 +245,9 @@ def test_configurations_that_our_models_cannot_be(hf: Path, tmp_path: Path, entr
 @pytest.mark.parametrize(
     ("arch", "name", "message"),
     [
-        (replace(ARCH, pattern="*-*--"), None, "LlamaForCausalLM cannot express this layer pattern"),
-        (replace(ARCH, layer_sizes={"ffn_hidden_size": (24, 16)}), None, "layer_sizes={'ffn_hidden_size'"),
+        (replace(ARCH, pattern="*-*--"), "LlamaForCausalLM", "LlamaForCausalLM cannot express this layer pattern"),
+        (replace(ARCH, layer_sizes={"ffn_hidden_size": (24, 16)}), "LlamaForCausalLM",
+         "layer_sizes={'ffn_hidden_size'"),
         (replace(ARCH, position_embedding_type="none"), "LlamaForCausalLM", "rotary positions, the model has none"),
         (replace(ARCH, norm_epsilon=1e-6, rotary_percent=0.5, zero_centered_norm=True), "Qwen2ForCausalLM",
          "zero_centered_norm=True"),
@@ -268,6 +269,8 @@ def test_a_relative_that_can_is_chosen(tmp_path: Path) -> None:
     assert to_hf(checkpoint(tmp_path / "a", replace(ARCH, hidden_size=18)), tmp_path / "b").name == "MistralForCausalLM"
     mamba = checkpoint(tmp_path / "c", replace(MAMBA, hidden_size=24))
     assert to_hf(mamba, tmp_path / "d").name == "NemotronHForCausalLM"
+    uneven = checkpoint(tmp_path / "f", replace(ARCH, pattern="*-*--"))
+    assert to_hf(uneven, tmp_path / "g").name == "PrunedLlamaForCausalLM"
     with pytest.raises(ConfigError, match="did you mean 'LlamaForCausalLM'"):
         to_hf(mamba, tmp_path / "e", family="LLamaForCausal")
 

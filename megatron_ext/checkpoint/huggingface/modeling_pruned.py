@@ -1,0 +1,70 @@
+"""LlamaForCausalLM with layers that differ in size, or have no attention or no MLP.
+
+`pruned_layers` of config.json has one entry for each layer: the sizes that are its own, and under `skip` the sub-layers
+that it does not have ("self_attn", "mlp"). Everything else, caches, attention backends and generation among it, is that
+of transformers. Load it with `trust_remote_code=True`.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+# The norm before each sub-layer.
+NORMS = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
+
+
+class PrunedLlamaConfig(LlamaConfig):
+    """The configuration of LlamaForCausalLM and `pruned_layers`."""
+
+    model_type = "pruned_llama"
+    pruned_layers: Any = None
+
+
+class Nothing(nn.Module):
+    """Stands where a layer has no such sub-layer: it adds nothing to the residual stream."""
+
+    def __init__(self, returns_weights: bool) -> None:
+        super().__init__()
+        self.returns_weights = returns_weights
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Zeros like the input (batch, sequence, hidden), with attention's second result where there is one."""
+        zeros = torch.zeros_like(hidden_states)
+        return (zeros, None) if self.returns_weights else zeros
+
+
+class PrunedLlamaForCausalLM(LlamaForCausalLM):
+    """LlamaForCausalLM whose layers are what `config.pruned_layers` says."""
+
+    config_class = PrunedLlamaConfig
+
+    def __init__(self, config: PrunedLlamaConfig) -> None:
+        super().__init__(config)
+        layers: Any = getattr(self, self.base_model_prefix).layers
+        attentions = 0
+        for index, changes in enumerate(config.pruned_layers):
+            own = copy.copy(config)
+            for name, value in changes.items():
+                setattr(own, name, value)
+            layer = type(layers[index])(own, index) if set(changes) - {"skip"} else layers[index]
+            layers[index] = layer
+            for name in changes.get("skip", ()):
+                setattr(layer, name, Nothing(returns_weights=name == "self_attn"))
+                setattr(layer, NORMS[name], nn.Identity())
+            # The first layer with a cache must be number 0: transformers asks it how long the sequence is.
+            if hasattr(getattr(layer, "self_attn", None), "layer_idx"):
+                layer.self_attn.layer_idx, layer.self_attn.config = attentions, config
+                attentions += 1
+        self.post_init()
+
+
+try:  # transformers 5 renames weights of some classes when it reads them, and goes by this name
+    from transformers import conversion_mapping
+
+    if (renaming := conversion_mapping.get_checkpoint_conversion_mapping("llama")) is not None:
+        conversion_mapping.register_checkpoint_conversion_mapping("pruned_llama", renaming, overwrite=True)
+except ImportError:
+    renaming = None

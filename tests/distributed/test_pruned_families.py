@@ -1,0 +1,109 @@
+"""Models that no class of transformers can be are exported with code of their own, and say what Megatron's say."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed.runner import run_ranks
+from distributed.test_convert import logits_of
+from hf_models import make, tokens
+from random_models import random_weights
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.huggingface import companions
+from megatron_ext.checkpoint.huggingface.convert import to_hf, to_megatron
+from megatron_ext.checkpoint.huggingface.pruned import holds_our_code
+from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.writer import writing
+from megatron_ext.errors import CheckpointError
+from megatron_ext.models.config import Architecture
+from megatron_ext.training.convert import hf_logits
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+# A layer without attention comes first: the cache of the whole model must not be asked of it.
+DENSE = {"pattern": "-*-**-", "layer_sizes": {"ffn_hidden_size": (24, 48, 40)}}
+CHANGES: dict[str, dict[str, Any]] = {
+    "llama3": DENSE,
+    "mistral": {"pattern": "*-*--"},
+    "qwen2": DENSE,
+    "qwen3": DENSE,
+    "nemotron": DENSE,
+    "nemotron-h": {"layer_sizes": {"mamba_num_heads": (4, 2), "ffn_hidden_size": (48, 24)}},
+    "nemotron-h-experts": {"pattern": "MEM-*", "layer_sizes": {"mamba_num_heads": (4, 2)}},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `NAME` of transformers, and a cut model with random weights as `NAME-megatron` and `NAME-cut`."""
+    path = tmp_path_factory.mktemp("pruned")
+    for name, changes in CHANGES.items():
+        make(name, path / name)
+        to_megatron(path / name, path / f"{name}-whole")
+        step = layout.find(path / f"{name}-whole").path
+        write_random(path / f"{name}-megatron", replace(layout.architecture(step), **changes), path / name)
+        to_hf(path / f"{name}-megatron", path / f"{name}-cut")
+    return path
+
+
+def write_random(path: Path, arch: Architecture, original: Path) -> None:
+    with writing(path, arch) as writer:
+        companions.attach(writer, companions.files(original))
+        for key, weight in random_weights(arch).items():
+            writer.write(key, weight.float())
+
+
+def load(path: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=torch.float32).eval()
+
+
+def test_logits_are_those_of_megatron(models: Path) -> None:
+    found: dict[str, Tensor] = run_ranks(logits_of, 1, str(models), list(CHANGES), 1, 1)[-1]
+    for name in CHANGES:
+        (expected,) = hf_logits(models / f"{name}-cut", [tokens()])
+        torch.testing.assert_close(found[name], expected, rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_it_generates_with_a_cache_as_without(models: Path, name: str) -> None:
+    model, prompt = load(models / f"{name}-cut"), tokens()[:, :5]
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    made = model.generate(prompt, **options)
+    for _ in range(6):
+        prompt = torch.cat([prompt, model(prompt, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(made, prompt)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_there_and_back_is_bit_identical(models: Path, tmp_path: Path, name: str) -> None:
+    to_megatron(models / f"{name}-cut", tmp_path / "back")
+    old, new = Reader(models / f"{name}-megatron"), Reader(tmp_path / "back")
+    assert layout.architecture(old.step.path).layer_sizes == layout.architecture(new.step.path).layer_sizes
+    assert all(torch.equal(old.read(key), new.read(key)) for key in old.shapes)
+    to_hf(tmp_path / "back", tmp_path / "again")
+    for file in (models / f"{name}-cut").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes() or file.name == companions.CARD
+
+
+def test_it_does_not_load_as_what_it_is_not(models: Path) -> None:
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModelForCausalLM.from_pretrained(models / "qwen3-cut", trust_remote_code=False)
+
+
+def test_the_class_that_cannot_is_refused_by_name(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot express"):
+        to_hf(models / "qwen3-megatron", tmp_path / "out", family="Qwen3ForCausalLM")
+    assert not (tmp_path / "out").exists()
+
+
+def test_code_that_was_changed_is_not_ours(models: Path, tmp_path: Path) -> None:
+    to_hf(models / "qwen3-megatron", tmp_path / "out")
+    config = companions.read_config(tmp_path / "out")
+    assert holds_our_code(tmp_path / "out", config)
+    code = tmp_path / "out" / "modeling_pruned_qwen3.py"
+    code.write_text(code.read_text() + "\nprint('hello')\n")
+    assert not holds_our_code(tmp_path / "out", config)
