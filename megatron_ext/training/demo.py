@@ -248,9 +248,10 @@ def _watch(stage: Stage, process: subprocess.Popen, console: Console) -> None:
         TimeElapsedColumn(),
     )
     metrics = stage.directory / "metrics.jsonl"
-    with Progress(*columns, console=console) as progress:
+    # A bar that cannot move would only be cut off at the width of a terminal that is none.
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(stage.title, total=stage.steps or None, now="")
-        validation, shown = "", 0
+        validation, shown, now = "", 0, "done"
         while True:
             ended = process.poll() is not None
             steps = read_metrics(metrics) if stage.steps and metrics.is_file() else []
@@ -261,10 +262,12 @@ def _watch(stage: Stage, process: subprocess.Popen, console: Console) -> None:
                 speed = f"{last['tokens_per_second']:,.0f} tokens/s"
                 now = f"{last['step']}/{stage.steps}  loss {last['loss']:.3f}{validation}  {speed}"
                 progress.update(task, completed=last["step"], now=now)
-                if not console.is_terminal and last["step"] >= shown + 40:
+                if not console.is_terminal and not ended and last["step"] >= shown + 40:
                     shown = int(last["step"])
                     console.print(f"  {stage.title}: {now}", highlight=False, soft_wrap=True)
             if ended:
+                if not console.is_terminal:
+                    console.print(f"  {stage.title}: {now}", highlight=False, soft_wrap=True)
                 break
             time.sleep(1.0)
         progress.update(task, total=stage.steps or 1, completed=stage.steps or 1)
