@@ -33,12 +33,15 @@ def fresh_directory(path: str | Path) -> Iterator[Path]:
     """A temporary directory beside `path`, which becomes `path` when the block ends well and is removed otherwise.
 
     Raises:
-        CheckpointError: `path` exists already and is not an empty directory.
+        CheckpointError: `path` exists already and is not an empty directory, or cannot be created.
     """
     path = Path(path)
     refuse_existing(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise CheckpointError("the output cannot be created", got=f"{path}: {error.strerror}") from error
     try:
         yield temporary
         for file in temporary.rglob("*"):

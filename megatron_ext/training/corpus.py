@@ -12,31 +12,26 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import random
 import shlex
-import shutil
 import sys
-import sysconfig
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from megatron_ext import platform
+from megatron_ext.checkpoint.atomic import fresh_directory
 from megatron_ext.errors import ConfigError, DataError
+from megatron_ext.training.documents import find_documents, size_of, texts_of
 
 EOD = "<|endoftext|>"
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
 TOKENIZER_SAMPLE_BYTES = 16 << 20  # a few thousand merges do not change with more
 BATCH_BYTES = 2 << 20  # one parallel encode
-# Left out of the default corpus: other people's packages, what Linux distributions leave out, and generated tables.
-STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
-STDLIB_GENERATED = "_sysconfigdata"  # how this Python was built: another text on each machine
 
 
 @dataclass(frozen=True)
@@ -86,14 +81,6 @@ class DatasetSummary:
         ]
 
 
-class Document(NamedTuple):
-    """Where one document lies: a whole file, or (`length` given) one line of a JSONL file; offsets in bytes."""
-
-    path: Path
-    offset: int = 0
-    length: int | None = None
-
-
 def build_dataset(
     out: Path,
     inputs: Sequence[Path] | None = None,
@@ -121,21 +108,21 @@ def build_dataset(
     """
     start = time.perf_counter()
     _check(out, tokenizer, vocab_size, max_bytes)
-    documents = _find_documents(inputs)
+    documents = find_documents(inputs)
     random.Random(seed).shuffle(documents)
     sources = [str(path) for path in inputs] if inputs is not None else ["the Python standard library"]
 
-    with _atomic_directory(out) as partial:
+    with fresh_directory(out) as partial:
         if tokenizer is None:
             sample = min(max_bytes or TOKENIZER_SAMPLE_BYTES, TOKENIZER_SAMPLE_BYTES)
-            _train_tokenizer(partial / "tokenizer", _texts(documents, json_key, sample), vocab_size)
+            _train_tokenizer(partial / "tokenizer", texts_of(documents, json_key, sample), vocab_size)
             encoder = _load_tokenizer(partial / "tokenizer")
         else:
             encoder = _load_tokenizer(tokenizer)
             encoder.save_pretrained(partial / "tokenizer")
         skipped: Counter[str] = Counter()
-        texts = _texts(documents, json_key, max_bytes, skipped)
-        total = min(sum(_size(document) for document in documents), max_bytes or sys.maxsize)
+        texts = texts_of(documents, json_key, max_bytes, skipped)
+        total = min(sum(size_of(document) for document in documents), max_bytes or sys.maxsize)
         count, tokens, size = _write_indexed(partial / "text_document", texts, encoder, total)
         if not count:
             raise DataError(
@@ -233,86 +220,6 @@ def _check(out: Path, tokenizer: Path | None, vocab_size: int, max_bytes: int | 
         )
     if max_bytes is not None and max_bytes < 1:
         raise ConfigError("nothing would be read", got=f"--max-bytes {max_bytes}", legal="at least 1")
-
-
-def _find_documents(inputs: Sequence[Path] | None) -> list[Document]:
-    """Every document in a fixed order, each file once; file contents are looked at only to split JSONL."""
-    files = _standard_library() if inputs is None else [file for path in inputs for file in _files(path)]
-    documents: list[Document] = []
-    for file in dict.fromkeys(file.resolve() for file in files):
-        documents.extend(_lines(file) if file.suffix in JSONL_SUFFIXES else [Document(file)])
-    return documents
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise DataError("no such file or directory", got=f"--input {path}", legal="an existing file or directory")
-    found = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
-    return [found[name] for name in sorted(found) if not any(part.startswith(".") for part in name.parts)]
-
-
-def _standard_library() -> list[Path]:
-    root = Path(sysconfig.get_path("stdlib"))
-    found = {file.relative_to(root): file for file in root.rglob("*.py") if file.is_file()}
-    return [
-        found[name]
-        for name in sorted(found)
-        if STDLIB_LEFT_OUT.isdisjoint(name.parts) and not name.name.startswith(STDLIB_GENERATED)
-    ]
-
-
-def _lines(file: Path) -> Iterator[Document]:
-    offset = 0
-    with file.open("rb") as stream:
-        for line in stream:
-            if line.strip():
-                yield Document(file, offset, len(line))
-            offset += len(line)
-
-
-def _size(document: Document) -> int:
-    return document.path.stat().st_size if document.length is None else document.length
-
-
-def _texts(
-    documents: Iterable[Document], json_key: str, limit: int | None, skipped: Counter[str] | None = None
-) -> Iterator[str]:
-    """The documents' exact text, up to and with the one that reaches `limit` bytes; `skipped` counts the others."""
-    skipped = Counter() if skipped is None else skipped
-    taken = 0
-    for document in documents:
-        if limit is not None and taken >= limit:
-            return
-        try:
-            text = _read(document, json_key)
-            size = len(text.encode())  # a JSON escape can spell half a surrogate pair
-        except UnicodeError:
-            skipped["undecodable"] += 1
-        except OSError:
-            skipped["unreadable"] += 1
-        except (ValueError, KeyError, TypeError):
-            skipped["without the JSON key"] += 1
-        else:
-            if "\0" in text:
-                skipped["binary"] += 1
-            elif not text.strip():
-                skipped["empty"] += 1
-            else:
-                taken += size
-                yield text
-
-
-def _read(document: Document, json_key: str) -> str:
-    if document.length is None:
-        return document.path.read_bytes().decode()
-    with document.path.open("rb") as stream:
-        stream.seek(document.offset)
-        text = json.loads(stream.read(document.length))[json_key]
-    if not isinstance(text, str):
-        raise TypeError(json_key)
-    return text
 
 
 def _train_tokenizer(path: Path, texts: Iterator[str], vocab_size: int) -> None:
@@ -431,23 +338,6 @@ def _progress(total_bytes: int) -> Iterator[_Report]:
             )
 
     yield line
-
-
-@contextmanager
-def _atomic_directory(path: Path) -> Iterator[Path]:
-    """A sibling of `path` that becomes `path` on success and is removed on failure."""
-    path = path.absolute()
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError("the output cannot be created", got=f"{path}: {error.strerror}") from error
-    try:
-        yield partial
-        partial.rename(path)  # an empty directory gives way, a full one does not
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
 
 
 def _sha256(path: Path) -> str:

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from megatron_ext.errors import ConfigError, DataError
+from megatron_ext.errors import CheckpointError, ConfigError, DataError
 from megatron_ext.training import corpus
+from megatron_ext.training.documents import find_documents
 
 TEXTS = {
     "a.py": "def f(x):\n    return x  # naïve\n" * 5,
@@ -228,7 +229,7 @@ def test_existing_output_is_refused_and_kept(source: Path, tmp_path: Path):
         corpus.build_dataset(tmp_path / "out", [source])
     with pytest.raises(ConfigError, match="nothing is overwritten"):
         corpus.build_dataset(source / "a.py", [source])
-    with pytest.raises(ConfigError, match="cannot be created"):
+    with pytest.raises(CheckpointError, match="cannot be created"):
         corpus.build_dataset(source / "a.py" / "out", [source])
     assert (tmp_path / "out" / "mine").read_text() == "precious"
     assert left_behind(tmp_path) == ["out"]
@@ -279,6 +280,6 @@ def test_the_default_corpus_is_the_standard_library(tmp_path: Path):
     summary = corpus.build_dataset(tmp_path / "out", vocab_size=512, max_bytes=300_000)
     assert summary.bytes >= 300_000
     assert summary.vocab_size == 512
-    names = {document.path.name for document in corpus._find_documents(None)}
+    names = {document.path.name for document in find_documents(None)}
     assert {"argparse.py", "dataclasses.py"} < names
-    assert not any("site-packages" in str(document.path) for document in corpus._find_documents(None))
+    assert not any("site-packages" in str(document.path) for document in find_documents(None))
