@@ -7,19 +7,6 @@ from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.huggingface import companions
 from megatron_ext.errors import DataError
 
-FILE = "tokenizer.json"
-
-
-def find_tokenizer(checkpoint: Path) -> Path | None:
-    """The directory of the tokenizer that a checkpoint was converted or trained with; None if it is not there."""
-    step = layout.find(checkpoint).path
-    folder = companions.beside(step)
-    trained_with = getattr(layout.common(step).get("args"), "tokenizer_model", None)
-    for found in (folder, Path(trained_with) if trained_with else None):
-        if found is not None and (found / FILE).is_file():
-            return found
-    return None
-
 
 def load_tokenizer(directory: Path) -> Any:
     """transformers' tokenizer.
@@ -30,7 +17,7 @@ def load_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     if not directory.is_dir():
-        raise DataError("no such tokenizer", got=directory, legal=f"a directory with {FILE}")
+        raise DataError("no such tokenizer", got=directory, legal=f"a directory with {companions.TOKENIZER}")
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # whatever the first broken file makes transformers raise
@@ -43,9 +30,11 @@ def tokenizer_of(checkpoint: Path, given: Path | None) -> Any:
     Raises:
         DataError: There is none, or it cannot be loaded.
     """
-    found = given or find_tokenizer(checkpoint)
+    found = given or companions.tokenizer(layout.find(checkpoint).path)
     if found is None:
-        raise DataError("the checkpoint has no tokenizer", got=checkpoint, legal=f"--tokenizer DIR, with {FILE}")
+        raise DataError(
+            "the checkpoint has no tokenizer", got=checkpoint, legal=f"--tokenizer DIR, with {companions.TOKENIZER}"
+        )
     return load_tokenizer(found)
 
 

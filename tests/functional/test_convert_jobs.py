@@ -61,3 +61,23 @@ def test_a_model_becomes_a_gpt_model_and_a_pattern_again(workspace: Workspace) -
     convert(workspace, "--from", "gpt", "--to", "megatron", "llama-gpt", "llama-again")
     old, new = Reader(workspace.path / "llama-pattern"), Reader(workspace.path / "llama-again")
     assert all(torch.equal(old.read(key), new.read(key)) for key in old.shapes)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_was_trained_here_takes_its_tokenizer_along(workspace: Workspace) -> None:
+    llama = ["--hybrid-layer-pattern=*-*-", "--hidden-size", "32", "--ffn-hidden-size", "48", "--norm-epsilon", "1e-6"]
+    llama += ["--num-attention-heads", "4", "--max-position-embeddings", "64", "--position-embedding-type", "rope"]
+    llama += ["--swiglu", "--disable-bias-linear", "--normalization", "RMSNorm", "--train-iters", "1"]
+    llama += ["--untie-embeddings-and-output-weights"]
+    workspace.run("pretrain_hybrid.py", *llama, *workspace.data, *TRAIN, "--save", "own-llama")
+    out = convert(workspace, "--from", "megatron", "--to", "hf", "own-llama", "own-llama-hf", "--verify")
+    assert "text: largest difference" in out
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+    folder = workspace.path / "own-llama-hf"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.vocab_size == len(tokenizer)  # without padding
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    made = pipeline("text-generation", model=model, tokenizer=tokenizer)("def add(", max_new_tokens=3)
+    assert made[0]["generated_text"].startswith("def add(")

@@ -12,7 +12,9 @@ from megatron_ext.errors import CheckpointError
 
 FOLDER = "huggingface"
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 CARD = "README.md"
+TOKENIZER = "tokenizer.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".index.json")
 _LARGEST = 200 * 2**20  # bytes; a tokenizer is smaller
 
@@ -61,6 +63,37 @@ def beside(step: Path) -> Path | None:
     """Where a converted checkpoint keeps them: beside its steps; None if it was not converted."""
     folder = step.parent / FOLDER
     return folder if (folder / CONFIG).is_file() else None
+
+
+def tokenizer(step: Path) -> Path | None:
+    """The directory of the tokenizer that a step was converted or trained with; None if it is not there."""
+    trained_with = getattr(layout.common(step).get("args"), "tokenizer_model", None)
+    for found in (beside(step), Path(trained_with) if trained_with else None):
+        if found is not None and (found / TOKENIZER).is_file():
+            return found
+    return None
+
+
+def words(directory: Path) -> int:
+    """Tokens that the tokenizer of a directory has, added ones included."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(directory / TOKENIZER)).get_vocab_size()
+
+
+def generation(directory: Path) -> dict[str, int]:
+    """A `generation_config.json` for a model that has none: with what its tokenizer begins, ends and pads texts."""
+    from tokenizers import Tokenizer
+
+    told = directory / "tokenizer_config.json"
+    config = json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {}
+    known, ids = Tokenizer.from_file(str(directory / TOKENIZER)), {}
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token = config.get(name)
+        number = known.token_to_id(token["content"] if isinstance(token, dict) else token) if token else None
+        if number is not None:
+            ids[f"{name}_id"] = number
+    return ids
 
 
 def find(path: str | Path) -> Path:

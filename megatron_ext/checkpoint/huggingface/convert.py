@@ -182,9 +182,9 @@ def to_hf(
         source: A checkpoint directory (then its newest complete step), or a step in it.
         destination: A new directory.
         like: Where configuration and tokenizer come from, a Hugging Face directory or a checkpoint converted from one;
-            by default what was kept beside the checkpoint.
+            by default what was kept beside the checkpoint, or else the tokenizer it was trained with.
         family: The class it is to be; by default that of `like`, or the first that can express the model.
-        vocab_size: Words without padding; by default those of `like`.
+        vocab_size: Words without padding; by default those of `like` or of that tokenizer.
         dtype: The type of the weights; the one they have by default.
         shard_bytes: Bytes of a file.
         progress: Called with the bytes written, and those to write in all.
@@ -202,7 +202,8 @@ def to_hf(
     check_shapes(arch, reader.shapes)
     folder = companions.find(like) if like is not None else companions.beside(reader.step.path)
     config = companions.read_config(folder) if folder else {}
-    arch = replace(arch, vocab_size=_words(arch, config, vocab_size))
+    tokenizer = None if folder else companions.tokenizer(reader.step.path)
+    arch = replace(arch, vocab_size=_words(arch, config, tokenizer, vocab_size))
     chosen = _family(arch, config, family)
     if config and families.of_config(config) not in (chosen, getattr(chosen, "base", None)):
         config = {}
@@ -228,6 +229,10 @@ def to_hf(
                 progress(done, total)
         if folder:
             companions.copy(companions.files(folder), directory)
+        elif tokenizer:
+            companions.copy(companions.files(tokenizer), directory)
+            generation = json.dumps(companions.generation(tokenizer), indent=2)
+            (directory / companions.GENERATION).write_text(generation + "\n", encoding="utf-8")
         if written != config:
             (directory / companions.CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         if isinstance(chosen, PrunedFamily):
@@ -266,7 +271,7 @@ class _Latest:
         return self._tensor
 
 
-def _words(arch: Architecture, config: dict[str, Any], wanted: int | None) -> int:
+def _words(arch: Architecture, config: dict[str, Any], tokenizer: Path | None, wanted: int | None) -> int:
     if wanted is not None and not 1 <= wanted <= arch.vocab_size:
         raise ConfigError("--vocab-size: the embedding has other rows", got=wanted, legal=f"1 to {arch.vocab_size}")
     told = arch.vocab_size
@@ -275,6 +280,8 @@ def _words(arch: Architecture, config: dict[str, Any], wanted: int | None) -> in
             told = families.of_config(config).read(config).vocab_size
         except CheckpointError:
             told = int(config.get("vocab_size", told))
+    elif tokenizer:
+        told = companions.words(tokenizer)
     return min(wanted or told, arch.vocab_size)
 
 
