@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megatron_ext.checkpoint import gpt, layout
 from megatron_ext.checkpoint.huggingface import companions, families
+from megatron_ext.checkpoint.huggingface.coded import CodedFamily
 from megatron_ext.checkpoint.huggingface.convert import TYPES, to_hf, to_megatron
-from megatron_ext.checkpoint.huggingface.pruned import PrunedFamily, holds_our_code
 from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.training.launch import Job, launch, silenced
 
@@ -72,9 +72,9 @@ def main(args: argparse.Namespace) -> None:
                 args.input, args.output, like=args.like, family=args.hf_class, vocab_size=args.vocab_size,
                 dtype=dtype, shard_bytes=int(args.shard_gb * 1e9), progress=progress,
             )  # fmt: skip
-            if isinstance(family, PrunedFamily):
-                print(f"layers differ: {family.name}, whose code is in {family.module}.py beside the weights, "
-                      "loads with trust_remote_code=True", flush=True)  # fmt: skip
+            if isinstance(family, CodedFamily):
+                code = f"{family.module}.py beside the weights (trust_remote_code=True)"
+                print(f"no class of transformers can express it: {family.name}, with {code}", flush=True)
     print(f"wrote {args.output}: {progress.total / 1e9:.2f} GB in {time.monotonic() - start:.1f} s", flush=True)
     if args.verify and "gpt" in (args.source, args.target):
         verify_gpt(*((args.output, args.input) if args.source == "gpt" else (args.input, args.output)))
@@ -195,7 +195,7 @@ def hf_logits(directory: Path, inputs: list[Tensor]) -> list[Tensor]:
     """Logits (b, s, v) of transformers' model in fp32 for each batch of tokens (b, s)."""
     from transformers import AutoModelForCausalLM
 
-    ours = holds_our_code(directory, companions.read_config(directory))  # and no other is run
+    ours = families.holds_our_code(directory, companions.read_config(directory))  # and no other is run
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=ours).eval()
     logits = [model(tokens).logits for tokens in inputs]
     del model

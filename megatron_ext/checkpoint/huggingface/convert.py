@@ -14,10 +14,10 @@ from torch import Tensor
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.atomic import fresh_directory, refuse_existing
 from megatron_ext.checkpoint.huggingface import companions, families
+from megatron_ext.checkpoint.huggingface.coded import CodedFamily
 from megatron_ext.checkpoint.huggingface.family import Family, Piece, their_shape
 from megatron_ext.checkpoint.huggingface.pickled import NAME as PICKLED
 from megatron_ext.checkpoint.huggingface.pickled import Pickled
-from megatron_ext.checkpoint.huggingface.pruned import PrunedFamily
 from megatron_ext.checkpoint.huggingface.shards import SHARD_BYTES, Shards, writing_shards
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.scratch import Scratch
@@ -235,7 +235,7 @@ def to_hf(
             (directory / companions.GENERATION).write_text(generation + "\n", encoding="utf-8")
         if written != config:
             (directory / companions.CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-        if isinstance(chosen, PrunedFamily):
+        if isinstance(chosen, CodedFamily):
             (directory / f"{chosen.module}.py").write_text(chosen.code(), encoding="utf-8")
         facts = _facts(arch, chosen) | companions.provenance(reader.step.path)
         (directory / companions.CARD).write_text(companions.card(destination.name, facts), encoding="utf-8")
@@ -305,7 +305,7 @@ def _facts(arch: Architecture, family: Family) -> dict[str, str]:
         f"{name} {importlib.metadata.version(name)}" for name in ("megatron-ext", "megatron-core", "torch")
     )
     return {
-        "class": family.name + (" (`trust_remote_code=True`)" if isinstance(family, PrunedFamily) else ""),
+        "class": family.name + (" (`trust_remote_code=True`)" if isinstance(family, CodedFamily) else ""),
         "parameters": f"{arch.num_parameters():,}", "layers": f"`{arch.pattern}`",
         "hidden size": f"{arch.hidden_size:,}", "versions": versions,
     }  # fmt: skip

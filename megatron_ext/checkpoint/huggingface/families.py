@@ -1,19 +1,24 @@
 """Which families there are, and which one a `config.json` or a model belongs to."""
 
+from pathlib import Path
+
 from megatron_ext.checkpoint.huggingface.family import Config, Family
+from megatron_ext.checkpoint.huggingface.hybrid import HYBRID
 from megatron_ext.checkpoint.huggingface.llama import LLAMA
 from megatron_ext.checkpoint.huggingface.mamba2 import MAMBA2
 from megatron_ext.checkpoint.huggingface.mistral import MISTRAL
 from megatron_ext.checkpoint.huggingface.nemotron import NEMOTRON
 from megatron_ext.checkpoint.huggingface.nemotron_h import NEMOTRON_H
-from megatron_ext.checkpoint.huggingface.pruned import VARIANTS
+from megatron_ext.checkpoint.huggingface.pruned import PRUNED
 from megatron_ext.checkpoint.huggingface.qwen import QWEN2, QWEN3
 from megatron_ext.checkpoint.huggingface.state_spaces import STATE_SPACES
 from megatron_ext.errors import CheckpointError, ConfigError, nearest
 from megatron_ext.models.config import Architecture
+from megatron_ext.models.pattern import MAMBA
 
 _NATIVE = (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, MAMBA2, NEMOTRON_H, STATE_SPACES)
-FAMILIES = {family.name: family for family in (*_NATIVE, *VARIANTS)}
+_CODED = (*PRUNED, HYBRID)
+FAMILIES = {family.name: family for family in (*_NATIVE, *_CODED)}
 
 
 def named(name: str) -> Family:
@@ -25,6 +30,15 @@ def named(name: str) -> Family:
     if name not in FAMILIES:
         raise ConfigError(f"no family {name!r}", legal=nearest(name, FAMILIES))
     return FAMILIES[name]
+
+
+def holds_our_code(directory: Path, config: Config) -> bool:
+    """Whether a directory's class is one of ours, and the code beside it is what we wrote there, unchanged."""
+    for family in _CODED:
+        code = directory / f"{family.module}.py"
+        if family.model_type == config.get("model_type") and code.is_file():
+            return code.read_text(encoding="utf-8") == family.code()
+    return False
 
 
 def of_config(config: Config) -> Family:
@@ -46,7 +60,7 @@ def of_config(config: Config) -> Family:
 
 
 def like(config: Config, arch: Architecture) -> Family:
-    """The family that a `config.json` names, or its variant with layers that differ if only that can be the model.
+    """The family that a `config.json` names, or the one of our own that takes over if only that can be the model.
 
     Raises:
         CheckpointError: The configuration names no family of ours, or neither can express the model; says why.
@@ -55,10 +69,12 @@ def like(config: Config, arch: Architecture) -> Family:
     try:
         return _able(family, arch, config)
     except CheckpointError:
-        variants = [variant for variant in VARIANTS if variant.base is family]
-        if not variants:
-            raise
-        return _able(variants[0], arch, config)
+        ours = next((ours for ours in _CODED if ours.base is family), None)
+        if ours is not None:
+            return _able(ours, arch, config)
+        if MAMBA in arch.pattern:
+            return _able(HYBRID, arch, {})
+        raise
 
 
 def expressing(arch: Architecture) -> Family:

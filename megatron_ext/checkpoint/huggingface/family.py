@@ -52,6 +52,7 @@ class Link:
         ours: The weight's key in our sub-layer.
         part: The part of our weight, as a view whose entries are in their order; leading dimensions are one of theirs.
         before: Rows of their tensor that come before.
+        exists: Whether a model that has our weight has it in this way.
     """
 
     unit: str
@@ -59,6 +60,7 @@ class Link:
     ours: str
     part: Part = whole
     before: Callable[[Architecture], int] = lambda arch: 0
+    exists: Callable[[Architecture], bool] = lambda arch: True
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class Family:
     ) -> Iterator[Piece]:
         for link in self.links:
             key = own_prefix + link.ours
-            if link.unit != unit or key not in shapes:
+            if link.unit != unit or key not in shapes or not link.exists(arch):
                 continue
             for expert in range(own.num_experts) if "{expert}" in link.theirs else (None,):
                 part = _bound(link.part, own, expert)

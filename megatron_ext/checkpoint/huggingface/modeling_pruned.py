@@ -1,6 +1,6 @@
 """LlamaForCausalLM with layers that differ in size, or have no attention or no MLP.
 
-`pruned_layers` of config.json has one entry for each layer: the sizes that are its own, and under `skip` the sub-layers
+`layer_changes` of config.json has one entry for each layer: the sizes that are its own, and under `skip` the sub-layers
 that it does not have ("self_attn", "mlp"). Everything else, caches, attention backends and generation among it, is that
 of transformers. Load it with `trust_remote_code=True`.
 """
@@ -17,10 +17,10 @@ NORMS = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
 
 
 class PrunedLlamaConfig(LlamaConfig):
-    """The configuration of LlamaForCausalLM and `pruned_layers`."""
+    """The configuration of LlamaForCausalLM and `layer_changes`."""
 
     model_type = "pruned_llama"
-    pruned_layers: Any = None
+    layer_changes: Any = None
 
 
 class Nothing(nn.Module):
@@ -37,7 +37,7 @@ class Nothing(nn.Module):
 
 
 class PrunedLlamaForCausalLM(LlamaForCausalLM):
-    """LlamaForCausalLM whose layers are what `config.pruned_layers` says."""
+    """LlamaForCausalLM whose layers are what `config.layer_changes` says."""
 
     config_class = PrunedLlamaConfig
 
@@ -45,7 +45,7 @@ class PrunedLlamaForCausalLM(LlamaForCausalLM):
         super().__init__(config)
         layers: Any = getattr(self, self.base_model_prefix).layers
         attentions = 0
-        for index, changes in enumerate(config.pruned_layers):
+        for index, changes in enumerate(config.layer_changes):
             own = copy.copy(config)
             for name, value in changes.items():
                 setattr(own, name, value)

@@ -13,7 +13,7 @@ from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
 _WORDS = {MAMBA: "linear_attention", ATTENTION: "full_attention", MLP: "mlp", MOE: "moe"}
 _UNITS = {word: unit for unit, word in _WORDS.items()} | {"mamba": MAMBA, "attention": ATTENTION}
 
-_ATTENTION = [
+ATTENTION_ROWS = [
     Link("*", "norm.weight", "self_attention.linear_qkv.layer_norm_weight"),
     Link("*", "mixer.q_proj.weight", "self_attention.linear_qkv.weight", query),
     Link("*", "mixer.k_proj.weight", "self_attention.linear_qkv.weight", key),
@@ -25,7 +25,7 @@ _MLP = [
     Link("-", "mixer.up_proj.weight", "mlp.linear_fc1.weight"),
     Link("-", "mixer.down_proj.weight", "mlp.linear_fc2.weight"),
 ]
-_EXPERTS = [
+EXPERTS = [
     Link("E", "norm.weight", "pre_mlp_layernorm.weight"),
     Link("E", "mixer.gate.weight", "mlp.router.weight"),
     Link("E", "mixer.gate.e_score_correction_bias", "mlp.router.expert_bias"),
@@ -68,6 +68,16 @@ class _Pattern:
         return known or {"layers_block_type": entries["layers_block_type"]}
 
 
+class _Untied(Tied):
+    """transformers 5 reads `tie_word_embeddings` of this class and ties nothing: the output layer would be random."""
+
+    def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
+        """The entry; refuses tied embeddings."""
+        if not arch.untie_embeddings_and_output_weights:
+            raise CheckpointError("NemotronHForCausalLM cannot have tied embeddings")
+        return super().write(arch, like)
+
+
 class _Mixture:
     """The experts, where the pattern has some."""
 
@@ -104,16 +114,20 @@ class _Mixture:
         return entries
 
 
+# What a hybrid of our own has as well.
+SHARED: list[Any] = [
+    _Pattern(), Same("vocab_size", "vocab_size", 131_072), Same("hidden_size", "hidden_size", 4096),
+    Same("intermediate_size", "ffn_hidden_size", 21_504), Same("num_attention_heads", "num_attention_heads", 32),
+    Same("num_key_value_heads", "num_query_groups", 8), Same("head_dim", "kv_channels", _head_dim),
+    Same("max_position_embeddings", "max_position_embeddings", 4096),
+    Same("mamba_num_heads", "mamba_num_heads", 128), Same("mamba_head_dim", "mamba_head_dim", 64),
+    Same("ssm_state_size", "mamba_state_dim", 128), *MIXER_SETTINGS, Only("mamba_hidden_act", "silu"),
+    Only("mamba_proj_bias", False), Only("attention_bias", False), Only("sliding_window", None),
+    Only("mlp_bias", False), _Mixture(),
+]  # fmt: skip
 NEMOTRON_H = Family(
     "NemotronHForCausalLM", "nemotron_h", "backbone.layers.{}", "",
-    [*OUTER, *MIXER, *_ATTENTION, *_MLP, *_EXPERTS],
-    [_Pattern(), Same("vocab_size", "vocab_size", 131_072), Same("hidden_size", "hidden_size", 4096),
-     Same("intermediate_size", "ffn_hidden_size", 21_504), Same("num_attention_heads", "num_attention_heads", 32),
-     Same("num_key_value_heads", "num_query_groups", 8), Same("head_dim", "kv_channels", _head_dim),
-     Same("max_position_embeddings", "max_position_embeddings", 4096),
-     Same("mamba_num_heads", "mamba_num_heads", 128), Same("mamba_head_dim", "mamba_head_dim", 64),
-     Same("ssm_state_size", "mamba_state_dim", 128), *MIXER_SETTINGS,
-     Only("mlp_hidden_act", "relu2"), Only("mamba_hidden_act", "silu"), Only("mamba_proj_bias", False),
-     Only("attention_bias", False), Only("sliding_window", None), Only("mlp_bias", False), _Mixture(), Tied(),
+    [*OUTER, *MIXER, *ATTENTION_ROWS, *_MLP, *EXPERTS],
+    [*SHARED, _Untied(), Only("mlp_hidden_act", "relu2"),
      Always(activation="squared_relu", gated_linear_unit=False, position_embedding_type="none")],
 )  # fmt: skip

@@ -253,6 +253,7 @@ def test_configurations_that_our_models_cannot_be(hf: Path, tmp_path: Path, entr
          "zero_centered_norm=True"),
         (replace(ARCH, hidden_size=18), "LlamaForCausalLM", "MistralForCausalLM has no such condition"),
         (replace(MAMBA, hidden_size=24), "Mamba2ForCausalLM", "whole multiple of the hidden size"),
+        (replace(MAMBA, untie_embeddings_and_output_weights=False), "NemotronHForCausalLM", "tied embeddings"),
         (replace(MAMBA, norm_epsilon=1e-6), "NemotronHForCausalLM", "norm_epsilon=1e-06"),
         (replace(MAMBA, pattern="M-"), "NemotronHForCausalLM", "activation='silu'"),
     ],
@@ -356,6 +357,8 @@ def test_old_and_new_configurations_say_the_same(hf: Path) -> None:
         ("mamba2-8b", "Mamba2ForCausalLM"),
         ("llama3.1-minitron-4b-width", "LlamaForCausalLM"),
         ("mn-minitron-8b", "MistralForCausalLM"),
+        ("mamba2-hybrid-8b", "HybridForCausalLM"),
+        ("tiny-hybrid", "HybridForCausalLM"),
     ],
 )
 def test_published_models_can_be_expressed(preset: str, family: str) -> None:

@@ -1,0 +1,93 @@
+"""Families whose code is ours: it lies beside the weights, and `auto_map` names it (`trust_remote_code=True`)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.checkpoint.huggingface.family import Config, Family
+from megatron_ext.errors import CheckpointError
+from megatron_ext.models.config import PER_LAYER, Architecture
+
+ENTRY = "layer_changes"
+
+
+@dataclass(frozen=True)
+class CodedFamily(Family):
+    """What a family of transformers' is not: it takes over where that cannot express a model.
+
+    Attributes:
+        base: The family of transformers'.
+        template: The file in this folder that its code is made of.
+        renamed: What is called otherwise in the code than in the template.
+    """
+
+    base: Family | None = None
+    template: str = ""
+    renamed: Sequence[tuple[str, str]] = ()
+
+    @property
+    def module(self) -> str:
+        """The name of the code's module."""
+        return f"modeling_{self.model_type}"
+
+    def code(self) -> str:
+        """The code."""
+        text = Path(__file__).with_name(self.template).read_text(encoding="utf-8")
+        for old, new in self.renamed:
+            text = text.replace(old, new)
+        return text
+
+    def write(self, arch: Architecture, like: Config | None = None) -> dict[str, Any]:
+        """`config.json` as `Family.write`; what `like`, a configuration of `base` or of this, says otherwise stays."""
+        config = f"{self.name.removesuffix('ForCausalLM')}Config"
+        own = {
+            "architectures": [self.name], "model_type": self.model_type,
+            "auto_map": {"AutoConfig": f"{self.module}.{config}", "AutoModelForCausalLM": f"{self.module}.{self.name}"},
+        }  # fmt: skip
+        if like and like.get("model_type") == self.model_type:
+            return super().write(arch, like)
+        return super().write(arch, own | {name: value for name, value in (like or {}).items() if name not in own})
+
+
+@dataclass(frozen=True)
+class LayerChanges:
+    """`layer_changes`: for each layer of a model whose layers are sub-layers, the sizes that are its own.
+
+    Attributes:
+        sizes: Their names of our sizes that may differ.
+    """
+
+    sizes: dict[str, str]
+
+    def read(self, config: Config) -> dict[str, Any]:
+        """The sizes."""
+        entries = changes_of(config)
+        sizes = {
+            ours: tuple(entry[theirs] for entry in entries if theirs in entry) for ours, theirs in self.sizes.items()
+        }
+        return {"layer_sizes": {name: values for name, values in sizes.items() if values}}
+
+    def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
+        """The entry."""
+        return {ENTRY: [self.of(arch, unit) for unit in range(len(arch.pattern))]}
+
+    def of(self, arch: Architecture, unit: int) -> dict[str, int]:
+        """The sizes of one sub-layer that are its own."""
+        return {
+            theirs: getattr(arch.at(unit), ours)
+            for ours, theirs in self.sizes.items()
+            if PER_LAYER[ours] == arch.pattern[unit] and ours in arch.layer_sizes
+        }
+
+
+def changes_of(config: Config) -> list[dict[str, Any]]:
+    """The entry of each layer.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    entries = config.get(ENTRY)
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise CheckpointError(f"config.json has no {ENTRY!r}", legal="a list with an object for each layer")
+    return entries
