@@ -49,6 +49,23 @@ def check_experts(step: layout.Step, args: Namespace) -> None:
         )  # fmt: skip
 
 
+def check_same_model(step: layout.Step, args: Namespace) -> None:
+    """Check that a run with these (Megatron's) arguments goes on with the model that a step holds.
+
+    Weights of another shape would not load; another RoPE base, epsilon or activation would, and be another function.
+
+    Raises:
+        CheckpointError: It is another model; names what differs.
+    """
+    saved, now = layout.architecture(step.path).to_dict(), Architecture.from_args(args).to_dict()
+    told = [f"{name}={now[name]} instead of {value}" for name, value in saved.items() if now[name] != value]
+    if told:
+        raise CheckpointError(
+            "a run cannot go on with another model", got=", ".join(told),
+            legal="the model of the checkpoint; --pretrained-checkpoint starts a new run from its weights",
+        )  # fmt: skip
+
+
 def _experts_apart(args: Namespace) -> bool:
     etp = getattr(args, "expert_tensor_parallel_size", None) or args.tensor_model_parallel_size
     apart = getattr(args, "expert_model_parallel_size", 1) > 1 or etp != args.tensor_model_parallel_size

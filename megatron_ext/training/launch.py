@@ -25,6 +25,7 @@ from megatron_ext.arguments import add_options, read_options
 from megatron_ext.checkpoint.resume import (
     architecture_on_disk,
     check_experts,
+    check_same_model,
     has_checkpoint,
     resume_point,
     sequence_length_on_disk,
@@ -36,6 +37,7 @@ from megatron_ext.models.pattern import MOE, Pattern
 from megatron_ext.models.pattern import parse as parse_pattern
 from megatron_ext.models.presets import preset
 from megatron_ext.ssm.dispatch import NAMES as SSM_BACKENDS
+from megatron_ext.training.context import extension
 from megatron_ext.training.directory import check_save
 
 VOCAB_MULTIPLE = 128
@@ -104,6 +106,10 @@ def _early_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer-model")
     parser.add_argument("--tokenizer-type")
     parser.add_argument("--ext-ssm-backend", default="auto")
+    parser.add_argument("--seq-length", type=int)
+    parser.add_argument("--max-position-embeddings", type=int)
+    parser.add_argument("--rotary-base", type=int)
+    parser.add_argument("--use-rope-scaling", action="store_true")
     return parser
 
 
@@ -151,8 +157,10 @@ def _model_flags(early: Namespace) -> tuple[list[str], str]:
         # A preset's vocabulary is only its default: the tokenizer in use decides.
         at = flags.index("--padded-vocab-size")
         del flags[at : at + 2]
-    if from_checkpoint and (length := sequence_length_on_disk(Path(source))):
-        flags += ["--seq-length", str(length)]
+    if from_checkpoint:
+        flags += extension(architecture, early)
+        if length := sequence_length_on_disk(Path(source)):
+            flags += ["--seq-length", str(length)]
     return flags, source
 
 
@@ -326,6 +334,7 @@ def _choose_step(args: Namespace, early: Namespace) -> None:
         args.ckpt_step = step.iteration
     if source == early.load and not (step.is_release or args.finetune or args.no_load_optim):
         check_experts(step, args)
+        check_same_model(step, args)
     args.exit_on_missing_checkpoint = True
 
 

@@ -1,0 +1,75 @@
+"""A trained model goes on at a longer sequence, the same under context parallelism."""
+
+import json
+
+import pytest
+from workspace import MODEL, TRAIN, Workspace
+
+from megatron_ext.checkpoint.resume import architecture_on_disk
+from megatron_ext.training.context import ntk_base
+
+LONG = ["--seq-length", "256", "--train-iters", "3", "--global-batch-size", "2", "--micro-batch-size", "1"]
+ROTARY = ["--rotary-base", "45000"]
+
+
+def short(workspace: Workspace, name: str, *changes: str) -> str:
+    """A model trained on 64 tokens, of `MODEL` with these changes."""
+    directory = f"short-{name}"
+    if not (workspace.path / directory).exists():
+        flags = [*MODEL, *changes, *workspace.data, *TRAIN, "--train-iters", "2", "--save", directory]
+        workspace.run("pretrain_hybrid.py", *flags, "--seq-length", "64")
+    return directory
+
+
+def extended(workspace: Workspace, source: str, name: str, *flags: str, ranks: int = 1) -> list[dict[str, float]]:
+    command = ["--pretrained-checkpoint", source, "--load", name, "--save", name, *workspace.data, *TRAIN, *LONG]
+    workspace.run("pretrain_hybrid.py", *command, *flags, ranks=ranks)
+    return workspace.metrics(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "flags"),
+    [
+        ("rotary", ["--hybrid-layer-pattern=*-*-"], ROTARY),
+        ("none", ["--position-embedding-type", "none"], []),
+    ],
+    ids=["transformer with another base", "hybrid without positions"],
+)
+def test_context_parallel_ranks_see_one_long_sequence(
+    workspace: Workspace, name: str, changes: list[str], flags: list[str]
+) -> None:
+    source = short(workspace, name, *changes)
+    whole = extended(workspace, source, f"long-{name}", *flags)
+    halves = extended(workspace, source, f"long-{name}-cp", *flags, "--context-parallel-size", "2", ranks=2)
+    for key in ("loss", "grad_norm"):
+        assert [step[key] for step in halves] == pytest.approx([step[key] for step in whole], rel=2e-5)
+    saved = architecture_on_disk(workspace.path / f"long-{name}-cp")
+    assert saved.max_position_embeddings == 256
+    assert saved.rotary_base == (45000 if flags else 10000)
+
+
+def test_rotary_positions_that_do_not_reach_are_refused_with_a_base(workspace: Workspace) -> None:
+    source = short(workspace, "rotary", "--hybrid-layer-pattern=*-*-")
+    command = ["--pretrained-checkpoint", source, "--save", "long-refused", *workspace.data, *TRAIN, *LONG]
+    done = workspace.run("pretrain_hybrid.py", *command, ok=False)
+    base = ntk_base(architecture_on_disk(workspace.path / source), 256)
+    assert f"--rotary-base {base}" in done.stderr
+    assert not (workspace.path / "long-refused").exists()
+
+
+def test_a_run_does_not_go_on_with_another_base(workspace: Workspace) -> None:
+    source = short(workspace, "rotary", "--hybrid-layer-pattern=*-*-")
+    command = ["--load", source, "--save", source, *workspace.data, *TRAIN, "--train-iters", "4", *ROTARY]
+    done = workspace.run("pretrain_hybrid.py", *command, ok=False)
+    assert "rotary_base=45000 instead of 10000" in done.stderr
+    assert "--pretrained-checkpoint" in done.stderr
+
+
+def test_the_longer_model_is_evaluated_at_its_length(workspace: Workspace) -> None:
+    source = short(workspace, "rotary", "--hybrid-layer-pattern=*-*-")
+    if not (workspace.path / "long-rotary").exists():
+        extended(workspace, source, "long-rotary", *ROTARY)
+    workspace.run("pretrain_hybrid.py", "--pretrained-checkpoint", "long-rotary", "--skip-train", "--save",
+                  "long-measured", "--save-interval", "1", *workspace.data, "--seq-length", "256")  # fmt: skip
+    results = json.loads((workspace.path / "long-measured" / "results.json").read_text())
+    assert results["tokens"] == results["sequences"] * 256
