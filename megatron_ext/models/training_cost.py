@@ -11,8 +11,8 @@ from megatron_ext.models import axes
 from megatron_ext.models.config import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE, parse
 
-# Tokens after which a state is kept for the backward (`ssm/triton/scan.py`).
-STATE_EVERY = 128
+# Tokens after which a state is kept for the backward (`ssm/triton/scan.py`, `ssm/chunk.py`).
+STATE_EVERY, STATE_EVERY_IN_TORCH = 128, 64
 # Logits of each model that the distillation loss holds at a time (`distillation/losses.py`).
 LOGITS_AT_A_TIME = 2**26
 
@@ -60,6 +60,10 @@ class Layout:
         recompute: Only the inputs of layers are kept, and each layer runs forward again.
         overlap_gradients: Gradients travel while the backward runs.
         virtual: Model chunks of a pipeline rank.
+        fused: Norms, gated activations and the state-space layer are single operations, as on a GPU; in plain torch
+            they keep more for their backward.
+        fused_gradients: Gradients of weights are added where they belong (Transformer Engine, Apex); otherwise each
+            is a tensor of its own first.
     """
 
     tp: int = 1
@@ -78,6 +82,8 @@ class Layout:
     recompute: bool = False
     overlap_gradients: bool = False
     virtual: int = 1
+    fused: bool = True
+    fused_gradients: bool = True
 
     @property
     def gpus(self) -> int:
@@ -126,8 +132,9 @@ def memory(arch: Architecture, layout: Layout, teacher: Architecture | None = No
     Adam keeps two fp32 moments and, beside 16-bit weights, an fp32 copy. Activations are what each kind of layer keeps
     for its backward (see `kept_per_token`) for the micro-batches that are under way at once (1F1B: as many as stages
     follow), and the logits with their fp32 softmax on the last stage. With a teacher logits are only ever made in
-    chunks, and it adds its weights, its widest layer at work, and such a chunk of both models. Neither the CUDA context
-    nor what an allocator loses in gaps is counted.
+    chunks, and it adds its weights, its widest layer at work, and such a chunk of both models. `working` is the
+    gradient of the largest weight before it is added to the others. Neither the CUDA context nor what an allocator
+    loses in gaps is counted.
     """
     parameters = axes.parameters_per_rank(arch, tp=layout.tp, pp=layout.pp, ep=layout.ep, etp=layout.etp)
     states = 8 + (4 if layout.width == 2 else 0)
@@ -140,6 +147,8 @@ def memory(arch: Architecture, layout: Layout, teacher: Architecture | None = No
             "optimizer": count * states / shards,
             "activations": _activations(arch, layout, stage, logits=teacher is None),
         }
+        if not layout.fused_gradients:
+            parts["working"] = float(_largest(arch, layout, stage) * layout.width)
         if teacher is not None:
             parts["distillation"] = _distillation(arch, teacher, layout, stage)
         stages.append(parts)
@@ -151,28 +160,54 @@ def kept_per_token(arch: Architecture, layer: int, layout: Layout) -> float:
 
     Inputs of matrix products, of norms, of activations and of flash attention; no attention scores, no dropout masks.
     """
-    unit, own, tp = arch.pattern[layer], arch.at(layer), layout.tp
+    unit, own, tp, width = arch.pattern[layer], arch.at(layer), layout.tp, layout.width
     hidden = arch.hidden_size / (tp if layout.sequence_parallel else 1)
-    values = 2 * hidden  # the residual stream as the norm's input, and its output as the first product's
-    extra = 0.0
+    # The residual stream as the norm's input, and the norm's output as the first product's.
+    kept = 2 * hidden * width + _plain_norm(arch, layout)
     if unit == ATTENTION:
         heads, groups = arch.num_attention_heads / tp, arch.num_query_groups / tp
-        values += (2 * heads + 2 * groups) * arch.kv_channels  # query, key, value, output
-        extra = 4 * heads  # the logarithm of the softmax's sum
+        values = 2 * heads + 2 * groups  # query, key, value, output
+        if arch.position_embedding_type == "rope":
+            values += heads + groups  # rotated; what they were made of lies in one tensor with the value
+        kept += values * arch.kv_channels * width + 4 * heads  # and the logarithm of the softmax's sum
     elif unit == MAMBA:
-        inner, heads = own.mamba_inner_size / tp, own.mamba_num_heads / tp
-        projected = 2 * inner + 2 * arch.mamba_num_groups / tp * arch.mamba_state_dim + heads
-        states = inner * arch.mamba_state_dim / STATE_EVERY
-        values += projected + 3 * inner + states  # and y before the gate, after it, and after its norm
-        extra = 8 * heads  # step sizes and decays
+        kept += _mamba(own, layout)
     elif unit == MLP:
-        values += own.ffn_hidden_size / tp * (3 if arch.gated_linear_unit else 2)  # before and after the activation
+        kept += _mlp(own.ffn_hidden_size / tp, arch, layout)
     elif unit == MOE:
-        ffn = arch.moe_ffn_hidden_size / layout.etp * (3 if arch.gated_linear_unit else 2)
-        values += arch.moe_router_topk * (2 * arch.hidden_size + ffn)  # sent to the experts, and what comes back
-        values += arch.moe_shared_expert_intermediate_size / tp * (3 if arch.gated_linear_unit else 2)
-        extra = 4 * arch.num_experts
-    return values * layout.width + extra
+        ffn = _mlp(arch.moe_ffn_hidden_size / layout.etp, arch, layout)
+        kept += arch.moe_router_topk * (2 * arch.hidden_size * width + ffn)  # sent to the experts, and what comes back
+        kept += _mlp(arch.moe_shared_expert_intermediate_size / tp, arch, layout) + 4 * arch.num_experts
+    return kept
+
+
+def _plain_norm(arch: Architecture, layout: Layout) -> float:
+    """What an RMSNorm in plain torch keeps beside its input and output: the normalised values, and inputs in fp32."""
+    if layout.fused or arch.normalization != "RMSNorm":
+        return 0.0
+    return arch.hidden_size / (layout.tp if layout.sequence_parallel else 1) * (4 if layout.width == 4 else 8)
+
+
+def _mlp(neurons: float, arch: Architecture, layout: Layout) -> float:
+    """Before and after the activation; a gated one in plain torch is three operations."""
+    return neurons * layout.width * ((3 if layout.fused else 5) if arch.gated_linear_unit else 2)
+
+
+def _mamba(own: Architecture, layout: Layout) -> float:
+    """What the input projection made, y, what comes before and after the norm, states; see `ssm/triton/mixer.py`.
+
+    In plain torch (`ssm/mamba_ssm_api.py`) also what the convolution made; y, the gate and states are in fp32.
+    """
+    tp, width = layout.tp, layout.width
+    inner, heads = own.mamba_inner_size / tp, own.mamba_num_heads / tp
+    convolved = inner + 2 * own.mamba_num_groups / tp * own.mamba_state_dim
+    projected = inner + convolved + heads
+    if layout.fused:
+        states = inner * own.mamba_state_dim / STATE_EVERY
+        return (projected + 3 * inner + states) * width + 8 * heads
+    gate = 4 + 4 + (4 + 2 if width == 2 else 0)  # y, its activation; and the gate in fp32, the product in 16 bits
+    states = inner * own.mamba_state_dim / STATE_EVERY_IN_TORCH * 4
+    return (projected + convolved + 2 * inner) * width + inner * gate + states + 8 * heads
 
 
 def _activations(arch: Architecture, layout: Layout, stage: int, logits: bool) -> float:
@@ -181,14 +216,30 @@ def _activations(arch: Architecture, layout: Layout, stage: int, logits: bool) -
     tokens = layout.micro_batch * layout.seq_length / layout.cp
     layers = [kept_per_token(arch, first + i, layout) for i in range(len(units[stage]))]
     in_flight = min(layout.micro_batches, layout.pp - stage)
-    if layout.recompute:
-        entry = arch.hidden_size / (layout.tp if layout.sequence_parallel else 1) * layout.width
-        total = len(layers) * entry * in_flight + max(layers, default=0)
+    last, hidden = 0.0, arch.hidden_size / (layout.tp if layout.sequence_parallel else 1)
+    if stage == layout.pp - 1:
+        last = 2 * hidden * layout.width + _plain_norm(arch, layout)  # the last norm
+        if logits:  # and, in 16 bits, the softmax in fp32
+            last += arch.vocab_size / layout.tp * (4 if layout.width == 4 else layout.width + 4)
+    if layout.recompute:  # logits are gone before the first layer runs again
+        total = len(layers) * hidden * layout.width * in_flight + max(last, *layers, 0.0)
     else:
-        total = sum(layers) * in_flight
-    if logits and stage == layout.pp - 1:
-        total += arch.vocab_size / layout.tp * (2 * layout.width + 4)  # logits, their fp32 softmax, and their gradient
+        total = sum(layers) * in_flight + last
     return total * tokens
+
+
+def _largest(arch: Architecture, layout: Layout, stage: int) -> float:
+    """Elements of a rank's largest weight."""
+    units = parse(arch.pattern).split(layout.pp).stages
+    first = sum(len(each) for each in units[:stage])
+    own = range(first, first + len(units[stage]))
+    sizes = [0]
+    for key in axes.tensors(arch):
+        layer, _ = axes.locate(arch, key)
+        ends = (key == axes.EMBEDDING and stage == 0) or (key == axes.OUTPUT_LAYER and stage == layout.pp - 1)
+        if layer in own or (layer is None and ends):
+            sizes.append(axes.size(arch, key, tp=layout.tp, ep=layout.ep, etp=layout.etp))
+    return max(sizes)
 
 
 def _distillation(arch: Architecture, teacher: Architecture, layout: Layout, stage: int) -> float:

@@ -11,7 +11,7 @@ GIB = 2**30
 
 
 def layout_of(launch: Launch) -> Layout:
-    """What `models.training_cost` has to know of a validated command line."""
+    """What `models.training_cost` has to know of a validated command line, which is to run on GPUs."""
     args = launch.args
     half = args.bf16 or args.fp16
     return Layout(
@@ -31,6 +31,7 @@ def layout_of(launch: Launch) -> Layout:
         recompute=args.recompute_granularity == "full",
         overlap_gradients=args.overlap_grad_reduce,
         virtual=args.virtual_pipeline_model_parallel_size or 1,
+        fused_gradients=args.gradient_accumulation_fusion,
     )
 
 

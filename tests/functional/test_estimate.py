@@ -5,8 +5,11 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
+from pathlib import Path
 
+import fork_server
 import pytest
+from workspace import HAS_GPU, ROOT
 
 from megatron_ext.errors import ConfigError
 from megatron_ext.models.presets import PRESETS
@@ -31,7 +34,8 @@ def test_estimate(tmp_path) -> None:
     arch = PRESETS["llama3.1-8b"].architecture
     assert found["parameters"] == arch.num_parameters()
     assert found["flops_per_token"] > training_flops_per_token(arch, 4096)
-    assert found["memory_bytes"].keys() == {"weights", "gradients", "optimizer", "activations", "distillation"}
+    parts = {"weights", "gradients", "optimizer", "activations", "working", "distillation"}
+    assert found["memory_bytes"].keys() == parts
     assert found["fits"]
     step = sum(found["step_seconds"].values())
     assert found["days"] == pytest.approx(1000 * step / 86400)
@@ -41,6 +45,28 @@ def test_estimate(tmp_path) -> None:
     shown = table(found)
     assert "16 x h200" in shown
     assert max(map(len, shown.splitlines())) <= 120
+
+
+@pytest.mark.skipif(HAS_GPU, reason="the meter counts the bytes of tensors on a CPU")
+@pytest.mark.parametrize(
+    ("case", "processes"),
+    [
+        ("Transformer, one process", 1),
+        ("Mamba-2, one process", 1),
+        ("hybrid, recomputed", 1),
+        ("hybrid, tensor 2, sequence parallel", 2),
+        ("hybrid, pipeline 2", 2),
+    ],
+)
+def test_memory_is_within_a_tenth_of_the_measured_peak(tmp_path: Path, case: str, processes: int) -> None:
+    """A count of bytes, the same on every machine; `benchmarks/memory.py` has more cases."""
+    command = [ROOT / "benchmarks" / "memory.py", "--child", tmp_path, case, "256", "128"]
+    done = fork_server.run(command, processes, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
+    ratio = sum(ranks[0]["estimate"].values()) / max(rank["peak"] for rank in ranks)
+    print(f"{case}: {ratio:.3f}")
+    assert 0.9 < ratio < 1.1
 
 
 def test_a_wrong_number_is_refused() -> None:

@@ -1,9 +1,12 @@
 """A trained model goes on at a longer sequence, the same under context parallelism."""
 
 import json
+import os
+import subprocess
 
+import fork_server
 import pytest
-from workspace import MODEL, TRAIN, Workspace
+from workspace import MODEL, ROOT, TRAIN, Workspace
 
 from megatron_ext.checkpoint.resume import architecture_on_disk
 from megatron_ext.training.context import ntk_base
@@ -73,3 +76,41 @@ def test_the_longer_model_is_evaluated_at_its_length(workspace: Workspace) -> No
                   "long-measured", "--save-interval", "1", *workspace.data, "--seq-length", "256")  # fmt: skip
     results = json.loads((workspace.path / "long-measured" / "results.json").read_text())
     assert results["tokens"] == results["sequences"] * 256
+
+
+@pytest.mark.parametrize(("recipe", "length", "ranks"), [("16k", 16384, 4), ("32k", 32768, 8), ("128k", 131_072, 32)])
+def test_the_recipes_fit_the_published_hybrid(recipe: str, length: int, ranks: int) -> None:
+    """The flags that run.sh starts, with the model's name in the place of its checkpoint."""
+    text = (ROOT / "examples" / "long_context" / "recipes" / f"{recipe}.flags").read_text()
+    flags = [word for line in text.splitlines() if not line.startswith("#") for word in line.split()]
+    parallel = ["--tensor-model-parallel-size", "4", "--sequence-parallel", "--bf16", "--use-distributed-optimizer"]
+    model = ["--preset", "mamba2-hybrid-8b", "--max-position-embeddings", str(length), "--micro-batch-size", "1"]
+    command = ["pretrain_hybrid.py", *model, *flags, *parallel, "--mock-data", "--dry-run"]
+    done = fork_server.run([ROOT / command[0], *command[1:]])
+    assert done.returncode == 0, done.stderr
+    shown = " ".join(done.stdout.split())
+    assert f"x {length:,} =" in shown.replace(f"x {length} =", f"x {length:,} =")
+    assert "4,194,304 tokens a step" in shown
+    assert f"{ranks} ranks = tensor 4 x pipeline 1 x context {ranks // 4}" in shown
+
+
+def test_the_script_starts_what_the_recipe_says(tmp_path) -> None:
+    stand_in = tmp_path / "python"
+    stand_in.write_text('#!/usr/bin/env bash\necho "$*"\n')
+    stand_in.chmod(0o755)
+    given = {
+        "MODEL": "/m",
+        "SAVE": "/s",
+        "DATA": "/d",
+        "PYTHON": str(stand_in),
+        "NNODES": "4",
+        "PATH": os.environ["PATH"],
+    }
+    script = ["bash", str(ROOT / "examples" / "long_context" / "run.sh")]
+    done = subprocess.run([*script, "16k", "--rotary-base", "42000"], env=given, capture_output=True, text=True)
+    assert "--nproc-per-node 8 --nnodes 4 " in done.stdout
+    assert "pretrain_hybrid.py --pretrained-checkpoint /m --load /s --save /s --seq-length 16384" in done.stdout
+    assert done.stdout.rstrip().endswith("--rotary-base 42000")
+    refused = subprocess.run([*script, "64k"], env=given, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "legal: 128k 16k 32k" in refused.stderr

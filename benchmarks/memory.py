@@ -1,0 +1,122 @@
+"""The memory that `megatron-ext estimate` tells against the measured peak of a training step, on several layouts.
+
+    python benchmarks/memory.py [--tokens 512] [--hidden 256]
+
+Each case is `pretrain_hybrid.py` or `distill_gpt.py` on one or two processes for three steps; the peak is that of the
+fullest rank: on a CPU the bytes of all live tensors (`peak.py`), exact and the same on every run; on a GPU
+`max_memory_allocated`. Writes results/memory_cpu.json or memory_cuda.json, and .md.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import machine
+import torch
+from peak import PeakMeter
+
+PATTERNS = {"Transformer": "*-*-*-*-", "Mamba-2": "MMMMMM", "hybrid": "M-M-*-M-"}
+RECOMPUTED = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+HALVES = ["--tensor-model-parallel-size", "2"]
+# Name: model, flags, processes.
+CASES: dict[str, tuple[str, list[str], int]] = {
+    **{f"{name}, one process": (name, [], 1) for name in PATTERNS},
+    "hybrid, bf16": ("hybrid", ["--bf16"], 1),
+    "hybrid, recomputed": ("hybrid", RECOMPUTED, 1),
+    "hybrid, tensor 2": ("hybrid", HALVES, 2),
+    "hybrid, tensor 2, sequence parallel": ("hybrid", [*HALVES, "--sequence-parallel"], 2),
+    "hybrid, pipeline 2": ("hybrid", ["--pipeline-model-parallel-size", "2"], 2),
+    "hybrid, data 2, distributed optimizer": ("hybrid", ["--use-distributed-optimizer"], 2),
+    "hybrid, context 2": ("hybrid", ["--context-parallel-size", "2"], 2),
+}  # fmt: skip
+
+
+def flags_of(case: str, tokens: int, hidden: int) -> list[str]:
+    """The command line of a case."""
+    name, flags, _ = CASES[case]
+    return [
+        f"--hybrid-layer-pattern={PATTERNS[name]}", "--hidden-size", str(hidden), "--ffn-hidden-size", str(3 * hidden),
+        "--num-attention-heads", str(hidden // 32), "--group-query-attention", "--num-query-groups", "2",
+        "--kv-channels", "32", "--mamba-num-heads", str(hidden // 16), "--mamba-head-dim", "32",
+        "--mamba-state-dim", "32", "--mamba-num-groups", "2", "--normalization", "RMSNorm", "--swiglu",
+        "--disable-bias-linear", "--position-embedding-type", "rope", "--untie-embeddings-and-output-weights",
+        "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "4095", "--seq-length", str(tokens),
+        "--max-position-embeddings", str(tokens), "--micro-batch-size", "4", "--global-batch-size", "8",
+        "--train-iters", "3", "--lr", "1e-4", "--eval-iters", "0", *flags,
+    ]  # fmt: skip
+
+
+def child(out: Path, flags: list[str]) -> None:
+    """Train in this process; its peak and the estimate into a file of its rank."""
+    from megatron_ext.training.launch import STOPPABLE, Job, launch
+
+    started = launch(Job("pretrain", defaults=STOPPABLE), flags)
+    from megatron_ext.models.training_cost import memory
+    from megatron_ext.platform.device import device_type
+    from megatron_ext.training import run
+    from megatron_ext.training.dry_run import layout_of
+
+    if device_type() == "cuda":
+        run.train(started)
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        with PeakMeter() as meter:
+            run.train(started)
+        peak = meter.peak
+    layout = replace(layout_of(started), fused=device_type() == "cuda")
+    found = {"peak": peak, "estimate": memory(started.architecture, layout)}
+    (out / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
+
+
+def measure(case: str, tokens: int, hidden: int) -> dict[str, Any]:
+    """Run a case; the peak of its fullest rank and the estimate, bytes."""
+    processes = CASES[case][2]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [__file__, "--child", folder, case, str(tokens), str(hidden)]
+        if processes > 1:
+            command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *command]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr[-4000:])
+        ranks = [json.loads(path.read_text()) for path in sorted(Path(folder).iterdir())]
+    peak, estimate = max(rank["peak"] for rank in ranks), ranks[0]["estimate"]
+    return {"peak_bytes": peak, "estimate_bytes": estimate, "ratio": sum(estimate.values()) / peak}
+
+
+def main() -> None:
+    """Measure, print, write."""
+    if sys.argv[1:2] == ["--child"]:
+        out, case, tokens, hidden = sys.argv[2:]
+        child(Path(out), flags_of(case, int(tokens), int(hidden)))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--hidden", type=int, default=256)
+    sizes = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    names = [name for name, case in CASES.items() if not on_gpu or case[2] <= torch.cuda.device_count()]
+    found = {name: measure(name, sizes.tokens, sizes.hidden) for name in names}
+    report = {
+        "what": "estimated memory of a training step over the measured peak",
+        "ratios": {name: case["ratio"] for name, case in found.items()},
+        **machine.describe(),
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "sizes": vars(sizes),
+        "cases": found,
+    }
+    lines = ["| | estimated, MB | measured, MB | ratio |", "|---|---|---|---|"]
+    for name, case in found.items():
+        told, peak = sum(case["estimate_bytes"].values()) / 1e6, case["peak_bytes"] / 1e6
+        lines.append(f"| {name} | {told:.1f} | {peak:.1f} | {case['ratio']:.3f} |")
+    machine.write(report, "memory_cuda" if on_gpu else "memory_cpu", "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
