@@ -47,7 +47,7 @@ def torchrun(*command: str) -> None:
         raise SystemExit(done.stderr[-4000:])
 
 
-def train(run: Path, data: list[str], length: int, steps: int, *model: str) -> None:
+def train(run: Path, data: list[str], length: int, steps: int, rate: float, *model: str) -> None:
     """Train for so many steps of `TOKENS` tokens, unless that is done."""
     if (run / f"iter_{steps:07d}" / "metadata.json").is_file():
         return
@@ -56,7 +56,7 @@ def train(run: Path, data: list[str], length: int, steps: int, *model: str) -> N
     torchrun(
         str(ROOT / "pretrain_hybrid.py"), *model, *data, "--seq-length", str(length), "--load", str(run), "--save",
         str(run), "--micro-batch-size", str(max(1, batch // PROCESSES // 2)), "--global-batch-size", str(batch),
-        "--train-iters", str(steps), "--lr", "2e-3", "--min-lr", "1e-4", "--lr-decay-style", "cosine",
+        "--train-iters", str(steps), "--lr", str(rate), "--min-lr", "1e-4", "--lr-decay-style", "cosine",
         "--lr-warmup-iters", "20", "--weight-decay", "0.1", "--adam-beta2", "0.95", "--clip-grad", "1.0",
         "--eval-iters", "0", "--save-interval", str(steps),
     )  # fmt: skip
@@ -91,13 +91,13 @@ def arms(work: Path, steps: int, extension_steps: int) -> dict[str, dict[str, An
     for name, (model, base) in ARMS.items():
         arch = preset(model).architecture
         short = work / model
-        train(short, data, SHORT, steps, "--preset", model, "--max-position-embeddings", str(SHORT))
+        train(short, data, SHORT, steps, 2e-3, "--preset", model, "--max-position-embeddings", str(SHORT))
         flags = []
         if base is not None:
             trained = replace(arch, max_position_embeddings=SHORT)
             flags = ["--rotary-base", str(arch.rotary_base if base == "same" else ntk_base(trained, LONG))]
         long = work / f"{model}-{base or 'long'}"
-        train(long, data, LONG, extension_steps, "--pretrained-checkpoint", str(short), *flags)
+        train(long, data, LONG, extension_steps, 4e-4, "--pretrained-checkpoint", str(short), *flags)
         found[name] = {
             "flags": flags,
             "before": measured(short, library / READ),

@@ -89,6 +89,18 @@ def _range(key: str) -> Callable[[dict[str, Any]], str]:
     return value
 
 
+def _pretrain(model: str) -> Callable[[dict[str, Any]], str]:
+    def value(found: dict[str, Any]) -> str:
+        own = found["models"][model]
+        return f"{own['ratio']:.2f}x" if "ratio" in own else f"{UNKNOWN}: {own['peer_missing']}"
+
+    return value
+
+
+def _estimated(found: dict[str, Any]) -> str:
+    return f"{min(found['ratios'].values()):.2f}x to {max(found['ratios'].values()):.2f}x"
+
+
 ROWS = [
     Row("Mamba-2 mixer on a GPU: speed over mamba-ssm, forward + backward", "ssm_gpu.py", "ssm_gpu", _ssm_gpu, "1.3x"),
     Row("the same: error of each gradient over mamba-ssm's", "ssm_gpu.py", "ssm_gpu", _ssm_gpu_errors, "1x"),
@@ -104,10 +116,20 @@ ROWS = [
         _decode("Transformer, full heads")),
     Row("decoding on a CPU: hybrid over a Transformer with grouped heads", "decode.py", "decode_cpu",
         _decode("Transformer, grouped")),
+    *(Row(f"pre-training a {model} on a GPU: speed over plain Megatron-Core", "pretrain.py", "pretrain_cuda",
+          _pretrain(model), "1x") for model in ("Transformer", "Mamba-2", "hybrid")),
+    *(Row(f"pre-training a {model} on a CPU: speed over plain Megatron-Core", "pretrain.py", "pretrain_cpu",
+          _pretrain(model), "1x") for model in ("Transformer", "Mamba-2", "hybrid")),
+    Row("estimated memory over the measured peak on a GPU", "memory.py", "memory_cuda", _estimated, "0.9x to 1.1x"),
+    Row("estimated memory over the measured peak on a CPU", "memory.py", "memory_cpu", _estimated, "0.9x to 1.1x"),
+    Row("estimated time of a step, median error on a CPU", "scaling.py", "scaling",
+        lambda found: f"{found['median_error']:.0%} (largest {found['largest_error']:.0%})"),
     Row("distillation loss on a GPU: time over the plain method", "kd_loss.py", "kd_loss_cuda", _kd("seconds")),
     Row("the same: peak memory", "kd_loss.py", "kd_loss_cuda", _kd("peak_bytes")),
     Row("distillation loss on a CPU: time over the plain method", "kd_loss.py", "kd_loss_cpu", _kd("seconds")),
     Row("the same: peak memory", "kd_loss.py", "kd_loss_cpu", _kd("peak_bytes")),
+    Row("distilling in a pipeline: a step over the student's and the teacher's forward", "distillation_pipeline.py",
+        "distillation_pipeline", lambda found: f"{found['ratio']:.2f}x"),
     Row("calibration pass: time over a plain forward pass", "calibration.py", "calibration",
         lambda found: f"{found['ratio']:.2f}x"),
     Row("applying a plan: time over `cp` of the bytes it reads", "apply.py", "apply", _range("ratio")),

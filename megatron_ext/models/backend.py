@@ -4,21 +4,24 @@ import logging
 
 from megatron_ext import platform
 from megatron_ext.platform import state_space
-from megatron_ext.ssm import dispatch, mamba_ssm_api
+from megatron_ext.ssm import dispatch, fastest, mamba_ssm_api
 
 logger = logging.getLogger(__name__)
 
 
-def prepare(ssm: str = "auto") -> None:
+def prepare(ssm: str = "auto", shape: fastest.Shape | None = None) -> None:
     """Make Megatron usable in this process, on whatever device it has. Calling it again changes `ssm` alone.
 
     Args:
-        ssm: Which state-space kernels run, one of `dispatch.NAMES`. By default mamba_ssm's where they are installed and
-            can run, else ours, chosen by device, dtype and shape.
+        ssm: Which state-space kernels run, one of `dispatch.NAMES`. By default ours, chosen by device, dtype and shape;
+            where mamba_ssm's can run, too, the faster ones, measured on `shape`.
+        shape: A layer of the model.
 
     Raises:
         ConfigError: `MEGATRON_EXT_DEVICE` or `ssm` cannot be satisfied.
     """
+    if ssm == "auto" and not platform.installed() and _has_choice():
+        ssm = fastest.choose(shape or fastest.Shape())
     if ssm == "mamba_ssm":
         dispatch.require_mamba_ssm()
     else:
@@ -27,3 +30,8 @@ def prepare(ssm: str = "auto") -> None:
     if not ours and not platform.installed() and platform.device_type() == "cuda" and state_space.available():
         logger.info("state-space kernels: mamba_ssm")
     platform.install(mamba_ssm_api, ours)  # type: ignore[arg-type] - a module serves as the Kernels protocol
+
+
+def _has_choice() -> bool:
+    """Whether mamba_ssm's kernels and ours in Triton can both run here."""
+    return platform.device_type() == "cuda" and state_space.available() and dispatch.triton_runs()

@@ -120,7 +120,7 @@ def _automatic(x: Tensor | None, channels: int, state: int, taps: int) -> Backen
     fits = x is not None and x.device.type == "cuda" and x.dtype in TRITON_DTYPES
     fits = fits and channels <= TRITON_CHANNELS and state <= TRITON_STATE and channels * state <= TRITON_HEAD
     fits = fits and taps <= TRITON_TAPS
-    chosen = _triton() if fits and _triton_runs() else _BUILT["torch"]
+    chosen = _triton() if fits and triton_runs() else _BUILT["torch"]
     where = "no input" if x is None else f"{x.device.type}, {str(x.dtype).removeprefix('torch.')}"
     _say(chosen.name, where)
     return chosen
@@ -132,7 +132,7 @@ def _say(name: str, why: str) -> None:
 
 
 @functools.cache
-def _triton_runs() -> bool:
+def triton_runs() -> bool:
     """Whether Triton is there, and the GPU has matrix units for bfloat16 and the shared memory our tiles take."""
     if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability() < (8, 0):
         return False

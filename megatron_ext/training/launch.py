@@ -37,6 +37,7 @@ from megatron_ext.models.pattern import MOE, Pattern
 from megatron_ext.models.pattern import parse as parse_pattern
 from megatron_ext.models.presets import preset
 from megatron_ext.ssm.dispatch import NAMES as SSM_BACKENDS
+from megatron_ext.ssm.fastest import Shape
 from megatron_ext.training.context import extension
 from megatron_ext.training.directory import check_save
 
@@ -110,7 +111,22 @@ def _early_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-position-embeddings", type=int)
     parser.add_argument("--rotary-base", type=int)
     parser.add_argument("--use-rope-scaling", action="store_true")
+    parser.add_argument("--mamba-num-heads", type=int)
+    parser.add_argument("--mamba-head-dim", type=int, default=64)
+    parser.add_argument("--mamba-state-dim", type=int, default=128)
+    parser.add_argument("--mamba-num-groups", type=int, default=8)
     return parser
+
+
+def _layer_shape(words: Sequence[str]) -> Shape:
+    """What a Mamba-2 layer of the model is on one tensor rank, to choose kernels by."""
+    told, _ = _early_parser().parse_known_args(words)
+    tp = told.tensor_model_parallel_size
+    heads = told.mamba_num_heads or Shape.heads
+    return Shape(
+        max(1, heads // tp), told.mamba_head_dim, told.mamba_state_dim, max(1, told.mamba_num_groups // tp),
+        min(told.seq_length or Shape.tokens, Shape.tokens),
+    )  # fmt: skip
 
 
 def _equals_form(argv: Sequence[str]) -> list[str]:
@@ -237,7 +253,7 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
         words = model_flags[model_flags.index("--padded-vocab-size") + 1]
         model_flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(int(words) - 1)]
     _single_process()
-    prepare(early.ext_ssm_backend)
+    prepare(early.ext_ssm_backend, _layer_shape([*model_flags, *given]))
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 
@@ -249,7 +265,7 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
         group.add_argument("--dry-run", action="store_true", help="validate, print model, memory and layout, and stop")
         sizes = "sizes that differ from layer to layer, such as 'ffn_hidden_size=96,80 mamba_num_heads=8,4'"
         group.add_argument("--ext-layer-sizes", metavar="SIZES", help=sizes)
-        kernels = "state-space kernels; auto: mamba_ssm where installed, else by device, dtype and shape"
+        kernels = "state-space kernels; auto: by device, dtype and shape, and where mamba_ssm runs too, the faster"
         group.add_argument("--ext-ssm-backend", choices=SSM_BACKENDS, default="auto", help=kernels)
         for prefix, options in job.options.items():
             add_options(parser, options, prefix)

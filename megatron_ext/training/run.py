@@ -24,6 +24,7 @@ def train(
     forward_step: Callable[..., Any] | None = None,
     hooks: tuple[Hook, ...] = (),
     datasets: Callable[..., Any] | None = None,
+    config: Any = None,
 ) -> None:
     """Train until `--train-iters`, with Megatron's own loop.
 
@@ -33,6 +34,7 @@ def train(
         hooks: Called in turn with the list of model chunks after they are built and before they are wrapped for data
             parallelism (`ModelConfig.pre_wrap_hooks`).
         datasets: Megatron's dataset provider; `data.build_datasets` by default.
+        config: Megatron's configuration of the model; by default that of the layer pattern.
     """
     from megatron.core.enums import ModelType
     from megatron.training import pretrain, set_startup_timestamps
@@ -54,7 +56,7 @@ def train(
         log = divert_scalars(lambda inner: _metrics_log(args, inner))
         return chunks
 
-    config = model_config(args, launch.architecture)
+    config = config or model_config(args, launch.architecture)
     config.pre_wrap_hooks = [begin, *config.pre_wrap_hooks, _equal_expert_metrics, *hooks]
     now = time.time()
     set_startup_timestamps(program_start=now, main_entry=now)

@@ -1,0 +1,141 @@
+"""Which kernels are the faster ones here: measured once on this GPU and remembered, so that ranks and runs agree.
+
+Only where there is a choice: on a GPU on which mamba-ssm and causal-conv1d are installed and our Triton kernels run.
+"""
+
+import importlib.metadata
+import json
+import logging
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+WARM_UP, REPEATS = 3, 7
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Mamba-2 layer on one tensor rank, and the tokens that it is timed with."""
+
+    heads: int = 128
+    head_dim: int = 64
+    state: int = 128
+    groups: int = 8
+    tokens: int = 4096
+
+
+def memory() -> Path:
+    """Where choices are remembered: `$XDG_CACHE_HOME` or `~/.cache`, /megatron_ext/state_space.json."""
+    folder = os.environ.get("XDG_CACHE_HOME")
+    return (Path(folder) if folder else Path.home() / ".cache") / "megatron_ext" / "state_space.json"
+
+
+def choose(
+    shape: Shape,
+    candidates: Callable[[Shape], Mapping[str, Run]] | None = None,
+    clock: Callable[[], float] | None = None,
+    remembered: Path | None = None,
+    machine: str | None = None,
+) -> str:
+    """The name of the fastest candidate: the one remembered for this machine and shape, or else measured now.
+
+    Args:
+        shape: The layer.
+        candidates: Forward and backward of it by name; ours in Triton and mamba-ssm's by default.
+        clock: Seconds, once everything before is done.
+        remembered: The file of choices; `memory()` by default.
+        machine: What a choice holds for; this GPU and the versions of the kernels by default.
+    """
+    path = remembered or memory()
+    key = json.dumps([machine or _machine(), asdict(shape)])
+    if (known := _read(path).get(key)) is not None:
+        logger.info("state-space kernels: %s (the fastest of %s, measured before)", known["choice"], known["seconds"])
+        return known["choice"]
+    seconds = measure((candidates or _on_this_gpu)(shape), clock or _after_the_gpu)
+    choice = min(seconds, key=lambda name: seconds[name])
+    told = {name: round(value, 6) for name, value in seconds.items()}
+    logger.info("state-space kernels: %s (the fastest of %s, measured now)", choice, told)
+    return _remember(path, key, {"choice": choice, "seconds": told})
+
+
+def measure(candidates: Mapping[str, Run], clock: Callable[[], float]) -> dict[str, float]:
+    """Median seconds of each candidate; they take turns, after a warm-up in which they may compile."""
+    for run in candidates.values():
+        for _ in range(WARM_UP):
+            run()
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(REPEATS):
+        for name, run in candidates.items():
+            begun = clock()
+            run()
+            times[name].append(clock() - begun)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def _read(path: Path) -> dict[str, dict]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _remember(path: Path, key: str, found: dict) -> str:
+    """Add a choice, unless another process was first; the choice that holds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = _read(path)
+    if key not in known:
+        known[key] = found
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+            json.dump(known, file, indent=1)
+        Path(file.name).replace(path)
+    return known[key]["choice"]
+
+
+def _after_the_gpu() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _machine() -> str:
+    versions = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "triton", "mamba_ssm"))
+    return ", ".join([torch.cuda.get_device_name(), *versions])
+
+
+def _on_this_gpu(shape: Shape) -> dict[str, Run]:
+    """Convolution, scan and gate, forward and backward in bf16, by our kernels and by mamba-ssm's."""
+    from mamba_ssm.ops.triton.ssd_combined import (  # type: ignore[import-not-found]
+        mamba_split_conv1d_scan_combined,
+    )
+
+    from megatron_ext.ssm.triton.mixer import conv_scan_gate
+
+    inner = shape.heads * shape.head_dim
+    convolved = inner + 2 * shape.groups * shape.state
+
+    def normal(*size: int, kind: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(*size, device="cuda", dtype=kind).requires_grad_()
+
+    zxbcdt, weight, bias = normal(1, shape.tokens, inner + convolved + shape.heads), normal(convolved, 4), None
+    step = torch.full((shape.heads,), -3.0, device="cuda")
+    decay, skip = -torch.ones(shape.heads, device="cuda"), torch.ones(shape.heads, device="cuda")
+
+    def ours() -> None:
+        out, _ = conv_scan_gate(zxbcdt, weight, bias, step, decay, skip, shape.head_dim, shape.groups)
+        out.sum().backward()
+
+    def theirs() -> None:
+        out = mamba_split_conv1d_scan_combined(
+            zxbcdt, weight, bias, step, decay, skip, 256, headdim=shape.head_dim, ngroups=shape.groups
+        )
+        out.sum().backward()
+
+    return {"triton": ours, "mamba_ssm": theirs}

@@ -1,0 +1,80 @@
+"""The faster kernels are taken, and the choice is made once; stand-ins take the time that a fake clock says."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.models import backend
+from megatron_ext.ssm import fastest
+from megatron_ext.ssm.fastest import REPEATS, WARM_UP, Shape, choose
+from megatron_ext.training.launch import _layer_shape
+
+
+class Clock:
+    """Stand-ins that move it forward when they run."""
+
+    def __init__(self, **seconds: float) -> None:
+        self.now, self.seconds, self.runs = 0.0, seconds, []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def candidates(self, shape: Shape) -> dict[str, Callable[[], None]]:
+        def run(name: str) -> None:
+            first = self.runs.count(name) == 0
+            self.runs.append(name)
+            self.now += 100 if first else self.seconds[name]  # compiling
+
+        return {name: lambda name=name: run(name) for name in self.seconds}
+
+
+def chosen(clock: Clock, path: Path, shape: Shape | None = None, machine: str = "a GPU") -> str:
+    return choose(shape or Shape(), clock.candidates, clock, path / "choices.json", machine)
+
+
+@pytest.mark.parametrize(("ours", "expected"), [(1.0, "triton"), (3.0, "mamba_ssm")])
+def test_the_faster_is_chosen_whatever_compiling_takes(tmp_path: Path, ours: float, expected: str) -> None:
+    assert chosen(Clock(triton=ours, mamba_ssm=2.0), tmp_path) == expected
+
+
+def test_a_choice_holds_for_later_runs_of_the_same_shape_and_machine(tmp_path: Path) -> None:
+    assert chosen(Clock(triton=1.0, mamba_ssm=2.0), tmp_path) == "triton"
+    later = Clock(triton=3.0, mamba_ssm=2.0)
+    assert chosen(later, tmp_path) == "triton"
+    assert later.runs == []
+    assert chosen(later, tmp_path, Shape(heads=16)) == "mamba_ssm"
+    assert len(later.runs) == 2 * (WARM_UP + REPEATS)
+    assert chosen(later, tmp_path, machine="another") == "mamba_ssm"
+
+
+def test_the_first_of_two_processes_decides(tmp_path: Path) -> None:
+    """Another rank has written its choice while this one measured."""
+
+    class Slower(Clock):
+        def candidates(self, shape: Shape) -> dict[str, Callable[[], None]]:
+            chosen(Clock(triton=1.0, mamba_ssm=2.0), tmp_path)
+            return super().candidates(shape)
+
+    assert chosen(Slower(triton=3.0, mamba_ssm=2.0), tmp_path) == "triton"
+
+
+def test_a_damaged_memory_is_measured_anew(tmp_path: Path) -> None:
+    (tmp_path / "choices.json").write_text("{")
+    assert chosen(Clock(triton=1.0, mamba_ssm=2.0), tmp_path) == "triton"
+    assert len(json.loads((tmp_path / "choices.json").read_text())) == 1
+
+
+def test_only_where_both_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(shape: Shape) -> str:
+        raise AssertionError("measured where there is nothing to choose")
+
+    monkeypatch.setattr(fastest, "choose", never)
+    backend.prepare("auto")
+
+
+def test_the_shape_is_that_of_a_tensor_rank() -> None:
+    flags = ["--mamba-num-heads", "64", "--mamba-num-groups", "4", "--tensor-model-parallel-size", "2"]
+    assert _layer_shape([*flags, "--seq-length", "1024"]) == Shape(32, 64, 128, 2, 1024)
+    assert _layer_shape(["--seq-length", "131072"]) == Shape()
