@@ -15,7 +15,8 @@ from megatron_ext.models.training_cost import (
     training_flops_per_token,
 )
 from megatron_ext.training.dry_run import layout_of, shown
-from megatron_ext.training.launch import Job, Launch, architecture_of, launch
+from megatron_ext.training.flags import architecture_of
+from megatron_ext.training.launch import Job, Launch, launch
 
 DAY = 86400.0
 

@@ -6,7 +6,6 @@ loaded, or from Megatron's own flags. Its flags are put in front of the user's, 
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import logging
 import os
@@ -20,28 +19,22 @@ from math import lcm
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_ext import platform
 from megatron_ext.arguments import add_options, read_options
 from megatron_ext.checkpoint.resume import (
-    architecture_on_disk,
     check_experts,
     check_same_model,
     has_checkpoint,
     resume_point,
-    sequence_length_on_disk,
 )
 from megatron_ext.errors import ConfigError, DataError, nearest
 from megatron_ext.models.backend import prepare
 from megatron_ext.models.config import Architecture
 from megatron_ext.models.pattern import MOE, Pattern
 from megatron_ext.models.pattern import parse as parse_pattern
-from megatron_ext.models.presets import preset
 from megatron_ext.ssm.dispatch import NAMES as SSM_BACKENDS
-from megatron_ext.ssm.fastest import Shape
-from megatron_ext.training.context import extension
+from megatron_ext.training import flags
 from megatron_ext.training.directory import check_save
 
-VOCAB_MULTIPLE = 128
 STOPPABLE = ("--exit-signal-handler",)
 """Of a job that trains: SIGTERM and Ctrl-C let it finish its step, save, and end well."""
 
@@ -89,124 +82,6 @@ class Launch:
         return parse_pattern(self.args.hybrid_layer_pattern)
 
 
-def _early_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset")
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--hybrid-layer-pattern")
-    parser.add_argument("--load", type=Path)
-    parser.add_argument("--save", type=Path)
-    parser.add_argument("--pretrained-checkpoint", type=Path)
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
-    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
-    parser.add_argument("--context-parallel-size", type=int, default=1)
-    parser.add_argument("--expert-model-parallel-size", type=int, default=1)
-    parser.add_argument("--expert-tensor-parallel-size", type=int)
-    parser.add_argument("--make-vocab-size-divisible-by", type=int)
-    parser.add_argument("--padded-vocab-size", type=int)
-    parser.add_argument("--tokenizer-model")
-    parser.add_argument("--tokenizer-type")
-    parser.add_argument("--ext-ssm-backend", default="auto")
-    parser.add_argument("--seq-length", type=int)
-    parser.add_argument("--max-position-embeddings", type=int)
-    parser.add_argument("--rotary-base", type=int)
-    parser.add_argument("--use-rope-scaling", action="store_true")
-    parser.add_argument("--mamba-num-heads", type=int)
-    parser.add_argument("--mamba-head-dim", type=int, default=64)
-    parser.add_argument("--mamba-state-dim", type=int, default=128)
-    parser.add_argument("--mamba-num-groups", type=int, default=8)
-    return parser
-
-
-def _layer_shape(words: Sequence[str]) -> Shape:
-    """What a Mamba-2 layer of the model is on one tensor rank, to choose kernels by."""
-    told, _ = _early_parser().parse_known_args(words)
-    tp = told.tensor_model_parallel_size
-    heads = told.mamba_num_heads or Shape.heads
-    return Shape(
-        max(1, heads // tp), told.mamba_head_dim, told.mamba_state_dim, max(1, told.mamba_num_groups // tp),
-        min(told.seq_length or Shape.tokens, Shape.tokens),
-    )  # fmt: skip
-
-
-def _equals_form(argv: Sequence[str]) -> list[str]:
-    """A pattern may begin with "-", which argparse would take for a flag: `--hybrid-layer-pattern=-M...`."""
-    argv, joined = list(argv), []
-    while argv:
-        word = argv.pop(0)
-        if word == "--hybrid-layer-pattern" and argv:
-            word += "=" + argv.pop(0)
-        joined.append(word)
-    return joined
-
-
-def architecture_of(source: str) -> tuple[Architecture, bool]:
-    """The architecture of a preset or a checkpoint directory, and whether it came from a checkpoint.
-
-    Raises:
-        ConfigError: It is neither.
-        CheckpointError: The directory holds no readable checkpoint.
-    """
-    if os.sep in source or Path(source).is_dir():
-        return architecture_on_disk(Path(source)), True
-    return preset(source).architecture, False
-
-
-def _is_its_pattern(pattern: str | None, checkpoint: Path) -> bool:
-    """Whether a pattern on the command line only adds pipeline borders to the checkpoint's own."""
-    return pattern is None or parse_pattern(pattern).units == architecture_on_disk(checkpoint).pattern
-
-
-def _model_flags(early: Namespace) -> tuple[list[str], str]:
-    """Flags of the model that `--preset` or the checkpoint to load names, and where they came from."""
-    source = early.preset
-    if source is None:
-        for directory in (early.load, early.pretrained_checkpoint):
-            if directory is not None and has_checkpoint(directory):
-                source = str(directory) if _is_its_pattern(early.hybrid_layer_pattern, directory) else None
-                break
-    if source is None:
-        return [], "flags"
-    architecture, from_checkpoint = architecture_of(source)
-    flags = architecture.to_flags()
-    if not from_checkpoint and (early.tokenizer_model or early.tokenizer_type):
-        # A preset's vocabulary is only its default: the tokenizer in use decides.
-        at = flags.index("--padded-vocab-size")
-        del flags[at : at + 2]
-    if from_checkpoint:
-        flags += extension(architecture, early)
-        if length := sequence_length_on_disk(Path(source)):
-            flags += ["--seq-length", str(length)]
-    return flags, source
-
-
-def _default_flags() -> list[str]:
-    # None of the models this product is about uses dropout; Megatron's default is 0.1.
-    flags = ["--ckpt-format", "torch_dist", "--hidden-dropout", "0", "--attention-dropout", "0"]
-    # Megatron has no defaults for these, and fails late and obscurely without them.
-    flags += ["--micro-batch-size", "1", "--eval-interval", "1000", "--save-interval", "1000"]
-    # Attention is causal by itself; a mask is a square of the sequence, 17 GB at 131,072 tokens.
-    flags += ["--no-create-attention-mask-in-dataloader"]
-    on_cpu = platform.device_type() == "cpu"
-    if on_cpu:
-        flags += ["--distributed-backend", "gloo", "--num-workers", "0"]
-        flags += ["--no-bias-swiglu-fusion", "--no-bias-gelu-fusion", "--no-bias-dropout-fusion"]  # torch.compile
-    if on_cpu or importlib.util.find_spec("transformer_engine") is None:
-        # CUDA kernels of Transformer Engine and Apex.
-        flags += ["--no-gradient-accumulation-fusion", "--no-rope-fusion"]
-        flags += ["--no-masked-softmax-fusion", "--no-persist-layer-norm"]
-    return flags
-
-
-def _vocab_flags(early: Namespace) -> list[str]:
-    # Megatron pads to a multiple of (divisor x TP). The model must not depend on TP, so the product is fixed.
-    if early.make_vocab_size_divisible_by is not None:
-        return []
-    tp = early.tensor_model_parallel_size
-    multiple = VOCAB_MULTIPLE if VOCAB_MULTIPLE % tp == 0 else VOCAB_MULTIPLE * tp
-    return ["--make-vocab-size-divisible-by", str(multiple // tp)]
-
-
 def _pipeline(pattern: str, stages: int) -> str:
     """The pattern with pipeline borders, chosen evenly between blocks where the user gave none."""
     parsed = parse_pattern(pattern)
@@ -238,11 +113,11 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
     Raises:
         ConfigError, DataError, CheckpointError: Something is wrong with it; nothing has been written.
     """
-    given = _equals_form(sys.argv[1:] if argv is None else argv)
-    early, _ = _early_parser().parse_known_args(given)
+    given = flags.equals_form(sys.argv[1:] if argv is None else argv)
+    early, _ = flags.early_parser().parse_known_args(given)
     if early.hybrid_layer_pattern is not None:
         parse_pattern(early.hybrid_layer_pattern)
-    model_flags, source = _model_flags(early)
+    model_flags, source = flags.model_flags(early)
     if early.dry_run:
         tp = early.tensor_model_parallel_size
         experts = early.expert_model_parallel_size * (early.expert_tensor_parallel_size or tp)
@@ -253,11 +128,11 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
         words = model_flags[model_flags.index("--padded-vocab-size") + 1]
         model_flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(int(words) - 1)]
     _single_process()
-    prepare(early.ext_ssm_backend, _layer_shape([*model_flags, *given]))
+    prepare(early.ext_ssm_backend, flags.layer_shape([*model_flags, *given]))
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 
-    flags = [*_default_flags(), *_vocab_flags(early), *job.defaults, *model_flags, *given]
+    words = [*flags.default_flags(), *flags.vocab_flags(early), *job.defaults, *model_flags, *given]
 
     def extra(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         group = parser.add_argument_group("megatron_ext", f"the job: {job.name}")
@@ -272,7 +147,7 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
         _mend(parser)
         return parser
 
-    program, sys.argv = sys.argv, [sys.argv[0], *flags]
+    program, sys.argv = sys.argv, [sys.argv[0], *words]
     try:
         args = parse_args(extra)
     finally:

@@ -9,7 +9,7 @@ import pytest
 from megatron_ext.models import backend
 from megatron_ext.ssm import fastest
 from megatron_ext.ssm.fastest import REPEATS, WARM_UP, Shape, choose
-from megatron_ext.training.launch import _layer_shape
+from megatron_ext.training.flags import layer_shape
 
 
 class Clock:
@@ -76,5 +76,5 @@ def test_only_where_both_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_shape_is_that_of_a_tensor_rank() -> None:
     flags = ["--mamba-num-heads", "64", "--mamba-num-groups", "4", "--tensor-model-parallel-size", "2"]
-    assert _layer_shape([*flags, "--seq-length", "1024"]) == Shape(32, 64, 128, 2, 1024)
-    assert _layer_shape(["--seq-length", "131072"]) == Shape()
+    assert layer_shape([*flags, "--seq-length", "1024"]) == Shape(32, 64, 128, 2, 1024)
+    assert layer_shape(["--seq-length", "131072"]) == Shape()
