@@ -10,10 +10,7 @@ Writes results/distillation_pipeline.json and .md.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -46,18 +43,9 @@ def common(steps: int) -> list[str]:
     ]  # fmt: skip
 
 
-def torchrun(*command: str) -> None:
-    """Run a program on two processes of one thread."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(STAGES)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run([*start, *command], env=environment, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        raise SystemExit(done.stderr[-4000:])
-
-
 def trained(script: str, run: Path, *flags: str) -> float:
     """Median seconds of a step, the first ones left out."""
-    torchrun(str(ROOT / script), "--save", str(run), "--save-interval", "1000000", *flags)
+    machine.torchrun(STAGES, str(ROOT / script), "--save", str(run), "--save-interval", "1000000", *flags)
     steps = [json.loads(line)["seconds"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     return statistics.median(steps[WARM_UP:])
 
@@ -88,7 +76,9 @@ def measure(folder: Path, sizes: argparse.Namespace) -> dict[str, float]:
     flags = common(sizes.steps)
     student = trained("pretrain_hybrid.py", folder / "student", *model(STUDENT, sizes.hidden), *flags)
     out = folder / "forward"
-    torchrun(__file__, "--child", str(out), "--teacher", str(folder.parent / "teacher"), "--steps", str(sizes.steps))
+    machine.torchrun(
+        STAGES, __file__, "--child", str(out), "--teacher", str(folder.parent / "teacher"), "--steps", str(sizes.steps)
+    )
     distill = trained(
         "distill_gpt.py", folder / "distilled", *model(STUDENT, sizes.hidden), *flags,
         "--distill-teacher", str(folder.parent / "teacher"),
@@ -110,7 +100,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         teacher = [*model(TEACHER, sizes.hidden), *common(1), "--save", f"{folder}/teacher"]
-        torchrun(str(ROOT / "pretrain_hybrid.py"), *teacher)
+        machine.torchrun(STAGES, str(ROOT / "pretrain_hybrid.py"), *teacher)
         rounds = [measure(Path(folder) / str(number), sizes) for number in range(sizes.rounds)]
     ratios = [each["distill"] / (each["student"] + each["teacher_forward"]) for each in rounds]
     ratio = statistics.median(ratios)

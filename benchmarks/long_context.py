@@ -10,8 +10,6 @@ Writes results/long_context.json, .md and .png.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import sysconfig
 from dataclasses import replace
@@ -38,24 +36,16 @@ ARMS = {
 STYLE = {"hybrid": "C2", "Transformer, same base": "C1", "Transformer, NTK-aware base": "C0"}
 
 
-def torchrun(*command: str) -> None:
-    """Run a program of the repository on `PROCESSES` processes."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run([*start, *command], env=environment, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        raise SystemExit(done.stderr[-4000:])
-
-
 def train(run: Path, data: list[str], length: int, steps: int, rate: float, *model: str) -> None:
     """Train for so many steps of `TOKENS` tokens, unless that is done."""
     if (run / f"iter_{steps:07d}" / "metadata.json").is_file():
         return
     print(f"training {run.name}", flush=True)
     batch = TOKENS // length
-    torchrun(
-        str(ROOT / "pretrain_hybrid.py"), *model, *data, "--seq-length", str(length), "--load", str(run), "--save",
-        str(run), "--micro-batch-size", str(max(1, batch // PROCESSES // 2)), "--global-batch-size", str(batch),
+    micro_batch = max(1, batch // PROCESSES // 2)
+    machine.torchrun(
+        PROCESSES, str(ROOT / "pretrain_hybrid.py"), *model, *data, "--seq-length", str(length), "--load", str(run),
+        "--save", str(run), "--micro-batch-size", str(micro_batch), "--global-batch-size", str(batch),
         "--train-iters", str(steps), "--lr", str(rate), "--min-lr", "1e-4", "--lr-decay-style", "cosine",
         "--lr-warmup-iters", "20", "--weight-decay", "0.1", "--adam-beta2", "0.95", "--clip-grad", "1.0",
         "--eval-iters", "0", "--save-interval", str(steps),
@@ -68,8 +58,8 @@ def measured(run: Path, text: Path) -> dict[int, float]:
     for window in WINDOWS:
         out = run / f"window-{window}"
         if not (out / "results.json").is_file():
-            command = ["megatron-ext", "evaluate", str(run), "--text", str(text), "--window", str(window)]
-            torchrun("--no-python", str(Path(sys.executable).parent / command[0]), *command[1:], "--save", str(out))
+            command = ["evaluate", str(run), "--text", str(text), "--window", str(window), "--save", str(out)]
+            machine.torchrun(PROCESSES, "--no-python", str(Path(sys.executable).parent / "megatron-ext"), *command)
         found[window] = json.loads((out / "results.json").read_text())["text"]["bits_per_byte"]
     return found
 

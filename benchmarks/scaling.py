@@ -10,10 +10,7 @@ Writes results/scaling.json, .md and .png. Wall times, so the machine must be id
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -64,15 +61,6 @@ POINTS = [
 ]  # fmt: skip
 
 
-def torchrun(processes: int, *command: str) -> None:
-    """Run a script of this folder on so many processes of one thread."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run([*start, *command], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr[-4000:])
-
-
 def speeds(out: Path) -> None:
     """In each of some processes at once: operations/s of a matrix product, bytes/s of an all-reduce; into `out`."""
     torch.distributed.init_process_group("gloo")
@@ -108,7 +96,7 @@ def measured(point: Point, steps: int, folder: Path) -> float:
     flags += ["--global-batch-size", str(layout.global_batch), "--lr", "1e-4", "--eval-iters", "0"]
     flags += ["--tensor-model-parallel-size", str(layout.tp), "--pipeline-model-parallel-size", str(layout.pp)]
     flags += ["--train-iters", str(steps + 3)]
-    torchrun(layout.gpus, str(HERE / "pretrain.py"), "--child", str(out), "ours", "0", *flags)
+    machine.torchrun(layout.gpus, str(HERE / "pretrain.py"), "--child", str(out), "ours", "0", *flags)
     return statistics.median(json.loads(out.read_text())["seconds"])
 
 
@@ -171,7 +159,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, here = Path(name), {}
         for ranks in (1, 2, 4):
-            torchrun(ranks, __file__, "--speeds", str(folder / "speeds.json"))
+            machine.torchrun(ranks, __file__, "--speeds", str(folder / "speeds.json"))
             here[ranks] = json.loads((folder / "speeds.json").read_text())
         rows: list[dict[str, Any]] = []
         efficiency = 1.0

@@ -14,24 +14,25 @@ def prepare(ssm: str = "auto", shape: fastest.Shape | None = None) -> None:
 
     Args:
         ssm: Which state-space kernels run, one of `dispatch.NAMES`. By default ours, chosen by device, dtype and shape;
-            where mamba_ssm's can run, too, the faster ones, measured on `shape`.
-        shape: A layer of the model.
+            where mamba_ssm's can run, too, those, or the faster ones if there is a `shape` to measure.
+        shape: A Mamba-2 layer of the model; None if it has none.
 
     Raises:
         ConfigError: `MEGATRON_EXT_DEVICE` or `ssm` cannot be satisfied.
     """
-    if ssm == "auto" and not platform.installed() and _has_choice():
-        ssm = fastest.choose(shape or fastest.Shape())
+    ours = ssm not in ("auto", "mamba_ssm")
+    if ssm == "auto" and not platform.installed() and shape is not None and _has_choice(shape):
+        ours = fastest.choose(shape) != "mamba_ssm"
     if ssm == "mamba_ssm":
         dispatch.require_mamba_ssm()
     else:
         dispatch.set_backend(ssm)
-    ours = ssm not in ("auto", "mamba_ssm")
     if not ours and not platform.installed() and platform.device_type() == "cuda" and state_space.available():
         logger.info("state-space kernels: mamba_ssm")
     platform.install(mamba_ssm_api, ours)  # type: ignore[arg-type] - a module serves as the Kernels protocol
 
 
-def _has_choice() -> bool:
-    """Whether mamba_ssm's kernels and ours in Triton can both run here."""
-    return platform.device_type() == "cuda" and state_space.available() and dispatch.triton_runs()
+def _has_choice(shape: fastest.Shape) -> bool:
+    """Whether mamba_ssm's kernels and ours in Triton can both run such a layer here."""
+    both = platform.device_type() == "cuda" and state_space.available()
+    return both and dispatch.triton_fits(shape.head_dim, shape.state) and dispatch.triton_runs()

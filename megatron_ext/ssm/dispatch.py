@@ -118,12 +118,16 @@ def _installed(package: str) -> bool:
 def _automatic(x: Tensor | None, channels: int, state: int, taps: int) -> Backend:
     """Triton on a GPU for every dtype and size its tiles are made for, else torch."""
     fits = x is not None and x.device.type == "cuda" and x.dtype in TRITON_DTYPES
-    fits = fits and channels <= TRITON_CHANNELS and state <= TRITON_STATE and channels * state <= TRITON_HEAD
-    fits = fits and taps <= TRITON_TAPS
+    fits = fits and triton_fits(channels, state) and taps <= TRITON_TAPS
     chosen = _triton() if fits and triton_runs() else _BUILT["torch"]
     where = "no input" if x is None else f"{x.device.type}, {str(x.dtype).removeprefix('torch.')}"
     _say(chosen.name, where)
     return chosen
+
+
+def triton_fits(channels: int, state: int) -> bool:
+    """Whether the tiles of the Triton kernels are made for heads of these sizes."""
+    return channels <= TRITON_CHANNELS and state <= TRITON_STATE and channels * state <= TRITON_HEAD
 
 
 @functools.cache

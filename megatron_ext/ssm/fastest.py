@@ -1,6 +1,7 @@
 """Which kernels are the faster ones here: measured once on this GPU and remembered, so that ranks and runs agree.
 
 Only where there is a choice: on a GPU on which mamba-ssm and causal-conv1d are installed and our Triton kernels run.
+The first process of a node measures, the others wait for what it writes.
 """
 
 import importlib.metadata
@@ -19,6 +20,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 WARM_UP, REPEATS = 3, 7
+PATIENCE = 300.0  # seconds that other processes wait; kernels are compiled meanwhile
 Run = Callable[[], object]
 
 
@@ -31,6 +33,7 @@ class Shape:
     state: int = 128
     groups: int = 8
     tokens: int = 4096
+    dtype: str = "bfloat16"
 
 
 def memory() -> Path:
@@ -57,7 +60,8 @@ def choose(
     """
     path = remembered or memory()
     key = json.dumps([machine or _machine(), asdict(shape)])
-    if (known := _read(path).get(key)) is not None:
+    known = _read(path).get(key) or (None if _measures() else _awaited(path, key))
+    if known is not None:
         logger.info("state-space kernels: %s (the fastest of %s, measured before)", known["choice"], known["seconds"])
         return known["choice"]
     seconds = measure((candidates or _on_this_gpu)(shape), clock or _after_the_gpu)
@@ -68,17 +72,44 @@ def choose(
 
 
 def measure(candidates: Mapping[str, Run], clock: Callable[[], float]) -> dict[str, float]:
-    """Median seconds of each candidate; they take turns, after a warm-up in which they may compile."""
-    for run in candidates.values():
-        for _ in range(WARM_UP):
-            run()
-    times: dict[str, list[float]] = {name: [] for name in candidates}
+    """Median seconds of each candidate; they take turns, after a warm-up in which they may compile.
+
+    One that cannot run this shape drops out; if none can, the last one's exception is raised.
+    """
+    able: dict[str, Run] = {}
+    problem: Exception | None = None
+    for name, run in candidates.items():
+        try:
+            for _ in range(WARM_UP):
+                run()
+            able[name] = run
+        except Exception as error:  # whatever a compiler or a kernel of another package raises
+            problem = error
+            logger.warning("state-space kernels: %s cannot run this layer: %s", name, error)
+    if problem is not None and not able:
+        raise problem
+    times: dict[str, list[float]] = {name: [] for name in able}
     for _ in range(REPEATS):
-        for name, run in candidates.items():
+        for name, run in able.items():
             begun = clock()
             run()
             times[name].append(clock() - begun)
     return {name: statistics.median(each) for name, each in times.items()}
+
+
+def _measures() -> bool:
+    """Whether this is the process of its node that measures."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _awaited(path: Path, key: str, patience: float = PATIENCE) -> dict | None:
+    """What the first process of the node finds; None if it takes too long."""
+    until = time.monotonic() + patience
+    while time.monotonic() < until:
+        if (known := _read(path).get(key)) is not None:
+            return known
+        time.sleep(0.5)
+    return None
 
 
 def _read(path: Path) -> dict[str, dict]:
@@ -89,14 +120,17 @@ def _read(path: Path) -> dict[str, dict]:
 
 
 def _remember(path: Path, key: str, found: dict) -> str:
-    """Add a choice, unless another process was first; the choice that holds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Add a choice, unless another run was first; the choice that holds."""
     known = _read(path)
     if key not in known:
         known[key] = found
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            json.dump(known, file, indent=1)
-        Path(file.name).replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+                json.dump(known, file, indent=1)
+            Path(file.name).replace(path)
+        except OSError as error:
+            logger.warning("state-space kernels: the choice cannot be kept, and is made again each time: %s", error)
     return known[key]["choice"]
 
 
@@ -111,7 +145,7 @@ def _machine() -> str:
 
 
 def _on_this_gpu(shape: Shape) -> dict[str, Run]:
-    """Convolution, scan and gate, forward and backward in bf16, by our kernels and by mamba-ssm's."""
+    """Convolution, scan and gate, forward and backward, by our kernels and by mamba-ssm's."""
     from mamba_ssm.ops.triton.ssd_combined import (  # type: ignore[import-not-found]
         mamba_split_conv1d_scan_combined,
     )
@@ -121,8 +155,8 @@ def _on_this_gpu(shape: Shape) -> dict[str, Run]:
     inner = shape.heads * shape.head_dim
     convolved = inner + 2 * shape.groups * shape.state
 
-    def normal(*size: int, kind: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.randn(*size, device="cuda", dtype=kind).requires_grad_()
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, device="cuda", dtype=getattr(torch, shape.dtype)).requires_grad_()
 
     zxbcdt, weight, bias = normal(1, shape.tokens, inner + convolved + shape.heads), normal(convolved, 4), None
     step = torch.full((shape.heads,), -3.0, device="cuda")

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_ext import platform
 from megatron_ext.checkpoint.resume import architecture_on_disk, has_checkpoint, sequence_length_on_disk
 from megatron_ext.models.config import Architecture
+from megatron_ext.models.pattern import MAMBA
 from megatron_ext.models.pattern import parse as parse_pattern
 from megatron_ext.models.presets import preset
 from megatron_ext.ssm.fastest import Shape
@@ -41,6 +42,8 @@ def early_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-position-embeddings", type=int)
     parser.add_argument("--rotary-base", type=int)
     parser.add_argument("--use-rope-scaling", action="store_true")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--fp16", action="store_true")
     parser.add_argument("--mamba-num-heads", type=int)
     parser.add_argument("--mamba-head-dim", type=int, default=64)
     parser.add_argument("--mamba-state-dim", type=int, default=128)
@@ -48,14 +51,16 @@ def early_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def layer_shape(words: Sequence[str]) -> Shape:
-    """What a Mamba-2 layer of the model is on one tensor rank, to choose kernels by."""
+def layer_shape(words: Sequence[str]) -> Shape | None:
+    """What a Mamba-2 layer of the model is on one tensor rank, to choose kernels by; None if it has none."""
     told, _ = early_parser().parse_known_args(words)
+    if MAMBA not in (told.hybrid_layer_pattern or ""):
+        return None
     tp = told.tensor_model_parallel_size
-    heads = told.mamba_num_heads or Shape.heads
     return Shape(
-        max(1, heads // tp), told.mamba_head_dim, told.mamba_state_dim, max(1, told.mamba_num_groups // tp),
-        min(told.seq_length or Shape.tokens, Shape.tokens),
+        max(1, (told.mamba_num_heads or Shape.heads) // tp), told.mamba_head_dim, told.mamba_state_dim,
+        max(1, told.mamba_num_groups // tp), min(told.seq_length or Shape.tokens, Shape.tokens),
+        "bfloat16" if told.bf16 else "float16" if told.fp16 else "float32",
     )  # fmt: skip
 
 

@@ -66,15 +66,47 @@ def test_a_damaged_memory_is_measured_anew(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "choices.json").read_text())) == 1
 
 
+def test_a_candidate_that_cannot_run_drops_out(tmp_path: Path) -> None:
+    def fails() -> None:
+        raise RuntimeError("no such tile")
+
+    clock = Clock(mamba_ssm=2.0)
+    made = choose(Shape(), lambda shape: {"triton": fails, **clock.candidates(shape)}, clock, tmp_path / "c", "a GPU")
+    assert made == "mamba_ssm"
+    with pytest.raises(RuntimeError, match="no such tile"):
+        choose(Shape(heads=1), lambda shape: {"triton": fails}, clock, tmp_path / "c", "a GPU")
+
+
+def test_other_processes_of_a_node_wait_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    waited = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        chosen(Clock(triton=1.0, mamba_ssm=2.0), tmp_path)
+
+    monkeypatch.setattr(fastest.time, "sleep", sleep)
+    assert chosen(Clock(triton=3.0, mamba_ssm=2.0), tmp_path) == "triton"
+    assert len(waited) == 1
+
+
+def test_a_home_that_cannot_be_written_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert chosen(Clock(triton=1.0, mamba_ssm=2.0), tmp_path / "file") == "triton"
+
+
 def test_only_where_both_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(shape: Shape) -> str:
         raise AssertionError("measured where there is nothing to choose")
 
     monkeypatch.setattr(fastest, "choose", never)
-    backend.prepare("auto")
+    backend.prepare("auto", Shape())
 
 
 def test_the_shape_is_that_of_a_tensor_rank() -> None:
-    flags = ["--mamba-num-heads", "64", "--mamba-num-groups", "4", "--tensor-model-parallel-size", "2"]
-    assert layer_shape([*flags, "--seq-length", "1024"]) == Shape(32, 64, 128, 2, 1024)
-    assert layer_shape(["--seq-length", "131072"]) == Shape()
+    flags = ["--hybrid-layer-pattern=M-*-", "--mamba-num-heads", "64", "--mamba-num-groups", "4"]
+    split = ["--tensor-model-parallel-size", "2", "--seq-length", "1024", "--bf16"]
+    assert layer_shape([*flags, *split]) == Shape(32, 64, 128, 2, 1024, "bfloat16")
+    assert layer_shape(["--hybrid-layer-pattern=M", "--seq-length", "131072"]) == Shape(dtype="float32")
+    assert layer_shape(["--hybrid-layer-pattern=*-"]) is None

@@ -82,7 +82,7 @@ def test_auto_looks_at_device_dtype_and_shape(
 ) -> None:
     case = {"device": "cuda", "dtype": torch.bfloat16, "channels": 64, "state": 128, "taps": 4} | change
     x = SimpleNamespace(device=torch.device(case.pop("device")), dtype=case.pop("dtype"))
-    monkeypatch.setattr(dispatch, "_triton_runs", lambda: True)
+    monkeypatch.setattr(dispatch, "triton_runs", lambda: True)
     monkeypatch.setattr(dispatch, "device_type", lambda: "cuda")
     assert dispatch.backend(x=x, **case).name == name  # type: ignore[arg-type]
 
