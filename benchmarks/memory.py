@@ -10,10 +10,10 @@ fullest rank: on a CPU the bytes of all live tensors (`peak.py`), exact and the 
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ import machine
 import torch
 from peak import PeakMeter
 
+from megatron_ext.platform.device import device_type
+
+ROOT = Path(__file__).parents[1]
 PATTERNS = {"Transformer": "*-*-*-*-", "Mamba-2": "MMMMMM", "hybrid": "M-M-*-M-"}
 RECOMPUTED = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
 HALVES = ["--tensor-model-parallel-size", "2"]
@@ -34,12 +37,15 @@ CASES: dict[str, tuple[str, list[str], int]] = {
     "hybrid, pipeline 2": ("hybrid", ["--pipeline-model-parallel-size", "2"], 2),
     "hybrid, data 2, distributed optimizer": ("hybrid", ["--use-distributed-optimizer"], 2),
     "hybrid, context 2": ("hybrid", ["--context-parallel-size", "2"], 2),
+    "hybrid, distilled from one of twice its layers": ("hybrid", ["--distill-teacher"], 1),
 }  # fmt: skip
 
 
-def flags_of(case: str, tokens: int, hidden: int) -> list[str]:
-    """The command line of a case."""
+def flags_of(case: str, tokens: int, hidden: int, teacher: Path) -> list[str]:
+    """The command line of a case, or of its teacher, which is made at `teacher`."""
     name, flags, _ = CASES[case]
+    if flags == ["--distill-teacher"]:
+        flags = [*flags, str(teacher)]
     return [
         f"--hybrid-layer-pattern={PATTERNS[name]}", "--hidden-size", str(hidden), "--ffn-hidden-size", str(3 * hidden),
         "--num-attention-heads", str(hidden // 32), "--group-query-attention", "--num-query-groups", "2",
@@ -56,36 +62,49 @@ def child(out: Path, flags: list[str]) -> None:
     """Train in this process; its peak and the estimate into a file of its rank."""
     from megatron_ext.training.launch import STOPPABLE, Job, launch
 
-    started = launch(Job("pretrain", defaults=STOPPABLE), flags)
+    teacher = None
+    if "--distill-teacher" in flags:
+        from megatron_ext.training import distill
+
+        started = launch(distill.JOB, flags)
+        source: Any = distill.check(started)
+        train, teacher = partial(distill.distill, started, source), source.architecture
+    else:
+        from megatron_ext.training import run
+
+        started = launch(Job("pretrain", defaults=STOPPABLE), flags)
+        train = partial(run.train, started)
     from megatron_ext.models.training_cost import memory
-    from megatron_ext.platform.device import device_type
-    from megatron_ext.training import run
     from megatron_ext.training.dry_run import layout_of
 
     if device_type() == "cuda":
-        run.train(started)
+        train()
         peak = torch.cuda.max_memory_allocated()
     else:
         with PeakMeter() as meter:
-            run.train(started)
+            train()
         peak = meter.peak
     layout = replace(layout_of(started), fused=device_type() == "cuda")
-    found = {"peak": peak, "estimate": memory(started.architecture, layout)}
+    found = {"peak": peak, "estimate": memory(started.architecture, layout, teacher)}
     (out / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
+
+
+def make_teacher(path: Path, tokens: int, hidden: int) -> None:
+    """A hybrid with twice the layers, after one step."""
+    name = "hybrid, one process"
+    twice = [f"--hybrid-layer-pattern={PATTERNS['hybrid'] * 2}", "--train-iters", "1", "--save", str(path)]
+    machine.torchrun(1, str(ROOT / "pretrain_hybrid.py"), *flags_of(name, tokens, hidden, path), *twice)
 
 
 def measure(case: str, tokens: int, hidden: int) -> dict[str, Any]:
     """Run a case; the peak of its fullest rank and the estimate, bytes."""
-    processes = CASES[case][2]
     with tempfile.TemporaryDirectory() as folder:
-        command = [__file__, "--child", folder, case, str(tokens), str(hidden)]
-        if processes > 1:
-            command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *command]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(done.stderr[-4000:])
-        ranks = [json.loads(path.read_text()) for path in sorted(Path(folder).iterdir())]
+        out = Path(folder) / "out"
+        out.mkdir()
+        if "--distill-teacher" in CASES[case][1]:
+            make_teacher(Path(folder) / "teacher", tokens, hidden)
+        machine.torchrun(CASES[case][2], __file__, "--child", str(out), case, str(tokens), str(hidden))
+        ranks = [json.loads(path.read_text()) for path in sorted(out.iterdir())]
     peak, estimate = max(rank["peak"] for rank in ranks), ranks[0]["estimate"]
     return {"peak_bytes": peak, "estimate_bytes": estimate, "ratio": sum(estimate.values()) / peak}
 
@@ -94,13 +113,13 @@ def main() -> None:
     """Measure, print, write."""
     if sys.argv[1:2] == ["--child"]:
         out, case, tokens, hidden = sys.argv[2:]
-        child(Path(out), flags_of(case, int(tokens), int(hidden)))
+        child(Path(out), flags_of(case, int(tokens), int(hidden), Path(out).parent / "teacher"))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=256)
     sizes = parser.parse_args()
-    on_gpu = torch.cuda.is_available()
+    on_gpu = device_type() == "cuda"
     names = [name for name, case in CASES.items() if not on_gpu or case[2] <= torch.cuda.device_count()]
     found = {name: measure(name, sizes.tokens, sizes.hidden) for name in names}
     report = {
