@@ -145,7 +145,7 @@ COMMANDS = {
         "turn text, source files or JSONL into Megatron's dataset", _module("megatron_ext.training.corpus")
     ),
     "convert": Command(
-        "convert between Hugging Face directories and Megatron checkpoints", _module("megatron_ext.training.convert")
+        "convert between Hugging Face, GPTModel and checkpoints", _module("megatron_ext.training.convert")
     ),
     "evaluate": Command(
         "measure a checkpoint: text, tasks, long contexts",

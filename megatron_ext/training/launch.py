@@ -128,7 +128,8 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
         words = model_flags[model_flags.index("--padded-vocab-size") + 1]
         model_flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(int(words) - 1)]
     _single_process()
-    prepare(early.ext_ssm_backend, flags.layer_shape([*model_flags, *given]))
+    # Where nothing is started, no kernels are timed.
+    prepare(early.ext_ssm_backend, None if early.dry_run else flags.layer_shape([*model_flags, *given]))
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 

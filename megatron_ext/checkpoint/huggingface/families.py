@@ -14,7 +14,6 @@ from megatron_ext.checkpoint.huggingface.qwen import QWEN2, QWEN3
 from megatron_ext.checkpoint.huggingface.state_spaces import STATE_SPACES
 from megatron_ext.errors import CheckpointError, ConfigError, nearest
 from megatron_ext.models.config import Architecture
-from megatron_ext.models.pattern import MAMBA
 
 _NATIVE = (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, MAMBA2, NEMOTRON_H, STATE_SPACES)
 _CODED = (*PRUNED, HYBRID)
@@ -70,11 +69,9 @@ def like(config: Config, arch: Architecture) -> Family:
         return _able(family, arch, config)
     except CheckpointError:
         ours = next((ours for ours in _CODED if ours.base is family), None)
-        if ours is not None:
-            return _able(ours, arch, config)
-        if MAMBA in arch.pattern:
-            return _able(HYBRID, arch, {})
-        raise
+        if ours is None:
+            raise
+        return _able(ours, arch, config)
 
 
 def expressing(arch: Architecture) -> Family:

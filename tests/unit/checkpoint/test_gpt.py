@@ -45,7 +45,7 @@ def rewrite(step: Path, args: dict[str, object]) -> None:
         ({"num_layers": None}, "does not say which model"),
         ({"hybrid_layer_pattern": "*-"}, "pattern form already"),
         ({"position_embedding_type": "learned_absolute"}, "position_embedding_type"),
-        ({"num_layers": 2}, "is \\(3, 32, 16\\) instead of \\(2, 32, 16\\)|instead of"),
+        ({"num_layers": 2}, r"\(3, .*\) instead of \(2, "),
     ],
 )
 def test_other_models_are_refused_by_the_argument(tmp_path: Path, args: dict[str, object], message: str) -> None:

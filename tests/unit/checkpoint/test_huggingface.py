@@ -266,6 +266,12 @@ def test_models_that_a_family_cannot_express(tmp_path: Path, arch, name, message
     assert not (tmp_path / "out").exists()
 
 
+def test_a_family_without_a_stand_in_gives_its_own_reason(tmp_path: Path) -> None:
+    to_hf(checkpoint(tmp_path / "whole", MAMBA), tmp_path / "hf")
+    with pytest.raises(CheckpointError, match="--hf-class NemotronHForCausalLM"):
+        to_hf(checkpoint(tmp_path / "cut", replace(MAMBA, hidden_size=24)), tmp_path / "out", like=tmp_path / "hf")
+
+
 def test_a_relative_that_can_is_chosen(tmp_path: Path) -> None:
     assert to_hf(checkpoint(tmp_path / "a", replace(ARCH, hidden_size=18)), tmp_path / "b").name == "MistralForCausalLM"
     mamba = checkpoint(tmp_path / "c", replace(MAMBA, hidden_size=24))

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext import platform
 from megatron_ext.models import backend
-from megatron_ext.ssm import fastest
+from megatron_ext.platform import state_space
+from megatron_ext.ssm import dispatch, fastest
 from megatron_ext.ssm.fastest import REPEATS, WARM_UP, Shape, choose
 from megatron_ext.training.flags import layer_shape
 
@@ -96,12 +98,23 @@ def test_a_home_that_cannot_be_written_is_no_obstacle(tmp_path: Path) -> None:
     assert chosen(Clock(triton=1.0, mamba_ssm=2.0), tmp_path / "file") == "triton"
 
 
-def test_only_where_both_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(shape: Shape) -> str:
-        raise AssertionError("measured where there is nothing to choose")
-
-    monkeypatch.setattr(fastest, "choose", never)
-    backend.prepare("auto", Shape())
+@pytest.mark.parametrize(
+    ("changes", "shape", "expected"),
+    [
+        ({}, Shape(), True),
+        ({"device_type": "cpu"}, Shape(), False),
+        ({"available": False}, Shape(), False),
+        ({"triton_runs": False}, Shape(), False),
+        ({}, Shape(head_dim=256), False),
+    ],
+)
+def test_only_where_both_can_run(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], shape: Shape, expected: bool
+) -> None:
+    answers = {"device_type": "cuda", "available": True, "triton_runs": True} | changes
+    for module, name in ((platform, "device_type"), (state_space, "available"), (dispatch, "triton_runs")):
+        monkeypatch.setattr(module, name, lambda answer=answers[name]: answer)
+    assert backend._has_choice(shape) == expected
 
 
 def test_the_shape_is_that_of_a_tensor_rank() -> None:
