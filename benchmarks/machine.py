@@ -44,12 +44,12 @@ def in_new_process(script: str, *arguments: str | Path) -> list[Any]:
 
 
 def torchrun(processes: int, *command: str) -> None:
-    """Run a program on so many processes of one thread; ends this one with what it says if it fails."""
+    """Run a program on so many processes of one thread; ends this one with what it said if it fails; torchrun says much after it."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run([*start, *command], env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(done.stderr[-4000:])
+        raise SystemExit(done.stderr[-12000:])
 
 
 def write(report: dict[str, Any], name: str, text: str, folder: Path | None = None) -> None:
