@@ -44,7 +44,7 @@ def in_new_process(script: str, *arguments: str | Path) -> list[Any]:
 
 
 def torchrun(processes: int, *command: str) -> None:
-    """Run a program on so many processes of one thread; ends this one with what it said if it fails; torchrun says much after it."""
+    """Run a program on so many processes of one thread; if it fails, end this one with the last of what it said."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run([*start, *command], env=environment, capture_output=True, text=True)
