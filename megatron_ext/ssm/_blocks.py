@@ -13,3 +13,8 @@ def blocks(count: int, elements: int, device: torch.device) -> Iterator[slice]:
     size = max(1, BUDGET.get(device.type, BUDGET["cuda"]) // elements)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
+
+
+def rows_at_once(rows: int, device: torch.device) -> int:
+    """Rows of a batch that a piece takes: one on a CPU, all on a GPU."""
+    return 1 if device.type == "cpu" else rows

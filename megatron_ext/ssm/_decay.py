@@ -32,6 +32,10 @@ class Decays(NamedTuple):
     source: Float[Tensor, "b c h L"]
     """The same minus log2(dt), float64: target[i] - source[j] is the exponent of what token j weighs in token i."""
 
+    def of(self, rows: slice, chunks: slice) -> "Decays":
+        """The decays of some rows and chunks."""
+        return Decays(*(t[rows, chunks] for t in self))
+
 
 def decays(
     dt: Float[Tensor, "b c L h"],

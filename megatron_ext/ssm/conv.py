@@ -16,6 +16,8 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.ssm._blocks import blocks
 from megatron_ext.ssm.naive import is_silu
 
+ALL = slice(None)
+
 
 def causal_conv1d(
     x: Float[Tensor, "b l d"],
@@ -46,7 +48,7 @@ def causal_conv1d(
         raise ConfigError("a causal convolution takes initial states or packed documents, not both")
     length, taps = x.shape[1], weight.shape[1]
     past = x.new_zeros(x.shape[0], taps - 1, x.shape[2]) if initial_states is None else initial_states.to(x.dtype)
-    same = None if seq_idx is None else _same_document(seq_idx, taps)
+    same = None if seq_idx is None else same_document(seq_idx, taps)
     y = _CausalConv.apply(x, past, weight, bias, same, silu)
     tail = torch.cat([past, x[:, max(0, length - taps + 1) :]], 1)
     return y, tail[:, tail.shape[1] - taps + 1 :]  # type: ignore[return-value]
@@ -59,68 +61,104 @@ class _CausalConv(torch.autograd.Function):
         ctx.silu = silu
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for block in blocks(x.shape[1], x.shape[0] * x.shape[2], x.device):
-            start, stop = block.start, block.stop
-            z = _weighted(_window(x, past, start, stop), weight, bias, same, start)
-            y[:, start:stop] = F.silu(z) if silu else z
+            z = weighted(window(x, past, block), weight, bias, of_block(same, ALL, block))
+            y[:, block] = F.silu(z, inplace=True) if silu else z
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy):  # type: ignore[override]
         x, past, weight, bias, same = ctx.saved_tensors
-        taps = weight.shape[1]
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        dpadded = torch.zeros(x.shape[0], x.shape[1] + taps - 1, x.shape[2], dtype=dtype, device=x.device)
-        dweight, dbias = torch.zeros_like(weight.T, dtype=dtype), torch.zeros_like(weight[:, 0], dtype=dtype)
-        kernel = weight.T.to(dtype).contiguous()
-        for block in blocks(x.shape[1], x.shape[0] * x.shape[2], x.device):
-            start, stop = block.start, block.stop
-            window = _window(x, past, start, stop)
-            dz = dy[:, start:stop].to(dtype)
+        sums = Sums(weight, past)
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for block in reversed(list(blocks(x.shape[1], x.shape[0] * x.shape[2], x.device))):
+            inputs, own = window(x, past, block), of_block(same, ALL, block)
+            dz = dy[:, block].to(inputs.dtype)
             if ctx.silu:
-                dz = torch.ops.aten.silu_backward(dz, _weighted(window, weight, bias, same, start))
-            dbias += dz.sum((0, 1))
-            for k in range(taps):
-                dtap = dz if same is None else dz * same[k, :, start:stop]
-                dweight[k] += (dtap * window[:, k : k + stop - start]).sum((0, 1))
-                dpadded[:, start + k : stop + k].addcmul_(dtap, kernel[k])
-        dpast, dx = dpadded.to(x.dtype).split([taps - 1, x.shape[1]], 1)
-        return dx, dpast, dweight.T.to(weight.dtype), None if bias is None else dbias.to(bias.dtype), None, None
+                dz = torch.ops.aten.silu_backward(dz, weighted(inputs, weight, bias, own))
+            dx[:, block] = sums.add(inputs, dz, weight, own, ALL)
+        dbias = None if bias is None else sums.bias.to(bias.dtype)
+        return dx, sums.past.to(x.dtype), sums.weight.T.to(weight.dtype), dbias, None, None
 
 
-def _window(
-    x: Float[Tensor, "b l d"], past: Float[Tensor, "b k d"], start: int, stop: int
-) -> Float[Tensor, "b window d"]:
-    """The inputs of a block, preceded by those that its first token reaches, in float32 or wider."""
-    before = max(0, start - past.shape[1])
-    window = x[:, before:stop]
-    if start < past.shape[1]:
-        window = torch.cat([past[:, start:], window], 1)
-    return window.to(torch.promote_types(x.dtype, torch.float32))
+def window(x: Float[Tensor, "b l d"], past: Float[Tensor, "b k d"], block: slice) -> Float[Tensor, "b window d"]:
+    """The inputs of a block of tokens, preceded by the k that its first token reaches, in float32 or wider."""
+    reach = past.shape[1]
+    inputs = x[:, max(0, block.start - reach) : block.stop]
+    if block.start < reach:
+        inputs = torch.cat([past[:, block.start :], inputs], 1)
+    return inputs.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _weighted(
-    window: Float[Tensor, "b window d"],
+def of_block(same: Bool[Tensor, "b w l 1"] | None, rows: slice, tokens: slice) -> Bool[Tensor, "k w block 1"] | None:
+    """The part of `same_document` for some rows and tokens."""
+    return None if same is None else same[rows, :, tokens]
+
+
+def weighted(
+    inputs: Float[Tensor, "b window d"],
     weight: Float[Tensor, "d w"],
     bias: Float[Tensor, "d"] | None,
-    same: Bool[Tensor, "w b l 1"] | None,
-    start: int,
+    same: Bool[Tensor, "b w block 1"] | None,
 ) -> Float[Tensor, "b block d"]:
-    """The bias plus the inputs times the taps."""
+    """The bias plus the inputs times the taps: what is under the activation of a block of tokens."""
     taps = weight.shape[1]
-    length = window.shape[1] - taps + 1
-    kernel = weight.T.to(window.dtype).contiguous()
-    z = window.new_zeros(()) if bias is None else bias.to(window.dtype)
-    for k in range(taps):
-        value = window[:, k : k + length]
-        if same is not None:
-            value = value * same[k, :, start : start + length]
-        z = torch.addcmul(z, value, kernel[k])
+    length = inputs.shape[1] - taps + 1
+    kernel = weight.T.to(inputs.dtype).contiguous()
+    z = inputs.new_zeros(()) if bias is None else bias.to(inputs.dtype)
+    z = torch.addcmul(z, _met(inputs, 0, length, same), kernel[0])
+    for k in range(1, taps):
+        z.addcmul_(_met(inputs, k, length, same), kernel[k])
     return z
 
 
-def _same_document(seq_idx: Int[Tensor, "b l"], taps: int) -> Bool[Tensor, "w b l 1"]:
+def _met(
+    inputs: Float[Tensor, "b window d"], tap: int, length: int, same: Bool[Tensor, "b w block 1"] | None
+) -> Float[Tensor, "b block d"]:
+    """What a tap meets: nothing in another document."""
+    met = inputs[:, tap : tap + length]
+    return met if same is None else met * same[:, tap]
+
+
+class Sums:
+    """What the backward adds up over blocks of tokens, taken from the last to the first.
+
+    Attributes:
+        weight: Gradient of the taps (w, d).
+        bias: Gradient of the bias (d).
+        past: Gradient of the w - 1 inputs before the block at hand (b, w - 1, d), in the end of those before the row.
+    """
+
+    def __init__(self, weight: Float[Tensor, "d w"], past: Float[Tensor, "b k d"]) -> None:
+        dtype = torch.promote_types(past.dtype, torch.float32)
+        self.weight = torch.zeros_like(weight.T, dtype=dtype)
+        self.bias = torch.zeros_like(weight[:, 0], dtype=dtype)
+        self.past = torch.zeros_like(past, dtype=dtype)
+
+    def add(
+        self,
+        inputs: Float[Tensor, "b window d"],
+        dz: Float[Tensor, "b block d"],
+        weight: Float[Tensor, "d w"],
+        same: Bool[Tensor, "b w block 1"] | None,
+        rows: slice,
+    ) -> Float[Tensor, "b block d"]:
+        """Take in the gradient under the activation of a block of `rows`; return that of its inputs, then whole."""
+        taps, length = weight.shape[1], dz.shape[1]
+        kernel = weight.T.to(dz.dtype).contiguous()
+        dinputs = torch.zeros_like(inputs)
+        dinputs[:, length:] = self.past[rows]
+        for k in range(taps):
+            taken, reached = dz if same is None else dz * same[:, k], slice(k, k + length)
+            dinputs[:, reached].addcmul_(taken, kernel[k])
+            self.weight[k] += (inputs[:, reached] * taken).sum((0, 1))
+        self.bias += dz.sum((0, 1))
+        self.past[rows], own = dinputs.split([taps - 1, length], 1)
+        return own
+
+
+def same_document(seq_idx: Int[Tensor, "b l"], taps: int) -> Bool[Tensor, "b w l 1"]:
     """Whether the token that tap k meets belongs to the same document as the token of the output."""
     reach = [min(taps - 1 - k, seq_idx.shape[1]) for k in range(taps)]
     same = [F.pad(seq_idx[:, j:] == seq_idx[:, : seq_idx.shape[1] - j], (j, 0)) for j in reach]
-    return torch.stack(same).unsqueeze(-1)
+    return torch.stack(same, 1).unsqueeze(-1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_ext.errors import ConfigError, nearest
 from megatron_ext.platform.device import device_type
-from megatron_ext.ssm import chunk, conv, naive, norm
+from megatron_ext.ssm import chunk, conv, mixer, naive, norm
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class Backend:
         ssd: The scan.
         causal_conv1d: The convolution before it.
         gated_rms_norm: The norm after it.
-        conv_scan_gate: Convolution, scan and gate at once (`triton.mixer`), where there is such a thing.
+        conv_scan_norm: Convolution, scan, norm and gate at once (`mixer`, `triton.mixer`), where there is such a thing.
         conv_step: The convolution of one more token (`triton.decode`); elsewhere `decode.conv_step`.
         state_step: The scan of one more token; elsewhere `decode.ssd_step`.
     """
@@ -35,14 +35,14 @@ class Backend:
     ssd: Callable[..., tuple[Tensor, Tensor]]
     causal_conv1d: Callable[..., tuple[Tensor, Tensor]]
     gated_rms_norm: Callable[..., Tensor]
-    conv_scan_gate: Callable[..., tuple[Tensor, Tensor]] | None = None
+    conv_scan_norm: Callable[..., tuple[Tensor, Tensor]] | None = None
     conv_step: Callable[..., Tensor] | None = None
     state_step: Callable[..., Tensor] | None = None
 
 
 _BUILT = {
     "naive": Backend("naive", naive.ssd, naive.causal_conv1d, naive.gated_rms_norm),
-    "torch": Backend("torch", chunk.ssd, conv.causal_conv1d, norm.gated_rms_norm),
+    "torch": Backend("torch", chunk.ssd, conv.causal_conv1d, norm.gated_rms_norm, mixer.conv_scan_norm),
 }
 NAMES = ("auto", *_BUILT, "triton", "mamba_ssm")
 # What the tiles of the Triton kernels are made for; beyond it plain torch is the better choice.

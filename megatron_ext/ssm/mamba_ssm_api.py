@@ -6,6 +6,7 @@ float32 here, at least as exact as asked).
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,8 @@ from torch import Tensor
 
 from megatron_ext.errors import ConfigError
 from megatron_ext.ssm import decode
-from megatron_ext.ssm.dispatch import backend
-
-NO_LIMIT = (0.0, float("inf"))
+from megatron_ext.ssm.dispatch import Backend, backend
+from megatron_ext.ssm.projection import NO_LIMIT, Projection, step_sizes
 
 
 def causal_conv1d_fn(
@@ -103,7 +103,7 @@ def mamba_chunk_scan_combined(
         if x.shape[0] != 1 or seq_idx is not None:
             raise ConfigError("cu_seqlens describes the documents of one row, and seq_idx the same", got=tuple(x.shape))
         seq_idx = torch.searchsorted(cu_seqlens[1:], torch.arange(x.shape[1], device=x.device), right=True)[None].int()
-    steps = _step_sizes(dt, dt_bias, dt_softplus, dt_limit)
+    steps = step_sizes(dt, dt_bias, dt_softplus, dt_limit)
     ops = backend(x=x, channels=x.shape[3], state=B.shape[3])
     y, state = ops.ssd(x, steps, A, B, C, D, initial_states, seq_idx)
     if z is not None:
@@ -173,30 +173,12 @@ def mamba_split_conv1d_scan_combined(
         raise ConfigError(what, got=zxbcdt.shape[-1], legal=f"{inner} + {conv} + {heads}, {ngroups} groups")
     n = (conv - inner) // (2 * ngroups)
     ops = backend(x=zxbcdt, channels=p, state=n, taps=conv1d_weight.shape[1])
-    gate_first = rmsnorm_weight is None or not norm_before_gate
-    if ops.conv_scan_gate is not None and gate_first:
-        rest = (initial_states, seq_idx, dt_limit, activation)
-        y, state = ops.conv_scan_gate(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, p, ngroups, *rest)
-        z = None
-    else:
-        z, xBC, dt = zxbcdt.split([inner, conv, heads], -1)
-        xBC, _ = ops.causal_conv1d(xBC, conv1d_weight, conv1d_bias, None, seq_idx, activation)
-        x, B, C = xBC.split([inner, ngroups * n, ngroups * n], -1)
-        y, state = ops.ssd(
-            x.unflatten(-1, (heads, p)),
-            _step_sizes(dt, dt_bias, True, dt_limit),
-            A,
-            B.unflatten(-1, (ngroups, n)),
-            C.unflatten(-1, (ngroups, n)),
-            D,
-            initial_states,
-            seq_idx,
-        )
-        y = y.flatten(2)
-    if rmsnorm_weight is not None:
-        y = ops.gated_rms_norm(y, rmsnorm_weight, z, rmsnorm_eps, inner // ngroups, norm_before_gate)
-    elif z is not None:
-        y = (y * F.silu(z.to(state.dtype))).to(y.dtype)
+    projection, rest = Projection(heads, p, ngroups), (initial_states, seq_idx, dt_limit, activation)
+    mixer = ops.conv_scan_norm or partial(in_turn, ops)
+    y, state = mixer(
+        zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, projection, *rest,
+        rmsnorm_weight, rmsnorm_eps, norm_before_gate,
+    )  # fmt: skip
     if outproj_weight is not None:
         y = F.linear(y.to(outproj_weight.dtype), outproj_weight, outproj_bias)
     return (y, state) if return_final_states else y
@@ -308,7 +290,7 @@ def selective_state_update(
     ops = backend(x=x, channels=x.shape[2], state=B.shape[2])
     if ops.state_step is not None and state.is_contiguous():
         return ops.state_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
-    steps = _step_sizes(dt, dt_bias, dt_softplus, NO_LIMIT)
+    steps = step_sizes(dt, dt_bias, dt_softplus, NO_LIMIT)
     own = state if state_batch_indices is None else state[state_batch_indices]
     y = decode.ssd_step(own, x, steps, A, B, C, D)
     if state_batch_indices is not None:
@@ -316,9 +298,18 @@ def selective_state_update(
     return y if z is None else (y * F.silu(z.to(steps.dtype))).to(x.dtype)
 
 
-def _step_sizes(dt: Tensor, bias: Tensor | None, softplus: bool, limit: Sequence[float]) -> Tensor:
-    """dt after bias, softplus and limits, in float32 or wider."""
-    dtype = torch.promote_types(dt.dtype, torch.float32)
-    dt = dt.to(dtype) if bias is None else dt.to(dtype) + bias.to(dtype)
-    dt = F.softplus(dt) if softplus else dt
-    return dt if tuple(limit) == NO_LIMIT else dt.clamp(*limit)
+def in_turn(
+    ops: Backend, zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, dt_bias: Tensor, A: Tensor, D: Tensor,
+    projection: Projection, initial_states: Tensor | None, seq_idx: Tensor | None, dt_limit: Sequence[float],
+    activation: str | None, norm_weight: Tensor | None, norm_eps: float, norm_before_gate: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`mixer.conv_scan_norm` as one operation after the other, for a backend that has no such function."""
+    z, xBC, dt = projection.parts(zxbcdt)
+    xBC, _ = ops.causal_conv1d(xBC, conv_weight, conv_bias, None, seq_idx, activation)
+    x, B, C = projection.inputs(xBC)
+    y, state = ops.ssd(x, step_sizes(dt, dt_bias, True, dt_limit), A, B, C, D, initial_states, seq_idx)
+    y = y.flatten(2)
+    if norm_weight is None:
+        return (y * F.silu(z.to(state.dtype))).to(y.dtype), state
+    size = projection.inner // projection.groups
+    return ops.gated_rms_norm(y, norm_weight, z, norm_eps, size, norm_before_gate), state

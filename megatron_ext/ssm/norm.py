@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_ext.ssm._blocks import blocks
+from megatron_ext.ssm._silu import silu_and_slope
 
 
 def gated_rms_norm(
@@ -47,11 +48,8 @@ class _GatedNorm(torch.autograd.Function):
         y = torch.empty_like(xs, memory_format=torch.contiguous_format)
         scale = torch.empty(xs.shape[0], xs.shape[1] // group_size, 1, dtype=dtype, device=x.device)
         for k in blocks(xs.shape[0], xs.shape[1], xs.device):
-            gate = None if zs is None else F.silu(zs[k].to(dtype))
-            u = _times(xs[k].to(dtype), None if norm_before_gate else gate).unflatten(1, (-1, group_size))
-            scale[k] = torch.rsqrt(u.square().mean(-1, keepdim=True).add_(eps))
-            normed = (u * scale[k]).flatten(1).mul_(weight.to(dtype))
-            y[k] = _times(normed, gate if norm_before_gate else None)
+            zk = None if zs is None else zs[k].to(dtype)
+            scale[k] = forward(xs[k].to(dtype), weight.to(dtype), zk, eps, group_size, norm_before_gate, y[k])
         ctx.save_for_backward(x, weight, z, scale)
         ctx.norm_before_gate = norm_before_gate
         return y.view(x.shape)
@@ -60,27 +58,67 @@ class _GatedNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy):  # type: ignore[override]
         x, weight, z, scale = ctx.saved_tensors
-        dtype, groups = scale.dtype, (scale.shape[1], -1)
-        xs, zs, dys, wide = _rows(x), None if z is None else _rows(z), _rows(dy), weight.to(dtype)
+        xs, zs, dys, wide = _rows(x), None if z is None else _rows(z), _rows(dy), weight.to(scale.dtype)
         dx = torch.empty_like(xs, memory_format=torch.contiguous_format)
         dz = None if zs is None else torch.empty_like(zs, memory_format=torch.contiguous_format)
         dweight = torch.zeros_like(wide)
         for k in blocks(xs.shape[0], xs.shape[1], xs.device):
-            xk, dyk = xs[k].to(dtype), dys[k].to(dtype)
-            gate = None if zs is None else F.silu(zs[k].to(dtype))
-            inner, outer = (None, gate) if ctx.norm_before_gate else (gate, None)
-            normed = _times(xk, inner).unflatten(1, groups) * scale[k]
-            dout = _times(dyk, outer)
-            dweight += (dout * normed.flatten(1)).sum(0)
-            dnormed = (dout * wide).unflatten(1, groups)
-            along = (dnormed * normed).mean(-1, keepdim=True)
-            du = dnormed.addcmul_(normed, along, value=-1).mul_(scale[k]).flatten(1)
-            dx[k] = _times(du, inner)
-            if zs is not None and dz is not None:
-                dgate = dyk * normed.flatten(1) * wide if ctx.norm_before_gate else du * xk
-                dz[k] = torch.ops.aten.silu_backward(dgate, zs[k].to(dtype))
+            zk = None if zs is None else zs[k].to(wide.dtype)
+            dyk, dzk = dys[k].to(wide.dtype), None if dz is None else dz[k]
+            dx[k], dweight_k = backward(xs[k].to(wide.dtype), wide, zk, scale[k], dyk, ctx.norm_before_gate, dzk)
+            dweight += dweight_k
         dz = None if dz is None else dz.view(x.shape)
         return dx.view(x.shape), dweight.to(weight.dtype), dz, None, None, None
+
+
+def forward(
+    x: Float[Tensor, "*block d"],
+    weight: Float[Tensor, "d"],
+    z: Float[Tensor, "*block d"] | None,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+    out: Float[Tensor, "*block d"],
+) -> Float[Tensor, "*block g 1"]:
+    """Write the gated norm of one block to `out`; the reciprocal root mean square of each group."""
+    gate = None if z is None else F.silu(z)
+    inner, outer = (None, gate) if norm_before_gate else (gate, None)
+    groups = _times(x, inner).unflatten(-1, (-1, group_size))
+    scale = torch.linalg.vector_norm(groups, dim=-1, keepdim=True).square_().div_(group_size).add_(eps).rsqrt_()
+    normed = (groups * scale).flatten(-2)
+    if outer is not None:
+        normed.mul_(outer)
+    torch.mul(normed, weight, out=out)
+    return scale
+
+
+def backward(
+    x: Float[Tensor, "*block d"],
+    weight: Float[Tensor, "d"],
+    z: Float[Tensor, "*block d"] | None,
+    scale: Float[Tensor, "*block g 1"],
+    dy: Float[Tensor, "*block d"],
+    norm_before_gate: bool,
+    dz: Float[Tensor, "*block d"] | None,
+) -> tuple[Float[Tensor, "*block d"], Float[Tensor, "d"]]:
+    """The gradients of x and weight for one block; that of the gate is written to `dz`.
+
+    With u what is normalised and v the gradient of its norm: the sum of v u over tokens is a product with a vector,
+    which costs as little as one of reading it.
+    """
+    gate, slope = (None, None) if z is None else silu_and_slope(z)
+    inner, outer = (None, gate) if norm_before_gate else (gate, None)
+    groups = (-1, scale.shape[-2], x.shape[-1] // scale.shape[-2])
+    u, v = _times(x, inner).reshape(groups), _times(dy, outer).reshape(groups)
+    scales, factor = scale.flatten(0, -3), weight.view(u.shape[1:])
+    uv = u * v
+    dweight = (scales.permute(1, 2, 0) @ uv.transpose(0, 1)).flatten()
+    along = torch.linalg.vecdot(uv, factor).unsqueeze(-1).mul_(scales.pow(3)).div_(-u.shape[-1])
+    du = (v * factor).mul_(scales).addcmul_(u, along).view(x.shape)
+    if slope is not None and dz is not None:
+        dgate = (x * dy).view(u.shape).mul_(scales).mul_(factor).view(x.shape) if norm_before_gate else du * x
+        torch.mul(dgate, slope, out=dz)
+    return _times(du, inner), dweight
 
 
 def _rows(t: Float[Tensor, "*batch d"]) -> Float[Tensor, "rows d"]:

@@ -10,7 +10,7 @@ from ssm_oracle import assert_agree, inputs, results
 from torch import Tensor
 
 from megatron_ext.errors import ConfigError
-from megatron_ext.ssm import chunk, naive
+from megatron_ext.ssm import _scan, chunk, naive
 from megatron_ext.ssm._blocks import BUDGET
 
 
@@ -148,10 +148,7 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, budget
     expected = results(chunk.ssd, given, torch.float64, chunk_size=4)
     monkeypatch.setitem(BUDGET, "cpu", budget)
     if whole_batch:
-        rows_first = chunk._blocks
-        monkeypatch.setattr(
-            chunk, "_blocks", lambda b, *rest: [(slice(0, b), chunks) for _, chunks in rows_first(1, *rest)]
-        )
+        monkeypatch.setattr(_scan, "rows_at_once", lambda rows, device: rows)
     assert_agree(results(chunk.ssd, given, torch.float64, chunk_size=4), expected, 1e-12)
 
 

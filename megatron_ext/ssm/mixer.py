@@ -1,0 +1,173 @@
+"""All between a Mamba-2 layer's two projections as one function in plain torch: convolution, scan, norm and gate.
+
+The sequence is taken in blocks that fit the cache, each from the projection to the output while it is there, and back in
+the backward, where what the convolution made of a block is computed again. Kept are y, the state before each chunk and
+one number per token and group of the norm; nothing is split, padded or put together again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_ext.ssm import conv, norm
+from megatron_ext.ssm._scan import Scan, Sums
+from megatron_ext.ssm._silu import silu_and_slope
+from megatron_ext.ssm.chunk import CHUNK, around, document_starts
+from megatron_ext.ssm.naive import is_silu
+from megatron_ext.ssm.projection import NO_LIMIT, Projection, step_sizes
+
+
+@dataclass(frozen=True)
+class _How:
+    """What is no tensor."""
+
+    projection: Projection
+    limit: Sequence[float]
+    silu: bool
+    eps: float
+    norm_before_gate: bool
+    chunk: int
+
+
+def conv_scan_norm(
+    zxbcdt: Float[Tensor, "b l in_proj"],
+    conv_weight: Float[Tensor, "d w"],
+    conv_bias: Float[Tensor, "d"] | None,
+    dt_bias: Float[Tensor, "h"],
+    A: Float[Tensor, "h"],
+    D: Float[Tensor, "h"] | Float[Tensor, "h p"],
+    projection: Projection,
+    initial_states: Float[Tensor, "b h p n"] | None = None,
+    seq_idx: Int[Tensor, "b l"] | None = None,
+    dt_limit: Sequence[float] = NO_LIMIT,
+    activation: str | None = "silu",
+    norm_weight: Float[Tensor, "hp"] | None = None,
+    norm_eps: float = 1e-6,
+    norm_before_gate: bool = True,
+    chunk_size: int | None = None,
+) -> tuple[Float[Tensor, "b l hp"], Float[Tensor, "b h p n"]]:
+    """norm(y) silu(z), norm(y silu(z)) or y silu(z), of the scan y of what the convolution makes of x, B and C.
+
+    Step sizes are softplus(dt + bias). Accumulated in float32 (float64 for float64 inputs).
+
+    Args:
+        zxbcdt: Gate z, inputs x, B, C and raw step sizes side by side.
+        conv_weight: Taps of the convolution over x, B and C.
+        conv_bias: Its bias.
+        dt_bias: Added to the step sizes before softplus.
+        A: Decay rates, negative.
+        D: Skip weights, per head or per channel.
+        projection: The sizes of the parts of zxbcdt.
+        initial_states: The state before the first token; it belongs to the first document of a row.
+        seq_idx: Document number of each token; neither state nor taps cross into another document.
+        dt_limit: Step sizes are clamped to this range after softplus.
+        activation: Of the convolution: None, "silu" or "swish".
+        norm_weight: Of the norm over each group's channels; no norm without it.
+        norm_eps: Added to its mean square.
+        norm_before_gate: norm(y) silu(z) if true, norm(y silu(z)) if false.
+        chunk_size: Tokens in a chunk of the scan. It changes the speed, not the result.
+
+    Returns:
+        The output in the dtype of the input, and the state after the last token in float32 (float64 for float64).
+
+    Raises:
+        ConfigError: Another activation.
+    """
+    size = min(chunk_size or CHUNK, zxbcdt.shape[1])
+    how = _How(projection, dt_limit, is_silu(activation), norm_eps, norm_before_gate, size)
+    return _Mixer.apply(  # type: ignore[return-value]
+        zxbcdt, conv_weight, conv_bias, dt_bias, A, D, initial_states, norm_weight, seq_idx, how
+    )
+
+
+class _Mixer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, zxbcdt, weight, bias, dt_bias, A, D, initial, norm_weight, seq_idx, how):
+        z, xBC, dt = how.projection.parts(zxbcdt)
+        scan, starts, past, same = _prepare(zxbcdt, weight, seq_idx, how)
+        decay = scan.decays(step_sizes(dt, dt_bias, True, how.limit), A, starts)
+        states = scan.states(initial, zxbcdt, (weight.shape[0] - how.projection.inner) // (2 * scan.groups))
+        skip, factor = scan.skip(D), None if norm_weight is None else norm_weight.to(scan.dtype)
+        y = torch.empty(z.shape, dtype=scan.dtype, device=z.device)
+        out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+        scale = None if factor is None else y.new_empty(*z.shape[:2], scan.groups, 1)
+        for rows, chunks, tokens in scan.blocks(z.device):
+            k = rows, tokens
+            window = conv.window(xBC[rows], past[rows], tokens)
+            convolved = conv.weighted(window, weight, bias, conv.of_block(same, rows, tokens))
+            x, B, C = how.projection.inputs(F.silu(convolved, inplace=True) if how.silu else convolved)
+            own = decay.of(rows, chunks), around(states, rows, chunks)
+            yk = y[k]
+            scan.forward(x, B, C, skip, *own, yk.unflatten(2, x.shape[2:]))
+            zk = z[k].to(scan.dtype)
+            if factor is None or scale is None:
+                torch.mul(yk, F.silu(zk), out=out[k])
+            else:
+                size = z.shape[2] // scan.groups
+                scale[k] = norm.forward(yk, factor, zk, how.eps, size, how.norm_before_gate, out[k])
+        ctx.save_for_backward(zxbcdt, weight, bias, dt_bias, A, D, norm_weight, seq_idx, y, states, scale)
+        ctx.how, ctx.has_initial = how, initial is not None
+        ctx.set_materialize_grads(False)
+        return out, scan.narrow(states[:, -1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout, dfinal):  # type: ignore[override]
+        zxbcdt, weight, bias, dt_bias, A, D, norm_weight, seq_idx, y, states, scale = ctx.saved_tensors
+        how: _How = ctx.how
+        z, xBC, dt = how.projection.parts(zxbcdt)
+        dout = torch.zeros_like(y) if dout is None else dout
+        dzxbcdt = torch.empty(zxbcdt.shape, dtype=zxbcdt.dtype, device=zxbcdt.device)
+        dz, dxBC, ddt = how.projection.parts(dzxbcdt)
+        scan, starts, past, same = _prepare(zxbcdt, weight, seq_idx, how)
+        with torch.enable_grad():
+            raw, raw_bias = dt.detach().requires_grad_(), dt_bias.detach().requires_grad_()
+            steps = step_sizes(raw, raw_bias, True, how.limit)
+        dsteps, decay = torch.empty_like(steps), scan.decays(steps.detach(), A, starts)
+        sums, taps = Sums(scan, dfinal, states, A, D), conv.Sums(weight, past)
+        factor = None if norm_weight is None else norm_weight.to(scan.dtype)
+        dfactor = None if factor is None else torch.zeros_like(factor)
+        for rows, chunks, tokens in reversed(list(scan.blocks(z.device))):
+            k = rows, tokens
+            yk, zk, doutk = y[k], z[k].to(scan.dtype), dout[k].to(scan.dtype)
+            if factor is None or scale is None:
+                gate, slope = silu_and_slope(zk)
+                dyk = doutk * gate
+                torch.mul(slope.mul_(doutk), yk, out=dz[k])
+            else:
+                dyk, dfactor_k = norm.backward(yk, factor, zk, scale[k], doutk, how.norm_before_gate, dz[k])
+                dfactor += dfactor_k
+            own = conv.of_block(same, rows, tokens)
+            window = conv.window(xBC[rows], past[rows], tokens)
+            convolved, slope = conv.weighted(window, weight, bias, own), None
+            if how.silu:
+                convolved, slope = silu_and_slope(convolved)
+            x, B, C = how.projection.inputs(convolved)
+            yk, dyk = (t.unflatten(2, x.shape[2:]) for t in (yk, dyk))
+            rest = decay.of(rows, chunks), around(states, rows, chunks), sums, rows
+            dconvolved, dsteps[k] = scan.backward(x, B, C, yk, dyk, *rest)
+            if slope is not None:
+                dconvolved.mul_(slope)
+            dxBC[k] = taps.add(window, dconvolved, weight, own, rows)
+        ddt[:], ddt_bias = torch.autograd.grad(steps, (raw, raw_bias), dsteps)
+        return (
+            dzxbcdt, taps.weight.T.to(weight.dtype), None if bias is None else taps.bias.to(bias.dtype), ddt_bias,
+            sums.dA.to(A.dtype), sums.skip(D), scan.narrow(sums.state) if ctx.has_initial else None,
+            None if dfactor is None else dfactor.to(norm_weight.dtype), None, None,
+        )  # fmt: skip
+
+
+def _prepare(zxbcdt: Tensor, weight: Tensor, seq_idx: Tensor | None, how: _How) -> tuple[Scan, Any, Tensor, Any]:
+    """The scan, where documents start, the convolution's past, and which of its taps stay in their document."""
+    p = how.projection
+    dtype = torch.promote_types(zxbcdt.dtype, torch.float32)
+    scan = Scan(*zxbcdt.shape[:2], p.heads, p.channels, p.groups, how.chunk, dtype)
+    starts = None if seq_idx is None else document_starts(seq_idx)
+    past = zxbcdt.new_zeros(zxbcdt.shape[0], weight.shape[1] - 1, weight.shape[0])
+    return scan, starts, past, None if seq_idx is None else conv.same_document(seq_idx, weight.shape[1])

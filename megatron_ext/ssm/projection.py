@@ -1,0 +1,56 @@
+"""The parts of a Mamba-2 layer's input projection."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+NO_LIMIT = (0.0, float("inf"))
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Gate z, inputs x, B, C and raw step sizes side by side, of h p, h p, g n, g n and h channels.
+
+    Attributes:
+        heads: h.
+        channels: p.
+        groups: g.
+    """
+
+    heads: int
+    channels: int
+    groups: int
+
+    @property
+    def inner(self) -> int:
+        """h p."""
+        return self.heads * self.channels
+
+    def parts(
+        self, zxbcdt: Float[Tensor, "b l in_proj"]
+    ) -> tuple[Float[Tensor, "b l hp"], Float[Tensor, "b l conv"], Float[Tensor, "b l h"]]:
+        """z; x, B and C together; dt."""
+        z, xBC, dt = zxbcdt.split([self.inner, zxbcdt.shape[-1] - self.inner - self.heads, self.heads], -1)
+        return z, xBC, dt
+
+    def inputs(
+        self, xBC: Float[Tensor, "b l conv"]
+    ) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "b l g n"], Float[Tensor, "b l g n"]]:
+        """x, B and C."""
+        state = (xBC.shape[-1] - self.inner) // 2
+        x, B, C = xBC.split([self.inner, state, state], -1)
+        return x.unflatten(-1, (self.heads, -1)), B.unflatten(-1, (self.groups, -1)), C.unflatten(-1, (self.groups, -1))
+
+
+def step_sizes(
+    dt: Float[Tensor, "*batch h"], bias: Float[Tensor, "h"] | None, softplus: bool, limit: Sequence[float]
+) -> Float[Tensor, "*batch h"]:
+    """dt after bias, softplus and limits, in float32 or wider."""
+    dtype = torch.promote_types(dt.dtype, torch.float32)
+    dt = dt.to(dtype) if bias is None else dt.to(dtype) + bias.to(dtype)
+    dt = F.softplus(dt) if softplus else dt
+    return dt if tuple(limit) == NO_LIMIT else dt.clamp(*limit)
