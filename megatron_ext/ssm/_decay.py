@@ -21,20 +21,26 @@ class Decays(NamedTuple):
 
     dt: Float[Tensor, "b c L h"]
     """Step sizes, raised to at least 2**(0.4 FLOOR), so that the gradient x.dx / dt has a limit at dt = 0."""
-    from_start: Float[Tensor, "b c L h"]
+    from_start: Float[Tensor, "b c L g r 1"]
     """Decay of the chunk's first state up to and with each token."""
-    to_end: Float[Tensor, "b c L h"]
+    to_end: Float[Tensor, "b c L g r 1"]
     """dt times the decay after each token up to the chunk's end."""
     whole: Float[Tensor, "b c g 1 rp"]
     """Decay over the whole chunk, repeated for every channel of its head."""
-    target: Float[Tensor, "b c h L"]
+    target: Float[Tensor, "b c g r L"]
     """Exponent summed from the chunk's start, float64."""
-    source: Float[Tensor, "b c h L"]
+    source: Float[Tensor, "b c g r L"]
     """The same minus log2(dt), float64: target[i] - source[j] is the exponent of what token j weighs in token i."""
 
     def of(self, rows: slice, chunks: slice) -> "Decays":
         """The decays of some rows and chunks."""
         return Decays(*(t[rows, chunks] for t in self))
+
+    def tile(self) -> Float[Tensor, "b c g r L L"]:
+        """dt_j times the decay from token j to i at [i, j]; above the diagonal it is finite, not zero."""
+        exponents = self.dt.new_empty(*self.target.shape, self.target.shape[-1])
+        torch.sub(self.target.unsqueeze(-1), self.source.unsqueeze(-2), out=exponents)
+        return exponents.clamp_(FLOOR[exponents.dtype], CEILING).exp2_()
 
 
 def decays(
@@ -58,7 +64,8 @@ def decays(
         channels: p, channels of a head.
         dtype: What the scan accumulates in, float32 or float64.
     """
-    b, c, _, h = dt.shape
+    b, c, length, h = dt.shape
+    by_group = (b, c, length, groups, h // groups)
     floor = FLOOR[dtype]
     steps = dt.double().clamp(2.0 ** (0.4 * floor), 2.0**CEILING)
     exponents = dt.double() * (A.double() * math.log2(math.e))
@@ -68,20 +75,12 @@ def decays(
     from_start = sums.clamp_min(floor).to(dtype).exp2_()
     to_end = (sums[:, :, -1:] - sums).clamp_(min=floor).to(dtype).exp2_().mul_(steps)
     whole = from_start[:, :, -1].view(b, c, groups, 1, h // groups, 1)
-    target = sums.transpose(2, 3).contiguous()
+    target = sums.view(by_group).permute(0, 1, 3, 4, 2).contiguous()
     return Decays(
         dt=steps.to(dtype),
-        from_start=from_start,
-        to_end=to_end,
+        from_start=from_start.view(*by_group, 1),
+        to_end=to_end.view(*by_group, 1),
         whole=whole.expand(-1, -1, -1, -1, -1, channels).reshape(b, c, groups, 1, -1),
         target=target,
-        source=target - steps.transpose(2, 3).log2(),
+        source=target - steps.log2().view(by_group).permute(0, 1, 3, 4, 2),
     )
-
-
-def fill_tile(
-    tile: Float[Tensor, "*k h L L"], target: Float[Tensor, "*k h L"], source: Float[Tensor, "*k h L"]
-) -> None:
-    """Write dt_j times the decay from token j to i into `tile[i, j]`; above the diagonal it is finite, not zero."""
-    torch.sub(target.unsqueeze(-1), source.unsqueeze(-2), out=tile)
-    tile.clamp_(FLOOR[tile.dtype], CEILING).exp2_()

@@ -1,7 +1,11 @@
 """The chunked scan of one block of chunks, forward and backward: what `chunk.py` and `mixer.py` loop over.
 
-Shapes: b batch, t = c L tokens in c chunks, h = g r heads in g groups, p head channels, n state size. A state is kept
-as (g, n, r p): the channels of a group's heads side by side, one wide matrix product instead of r narrow ones.
+Shapes: b batch, t = c L tokens in c chunks, h = g r heads in g groups, p head channels, n state size; x, B and C side
+by side are conv = h p + 2 g n channels. A state is kept as (g, n, r p): the channels of a group's heads side by side,
+one wide matrix product instead of r narrow ones.
+
+A block is half a megabyte, and each call of torch takes as long as work on a tenth of it: hence views rather than
+copies, results written where they belong (`out=`), and in-place sums.
 """
 
 from collections.abc import Iterator
@@ -13,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from megatron_ext.ssm._blocks import blocks, rows_at_once
-from megatron_ext.ssm._decay import Decays, decays, fill_tile
+from megatron_ext.ssm._decay import Decays, decays
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,12 @@ class Scan:
         states[:, 0] = 0 if initial is None else self.wide(initial)
         return states
 
-    def skip(self, D: Float[Tensor, "h"] | Float[Tensor, "h p"] | None) -> Float[Tensor, "h p"] | None:
+    def skip(self, D: Float[Tensor, "h"] | Float[Tensor, "h p"] | None) -> Float[Tensor, "g r p"] | None:
         """Skip weights of every channel."""
         if D is None:
             return None
         D = D if D.dim() == 2 else D.unsqueeze(-1).expand(-1, self.channels)
-        return D.to(self.dtype).contiguous()
+        return D.to(self.dtype).reshape(self.groups, -1, self.channels)
 
     def wide(self, state: Float[Tensor, "b h p n"]) -> Float[Tensor, "b g n rp"]:
         """A state as it is kept here."""
@@ -73,103 +77,110 @@ class Scan:
 
     def forward(
         self,
-        x: Float[Tensor, "b t h p"],
-        B: Float[Tensor, "b t g n"],
-        C: Float[Tensor, "b t g n"],
-        D: Float[Tensor, "h p"] | None,
+        xBC: Float[Tensor, "b t conv"],
+        D: Float[Tensor, "g r p"] | None,
         decay: Decays,
         states: Float[Tensor, "b s g n rp"],
-        out: Float[Tensor, "b t h p"],
+        out: Float[Tensor, "b t hp"],
     ) -> None:
         """Write y of a block to `out`, and the states in it and after it behind the one before it in `states`."""
-        x, B, C, y = (self._chunked(t) for t in (x, B, C, out))
-        B, C = B.transpose(2, 3), C.transpose(2, 3)
-        added = B.mT @ self._together(x * decay.to_end.unsqueeze(-1))
+        x, B, C = self._parts(self._chunked(xBC))
+        y = self._per_head(self._chunked(out))
+        added = B.mT @ self._together(x * decay.to_end)
         before, *after = states.unbind(1)
         for new, keep, state in zip(added.unbind(1), decay.whole.unbind(1), after, strict=True):
             before = torch.addcmul(new, before, keep, out=state)
-        tile = self._tile(decay)
-        tile.unflatten(2, (self.groups, -1)).mul_((C @ B.mT).tril_().unsqueeze(3))
-        from_start = self._per_group(decay.from_start.unsqueeze(-1))
-        torch.mul(self._apart(C @ states[:, :-1]), from_start, out=self._per_group(y))
-        y += (tile @ x.transpose(2, 3)).transpose(2, 3)
+        tile = decay.tile()
+        tile.mul_((C @ B.mT).tril_().unsqueeze(3))
+        torch.mul(self._apart(C @ states[:, :-1]), decay.from_start, out=y)
+        y += self._tokens_first(tile @ self._heads_first(x))
         if D is not None:
             y.addcmul_(x, D)
         if out.shape[1] % self.chunk:  # y is a padded copy
-            out.copy_(y.flatten(1, 2)[:, : out.shape[1]])
+            out.copy_(y.flatten(3).flatten(1, 2)[:, : out.shape[1]])
 
     def backward(
         self,
-        x: Float[Tensor, "b t h p"],
-        B: Float[Tensor, "b t g n"],
-        C: Float[Tensor, "b t g n"],
-        y: Float[Tensor, "b t h p"],
-        dy: Float[Tensor, "b t h p"],
+        xBC: Float[Tensor, "b t conv"],
+        y: Float[Tensor, "b t hp"],
+        dy: Float[Tensor, "b t hp"],
         decay: Decays,
         states: Float[Tensor, "b s g n rp"],
         sums: "Sums",
         rows: slice,
     ) -> tuple[Float[Tensor, "b t conv"], Float[Tensor, "b t h"]]:
-        """The gradient of x, B and C side by side, and that of dt, for a block of `rows`.
+        """The gradients of a block's xBC and dt; the blocks behind it have been taken.
 
-        The blocks behind it have been taken; what sums over tokens is added to `sums`.
+        What sums over tokens is added to `sums`.
         """
-        tokens, state = x.shape[1], B.shape[2] * B.shape[3]
-        x, B, C, y, dy = (self._chunked(t) for t in (x, B, C, y, dy))
-        B, C = B.transpose(2, 3), C.transpose(2, 3)
-        weight = decay.to_end.unsqueeze(-1)
-        dyw = self._together(dy * decay.from_start.unsqueeze(-1))
-        out = x.new_empty(*x.shape[:3], self.heads * self.channels + 2 * state)
-        dx, dB, dC = out.split([self.heads * self.channels, state, state], -1)
-        dx = dx.unflatten(-1, (self.heads, -1))
-        dB, dC = (t.unflatten(-1, (self.groups, -1)).transpose(2, 3) for t in (dB, dC))
+        tokens, xBC = xBC.shape[1], self._chunked(xBC)
+        y, dy = self._per_head(self._chunked(y)), self._per_head(self._chunked(dy))
+        dxBC = torch.empty(xBC.shape, dtype=xBC.dtype, device=xBC.device)
+        (x, B, C), (dx, dB, dC) = self._parts(xBC), self._parts(dxBC)
+        before, dyw = states[:, :-1], self._together(dy * decay.from_start)
 
         # between chunks: the recurrence backwards
-        dbefore, dafter = C.mT @ dyw, torch.empty_like(states[:, 1:])
-        last, *rest = reversed(dafter.unbind(1))
-        after = last.copy_(sums.state[rows])
+        dbefore, dafter = C.mT @ dyw, torch.empty(before.shape, dtype=xBC.dtype, device=xBC.device)
+        *into, last = sums.state[rows], *dafter.unbind(1)
+        dstate = last.copy_(into[0])
         end = (last * states[:, -1]).sum(2).view(x.shape[0], 1, self.heads, -1).sum(-1)
-        into = zip(reversed(dbefore.unbind(1)), reversed(decay.whole.unbind(1)), [*rest, sums.state[rows]], strict=True)
-        for new, keep, dstate in into:
-            after = torch.addcmul(new, after, keep, out=dstate)
+        for new, keep, place in zip(
+            reversed(dbefore.unbind(1)), reversed(decay.whole.unbind(1)), [*reversed(into[1:]), into[0]], strict=True
+        ):
+            dstate = torch.addcmul(new, dstate, keep, out=place)
 
         # within chunks
-        tile = self._tile(decay)
-        mixing = tile.unflatten(2, (self.groups, -1)) * (C @ B.mT).tril_().unsqueeze(3)
-        xh, dyh = x.transpose(2, 3).contiguous(), dy.transpose(2, 3).contiguous()
-        torch.mul(self._apart(B @ dafter), self._per_group(weight), out=self._per_group(dx))
-        dx += (mixing.flatten(2, 3).mT @ dyh).transpose(2, 3)
-        dCB = torch.matmul(dyh, xh.mT, out=mixing.flatten(2, 3)).mul_(tile)
-        dCB = dCB.unflatten(2, (self.groups, -1)).sum(3).tril_()
-        torch.add(dyw @ states[:, :-1].mT, dCB @ B, out=dC)
-        torch.add(self._together(x * weight) @ dafter.mT, dCB.mT @ C, out=dB)
+        tile = decay.tile()
+        mixing = tile * (C @ B.mT).tril_().unsqueeze(3)
+        xh, dyh = self._heads_first(x).contiguous(), self._heads_first(dy).contiguous()
+        torch.mul(self._apart(B @ dafter), decay.to_end, out=dx)
+        dx += self._tokens_first(mixing.mT @ dyh)
+        dCB = torch.matmul(dyh, xh.mT, out=mixing).mul_(tile).sum(3).tril_()
+        torch.add(dyw @ before.mT, dCB @ B, out=dC)
+        torch.add(self._together(x * decay.to_end) @ dafter.mT, dCB.mT @ C, out=dB)
 
-        x_dx = _dot(x, dx)
+        x_dx = self._dot(x, dx)
         if sums.D is not None:
-            sums.dD += (x * dy).sum((0, 1, 2))
+            sums.dD.add_((x * dy).sum((0, 1, 2)))
             y = torch.addcmul(y, x, sums.D, value=-1)
             dx.addcmul_(dy, sums.D)
-        ddt = sums.steps(_dot(dy, y), x_dx, end, decay.dt)
-        return out.flatten(1, 2)[:, :tokens], ddt[:, :tokens]
+        ddt = sums.steps(self._dot(dy, y), x_dx, end, decay.dt)
+        return dxBC.view(xBC.shape[0], -1, xBC.shape[-1])[:, :tokens], ddt[:, :tokens]
 
-    def _chunked(self, t: Float[Tensor, "b t k d"]) -> Float[Tensor, "b c L k d"]:
+    def _chunked(self, t: Float[Tensor, "b t d"]) -> Float[Tensor, "b c L d"]:
         if pad := -t.shape[1] % self.chunk:
-            t = F.pad(t, (0, 0, 0, 0, 0, pad))
-        return t.unflatten(1, (-1, self.chunk))
+            t = F.pad(t, (0, 0, 0, pad))
+        return t.view(t.shape[0], -1, self.chunk, t.shape[2])
 
-    def _tile(self, decay: Decays) -> Float[Tensor, "b c h L L"]:
-        tile = decay.dt.new_empty(*decay.target.shape, self.chunk)
-        fill_tile(tile, decay.target, decay.source)
-        return tile
+    def _parts(
+        self, xBC: Float[Tensor, "b c L conv"]
+    ) -> tuple[Float[Tensor, "b c L g r p"], Float[Tensor, "b c g L n"], Float[Tensor, "b c g L n"]]:
+        inner = self.heads * self.channels
+        state = (xBC.shape[-1] - inner) // 2
+        x, B, C = xBC.split_with_sizes([inner, state, state], -1)
+        shape = (*xBC.shape[:3], self.groups, -1)
+        return self._per_head(x), B.view(shape).transpose(2, 3), C.view(shape).transpose(2, 3)
 
-    def _together(self, t: Float[Tensor, "b c L h p"]) -> Float[Tensor, "b c g L rp"]:
-        return t.view(*t.shape[:3], self.groups, -1).transpose(2, 3)
+    def _per_head(self, t: Float[Tensor, "b c L hp"]) -> Float[Tensor, "b c L g r p"]:
+        return t.view(*t.shape[:3], self.groups, -1, self.channels)
+
+    def _heads_first(self, t: Float[Tensor, "b c L g r p"]) -> Float[Tensor, "b c g r L p"]:
+        return t.permute(0, 1, 3, 4, 2, 5)
+
+    def _tokens_first(self, t: Float[Tensor, "b c g r L p"]) -> Float[Tensor, "b c L g r p"]:
+        return t.permute(0, 1, 4, 2, 3, 5)
+
+    def _together(self, t: Float[Tensor, "b c L g r p"]) -> Float[Tensor, "b c g L rp"]:
+        return t.reshape(*t.shape[:4], -1).transpose(2, 3)
 
     def _apart(self, t: Float[Tensor, "b c g L rp"]) -> Float[Tensor, "b c L g r p"]:
-        return t.transpose(2, 3).unflatten(-1, (self.heads // self.groups, -1))
+        b, c, g, length, _ = t.shape
+        return t.transpose(2, 3).view(b, c, length, g, -1, self.channels)
 
-    def _per_group(self, t: Float[Tensor, "b c L h k"]) -> Float[Tensor, "b c L g r k"]:
-        return t.unflatten(3, (self.groups, -1))
+    def _dot(self, a: Float[Tensor, "b c L g r p"], b: Float[Tensor, "b c L g r p"]) -> Float[Tensor, "b t h"]:
+        """Sums over channels, as a matrix product: torch's own sum over a short axis is slow on a CPU."""
+        product = (a * b).reshape(-1, self.channels)
+        return product.mv(product.new_ones(self.channels)).view(a.shape[0], -1, self.heads)
 
 
 class Sums:
@@ -182,7 +193,7 @@ class Sums:
     Attributes:
         state: Gradient of the state after the block at hand (b, g, n, rp); in the end that of the initial state.
         dA: Gradient of the decay rates (h).
-        dD: Gradient of the skip weights (h, p).
+        dD: Gradient of the skip weights (g, r, p).
         D: The skip weights.
     """
 
@@ -193,26 +204,23 @@ class Sums:
         if dfinal is not None:
             self.state.copy_(scan.wide(dfinal))
         self.A, self.D = A.to(scan.dtype), scan.skip(D)
-        self.dA, self.dD = torch.zeros_like(self.A), states.new_zeros(scan.heads, scan.channels)
+        self.dA = torch.zeros_like(self.A)
+        self.dD = states.new_zeros(scan.groups, scan.heads // scan.groups, scan.channels)
 
     def steps(
         self,
-        dy_y: Float[Tensor, "b c L h"],
-        x_dx: Float[Tensor, "b c L h"],
+        dy_y: Float[Tensor, "b t h"],
+        x_dx: Float[Tensor, "b t h"],
         end: Float[Tensor, "b 1 h"],
         dt: Float[Tensor, "b c L h"],
     ) -> Float[Tensor, "b t h"]:
         """The gradient of a block's step sizes; that of A is added."""
-        dlog = (dy_y - x_dx).flatten(1, 2).flip(1).cumsum(1).flip(1).add_(end)
-        self.dA += (dlog * dt.flatten(1, 2)).sum((0, 1))
-        return (x_dx / dt).flatten(1, 2).addcmul_(dlog, self.A)
+        dt = dt.reshape(x_dx.shape)
+        dlog = (dy_y - x_dx).flip(1).cumsum(1).flip(1).add_(end)
+        self.dA.add_((dlog * dt).sum((0, 1)))
+        return (x_dx / dt).addcmul_(dlog, self.A)
 
     def skip(self, D: Float[Tensor, "h"] | Float[Tensor, "h p"]) -> Tensor:
         """The gradient of the skip weights."""
-        return (self.dD if D.dim() == 2 else self.dD.sum(-1)).to(D.dtype)
-
-
-def _dot(a: Float[Tensor, "*k p"], b: Float[Tensor, "*k p"]) -> Float[Tensor, "*k"]:
-    """Sums over the last axis, as a matrix product: torch's own sum over a short axis is slow on a CPU."""
-    product = a * b
-    return (product.view(-1, product.shape[-1]) @ product.new_ones(product.shape[-1])).view(product.shape[:-1])
+        dD = self.dD.flatten(0, 1)
+        return (dD if D.dim() == 2 else dD.sum(-1)).to(D.dtype)

@@ -81,8 +81,8 @@ class _SSD(torch.autograd.Function):
         decay, states, skip = scan.decays(dt, A, starts), scan.states(initial, B, B.shape[3]), scan.skip(D)
         y = torch.empty(x.shape, dtype=scan.dtype, device=x.device)
         for rows, chunks, tokens in scan.blocks(x.device):
-            own = (t[rows, tokens].to(scan.dtype) for t in (x, B, C))
-            scan.forward(*own, skip, decay.of(rows, chunks), around(states, rows, chunks), y[rows, tokens])
+            k, own = (rows, tokens), (decay.of(rows, chunks), around(states, rows, chunks))
+            scan.forward(_side_by_side(scan, x[k], B[k], C[k]), skip, *own, y[k].flatten(2))
         ctx.save_for_backward(x, dt, A, B, C, D, starts, y, states)
         ctx.scan, ctx.has_initial = scan, initial is not None
         ctx.set_materialize_grads(False)
@@ -99,10 +99,10 @@ class _SSD(torch.autograd.Function):
         dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
         for rows, chunks, tokens in reversed(list(scan.blocks(x.device))):
             k = rows, tokens
-            own = (t[k].to(scan.dtype) for t in (x, B, C, y, dy))
+            own = _side_by_side(scan, x[k], B[k], C[k]), y[k].flatten(2), dy[k].flatten(2).to(scan.dtype)
             rest = decay.of(rows, chunks), around(states, rows, chunks), sums, rows
-            joint, ddt[k] = scan.backward(*own, *rest)
-            dx[k], dB[k], dC[k] = projection.inputs(joint)
+            dxBC, ddt[k] = scan.backward(*own, *rest)
+            dx[k], dB[k], dC[k] = projection.inputs(dxBC)
         dinitial = scan.narrow(sums.state) if ctx.has_initial else None
         return dx, ddt, sums.dA.to(A.dtype), dB, dC, None if D is None else sums.skip(D), dinitial, None, None
 
@@ -110,3 +110,9 @@ class _SSD(torch.autograd.Function):
 def around(states: Float[Tensor, "b s g n rp"], rows: slice, chunks: slice) -> Float[Tensor, "k t g n rp"]:
     """The states before and after each of some chunks."""
     return states[rows, chunks.start : chunks.stop + 1]
+
+
+def _side_by_side(
+    scan: Scan, x: Float[Tensor, "b t h p"], B: Float[Tensor, "b t g n"], C: Float[Tensor, "b t g n"]
+) -> Float[Tensor, "b t conv"]:
+    return torch.cat([t.flatten(2) for t in (x, B, C)], -1).to(scan.dtype)

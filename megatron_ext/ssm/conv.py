@@ -4,7 +4,7 @@ It works in blocks of tokens that fit the cache and keeps nothing but its inputs
 computed again in the backward.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,9 +59,9 @@ class _CausalConv(torch.autograd.Function):
     def forward(ctx: Any, x, past, weight, bias, same, silu):
         ctx.save_for_backward(x, past, weight, bias, same)
         ctx.silu = silu
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        y, taps = torch.empty(x.shape, dtype=x.dtype, device=x.device), Taps.of(weight, bias, wide(x))
         for block in blocks(x.shape[1], x.shape[0] * x.shape[2], x.device):
-            z = weighted(window(x, past, block), weight, bias, of_block(same, ALL, block))
+            z = taps.weigh(met(window(x, past, block), weight.shape[1], of_block(same, ALL, block)))
             y[:, block] = F.silu(z, inplace=True) if silu else z
         return y
 
@@ -69,14 +69,15 @@ class _CausalConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy):  # type: ignore[override]
         x, past, weight, bias, same = ctx.saved_tensors
-        sums = Sums(weight, past)
+        taps, sums = Taps.of(weight, bias, wide(x)), Sums(weight, past)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         for block in reversed(list(blocks(x.shape[1], x.shape[0] * x.shape[2], x.device))):
-            inputs, own = window(x, past, block), of_block(same, ALL, block)
-            dz = dy[:, block].to(inputs.dtype)
+            own = of_block(same, ALL, block)
+            inputs = met(window(x, past, block), weight.shape[1], own)
+            dz = dy[:, block].to(inputs[0].dtype)
             if ctx.silu:
-                dz = torch.ops.aten.silu_backward(dz, weighted(inputs, weight, bias, own))
-            dx[:, block] = sums.add(inputs, dz, weight, own, ALL)
+                dz = torch.ops.aten.silu_backward(dz, taps.weigh(inputs))
+            dx[:, block] = sums.add(inputs, dz, taps, own, ALL)
         dbias = None if bias is None else sums.bias.to(bias.dtype)
         return dx, sums.past.to(x.dtype), sums.weight.T.to(weight.dtype), dbias, None, None
 
@@ -87,7 +88,7 @@ def window(x: Float[Tensor, "b l d"], past: Float[Tensor, "b k d"], block: slice
     inputs = x[:, max(0, block.start - reach) : block.stop]
     if block.start < reach:
         inputs = torch.cat([past[:, block.start :], inputs], 1)
-    return inputs.to(torch.promote_types(x.dtype, torch.float32))
+    return inputs.to(wide(x))
 
 
 def of_block(same: Bool[Tensor, "b w l 1"] | None, rows: slice, tokens: slice) -> Bool[Tensor, "k w block 1"] | None:
@@ -95,29 +96,32 @@ def of_block(same: Bool[Tensor, "b w l 1"] | None, rows: slice, tokens: slice) -
     return None if same is None else same[rows, :, tokens]
 
 
-def weighted(
-    inputs: Float[Tensor, "b window d"],
-    weight: Float[Tensor, "d w"],
-    bias: Float[Tensor, "d"] | None,
-    same: Bool[Tensor, "b w block 1"] | None,
-) -> Float[Tensor, "b block d"]:
-    """The bias plus the inputs times the taps: what is under the activation of a block of tokens."""
-    taps = weight.shape[1]
-    length = inputs.shape[1] - taps + 1
-    kernel = weight.T.to(inputs.dtype).contiguous()
-    z = inputs.new_zeros(()) if bias is None else bias.to(inputs.dtype)
-    z = torch.addcmul(z, _met(inputs, 0, length, same), kernel[0])
-    for k in range(1, taps):
-        z.addcmul_(_met(inputs, k, length, same), kernel[k])
-    return z
+def met(
+    inputs: Float[Tensor, "b window d"], taps: int, same: Bool[Tensor, "b w block 1"] | None
+) -> list[Float[Tensor, "b block d"]]:
+    """What each tap meets of a window: views of it, or zero where that is another document."""
+    views = inputs.unfold(1, inputs.shape[1] - taps + 1, 1).mT
+    return list((views if same is None else views * same).unbind(1))
 
 
-def _met(
-    inputs: Float[Tensor, "b window d"], tap: int, length: int, same: Bool[Tensor, "b w block 1"] | None
-) -> Float[Tensor, "b block d"]:
-    """What a tap meets: nothing in another document."""
-    met = inputs[:, tap : tap + length]
-    return met if same is None else met * same[:, tap]
+class Taps(NamedTuple):
+    """The taps and the bias, in the dtype of the sums."""
+
+    rows: tuple[Float[Tensor, "d"], ...]
+    bias: Float[Tensor, "d"] | Float[Tensor, ""]
+
+    @staticmethod
+    def of(weight: Float[Tensor, "d w"], bias: Float[Tensor, "d"] | None, dtype: torch.dtype) -> "Taps":
+        """Those of a layer."""
+        rows = weight.T.to(dtype).contiguous().unbind(0)
+        return Taps(rows, torch.zeros_like(rows[0]) if bias is None else bias.to(dtype))
+
+    def weigh(self, inputs: list[Float[Tensor, "b block d"]]) -> Float[Tensor, "b block d"]:
+        """The bias plus what each tap meets times the tap: what is under the activation of a block of tokens."""
+        z = torch.addcmul(self.bias, inputs[0], self.rows[0])
+        for t, row in zip(inputs[1:], self.rows[1:], strict=True):
+            z.addcmul_(t, row)
+        return z
 
 
 class Sums:
@@ -130,31 +134,40 @@ class Sums:
     """
 
     def __init__(self, weight: Float[Tensor, "d w"], past: Float[Tensor, "b k d"]) -> None:
-        dtype = torch.promote_types(past.dtype, torch.float32)
-        self.weight = torch.zeros_like(weight.T, dtype=dtype)
-        self.bias = torch.zeros_like(weight[:, 0], dtype=dtype)
+        dtype = wide(past)
+        self.weight = torch.zeros_like(weight.T, dtype=dtype, memory_format=torch.contiguous_format)
+        self.bias = torch.zeros_like(self.weight[0])
         self.past = torch.zeros_like(past, dtype=dtype)
 
     def add(
         self,
-        inputs: Float[Tensor, "b window d"],
+        inputs: list[Float[Tensor, "b block d"]],
         dz: Float[Tensor, "b block d"],
-        weight: Float[Tensor, "d w"],
+        taps: Taps,
         same: Bool[Tensor, "b w block 1"] | None,
         rows: slice,
     ) -> Float[Tensor, "b block d"]:
         """Take in the gradient under the activation of a block of `rows`; return that of its inputs, then whole."""
-        taps, length = weight.shape[1], dz.shape[1]
-        kernel = weight.T.to(dz.dtype).contiguous()
-        dinputs = torch.zeros_like(inputs)
-        dinputs[:, length:] = self.past[rows]
-        for k in range(taps):
-            taken, reached = dz if same is None else dz * same[:, k], slice(k, k + length)
-            dinputs[:, reached].addcmul_(taken, kernel[k])
-            self.weight[k] += (inputs[:, reached] * taken).sum((0, 1))
-        self.bias += dz.sum((0, 1))
-        self.past[rows], own = dinputs.split([taps - 1, length], 1)
-        return own
+        past, (b, length, d) = self.past[rows], dz.shape
+        reach = past.shape[1]
+        dwindow = dz.new_empty(b, reach + length, d)
+        taken = [dz] * len(inputs) if same is None else (dz.unsqueeze(1) * same).unbind(1)
+        *others, last = zip(met(dwindow, reach + 1, None), taken, taps.rows, strict=True)
+        torch.mul(last[1], last[2], out=last[0])
+        dwindow[:, :reach].zero_()
+        dwindow[:, length:].add_(past)
+        for dinputs, dtaken, row in others:
+            dinputs.addcmul_(dtaken, row)
+        for t, dweight in zip(inputs, self.weight.unbind(0), strict=True):
+            dweight.add_((t * dz).sum((0, 1)))
+        self.bias.add_(dz.sum((0, 1)))
+        past.copy_(dwindow[:, :reach])
+        return dwindow[:, reach:]
+
+
+def wide(t: Tensor) -> torch.dtype:
+    """What sums are taken in: float32, or float64 for float64."""
+    return torch.promote_types(t.dtype, torch.float32)
 
 
 def same_document(seq_idx: Int[Tensor, "b l"], taps: int) -> Bool[Tensor, "b w l 1"]:

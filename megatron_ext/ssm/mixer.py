@@ -97,20 +97,21 @@ class _Mixer(torch.autograd.Function):
         y = torch.empty(z.shape, dtype=scan.dtype, device=z.device)
         out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
         scale = None if factor is None else y.new_empty(*z.shape[:2], scan.groups, 1)
-        for rows, chunks, tokens in scan.blocks(z.device):
-            k = rows, tokens
-            window = conv.window(xBC[rows], past[rows], tokens)
-            convolved = conv.weighted(window, weight, bias, conv.of_block(same, rows, tokens))
-            x, B, C = how.projection.inputs(F.silu(convolved, inplace=True) if how.silu else convolved)
-            own = decay.of(rows, chunks), around(states, rows, chunks)
-            yk = y[k]
-            scan.forward(x, B, C, skip, *own, yk.unflatten(2, x.shape[2:]))
-            zk = z[k].to(scan.dtype)
-            if factor is None or scale is None:
-                torch.mul(yk, F.silu(zk), out=out[k])
-            else:
-                size = z.shape[2] // scan.groups
-                scale[k] = norm.forward(yk, factor, zk, how.eps, size, how.norm_before_gate, out[k])
+        taps = conv.Taps.of(weight, bias, scan.dtype)
+        with torch.inference_mode():
+            for rows, chunks, tokens in scan.blocks(z.device):
+                k = rows, tokens
+                inputs = conv.met(conv.window(xBC[rows], past[rows], tokens), len(taps.rows), conv.of_block(same, *k))
+                convolved, yk = taps.weigh(inputs), y[k]
+                if how.silu:
+                    F.silu(convolved, inplace=True)
+                scan.forward(convolved, skip, decay.of(rows, chunks), around(states, rows, chunks), yk)
+                zk = z[k].to(scan.dtype)
+                if factor is None or scale is None:
+                    torch.mul(yk, F.silu(zk), out=out[k])
+                else:
+                    size = z.shape[2] // scan.groups
+                    scale[k] = norm.forward(yk, factor, zk, how.eps, size, how.norm_before_gate, out[k])
         ctx.save_for_backward(zxbcdt, weight, bias, dt_bias, A, D, norm_weight, seq_idx, y, states, scale)
         ctx.how, ctx.has_initial = how, initial is not None
         ctx.set_materialize_grads(False)
@@ -130,34 +131,37 @@ class _Mixer(torch.autograd.Function):
             raw, raw_bias = dt.detach().requires_grad_(), dt_bias.detach().requires_grad_()
             steps = step_sizes(raw, raw_bias, True, how.limit)
         dsteps, decay = torch.empty_like(steps), scan.decays(steps.detach(), A, starts)
-        sums, taps = Sums(scan, dfinal, states, A, D), conv.Sums(weight, past)
+        sums, conv_sums, taps = (
+            Sums(scan, dfinal, states, A, D),
+            conv.Sums(weight, past),
+            conv.Taps.of(weight, bias, scan.dtype),
+        )
         factor = None if norm_weight is None else norm_weight.to(scan.dtype)
         dfactor = None if factor is None else torch.zeros_like(factor)
-        for rows, chunks, tokens in reversed(list(scan.blocks(z.device))):
-            k = rows, tokens
-            yk, zk, doutk = y[k], z[k].to(scan.dtype), dout[k].to(scan.dtype)
-            if factor is None or scale is None:
-                gate, slope = silu_and_slope(zk)
-                dyk = doutk * gate
-                torch.mul(slope.mul_(doutk), yk, out=dz[k])
-            else:
-                dyk, dfactor_k = norm.backward(yk, factor, zk, scale[k], doutk, how.norm_before_gate, dz[k])
-                dfactor += dfactor_k
-            own = conv.of_block(same, rows, tokens)
-            window = conv.window(xBC[rows], past[rows], tokens)
-            convolved, slope = conv.weighted(window, weight, bias, own), None
-            if how.silu:
-                convolved, slope = silu_and_slope(convolved)
-            x, B, C = how.projection.inputs(convolved)
-            yk, dyk = (t.unflatten(2, x.shape[2:]) for t in (yk, dyk))
-            rest = decay.of(rows, chunks), around(states, rows, chunks), sums, rows
-            dconvolved, dsteps[k] = scan.backward(x, B, C, yk, dyk, *rest)
-            if slope is not None:
-                dconvolved.mul_(slope)
-            dxBC[k] = taps.add(window, dconvolved, weight, own, rows)
+        with torch.inference_mode():
+            for rows, chunks, tokens in reversed(list(scan.blocks(z.device))):
+                k = rows, tokens
+                yk, zk, doutk = y[k], z[k].to(scan.dtype), dout[k].to(scan.dtype)
+                if factor is None or scale is None:
+                    gate, slope = silu_and_slope(zk)
+                    dyk = doutk * gate
+                    torch.mul(slope.mul_(doutk), yk, out=dz[k])
+                else:
+                    dyk, dfactor_k = norm.backward(yk, factor, zk, scale[k], doutk, how.norm_before_gate, dz[k])
+                    dfactor += dfactor_k
+                own = conv.of_block(same, *k)
+                inputs = conv.met(conv.window(xBC[rows], past[rows], tokens), len(taps.rows), own)
+                convolved, slope = taps.weigh(inputs), None
+                if how.silu:
+                    convolved, slope = silu_and_slope(convolved)
+                rest = decay.of(rows, chunks), around(states, rows, chunks), sums, rows
+                dconvolved, dsteps[k] = scan.backward(convolved, yk, dyk, *rest)
+                if slope is not None:
+                    dconvolved.mul_(slope)
+                dxBC[k] = conv_sums.add(inputs, dconvolved, taps, own, rows)
         ddt[:], ddt_bias = torch.autograd.grad(steps, (raw, raw_bias), dsteps)
         return (
-            dzxbcdt, taps.weight.T.to(weight.dtype), None if bias is None else taps.bias.to(bias.dtype), ddt_bias,
+            dzxbcdt, conv_sums.weight.T.to(weight.dtype), None if bias is None else conv_sums.bias.to(bias.dtype), ddt_bias,
             sums.dA.to(A.dtype), sums.skip(D), scan.narrow(sums.state) if ctx.has_initial else None,
             None if dfactor is None else dfactor.to(norm_weight.dtype), None, None,
         )  # fmt: skip
