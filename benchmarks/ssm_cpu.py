@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/ssm_cpu.py
 
 The block is transformers' Mamba2Mixer (input projection, convolution, scan, gated norm, output projection) with one set
-of weights; ours is `mamba_split_conv1d_scan_combined` between the same two projections. Each case runs in a process of
-its own, in turns. Times are CPU times, which equal wall times on an idle machine; the load is written down.
+of weights; ours is `mamba_split_conv1d_scan_combined` with the two projections by `platform.linear`, as the product's
+layers have them. Each case runs in a process of its own, in turns. Times are CPU times, which equal wall times on an idle machine; the load is written down.
 Writes results/ssm_cpu.json and .md.
 """
 
@@ -21,6 +21,7 @@ import transformers
 from transformers import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
+from megatron_ext.platform.linear import linear
 from megatron_ext.ssm import mamba_ssm_api
 
 CASES = ("transformers, chunk 256", "transformers, chunk 64", "megatron_ext")
@@ -55,7 +56,7 @@ class Ours(torch.nn.Module):
         """(b, l, hidden) to (b, l, hidden)."""
         m = self.mixer
         return mamba_ssm_api.mamba_split_conv1d_scan_combined(
-            m.in_proj(x),
+            linear(x, m.in_proj.weight, m.in_proj.bias),
             m.conv1d.weight.squeeze(1),
             m.conv1d.bias,
             m.dt_bias,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ext.platform.grouped_linear import TorchColumnParallelGroupedLinear, TorchRowParallelGroupedLinear
+from megatron_ext.platform.linear import linear
 from megatron_ext.platform.replacements import replace
 
 REASON = "plain torch under Transformer Engine's name (TE absent)"
@@ -132,7 +133,17 @@ def _linear_classes() -> dict[str, type]:
     """Megatron's own parallel linears with the few attributes that callers expect of Transformer Engine's."""
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-    class TorchColumnParallelLinear(ColumnParallelLinear):
+    class FastOnCpu:
+        """The product itself by the library that is fast on this processor, where it is nothing but a product."""
+
+        def _forward_impl(self, input: Tensor, weight: Tensor, *, bias: Tensor | None, **how: Any) -> Tensor:
+            more = ("gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel")
+            apart = any(how[name] for name in more) or how["gtp_remat_size"] > 1
+            if input.device.type != "cpu" or apart or how["grad_output_buffer"] is not None:
+                return super()._forward_impl(input=input, weight=weight, bias=bias, **how)  # type: ignore[misc]
+            return linear(input, weight, bias)
+
+    class TorchColumnParallelLinear(FastOnCpu, ColumnParallelLinear):
         te_return_bias = True
         return_layernorm_output = False
 
@@ -141,7 +152,7 @@ def _linear_classes() -> dict[str, type]:
             weight: Any = self.weight
             self.out_features, self.in_features = weight.shape
 
-    class TorchRowParallelLinear(RowParallelLinear):
+    class TorchRowParallelLinear(FastOnCpu, RowParallelLinear):
         te_return_bias = True
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -92,8 +92,8 @@ class Scan:
             before = torch.addcmul(new, before, keep, out=state)
         tile = decay.tile()
         tile.mul_((C @ B.mT).tril_().unsqueeze(3))
-        torch.mul(self._apart(C @ states[:, :-1]), decay.from_start, out=y)
-        y += self._tokens_first(tile @ self._heads_first(x))
+        within = self._tokens_first(tile @ self._heads_first(x))
+        torch.addcmul(within, self._apart(C @ states[:, :-1]), decay.from_start, out=y)
         if D is not None:
             y.addcmul_(x, D)
         if out.shape[1] % self.chunk:  # y is a padded copy
@@ -133,8 +133,7 @@ class Scan:
         tile = decay.tile()
         mixing = tile * (C @ B.mT).tril_().unsqueeze(3)
         xh, dyh = self._heads_first(x).contiguous(), self._heads_first(dy).contiguous()
-        torch.mul(self._apart(B @ dafter), decay.to_end, out=dx)
-        dx += self._tokens_first(mixing.mT @ dyh)
+        torch.addcmul(self._tokens_first(mixing.mT @ dyh), self._apart(B @ dafter), decay.to_end, out=dx)
         dCB = torch.matmul(dyh, xh.mT, out=mixing).mul_(tile).sum(3).tril_()
         torch.add(dyw @ before.mT, dCB @ B, out=dC)
         torch.add(self._together(x * decay.to_end) @ dafter.mT, dCB.mT @ C, out=dB)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 def silu_and_slope(z: Float[Tensor, "*shape"]) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
     """z sigmoid(z) and its derivative sigmoid(z) (1 + z - z sigmoid(z)), in the dtype of z."""
-    open_ = torch.sigmoid(z)
-    value = z * open_
-    return value, torch.addcmul(open_, value, 1 - open_)
+    slope = torch.sigmoid(z)
+    value = z * slope
+    # sigmoid + silu (1 - sigmoid) in one pass
+    return value, slope.lerp_(slope.new_ones(()), value)

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from megatron_ext.errors import ConfigError
+from megatron_ext.platform.linear import linear
 from megatron_ext.ssm import decode
 from megatron_ext.ssm.dispatch import Backend, backend
 from megatron_ext.ssm.projection import NO_LIMIT, Projection, step_sizes
@@ -180,7 +181,7 @@ def mamba_split_conv1d_scan_combined(
         rmsnorm_weight, rmsnorm_eps, norm_before_gate,
     )  # fmt: skip
     if outproj_weight is not None:
-        y = F.linear(y.to(outproj_weight.dtype), outproj_weight, outproj_bias)
+        y = linear(y.to(outproj_weight.dtype), outproj_weight, outproj_bias)
     return (y, state) if return_final_states else y
 
 

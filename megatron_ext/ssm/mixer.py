@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_ext.ssm import conv, norm
+from megatron_ext.ssm._decay import Decays
 from megatron_ext.ssm._scan import Scan, Sums
 from megatron_ext.ssm._silu import silu_and_slope
 from megatron_ext.ssm.chunk import CHUNK, around, document_starts
@@ -90,7 +91,8 @@ class _Mixer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, zxbcdt, weight, bias, dt_bias, A, D, initial, norm_weight, seq_idx, how):
         z, xBC, dt = how.projection.parts(zxbcdt)
-        scan, starts, past, same = _prepare(zxbcdt, weight, seq_idx, how)
+        scan, past, same = _prepare(zxbcdt, weight, seq_idx, how)
+        starts = None if seq_idx is None else document_starts(seq_idx)
         decay = scan.decays(step_sizes(dt, dt_bias, True, how.limit), A, starts)
         states = scan.states(initial, zxbcdt, (weight.shape[0] - how.projection.inner) // (2 * scan.groups))
         skip, factor = scan.skip(D), None if norm_weight is None else norm_weight.to(scan.dtype)
@@ -112,7 +114,7 @@ class _Mixer(torch.autograd.Function):
                 else:
                     size = z.shape[2] // scan.groups
                     scale[k] = norm.forward(yk, factor, zk, how.eps, size, how.norm_before_gate, out[k])
-        ctx.save_for_backward(zxbcdt, weight, bias, dt_bias, A, D, norm_weight, seq_idx, y, states, scale)
+        ctx.save_for_backward(zxbcdt, weight, bias, dt_bias, A, D, norm_weight, seq_idx, y, states, scale, *decay)
         ctx.how, ctx.has_initial = how, initial is not None
         ctx.set_materialize_grads(False)
         return out, scan.narrow(states[:, -1])
@@ -120,17 +122,17 @@ class _Mixer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout, dfinal):  # type: ignore[override]
-        zxbcdt, weight, bias, dt_bias, A, D, norm_weight, seq_idx, y, states, scale = ctx.saved_tensors
+        zxbcdt, weight, bias, dt_bias, A, D, norm_weight, seq_idx, y, states, scale, *decay = ctx.saved_tensors
         how: _How = ctx.how
         z, xBC, dt = how.projection.parts(zxbcdt)
         dout = torch.zeros_like(y) if dout is None else dout
         dzxbcdt = torch.empty(zxbcdt.shape, dtype=zxbcdt.dtype, device=zxbcdt.device)
         dz, dxBC, ddt = how.projection.parts(dzxbcdt)
-        scan, starts, past, same = _prepare(zxbcdt, weight, seq_idx, how)
+        scan, past, same = _prepare(zxbcdt, weight, seq_idx, how)
         with torch.enable_grad():
             raw, raw_bias = dt.detach().requires_grad_(), dt_bias.detach().requires_grad_()
             steps = step_sizes(raw, raw_bias, True, how.limit)
-        dsteps, decay = torch.empty_like(steps), scan.decays(steps.detach(), A, starts)
+        dsteps, decay = torch.empty_like(steps), Decays(*decay)
         sums, conv_sums, taps = (
             Sums(scan, dfinal, states, A, D),
             conv.Sums(weight, past),
@@ -167,11 +169,10 @@ class _Mixer(torch.autograd.Function):
         )  # fmt: skip
 
 
-def _prepare(zxbcdt: Tensor, weight: Tensor, seq_idx: Tensor | None, how: _How) -> tuple[Scan, Any, Tensor, Any]:
-    """The scan, where documents start, the convolution's past, and which of its taps stay in their document."""
+def _prepare(zxbcdt: Tensor, weight: Tensor, seq_idx: Tensor | None, how: _How) -> tuple[Scan, Tensor, Any]:
+    """The scan, the convolution's past, and which of its taps stay in their document."""
     p = how.projection
     dtype = torch.promote_types(zxbcdt.dtype, torch.float32)
     scan = Scan(*zxbcdt.shape[:2], p.heads, p.channels, p.groups, how.chunk, dtype)
-    starts = None if seq_idx is None else document_starts(seq_idx)
     past = zxbcdt.new_zeros(zxbcdt.shape[0], weight.shape[1] - 1, weight.shape[0])
-    return scan, starts, past, None if seq_idx is None else conv.same_document(seq_idx, weight.shape[1])
+    return scan, past, None if seq_idx is None else conv.same_document(seq_idx, weight.shape[1])

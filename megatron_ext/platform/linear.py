@@ -1,0 +1,66 @@
+"""Linear layers on a CPU, by the library that is fast there.
+
+Torch gives float32 products to Intel's MKL, which reaches 70% of an AMD processor's arithmetic; oneDNN, which torch
+carries too, reaches 85 to 95% once there are some hundred rows and columns (`benchmarks/linear_cpu.py`).
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# oneDNN puts its second factor in order first, which must pay: where there are so many tokens and channels, and in the
+# gradient of the weight, whose sums are as long as the sequence, so many columns.
+TOKENS, CHANNELS, COLUMNS = 512, 64, 768
+
+
+def linear(
+    x: Float[Tensor, "*batch i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, "o"] | None = None
+) -> Float[Tensor, "*batch o"]:
+    """`torch.nn.functional.linear`, by oneDNN where that is faster: float32 on an AMD CPU, and not tiny."""
+    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and _prefers_onednn():
+        if min(weight.shape) >= CHANNELS and x.numel() >= TOKENS * x.shape[-1]:
+            return _Linear.apply(x, weight, bias)  # type: ignore[return-value]
+    return F.linear(x, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy):  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        dx = _product(dy, weight.T) if needed[0] else None
+        dy = dy.reshape(-1, dy.shape[-1])
+        dweight = _transposed_product(dy, x.reshape(-1, x.shape[-1])) if needed[1] else None
+        return dx, dweight, dy.sum(0) if needed[2] else None
+
+
+def _transposed_product(a: Float[Tensor, "k m"], b: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
+    """a^T b, the longer side of the result as oneDNN's columns."""
+    if max(a.shape[1], b.shape[1]) < COLUMNS:
+        return a.T @ b
+    return _product(a.T, b.T) if b.shape[1] > a.shape[1] else _product(b.T, a.T).T
+
+
+def _product(x: Float[Tensor, "*m k"], weight: Float[Tensor, "n k"], bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@cache
+def _prefers_onednn() -> bool:
+    """By the processor's maker and not by measurement, so that ranks agree to the last bit."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    processor = Path("/proc/cpuinfo")
+    return processor.exists() and "AuthenticAMD" in processor.read_text()
