@@ -86,14 +86,15 @@ class Scan:
         """Write y of a block to `out`, and the states in it and after it behind the one before it in `states`."""
         x, B, C = self._parts(self._chunked(xBC))
         y = self._per_head(self._chunked(out))
-        added = B.mT @ self._together(x * decay.to_end)
+        added = torch.bmm(B.mT, self._together(x * decay.to_end)).view(states[:, 1:].shape)
         before, *after = states.unbind(1)
         for new, keep, state in zip(added.unbind(1), decay.whole.unbind(1), after, strict=True):
             before = torch.addcmul(new, before, keep, out=state)
         tile = decay.tile()
-        tile.mul_((C @ B.mT).tril_().unsqueeze(3))
-        within = self._tokens_first(tile @ self._heads_first(x))
-        torch.addcmul(within, self._apart(C @ states[:, :-1]), decay.from_start, out=y)
+        mixing = tile.mul_(torch.bmm(C, B.mT).tril_().view(*tile.shape[:3], 1, *tile.shape[4:]))
+        within = torch.bmm(_matrices(mixing), _matrices(self._heads_first(x)))
+        before = self._apart(torch.bmm(C, _matrices(states[:, :-1])), y)
+        torch.addcmul(self._tokens_first(within, y), before, decay.from_start, out=y)
         if D is not None:
             y.addcmul_(x, D)
         if out.shape[1] % self.chunk:  # y is a padded copy
@@ -116,49 +117,64 @@ class Scan:
         tokens, xBC = xBC.shape[1], self._chunked(xBC)
         y, dy = self._per_head(self._chunked(y)), self._per_head(self._chunked(dy))
         dxBC = torch.empty(xBC.shape, dtype=xBC.dtype, device=xBC.device)
-        (x, B, C), (dx, dB, dC) = self._parts(xBC), self._parts(dxBC)
-        before, dyw = states[:, :-1], self._together(dy * decay.from_start)
+        (x, B, C), (dx, dB, dC) = self._parts(xBC), self._split(dxBC)
+        dx, before, dyw = self._per_head(dx), _matrices(states[:, :-1]), self._together(dy * decay.from_start)
 
         # between chunks: the recurrence backwards
-        dbefore, dafter = C.mT @ dyw, torch.empty(before.shape, dtype=xBC.dtype, device=xBC.device)
+        dbefore = torch.bmm(C.mT, dyw).view(states[:, 1:].shape)
+        dafter = torch.empty_like(dbefore)
         *into, last = sums.state[rows], *dafter.unbind(1)
         dstate = last.copy_(into[0])
         end = (last * states[:, -1]).sum(2).view(x.shape[0], 1, self.heads, -1).sum(-1)
-        for new, keep, place in zip(
-            reversed(dbefore.unbind(1)), reversed(decay.whole.unbind(1)), [*reversed(into[1:]), into[0]], strict=True
-        ):
+        into = [*reversed(into[1:]), into[0]]
+        for new, keep, place in zip(reversed(dbefore.unbind(1)), reversed(decay.whole.unbind(1)), into, strict=True):
             dstate = torch.addcmul(new, dstate, keep, out=place)
+        dafter = _matrices(dafter)
 
         # within chunks
         tile = decay.tile()
-        mixing = tile * (C @ B.mT).tril_().unsqueeze(3)
-        xh, dyh = self._heads_first(x).contiguous(), self._heads_first(dy).contiguous()
-        torch.addcmul(self._tokens_first(mixing.mT @ dyh), self._apart(B @ dafter), decay.to_end, out=dx)
-        dCB = torch.matmul(dyh, xh.mT, out=mixing).mul_(tile).sum(3).tril_()
-        torch.add(dyw @ before.mT, dCB @ B, out=dC)
-        torch.add(self._together(x * decay.to_end) @ dafter.mT, dCB.mT @ C, out=dB)
+        mixing = tile * torch.bmm(C, B.mT).tril_().view(*tile.shape[:3], 1, *tile.shape[4:])
+        xh, dyh = _matrices(self._heads_first(x)), _matrices(self._heads_first(dy))
+        within = self._tokens_first(torch.bmm(_matrices(mixing).mT, dyh), dx)
+        torch.addcmul(within, self._apart(torch.bmm(B, dafter), dx), decay.to_end, out=dx)
+        torch.bmm(dyh, xh.mT, out=_matrices(mixing))
+        dCB = _matrices(mixing.mul_(tile).sum(3)).tril_()
+        dC.copy_(self._side_by_side(torch.bmm(dyw, before.mT).baddbmm_(dCB, B), dC))
+        dB.copy_(self._side_by_side(torch.bmm(self._together(x * decay.to_end), dafter.mT).baddbmm_(dCB.mT, C), dB))
 
-        x_dx = self._dot(x, dx)
+        x_dx, dy_y = self._over_channels(x * dx), self._over_channels(dy * y)
         if sums.D is not None:
-            sums.dD.add_((x * dy).sum((0, 1, 2)))
-            y = torch.addcmul(y, x, sums.D, value=-1)
             dx.addcmul_(dy, sums.D)
-        ddt = sums.steps(self._dot(dy, y), x_dx, end, decay.dt)
+            dy_y.sub_(self._skipped(x * dy, sums))
+        ddt = sums.steps(dy_y, x_dx, end, decay.dt)
         return dxBC.view(xBC.shape[0], -1, xBC.shape[-1])[:, :tokens], ddt[:, :tokens]
+
+    def _skipped(self, x_dy: Float[Tensor, "b c L g r p"], sums: "Sums") -> Float[Tensor, "b t h"]:
+        """dy.(D x) of each token; the gradient of D is added."""
+        if sums.per_channel:
+            sums.dD.add_(x_dy.sum((0, 1, 2)).view(sums.dD.shape))
+            return self._over_channels(x_dy.mul_(sums.D))
+        x_dy = self._over_channels(x_dy)
+        sums.dD.add_(x_dy.sum((0, 1)))
+        return x_dy.mul_(sums.rates)
 
     def _chunked(self, t: Float[Tensor, "b t d"]) -> Float[Tensor, "b c L d"]:
         if pad := -t.shape[1] % self.chunk:
             t = F.pad(t, (0, 0, 0, pad))
         return t.view(t.shape[0], -1, self.chunk, t.shape[2])
 
-    def _parts(
-        self, xBC: Float[Tensor, "b c L conv"]
-    ) -> tuple[Float[Tensor, "b c L g r p"], Float[Tensor, "b c g L n"], Float[Tensor, "b c g L n"]]:
+    def _split(self, xBC: Float[Tensor, "b c L conv"]) -> tuple[Tensor, Tensor, Tensor]:
         inner = self.heads * self.channels
         state = (xBC.shape[-1] - inner) // 2
-        x, B, C = xBC.split_with_sizes([inner, state, state], -1)
+        return xBC.split_with_sizes([inner, state, state], -1)
+
+    def _parts(
+        self, xBC: Float[Tensor, "b c L conv"]
+    ) -> tuple[Float[Tensor, "b c L g r p"], Float[Tensor, "k L n"], Float[Tensor, "k L n"]]:
+        """x, and B and C as the matrices of k = b c g chunks and groups."""
+        x, B, C = self._split(xBC)
         shape = (*xBC.shape[:3], self.groups, -1)
-        return self._per_head(x), B.view(shape).transpose(2, 3), C.view(shape).transpose(2, 3)
+        return self._per_head(x), _matrices(B.view(shape).transpose(2, 3)), _matrices(C.view(shape).transpose(2, 3))
 
     def _per_head(self, t: Float[Tensor, "b c L hp"]) -> Float[Tensor, "b c L g r p"]:
         return t.view(*t.shape[:3], self.groups, -1, self.channels)
@@ -166,20 +182,30 @@ class Scan:
     def _heads_first(self, t: Float[Tensor, "b c L g r p"]) -> Float[Tensor, "b c g r L p"]:
         return t.permute(0, 1, 3, 4, 2, 5)
 
-    def _tokens_first(self, t: Float[Tensor, "b c g r L p"]) -> Float[Tensor, "b c L g r p"]:
-        return t.permute(0, 1, 4, 2, 3, 5)
+    def _tokens_first(self, t: Float[Tensor, "kr L p"], like: Tensor) -> Float[Tensor, "b c L g r p"]:
+        b, c, length, g, r, p = like.shape
+        return t.view(b, c, g, r, length, p).permute(0, 1, 4, 2, 3, 5)
 
-    def _together(self, t: Float[Tensor, "b c L g r p"]) -> Float[Tensor, "b c g L rp"]:
-        return t.reshape(*t.shape[:4], -1).transpose(2, 3)
+    def _together(self, t: Float[Tensor, "b c L g r p"]) -> Float[Tensor, "k L rp"]:
+        """The channels of a group's heads side by side."""
+        return _matrices(t.reshape(*t.shape[:4], -1).transpose(2, 3))
 
-    def _apart(self, t: Float[Tensor, "b c g L rp"]) -> Float[Tensor, "b c L g r p"]:
-        b, c, g, length, _ = t.shape
-        return t.transpose(2, 3).view(b, c, length, g, -1, self.channels)
+    def _apart(self, t: Float[Tensor, "k L rp"], like: Tensor) -> Float[Tensor, "b c L g r p"]:
+        b, c, length, g, r, p = like.shape
+        return t.view(b, c, g, length, r, p).transpose(2, 3)
 
-    def _dot(self, a: Float[Tensor, "b c L g r p"], b: Float[Tensor, "b c L g r p"]) -> Float[Tensor, "b t h"]:
+    def _side_by_side(self, t: Float[Tensor, "k L n"], like: Tensor) -> Float[Tensor, "b c L gn"]:
+        b, c, length, _ = like.shape
+        return t.view(b, c, self.groups, length, -1).transpose(2, 3).reshape(like.shape)
+
+    def _over_channels(self, t: Float[Tensor, "b c L g r p"]) -> Float[Tensor, "b t h"]:
         """Sums over channels, as a matrix product: torch's own sum over a short axis is slow on a CPU."""
-        product = (a * b).reshape(-1, self.channels)
-        return product.mv(product.new_ones(self.channels)).view(a.shape[0], -1, self.heads)
+        return t.reshape(-1, self.channels).mv(t.new_ones(self.channels)).view(t.shape[0], -1, self.heads)
+
+
+def _matrices(t: Float[Tensor, "*k m n"]) -> Float[Tensor, "k m n"]:
+    """One axis for all that is not a matrix."""
+    return t.reshape(-1, *t.shape[-2:])
 
 
 class Sums:
@@ -192,8 +218,7 @@ class Sums:
     Attributes:
         state: Gradient of the state after the block at hand (b, g, n, rp); in the end that of the initial state.
         dA: Gradient of the decay rates (h).
-        dD: Gradient of the skip weights (g, r, p).
-        D: The skip weights.
+        dD: Gradient of the skip weights, per head or per channel as they are.
     """
 
     def __init__(
@@ -204,7 +229,9 @@ class Sums:
             self.state.copy_(scan.wide(dfinal))
         self.A, self.D = A.to(scan.dtype), scan.skip(D)
         self.dA = torch.zeros_like(self.A)
-        self.dD = states.new_zeros(scan.groups, scan.heads // scan.groups, scan.channels)
+        self.per_channel = D is not None and D.dim() == 2
+        self.rates = D if D is None else D.to(scan.dtype)
+        self.dD = self.dA if self.rates is None else torch.zeros_like(self.rates)
 
     def steps(
         self,
@@ -218,8 +245,3 @@ class Sums:
         dlog = (dy_y - x_dx).flip(1).cumsum(1).flip(1).add_(end)
         self.dA.add_((dlog * dt).sum((0, 1)))
         return (x_dx / dt).addcmul_(dlog, self.A)
-
-    def skip(self, D: Float[Tensor, "h"] | Float[Tensor, "h p"]) -> Tensor:
-        """The gradient of the skip weights."""
-        dD = self.dD.flatten(0, 1)
-        return (dD if D.dim() == 2 else dD.sum(-1)).to(D.dtype)

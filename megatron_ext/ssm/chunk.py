@@ -104,7 +104,7 @@ class _SSD(torch.autograd.Function):
             dxBC, ddt[k] = scan.backward(*own, *rest)
             dx[k], dB[k], dC[k] = projection.inputs(dxBC)
         dinitial = scan.narrow(sums.state) if ctx.has_initial else None
-        return dx, ddt, sums.dA.to(A.dtype), dB, dC, None if D is None else sums.skip(D), dinitial, None, None
+        return dx, ddt, sums.dA.to(A.dtype), dB, dC, None if D is None else sums.dD.to(D.dtype), dinitial, None, None
 
 
 def around(states: Float[Tensor, "b s g n rp"], rows: slice, chunks: slice) -> Float[Tensor, "k t g n rp"]:

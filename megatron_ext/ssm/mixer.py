@@ -164,7 +164,7 @@ class _Mixer(torch.autograd.Function):
         ddt[:], ddt_bias = torch.autograd.grad(steps, (raw, raw_bias), dsteps)
         return (
             dzxbcdt, conv_sums.weight.T.to(weight.dtype), None if bias is None else conv_sums.bias.to(bias.dtype), ddt_bias,
-            sums.dA.to(A.dtype), sums.skip(D), scan.narrow(sums.state) if ctx.has_initial else None,
+            sums.dA.to(A.dtype), sums.dD.to(D.dtype), scan.narrow(sums.state) if ctx.has_initial else None,
             None if dfactor is None else dfactor.to(norm_weight.dtype), None, None,
         )  # fmt: skip
 
