@@ -86,10 +86,10 @@ class Scan:
         """Write y of a block to `out`, and the states in it and after it behind the one before it in `states`."""
         x, B, C = self._parts(self._chunked(xBC))
         y = self._per_head(self._chunked(out))
-        added = torch.bmm(B.mT, self._together(x * decay.to_end)).view(states[:, 1:].shape)
-        before, *after = states.unbind(1)
-        for new, keep, state in zip(added.unbind(1), decay.whole.unbind(1), after, strict=True):
-            before = torch.addcmul(new, before, keep, out=state)
+        _product(B.mT, self._together(x * decay.to_end), out=states[:, 1:])
+        state, *later = states.unbind(1)
+        for keep, after in zip(decay.whole.unbind(1), later, strict=True):
+            state = after.addcmul_(state, keep)
         tile = decay.tile()
         mixing = tile.mul_(torch.bmm(C, B.mT).tril_().view(*tile.shape[:3], 1, *tile.shape[4:]))
         within = torch.bmm(_matrices(mixing), _matrices(self._heads_first(x)))
@@ -118,20 +118,21 @@ class Scan:
         y, dy = self._per_head(self._chunked(y)), self._per_head(self._chunked(dy))
         dxBC = torch.empty(xBC.shape, dtype=xBC.dtype, device=xBC.device)
         (x, B, C), (dx, dB, dC) = self._parts(xBC), self._split(dxBC)
-        dx, before, dyw = self._per_head(dx), _matrices(states[:, :-1]), self._together(dy * decay.from_start)
+        dx, before, product = self._per_head(dx), _matrices(states[:, :-1]), dy * decay.from_start
+        dyw = self._together(product)
 
-        # between chunks: the recurrence backwards
-        dbefore = torch.bmm(C.mT, dyw).view(states[:, 1:].shape)
-        dafter = torch.empty_like(dbefore)
-        *into, last = sums.state[rows], *dafter.unbind(1)
-        dstate = last.copy_(into[0])
-        end = (last * states[:, -1]).sum(2).view(x.shape[0], 1, self.heads, -1).sum(-1)
-        into = [*reversed(into[1:]), into[0]]
-        for new, keep, place in zip(reversed(dbefore.unbind(1)), reversed(decay.whole.unbind(1)), into, strict=True):
-            dstate = torch.addcmul(new, dstate, keep, out=place)
-        dafter = _matrices(dafter)
+        # between chunks: the recurrence backwards, in place; the gradient of the state before each chunk and after all
+        dstates = torch.empty(states.shape, dtype=states.dtype, device=states.device)
+        _product(C.mT, dyw, out=dstates[:, :-1])
+        *earlier, dstate = dstates.unbind(1)
+        dstate.copy_(sums.state[rows])
+        end = (dstate * states[:, -1]).sum(2).view(x.shape[0], 1, self.heads, -1).sum(-1)
+        for keep, dbefore in zip(reversed(decay.whole.unbind(1)), reversed(earlier), strict=True):
+            dstate = dbefore.addcmul_(dstate, keep)
+        sums.state[rows] = dstate
+        dafter = _matrices(dstates[:, 1:])
 
-        # within chunks
+        # within chunks; what is no longer needed is written over, for memory at hand is in the cache
         tile = decay.tile()
         mixing = tile * torch.bmm(C, B.mT).tril_().view(*tile.shape[:3], 1, *tile.shape[4:])
         xh, dyh = _matrices(self._heads_first(x)), _matrices(self._heads_first(dy))
@@ -140,12 +141,14 @@ class Scan:
         torch.bmm(dyh, xh.mT, out=_matrices(mixing))
         dCB = _matrices(mixing.mul_(tile).sum(3)).tril_()
         dC.copy_(self._side_by_side(torch.bmm(dyw, before.mT).baddbmm_(dCB, B), dC))
-        dB.copy_(self._side_by_side(torch.bmm(self._together(x * decay.to_end), dafter.mT).baddbmm_(dCB.mT, C), dB))
+        xw = self._together(torch.mul(x, decay.to_end, out=product))
+        dB.copy_(self._side_by_side(torch.bmm(xw, dafter.mT).baddbmm_(dCB.mT, C), dB))
 
-        x_dx, dy_y = self._over_channels(x * dx), self._over_channels(dy * y)
+        x_dx = self._over_channels(torch.mul(x, dx, out=product))
+        dy_y = self._over_channels(torch.mul(dy, y, out=product))
         if sums.D is not None:
             dx.addcmul_(dy, sums.D)
-            dy_y.sub_(self._skipped(x * dy, sums))
+            dy_y.sub_(self._skipped(torch.mul(x, dy, out=product), sums))
         ddt = sums.steps(dy_y, x_dx, end, decay.dt)
         return dxBC.view(xBC.shape[0], -1, xBC.shape[-1])[:, :tokens], ddt[:, :tokens]
 
@@ -206,6 +209,14 @@ class Scan:
 def _matrices(t: Float[Tensor, "*k m n"]) -> Float[Tensor, "k m n"]:
     """One axis for all that is not a matrix."""
     return t.reshape(-1, *t.shape[-2:])
+
+
+def _product(a: Float[Tensor, "k m l"], b: Float[Tensor, "k l n"], out: Float[Tensor, "b c g m n"]) -> None:
+    """a b, written where it belongs if that is one piece of memory."""
+    if out.is_contiguous():
+        torch.bmm(a, b, out=_matrices(out))
+    else:
+        out.copy_(torch.bmm(a, b).view(out.shape))
 
 
 class Sums:

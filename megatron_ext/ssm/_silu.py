@@ -5,9 +5,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def silu_and_slope(z: Float[Tensor, "*shape"]) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
-    """z sigmoid(z) and its derivative sigmoid(z) (1 + z - z sigmoid(z)), in the dtype of z."""
+def silu_and_slope(
+    z: Float[Tensor, "*shape"], in_place: bool = False
+) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
+    """z sigmoid(z), written over z if `in_place`, and its derivative sigmoid(z) (1 + z - z sigmoid(z))."""
     slope = torch.sigmoid(z)
-    value = z * slope
+    value = z.mul_(slope) if in_place else z * slope
     # sigmoid + silu (1 - sigmoid) in one pass
     return value, slope.lerp_(slope.new_ones(()), value)

@@ -158,8 +158,9 @@ class Sums:
         dwindow[:, length:].add_(past)
         for dinputs, dtaken, row in others:
             dinputs.addcmul_(dtaken, row)
+        product = torch.empty_like(dz)
         for t, dweight in zip(inputs, self.weight.unbind(0), strict=True):
-            dweight.add_((t * dz).sum((0, 1)))
+            dweight.add_(torch.mul(t, dz, out=product).sum((0, 1)))
         self.bias.add_(dz.sum((0, 1)))
         past.copy_(dwindow[:, :reach])
         return dwindow[:, reach:]

@@ -155,7 +155,7 @@ class _Mixer(torch.autograd.Function):
                 inputs = conv.met(conv.window(xBC[rows], past[rows], tokens), len(taps.rows), own)
                 convolved, slope = taps.weigh(inputs), None
                 if how.silu:
-                    convolved, slope = silu_and_slope(convolved)
+                    convolved, slope = silu_and_slope(convolved, in_place=True)
                 rest = decay.of(rows, chunks), around(states, rows, chunks), sums, rows
                 dconvolved, dsteps[k] = scan.backward(convolved, yk, dyk, *rest)
                 if slope is not None:

@@ -82,13 +82,12 @@ def forward(
 ) -> Float[Tensor, "*block g 1"]:
     """Write the gated norm of one block to `out`; the reciprocal root mean square of each group."""
     gate = None if z is None else F.silu(z)
-    inner, outer = (None, gate) if norm_before_gate else (gate, None)
-    groups = _times(x, inner).unflatten(-1, (-1, group_size))
+    if gate is not None and not norm_before_gate:
+        x, gate = gate.mul_(x), None
+    groups = x.unflatten(-1, (-1, group_size))
     scale = torch.linalg.vector_norm(groups, dim=-1, keepdim=True).square_().div_(group_size).add_(eps).rsqrt_()
     normed = (groups * scale).flatten(-2)
-    if outer is not None:
-        normed.mul_(outer)
-    torch.mul(normed, weight, out=out)
+    torch.mul(normed if gate is None else normed.mul_(gate), weight, out=out)
     return scale
 
 
@@ -104,7 +103,8 @@ def backward(
     """The gradients of x and weight for one block; that of the gate is written to `dz`.
 
     With u what is normalised and v the gradient of its norm: the sum of v u over tokens is a product with a vector,
-    which costs as little as one of reading it.
+    which costs as little as one of reading it. What is no longer needed is written over, for memory at hand is in the
+    cache.
     """
     gate, slope = (None, None) if z is None else silu_and_slope(z)
     inner, outer = (None, gate) if norm_before_gate else (gate, None)
@@ -113,12 +113,16 @@ def backward(
     scales, factor = scale.flatten(0, -3), weight.view(u.shape[1:])
     uv = u * v
     dweight = (scales.permute(1, 2, 0) @ uv.transpose(0, 1)).flatten()
-    along = torch.linalg.vecdot(uv, factor).unsqueeze(-1).mul_(scales.pow(3)).div_(-u.shape[-1])
-    du = (v * factor).mul_(scales).addcmul_(u, along).view(x.shape)
+    along = uv.mul_(factor).sum(-1, keepdim=True).mul_(scales.pow(3)).div_(-u.shape[-1])
+    du = torch.mul(v, factor, out=uv).mul_(scales).addcmul_(u, along).view(x.shape)
     if slope is not None and dz is not None:
-        dgate = (x * dy).view(u.shape).mul_(scales).mul_(factor).view(x.shape) if norm_before_gate else du * x
-        torch.mul(dgate, slope, out=dz)
-    return _times(du, inner), dweight
+        if norm_before_gate:
+            slope.view(u.shape).mul_(factor).mul_(scales)
+            slope.mul_(dy)
+        else:
+            slope.mul_(du)
+        torch.mul(slope, x, out=dz)
+    return du if inner is None else du.mul_(inner), dweight
 
 
 def _rows(t: Float[Tensor, "*batch d"]) -> Float[Tensor, "rows d"]:
