@@ -27,10 +27,10 @@ class Decays(NamedTuple):
     """dt times the decay after each token up to the chunk's end."""
     whole: Float[Tensor, "b c g 1 rp"]
     """Decay over the whole chunk, repeated for every channel of its head."""
-    target: Float[Tensor, "b c g r L"]
-    """Exponent summed from the chunk's start, float64."""
-    source: Float[Tensor, "b c g r L"]
-    """The same minus log2(dt), float64: target[i] - source[j] is the exponent of what token j weighs in token i."""
+    target: Float[Tensor, "b c 2 g r L"]
+    """Exponent summed from the chunk's start: what a float32 holds of it, and the rest."""
+    source: Float[Tensor, "b c 2 g r L"]
+    """The same minus log2(dt): target[i] - source[j] is the exponent of what token j weighs in token i."""
 
     def of(self, rows: slice, chunks: slice) -> "Decays":
         """The decays of some rows and chunks."""
@@ -38,8 +38,9 @@ class Decays(NamedTuple):
 
     def tile(self) -> Float[Tensor, "b c g r L L"]:
         """dt_j times the decay from token j to i at [i, j]; above the diagonal it is finite, not zero."""
-        exponents = self.dt.new_empty(*self.target.shape, self.target.shape[-1])
-        torch.sub(self.target.unsqueeze(-1), self.source.unsqueeze(-2), out=exponents)
+        target, target_rest = self.target.unsqueeze(-1).unbind(2)
+        source, source_rest = self.source.unsqueeze(-2).unbind(2)
+        exponents = (target - source).add_(target_rest).sub_(source_rest)
         return exponents.clamp_(FLOOR[exponents.dtype], CEILING).exp2_()
 
 
@@ -54,7 +55,8 @@ def decays(
     """The decays of every chunk.
 
     The sums are float64: differences of float32 sums lose 1e-7 of the sum, and exponentiation turns that absolute
-    error into a relative one. They are (b, l, h) only; each tile is rounded once, when it is built.
+    error into a relative one. They are (b, l, h) only; the tiles are made of their two float32 halves, which is five
+    times as fast on a CPU as from float64.
 
     Args:
         dt: Step sizes, not negative.
@@ -75,12 +77,18 @@ def decays(
     from_start = sums.clamp_min(floor).to(dtype).exp2_()
     to_end = (sums[:, :, -1:] - sums).clamp_(min=floor).to(dtype).exp2_().mul_(steps)
     whole = from_start[:, :, -1].view(b, c, groups, 1, h // groups, 1)
-    target = sums.view(by_group).permute(0, 1, 3, 4, 2).contiguous()
+    target, less = (t.view(by_group).permute(0, 1, 3, 4, 2) for t in (sums, steps.log2()))
     return Decays(
         dt=steps.to(dtype),
         from_start=from_start.view(*by_group, 1),
         to_end=to_end.view(*by_group, 1),
         whole=whole.expand(-1, -1, -1, -1, -1, channels).reshape(b, c, groups, 1, -1),
-        target=target,
-        source=target - steps.log2().view(by_group).permute(0, 1, 3, 4, 2),
+        target=_halves(target, dtype),
+        source=_halves(target - less, dtype),
     )
+
+
+def _halves(t: Float[Tensor, "b c g r L"], dtype: torch.dtype) -> Float[Tensor, "b c 2 g r L"]:
+    """t rounded, and what rounding took away."""
+    rounded = t.to(dtype)
+    return torch.stack([rounded, (t - rounded).to(dtype)], 2)

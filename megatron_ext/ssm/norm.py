@@ -82,12 +82,14 @@ def forward(
 ) -> Float[Tensor, "*block g 1"]:
     """Write the gated norm of one block to `out`; the reciprocal root mean square of each group."""
     gate = None if z is None else F.silu(z)
-    if gate is not None and not norm_before_gate:
-        x, gate = gate.mul_(x), None
-    groups = x.unflatten(-1, (-1, group_size))
+    u = gate.mul_(x) if gate is not None and not norm_before_gate else x
+    groups = u.unflatten(-1, (-1, group_size))
     scale = torch.linalg.vector_norm(groups, dim=-1, keepdim=True).square_().div_(group_size).add_(eps).rsqrt_()
-    normed = (groups * scale).flatten(-2)
-    torch.mul(normed if gate is None else normed.mul_(gate), weight, out=out)
+    if u is gate:
+        normed = groups.mul_(scale)
+    else:
+        normed = groups * scale if gate is None else gate.view(groups.shape).mul_(groups).mul_(scale)
+    torch.mul(normed.view(x.shape), weight, out=out)
     return scale
 
 
