@@ -4,7 +4,8 @@
 
 The block is transformers' Mamba2Mixer (input projection, convolution, scan, gated norm, output projection) with one set
 of weights; ours is `mamba_split_conv1d_scan_combined` with the two projections by `platform.linear`, as the product's
-layers have them. Each case runs in a process of its own, in turns. Times are CPU times, which equal wall times on an idle machine; the load is written down.
+layers have them. Each case runs in a process of its own, in turns. Times are CPU times, which equal wall times on an
+idle machine; the load is written down.
 Writes results/ssm_cpu.json and .md.
 """
 

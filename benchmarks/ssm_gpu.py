@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megatron_ext.ssm import mamba_ssm_api
 from megatron_ext.ssm.dispatch import set_backend
+from megatron_ext.ssm.projection import Projection
 
 NAMES = ("zxbcdt", "conv_weight", "conv_bias", "dt_bias", "A", "D")
 Case = Callable[[dict[str, Tensor]], Tensor]
@@ -64,9 +65,10 @@ def cases(args: argparse.Namespace) -> tuple[dict[str, Case], dict[str, str]]:
 
     def of_chunks(size: int) -> Case:
         def run(t: dict[str, Tensor]) -> Tensor:
-            from megatron_ext.ssm.triton.mixer import conv_scan_gate
+            from megatron_ext.ssm.triton.mixer import conv_scan_norm
 
-            return conv_scan_gate(*t.values(), args.head_dim, args.groups, chunk_size=size)[0]  # type: ignore[arg-type]
+            projection = Projection(t["A"].shape[0], args.head_dim, args.groups)
+            return conv_scan_norm(*t.values(), projection, chunk_size=size)[0]  # type: ignore[arg-type]
 
         return run
 

@@ -79,8 +79,9 @@ def install(every_configuration: bool) -> None:
 def main() -> None:
     """The benchmark's layer, with all that a kernel can be asked for."""
     install("--all" in sys.argv)
+    from megatron_ext.ssm.projection import Projection
     from megatron_ext.ssm.triton import norm
-    from megatron_ext.ssm.triton.mixer import conv_scan_gate
+    from megatron_ext.ssm.triton.mixer import conv_scan_norm
 
     heads, channels, groups, state, length = 128, 64, 8, 128, 2048
     inner = heads * channels
@@ -94,9 +95,13 @@ def main() -> None:
     weight, gate = torch.ones(inner, **bf16), torch.zeros(1, length, inner, **bf16)
     for t in (*leaves, initial, weight, gate):
         t.requires_grad_()
-    y, final = conv_scan_gate(*leaves, channels, groups, initial, torch.zeros(1, length, dtype=torch.int32))
-    out = norm.gated_rms_norm(y, weight, gate, group_size=inner // groups)
-    torch.autograd.grad((out.sum(), final.sum()), [*leaves, initial, weight, gate])
+    projection, documents = Projection(heads, channels, groups), torch.zeros(1, length, dtype=torch.int32)
+    for norm_weight in (None, weight):
+        y, final = conv_scan_norm(*leaves, projection, initial, documents, norm_weight=norm_weight)
+        own = [*leaves, initial] if norm_weight is None else [*leaves, initial, weight]
+        torch.autograd.grad((y.sum(), final.sum()), own)
+    out = norm.gated_rms_norm(y.detach(), weight, gate, group_size=inner // groups)
+    torch.autograd.grad(out.sum(), [weight, gate])
     from megatron_ext.ssm.triton.decode import conv_step, state_step
 
     with torch.no_grad():

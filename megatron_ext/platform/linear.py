@@ -23,9 +23,9 @@ def linear(
     x: Float[Tensor, "*batch i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, "o"] | None = None
 ) -> Float[Tensor, "*batch o"]:
     """`torch.nn.functional.linear`, by oneDNN where that is faster: float32 on an AMD CPU, and not tiny."""
-    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and _prefers_onednn():
-        if min(weight.shape) >= CHANNELS and x.numel() >= TOKENS * x.shape[-1]:
-            return _Linear.apply(x, weight, bias)  # type: ignore[return-value]
+    large = min(weight.shape) >= CHANNELS and x.numel() >= TOKENS * x.shape[-1]
+    if large and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and _prefers_onednn():
+        return _Linear.apply(x, weight, bias)  # type: ignore[return-value]
     return F.linear(x, weight, bias)
 
 

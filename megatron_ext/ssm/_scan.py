@@ -126,10 +126,10 @@ class Scan:
         _product(C.mT, dyw, out=dstates[:, :-1])
         *earlier, dstate = dstates.unbind(1)
         dstate.copy_(sums.state[rows])
-        end = (dstate * states[:, -1]).sum(2).view(x.shape[0], 1, self.heads, -1).sum(-1)
         for keep, dbefore in zip(reversed(decay.whole.unbind(1)), reversed(earlier), strict=True):
             dstate = dbefore.addcmul_(dstate, keep)
         sums.state[rows] = dstate
+        ends = (dstates[:, 1:] * states[:, 1:]).sum(3).view(*x.shape[:2], self.heads, -1).sum(-1)
         dafter = _matrices(dstates[:, 1:])
 
         # within chunks; what is no longer needed is written over, for memory at hand is in the cache
@@ -146,20 +146,20 @@ class Scan:
 
         x_dx = self._over_channels(torch.mul(x, dx, out=product))
         dy_y = self._over_channels(torch.mul(dy, y, out=product))
-        if sums.D is not None:
-            dx.addcmul_(dy, sums.D)
+        if sums.skip is not None:
+            dx.addcmul_(dy, sums.skip)
             dy_y.sub_(self._skipped(torch.mul(x, dy, out=product), sums))
-        ddt = sums.steps(dy_y, x_dx, end, decay.dt)
+        ddt = sums.steps(dy_y, x_dx, ends, decay.dt)
         return dxBC.view(xBC.shape[0], -1, xBC.shape[-1])[:, :tokens], ddt[:, :tokens]
 
     def _skipped(self, x_dy: Float[Tensor, "b c L g r p"], sums: "Sums") -> Float[Tensor, "b t h"]:
         """dy.(D x) of each token; the gradient of D is added."""
-        if sums.per_channel:
-            sums.dD.add_(x_dy.sum((0, 1, 2)).view(sums.dD.shape))
-            return self._over_channels(x_dy.mul_(sums.D))
-        x_dy = self._over_channels(x_dy)
-        sums.dD.add_(x_dy.sum((0, 1)))
-        return x_dy.mul_(sums.rates)
+        if sums.D.dim() == 2:
+            sums.dD.add_(x_dy.sum((0, 1, 2)).view(sums.D.shape))
+            return self._over_channels(x_dy.mul_(sums.D.view(x_dy.shape[3:])))
+        of_heads = self._over_channels(x_dy)
+        sums.dD.add_(of_heads.sum((0, 1)))
+        return of_heads.mul_(sums.D)
 
     def _chunked(self, t: Float[Tensor, "b t d"]) -> Float[Tensor, "b c L d"]:
         if pad := -t.shape[1] % self.chunk:
@@ -169,7 +169,8 @@ class Scan:
     def _split(self, xBC: Float[Tensor, "b c L conv"]) -> tuple[Tensor, Tensor, Tensor]:
         inner = self.heads * self.channels
         state = (xBC.shape[-1] - inner) // 2
-        return xBC.split_with_sizes([inner, state, state], -1)
+        x, B, C = xBC.split_with_sizes([inner, state, state], -1)
+        return x, B, C
 
     def _parts(
         self, xBC: Float[Tensor, "b c L conv"]
@@ -223,8 +224,8 @@ class Sums:
     """What the backward adds up over the blocks, taken from the last to the first.
 
     The gradient of the log-decay of a token is the sum of dy.y - x.dx over the tokens from there to the end of its
-    block, y without the skip, and of state.dstate there: no L x L reduction. Its error is that of dy.y in float32, also
-    where the state is forgotten at once and the gradient itself is next to nothing.
+    chunk and of state.dstate there: no L x L reduction. Its error is that of dy.y in float32, also where the state is
+    forgotten at once and the gradient itself is next to nothing; from chunk to chunk it does not add up.
 
     Attributes:
         state: Gradient of the state after the block at hand (b, g, n, rp); in the end that of the initial state.
@@ -238,21 +239,20 @@ class Sums:
         self.state = torch.zeros_like(states[:, 0])
         if dfinal is not None:
             self.state.copy_(scan.wide(dfinal))
-        self.A, self.D = A.to(scan.dtype), scan.skip(D)
-        self.dA = torch.zeros_like(self.A)
-        self.per_channel = D is not None and D.dim() == 2
-        self.rates = D if D is None else D.to(scan.dtype)
-        self.dD = self.dA if self.rates is None else torch.zeros_like(self.rates)
+        self.A, self.skip = A.to(scan.dtype), scan.skip(D)
+        self.D = states.new_empty(0) if D is None else D.to(scan.dtype)
+        self.dA, self.dD = torch.zeros_like(self.A), torch.zeros_like(self.D)
 
     def steps(
         self,
         dy_y: Float[Tensor, "b t h"],
         x_dx: Float[Tensor, "b t h"],
-        end: Float[Tensor, "b 1 h"],
+        ends: Float[Tensor, "b c h"],
         dt: Float[Tensor, "b c L h"],
     ) -> Float[Tensor, "b t h"]:
         """The gradient of a block's step sizes; that of A is added."""
-        dt = dt.reshape(x_dx.shape)
-        dlog = (dy_y - x_dx).flip(1).cumsum(1).flip(1).add_(end)
+        dlog = (dy_y - x_dx).view(dt.shape)
+        dlog[:, :, -1].add_(ends)
+        dlog, dt = (t.reshape(x_dx.shape) for t in (dlog.flip(2).cumsum(2).flip(2), dt))
         self.dA.add_((dlog * dt).sum((0, 1)))
         return (x_dx / dt).addcmul_(dlog, self.A)

@@ -77,7 +77,8 @@ def document_starts(seq_idx: Int[Tensor, "b l"]) -> Bool[Tensor, "b l"]:
 class _SSD(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, dt, A, B, C, D, initial, starts, size):
-        scan = Scan(*x.shape, B.shape[2], size, torch.promote_types(x.dtype, torch.float32))
+        batch, length, heads, channels = x.shape
+        scan = Scan(batch, length, heads, channels, B.shape[2], size, torch.promote_types(x.dtype, torch.float32))
         decay, states, skip = scan.decays(dt, A, starts), scan.states(initial, B, B.shape[3]), scan.skip(D)
         y = torch.empty(x.shape, dtype=scan.dtype, device=x.device)
         for rows, chunks, tokens in scan.blocks(x.device):

@@ -160,5 +160,5 @@ def _triton() -> Backend:
 def _import_triton() -> Backend:
     from megatron_ext.ssm.triton import conv, decode, mixer, norm, scan
 
-    whole = (mixer.conv_scan_gate, decode.conv_step, decode.state_step)
+    whole = (mixer.conv_scan_norm, decode.conv_step, decode.state_step)
     return Backend("triton", scan.ssd, conv.causal_conv1d, norm.gated_rms_norm, *whole)

@@ -150,9 +150,11 @@ def _on_this_gpu(shape: Shape) -> dict[str, Run]:
         mamba_split_conv1d_scan_combined,
     )
 
-    from megatron_ext.ssm.triton.mixer import conv_scan_gate
+    from megatron_ext.ssm.projection import Projection
+    from megatron_ext.ssm.triton.mixer import conv_scan_norm
 
-    inner = shape.heads * shape.head_dim
+    projection = Projection(shape.heads, shape.head_dim, shape.groups)
+    inner = projection.inner
     convolved = inner + 2 * shape.groups * shape.state
 
     def normal(*size: int) -> Tensor:
@@ -163,7 +165,7 @@ def _on_this_gpu(shape: Shape) -> dict[str, Run]:
     decay, skip = -torch.ones(shape.heads, device="cuda"), torch.ones(shape.heads, device="cuda")
 
     def ours() -> None:
-        out, _ = conv_scan_gate(zxbcdt, weight, bias, step, decay, skip, shape.head_dim, shape.groups)
+        out, _ = conv_scan_norm(zxbcdt, weight, bias, step, decay, skip, projection)
         out.sum().backward()
 
     def theirs() -> None:

@@ -1,8 +1,10 @@
 """All between a Mamba-2 layer's two projections as one function in plain torch: convolution, scan, norm and gate.
 
-The sequence is taken in blocks that fit the cache, each from the projection to the output while it is there, and back in
-the backward, where what the convolution made of a block is computed again. Kept are y, the state before each chunk and
-one number per token and group of the norm; nothing is split, padded or put together again.
+The sequence is taken in blocks that fit the cache, each from the projection to the output while it is there, and back
+in the backward, where what the convolution made of a block is computed again. Kept are y, the state before each chunk
+and one number per token and group of the norm; nothing is split, padded or put together again.
+
+Views of tensors made in inference mode cost half as much; what outlives a call is made outside it.
 """
 
 from collections.abc import Sequence
@@ -91,29 +93,25 @@ class _Mixer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, zxbcdt, weight, bias, dt_bias, A, D, initial, norm_weight, seq_idx, how):
         z, xBC, dt = how.projection.parts(zxbcdt)
-        scan, past, same = _prepare(zxbcdt, weight, seq_idx, how)
+        scan, convolution = _scan(zxbcdt, how), _Convolution(xBC, weight, bias, seq_idx)
         starts = None if seq_idx is None else document_starts(seq_idx)
         decay = scan.decays(step_sizes(dt, dt_bias, True, how.limit), A, starts)
         states = scan.states(initial, zxbcdt, (weight.shape[0] - how.projection.inner) // (2 * scan.groups))
         skip, factor = scan.skip(D), None if norm_weight is None else norm_weight.to(scan.dtype)
         y = torch.empty(z.shape, dtype=scan.dtype, device=z.device)
         out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-        scale = None if factor is None else y.new_empty(*z.shape[:2], scan.groups, 1)
-        taps = conv.Taps.of(weight, bias, scan.dtype)
+        scale = y.new_empty(*z.shape[:2], scan.groups, 1)
+        group_size = z.shape[2] // scan.groups
         with torch.inference_mode():
             for rows, chunks, tokens in scan.blocks(z.device):
                 k = rows, tokens
-                inputs = conv.met(conv.window(xBC[rows], past[rows], tokens), len(taps.rows), conv.of_block(same, *k))
-                convolved, yk = taps.weigh(inputs), y[k]
-                if how.silu:
-                    F.silu(convolved, inplace=True)
+                yk, zk, (_, _, convolved) = y[k], z[k].to(scan.dtype), convolution.of(*k)
+                convolved = F.silu(convolved, inplace=True) if how.silu else convolved
                 scan.forward(convolved, skip, decay.of(rows, chunks), around(states, rows, chunks), yk)
-                zk = z[k].to(scan.dtype)
-                if factor is None or scale is None:
+                if factor is None:
                     torch.mul(yk, F.silu(zk), out=out[k])
                 else:
-                    size = z.shape[2] // scan.groups
-                    scale[k] = norm.forward(yk, factor, zk, how.eps, size, how.norm_before_gate, out[k])
+                    scale[k] = norm.forward(yk, factor, zk, how.eps, group_size, how.norm_before_gate, out[k])
         ctx.save_for_backward(zxbcdt, weight, bias, dt_bias, A, D, norm_weight, seq_idx, y, states, scale, *decay)
         ctx.how, ctx.has_initial = how, initial is not None
         ctx.set_materialize_grads(False)
@@ -128,51 +126,54 @@ class _Mixer(torch.autograd.Function):
         dout = torch.zeros_like(y) if dout is None else dout
         dzxbcdt = torch.empty(zxbcdt.shape, dtype=zxbcdt.dtype, device=zxbcdt.device)
         dz, dxBC, ddt = how.projection.parts(dzxbcdt)
-        scan, past, same = _prepare(zxbcdt, weight, seq_idx, how)
+        scan, convolution, decay = _scan(zxbcdt, how), _Convolution(xBC, weight, bias, seq_idx), Decays(*decay)
+        sums, taps = Sums(scan, dfinal, states, A, D), conv.Sums(weight, convolution.past)
         with torch.enable_grad():
             raw, raw_bias = dt.detach().requires_grad_(), dt_bias.detach().requires_grad_()
             steps = step_sizes(raw, raw_bias, True, how.limit)
-        dsteps, decay = torch.empty_like(steps), Decays(*decay)
-        sums, conv_sums, taps = (
-            Sums(scan, dfinal, states, A, D),
-            conv.Sums(weight, past),
-            conv.Taps.of(weight, bias, scan.dtype),
-        )
-        factor = None if norm_weight is None else norm_weight.to(scan.dtype)
+        dsteps, factor = torch.empty_like(steps), None if norm_weight is None else norm_weight.to(scan.dtype)
         dfactor = None if factor is None else torch.zeros_like(factor)
         with torch.inference_mode():
             for rows, chunks, tokens in reversed(list(scan.blocks(z.device))):
                 k = rows, tokens
-                yk, zk, doutk = y[k], z[k].to(scan.dtype), dout[k].to(scan.dtype)
-                if factor is None or scale is None:
+                yk, zk, dyk = y[k], z[k].to(scan.dtype), dout[k].to(scan.dtype)
+                if factor is None or dfactor is None:
                     gate, slope = silu_and_slope(zk)
-                    dyk = doutk * gate
-                    torch.mul(slope.mul_(doutk), yk, out=dz[k])
+                    torch.mul(slope.mul_(dyk), yk, out=dz[k])
+                    dyk = gate.mul_(dyk)
                 else:
-                    dyk, dfactor_k = norm.backward(yk, factor, zk, scale[k], doutk, how.norm_before_gate, dz[k])
-                    dfactor += dfactor_k
-                own = conv.of_block(same, *k)
-                inputs = conv.met(conv.window(xBC[rows], past[rows], tokens), len(taps.rows), own)
-                convolved, slope = taps.weigh(inputs), None
-                if how.silu:
-                    convolved, slope = silu_and_slope(convolved, in_place=True)
-                rest = decay.of(rows, chunks), around(states, rows, chunks), sums, rows
-                dconvolved, dsteps[k] = scan.backward(convolved, yk, dyk, *rest)
+                    dyk, more = norm.backward(yk, factor, zk, scale[k], dyk, how.norm_before_gate, dz[k])
+                    dfactor.add_(more)
+                inputs, same, convolved = convolution.of(*k)
+                convolved, slope = silu_and_slope(convolved, in_place=True) if how.silu else (convolved, None)
+                own = decay.of(rows, chunks), around(states, rows, chunks)
+                dconvolved, dsteps[k] = scan.backward(convolved, yk, dyk, *own, sums, rows)
                 if slope is not None:
                     dconvolved.mul_(slope)
-                dxBC[k] = conv_sums.add(inputs, dconvolved, taps, own, rows)
+                dxBC[k] = taps.add(inputs, dconvolved, convolution.taps, same, rows)
         ddt[:], ddt_bias = torch.autograd.grad(steps, (raw, raw_bias), dsteps)
         return (
-            dzxbcdt, conv_sums.weight.T.to(weight.dtype), None if bias is None else conv_sums.bias.to(bias.dtype), ddt_bias,
+            dzxbcdt, taps.weight.T.to(weight.dtype), None if bias is None else taps.bias.to(bias.dtype), ddt_bias,
             sums.dA.to(A.dtype), sums.dD.to(D.dtype), scan.narrow(sums.state) if ctx.has_initial else None,
-            None if dfactor is None else dfactor.to(norm_weight.dtype), None, None,
+            None if dfactor is None or norm_weight is None else dfactor.to(norm_weight.dtype), None, None,
         )  # fmt: skip
 
 
-def _prepare(zxbcdt: Tensor, weight: Tensor, seq_idx: Tensor | None, how: _How) -> tuple[Scan, Tensor, Any]:
-    """The scan, the convolution's past, and which of its taps stay in their document."""
-    p = how.projection
-    dtype = torch.promote_types(zxbcdt.dtype, torch.float32)
-    scan = Scan(*zxbcdt.shape[:2], p.heads, p.channels, p.groups, how.chunk, dtype)
-    past = zxbcdt.new_zeros(zxbcdt.shape[0], weight.shape[1] - 1, weight.shape[0])
-    return scan, past, None if seq_idx is None else conv.same_document(seq_idx, weight.shape[1])
+def _scan(zxbcdt: Tensor, how: _How) -> Scan:
+    p, (batch, length, _) = how.projection, zxbcdt.shape
+    return Scan(batch, length, p.heads, p.channels, p.groups, how.chunk, conv.wide(zxbcdt))
+
+
+class _Convolution:
+    """The convolution of a sequence, block by block."""
+
+    def __init__(self, xBC: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None) -> None:
+        self.xBC, self.taps = xBC, conv.Taps.of(weight, bias, conv.wide(xBC))
+        self.past = xBC.new_zeros(xBC.shape[0], weight.shape[1] - 1, weight.shape[0])
+        self.same = None if seq_idx is None else conv.same_document(seq_idx, weight.shape[1])
+
+    def of(self, rows: slice, tokens: slice) -> tuple[list[Tensor], Tensor | None, Tensor]:
+        """What the taps meet, whether that is the same document, and what is under the activation."""
+        same = conv.of_block(self.same, rows, tokens)
+        inputs = conv.met(conv.window(self.xBC[rows], self.past[rows], tokens), len(self.taps.rows), same)
+        return inputs, same, self.taps.weigh(inputs)

@@ -34,7 +34,7 @@ def norm_kernel(
 
 @triton.jit
 def norm_backward_kernel(
-    x, weight, z, scale, dy, dx, dz, dweight, x_token, z_token, dy_token, rows,
+    x, weight, z, scale, dy, dx, dz, dweight, x_token, z_token, dy_token, dz_token, rows,
     SIZE: tl.constexpr, GATE_FIRST: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx and dz of RUN tokens and one group, and the sum over these tokens that makes dweight."""
@@ -69,7 +69,7 @@ def norm_backward_kernel(
             else:
                 dgate = dys * normed * factor
             dgate *= open_ * (1.0 + gate * (1.0 - open_))
-            tl.store(dz + row * groups * SIZE + d, dgate.to(dz.dtype.element_ty), there)
+            tl.store(dz + row * dz_token + d, dgate.to(dz.dtype.element_ty), there)
         tl.store(dx + row * groups * SIZE + d, dxs.to(dx.dtype.element_ty), there)
         row += 1
     tl.store(dweight + tl.program_id(0).to(tl.int64) * groups * SIZE + d, total, inside)

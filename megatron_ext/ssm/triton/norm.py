@@ -44,54 +44,88 @@ def gated_rms_norm(
     Raises:
         ConfigError: The groups do not divide the channels, or are too large.
     """
-    size = group_size or x.shape[-1]
-    if x.shape[-1] % size or size > LARGEST_GROUP:
-        raise ConfigError(
-            "no such groups of channels in the Triton norm", got=f"{x.shape[-1]} / {size}",
-            legal=f"divisors of the channels up to {LARGEST_GROUP}",
-        )  # fmt: skip
+    size = check_groups(x.shape[-1], group_size or x.shape[-1])
     return _GatedNorm.apply(x, weight.contiguous(), z, eps, size, norm_before_gate)  # type: ignore[return-value]
 
 
-def _rows(t: Tensor) -> Tensor:
+def check_groups(channels: int, size: int) -> int:
+    """The size of a group, if a program can hold it.
+
+    Raises:
+        ConfigError: The groups do not divide the channels, or are too large.
+    """
+    if channels % size or size > LARGEST_GROUP:
+        raise ConfigError(
+            "no such groups of channels in the Triton norm", got=f"{channels} / {size}",
+            legal=f"divisors of the channels up to {LARGEST_GROUP}",
+        )  # fmt: skip
+    return size
+
+
+def rows(t: Float[Tensor, "*batch d"]) -> Float[Tensor, "rows d"]:
     """(*batch, d) as (rows, d) with packed channels; no copy where the batch has one stride."""
-    rows = t.reshape(-1, t.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    flat = t.reshape(-1, t.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def forward(
+    x: Float[Tensor, "rows d"],
+    weight: Float[Tensor, "d"],
+    z: Float[Tensor, "rows d"] | None,
+    eps: float,
+    size: int,
+    norm_before_gate: bool,
+) -> tuple[Float[Tensor, "rows d"], Float[Tensor, "rows g"]]:
+    """The gated norm, and the reciprocal root mean square of each group. z may be part of a projection."""
+    count, d = x.shape
+    y = torch.empty(count, d, dtype=x.dtype, device=x.device)
+    scale = torch.empty(count, d // size, dtype=torch.float32, device=x.device)
+    _norm.norm_kernel[(count, d // size)](
+        x, weight, z, y, scale, x.stride(0), 0 if z is None else z.stride(0), eps,
+        SIZE=size, GATE_FIRST=not norm_before_gate, BLOCK=power(size), num_warps=_warps(size),
+    )  # fmt: skip
+    return y, scale
+
+
+def backward(
+    x: Float[Tensor, "rows d"],
+    weight: Float[Tensor, "d"],
+    z: Float[Tensor, "rows d"] | None,
+    scale: Float[Tensor, "rows g"],
+    dy: Float[Tensor, "rows d"],
+    norm_before_gate: bool,
+    dz: Float[Tensor, "rows d"] | None,
+) -> tuple[Float[Tensor, "rows d"], Float[Tensor, "d"]]:
+    """The gradients of x and weight; that of the gate is written to `dz`, which may be part of a projection's."""
+    count, d = x.shape
+    dx = torch.empty(count, d, dtype=x.dtype, device=x.device)
+    runs, size = cdiv(count, RUN), d // scale.shape[1]
+    dweight = torch.empty(runs, d, dtype=torch.float32, device=x.device)
+    _norm.norm_backward_kernel[(runs, d // size)](
+        x, weight, z, scale, dy, dx, dz, dweight,
+        x.stride(0), 0 if z is None else z.stride(0), dy.stride(0), 0 if dz is None else dz.stride(0), count,
+        SIZE=size, GATE_FIRST=not norm_before_gate, RUN=RUN, BLOCK=power(size), num_warps=_warps(size),
+    )  # fmt: skip
+    return dx, dweight.sum(0)
 
 
 class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, z, eps, size, norm_before_gate):
-        xs, zs = _rows(x), None if z is None else _rows(z)
-        (rows, d), groups = xs.shape, x.shape[-1] // size
-        y = torch.empty(rows, d, dtype=x.dtype, device=x.device)
-        scale = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
-        _norm.norm_kernel[(rows, groups)](
-            xs, weight, zs, y, scale, xs.stride(0), 0 if zs is None else zs.stride(0), eps,
-            SIZE=size, GATE_FIRST=not norm_before_gate, BLOCK=power(size), num_warps=_warps(size),
-        )  # fmt: skip
+        y, scale = forward(rows(x), weight, None if z is None else rows(z), eps, size, norm_before_gate)
         ctx.save_for_backward(x, weight, z, scale)
-        ctx.size, ctx.norm_before_gate = size, norm_before_gate
+        ctx.norm_before_gate = norm_before_gate
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy):  # type: ignore[override]
         x, weight, z, scale = ctx.saved_tensors
-        xs, zs, dys = _rows(x), None if z is None else _rows(z), _rows(dy)
-        (rows, d), size = xs.shape, ctx.size
-        dx = torch.empty(rows, d, dtype=x.dtype, device=x.device)
-        dz = None if z is None else torch.empty(rows, d, dtype=z.dtype, device=x.device)
-        runs = cdiv(rows, RUN)
-        dweight = torch.empty(runs, d, dtype=torch.float32, device=x.device)
-        _norm.norm_backward_kernel[(runs, d // size)](
-            xs, weight, zs, scale, dys, dx, dz, dweight,
-            xs.stride(0), 0 if zs is None else zs.stride(0), dys.stride(0), rows,
-            SIZE=size, GATE_FIRST=not ctx.norm_before_gate, RUN=RUN, BLOCK=power(size),
-            num_warps=_warps(size),
-        )  # fmt: skip
+        zs = None if z is None else rows(z)
+        dz = None if zs is None else torch.empty(zs.shape, dtype=zs.dtype, device=zs.device)
+        dx, dweight = backward(rows(x), weight, zs, scale, rows(dy), ctx.norm_before_gate, dz)
         dz = None if dz is None else dz.view(x.shape)
-        return dx.view(x.shape), dweight.sum(0).to(weight.dtype), dz, None, None, None
+        return dx.view(x.shape), dweight.to(weight.dtype), dz, None, None, None
 
 
 def _warps(size: int) -> int:

@@ -1,10 +1,11 @@
 """The Triton convolution, norm and mixer against their definitions in float64, under the interpreter or on a GPU."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
+from mixer_oracle import CHANNELS, GROUPS, PROJECTION, by_definition, leaves, normal, outcomes
 from ssm_oracle import assert_agree
 from torch import Tensor
 
@@ -12,26 +13,10 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.ssm import mamba_ssm_api, naive
 from megatron_ext.ssm.dispatch import set_backend
 from megatron_ext.ssm.triton import conv, norm
-from megatron_ext.ssm.triton.mixer import conv_scan_gate
+from megatron_ext.ssm.triton.mixer import conv_scan_norm
 
 pytestmark = pytest.mark.triton
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def outcomes(f: Callable, leaves: dict[str, Tensor | None], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """What f returns, one or two tensors, and the gradients of a fixed random functional of them, by name."""
-    own = {name: t if t is None else t.to(device, dtype).requires_grad_() for name, t in leaves.items()}
-    found = f(**own)
-    found = found if isinstance(found, tuple) else (found,)
-    loss = sum((t.double().cpu() * normal(*t.shape, seed=7 + i)).sum() for i, t in enumerate(found))
-    present = {name: t for name, t in own.items() if t is not None}
-    gradients = torch.autograd.grad(loss, list(present.values()))
-    names = [*range(len(found)), *(f"d{name}" for name in present)]
-    return {str(name): t.detach().cpu() for name, t in zip(names, (*found, *gradients), strict=True)}
 
 
 def compare(ours: Callable, definition: Callable, leaves: dict[str, Tensor | None], tolerance: float = 2e-6) -> None:
@@ -73,67 +58,45 @@ def test_norm(gated: bool, before: bool) -> None:
     )
 
 
-HEADS, CHANNELS, GROUPS, STATE = 4, 4, 2, 5
-INNER, CONV = HEADS * CHANNELS, HEADS * CHANNELS + 2 * GROUPS * STATE
-
-
-def by_definition(
-    zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
-    initial_states: Tensor | None, seq_idx: Tensor | None, limit: tuple[float, float],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    z, xBC, dt = zxbcdt.split([INNER, CONV, HEADS], -1)
-    xBC, _ = naive.causal_conv1d(xBC, conv_weight, conv_bias, None, seq_idx, "silu")
-    x, B, C = xBC.split([INNER, GROUPS * STATE, GROUPS * STATE], -1)
-    x, B, C = x.unflatten(-1, (HEADS, -1)), B.unflatten(-1, (GROUPS, -1)), C.unflatten(-1, (GROUPS, -1))
-    steps = F.softplus(dt + dt_bias).clamp(*limit)
-    y, final = naive.ssd(x, steps, A, B, C, D, initial_states, seq_idx)
-    return y.flatten(2) * F.silu(z), final
-
-
-def mixer_leaves(length: int, per_channel: bool, initial: bool) -> dict[str, Tensor | None]:
-    return {
-        "zxbcdt": normal(1, length, INNER + CONV + HEADS),
-        "conv_weight": normal(CONV, 4, seed=1),
-        "conv_bias": normal(CONV, seed=2),
-        "dt_bias": normal(HEADS, seed=3),
-        "A": -normal(HEADS, seed=4).exp(),
-        "D": normal(HEADS, CHANNELS, seed=5) if per_channel else normal(HEADS, seed=5),
-        "initial_states": normal(1, HEADS, CHANNELS, STATE, seed=6) if initial else None,
-    }
-
-
+@pytest.mark.parametrize("norm", [None, True, False])
 @pytest.mark.parametrize("packed", [False, True])
-def test_mixer(packed: bool) -> None:
-    """Convolution, scan and gate from one projection: every gradient, and no trace of one document in another."""
+def test_mixer(packed: bool, norm: bool | None) -> None:
+    """All from one projection: every gradient, and no trace of one document in another."""
     ends = torch.tensor([[0] * 5 + [1] * 12 + [2] * 2], dtype=torch.int32) if packed else None
-    limit = (0.0, float("inf")) if packed else (0.3, 1.2)
+    how = {"dt_limit": (0.0, float("inf")) if packed else (0.3, 1.2), "norm_before_gate": bool(norm), "norm_eps": 1e-2}
     seq_idx = None if ends is None else ends.to(DEVICE)
     compare(
-        lambda **given: conv_scan_gate(**given, channels=CHANNELS, groups=GROUPS, seq_idx=seq_idx, dt_limit=limit),
-        lambda **given: by_definition(**given, seq_idx=ends, limit=limit),
-        mixer_leaves(19, packed, not packed),
+        partial(conv_scan_norm, projection=PROJECTION, seq_idx=seq_idx, **how),
+        partial(by_definition, seq_idx=ends, **how),
+        leaves(19, per_channel=packed, initial=not packed, normed=norm is not None),
+        2e-5,
+    )
+
+
+def test_mixer_of_several_rows() -> None:
+    """The gate's gradient lies in that of the projection, row after row; and no bias in the convolution."""
+    compare(
+        partial(conv_scan_norm, projection=PROJECTION, norm_before_gate=False),
+        partial(by_definition, norm_before_gate=False),
+        leaves(7, batch=2, normed=True, biased=False),
         1e-5,
     )
 
 
 @pytest.mark.parametrize("before", [False, True])
 def test_mixer_behind_mamba_ssm(before: bool) -> None:
-    """What Megatron calls, with the norm on either side of the gate, is the definition's composition."""
-    given = {name: t for name, t in mixer_leaves(9, False, False).items() if t is not None}
-    weight = normal(INNER, seed=8)
+    """What Megatron calls, with the norm on either side of the gate, is the definition."""
+    given = {name: t for name, t in leaves(9, normed=True).items() if t is not None}
     set_backend("triton")
     try:
         args = {name: t.to(DEVICE).float() for name, t in given.items()}
+        weight = args.pop("norm_weight")
         got = mamba_ssm_api.mamba_split_conv1d_scan_combined(
-            *args.values(), 256, rmsnorm_weight=weight.to(DEVICE).float(), headdim=CHANNELS, ngroups=GROUPS,
-            norm_before_gate=before,
-        )  # fmt: skip
+            *args.values(), 256, rmsnorm_weight=weight, headdim=CHANNELS, ngroups=GROUPS, norm_before_gate=before
+        )
     finally:
         set_backend("auto")
-    z = given["zxbcdt"][..., :INNER]
-    gated, _ = by_definition(**given, initial_states=None, seq_idx=None, limit=(0.0, float("inf")))
-    y = gated / F.silu(z) if before else gated
-    expected = naive.gated_rms_norm(y, weight, z if before else None, 1e-6, INNER // GROUPS, before)
+    expected, _ = by_definition(**given, initial_states=None, norm_before_gate=before)
     assert_agree({"y": got.cpu()}, {"y": expected}, 1e-5)
 
 
