@@ -12,7 +12,7 @@ from megatron_ext.models.config import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE, parse
 
 # Tokens after which a state is kept for the backward (`ssm/triton/scan.py`, `ssm/chunk.py`).
-STATE_EVERY, STATE_EVERY_IN_TORCH = 128, 64
+STATE_EVERY, STATE_EVERY_IN_TORCH = 128, 32
 # Logits of each model that the distillation loss holds at a time (`distillation/losses.py`).
 LOGITS_AT_A_TIME = 2**26
 
@@ -194,20 +194,19 @@ def _mlp(neurons: float, arch: Architecture, layout: Layout) -> float:
 
 
 def _mamba(own: Architecture, layout: Layout) -> float:
-    """What the input projection made, y, what comes before and after the norm, states; see `ssm/triton/mixer.py`.
+    """What the input projection made, y, what the output projection takes, states, and what is small beside them.
 
-    In plain torch (`ssm/mamba_ssm_api.py`) also what the convolution made; y, the gate and states are in fp32.
+    In plain torch (`ssm/mixer.py`) y and states are in fp32, and decays are kept (`ssm/_decay.py`).
     """
     tp, width = layout.tp, layout.width
-    inner, heads = own.mamba_inner_size / tp, own.mamba_num_heads / tp
-    convolved = inner + 2 * own.mamba_num_groups / tp * own.mamba_state_dim
-    projected = inner + convolved + heads
+    inner, heads, groups = own.mamba_inner_size / tp, own.mamba_num_heads / tp, own.mamba_num_groups / tp
+    # the projection, what comes out, and under context parallelism the input of a norm by itself (`mamba_training.py`)
+    outer = 3 * inner + 2 * groups * own.mamba_state_dim + heads + (inner if layout.cp > 1 else 0)
     if layout.fused:
         states = inner * own.mamba_state_dim / STATE_EVERY
-        return (projected + 3 * inner + states) * width + 8 * heads
-    gate = 4 + 4 + (4 + 2 if width == 2 else 0)  # y, its activation; and the gate in fp32, the product in 16 bits
-    states = inner * own.mamba_state_dim / STATE_EVERY_IN_TORCH * 4
-    return (projected + convolved + 2 * inner) * width + inner * gate + states + 8 * heads
+        return (outer + inner + states) * width + 8 * heads + 4 * groups
+    states = inner * (own.mamba_state_dim + 1) / STATE_EVERY_IN_TORCH * 4
+    return outer * width + 4 * inner + states + 28 * heads + 4 * groups
 
 
 def _activations(arch: Architecture, layout: Layout, stage: int, logits: bool) -> float:

@@ -45,11 +45,12 @@ def install(kernels: state_space.Kernels, always: bool = False) -> None:
         torch_cuda.install()
         tensors.install()
         gloo.install()
-    from megatron_ext.platform import fused_adam, mamba_decode, transformer_engine, wheel
+    from megatron_ext.platform import fused_adam, mamba_decode, mamba_training, transformer_engine, wheel
 
     ours = always or on_cpu or not state_space.available()
     if ours:
         state_space.install(kernels)
+        mamba_training.install(kernels)
     mamba_decode.install(kernels if ours else None)
     wheel.install()
     transformer_engine.install()

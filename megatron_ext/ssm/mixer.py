@@ -99,7 +99,7 @@ class _Mixer(torch.autograd.Function):
         states = scan.states(initial, zxbcdt, (weight.shape[0] - how.projection.inner) // (2 * scan.groups))
         skip, factor = scan.skip(D), None if norm_weight is None else norm_weight.to(scan.dtype)
         y = torch.empty(z.shape, dtype=scan.dtype, device=z.device)
-        out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+        out = torch.empty_like(z)  # in the order of the input in memory, as its gradient
         scale = y.new_empty(*z.shape[:2], scan.groups, 1)
         group_size = z.shape[2] // scan.groups
         with torch.inference_mode():
@@ -124,7 +124,7 @@ class _Mixer(torch.autograd.Function):
         how: _How = ctx.how
         z, xBC, dt = how.projection.parts(zxbcdt)
         dout = torch.zeros_like(y) if dout is None else dout
-        dzxbcdt = torch.empty(zxbcdt.shape, dtype=zxbcdt.dtype, device=zxbcdt.device)
+        dzxbcdt = torch.empty_like(zxbcdt)
         dz, dxBC, ddt = how.projection.parts(dzxbcdt)
         scan, convolution, decay = _scan(zxbcdt, how), _Convolution(xBC, weight, bias, seq_idx), Decays(*decay)
         sums, taps = Sums(scan, dfinal, states, A, D), conv.Sums(weight, convolution.past)

@@ -54,12 +54,13 @@ def conv_scan_norm(
     D = D.float() if D.dim() == 2 else D.float().unsqueeze(1).expand(-1, p.channels)
     initial = None if initial_states is None else initial_states.contiguous()
     numbers = None if seq_idx is None else seq_idx.int().contiguous()
+    zxbcdt = packed(zxbcdt, 1)
     if norm_weight is not None:
         norm.check_groups(p.inner, p.inner // p.groups)
-        norm_weight = norm_weight.contiguous()
+        zxbcdt, norm_weight = zxbcdt.contiguous(), norm_weight.contiguous()
     how = (p, dt_limit, is_silu(activation), norm_eps, norm_before_gate, chunk_size)
     return _Mixer.apply(  # type: ignore[return-value]
-        packed(zxbcdt, 1), conv_weight.contiguous(), conv_bias, dt_bias, A, D.contiguous(), initial, norm_weight,
+        zxbcdt, conv_weight.contiguous(), conv_bias, dt_bias, A, D.contiguous(), initial, norm_weight,
         numbers, how,
     )  # fmt: skip
 
