@@ -9,8 +9,10 @@ from jaxtyping import install_import_hook
 # The modules with shapes in their signatures. Before any test imports them: jaxtyping's shapes then are checked at each
 # call, and across the arguments of one call. (Not the modules of Triton kernels, whose source Triton itself reads.)
 CHECKED = [
-    *(f"megatron_ext.ssm.{name}" for name in ("_decay", "chunk", "conv", "decode", "mamba_ssm_api", "naive", "norm")),
+    *(f"megatron_ext.ssm.{name}" for name in ("_decay", "_scan", "_silu", "chunk", "conv", "decode", "mamba_ssm_api")),
+    *(f"megatron_ext.ssm.{name}" for name in ("mixer", "naive", "norm", "projection")),
     *(f"megatron_ext.ssm.triton.{name}" for name in ("conv", "decode", "mixer", "norm", "scan")),
+    "megatron_ext.platform.linear",
     "megatron_ext.distillation",
     "megatron_ext.pruning.importance",
     "megatron_ext.pruning.expert_importance",

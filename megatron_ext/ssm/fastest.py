@@ -145,7 +145,8 @@ def _machine() -> str:
 
 
 def _on_this_gpu(shape: Shape) -> dict[str, Run]:
-    """Convolution, scan and gate, forward and backward, by our kernels and by mamba-ssm's."""
+    """Convolution, scan, gate and norm, forward and backward, by our kernels and by mamba-ssm's."""
+    from mamba_ssm.ops.triton.layernorm_gated import RMSNorm  # type: ignore[import-not-found]
     from mamba_ssm.ops.triton.ssd_combined import (  # type: ignore[import-not-found]
         mamba_split_conv1d_scan_combined,
     )
@@ -164,14 +165,18 @@ def _on_this_gpu(shape: Shape) -> dict[str, Run]:
     step = torch.full((shape.heads,), -3.0, device="cuda")
     decay, skip = -torch.ones(shape.heads, device="cuda"), torch.ones(shape.heads, device="cuda")
 
+    kind = {"device": "cuda", "dtype": zxbcdt.dtype}
+    norm = RMSNorm(inner, group_size=inner // shape.groups, norm_before_gate=False, **kind)
+
     def ours() -> None:
-        out, _ = conv_scan_norm(zxbcdt, weight, bias, step, decay, skip, projection)
+        layer = zxbcdt, weight, bias, step, decay, skip, projection
+        out, _ = conv_scan_norm(*layer, norm_weight=norm.weight, norm_before_gate=False)
         out.sum().backward()
 
     def theirs() -> None:
         out = mamba_split_conv1d_scan_combined(
             zxbcdt, weight, bias, step, decay, skip, 256, headdim=shape.head_dim, ngroups=shape.groups
         )
-        out.sum().backward()
+        norm(out).sum().backward()
 
     return {"triton": ours, "mamba_ssm": theirs}
