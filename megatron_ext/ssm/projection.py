@@ -47,8 +47,8 @@ class Projection:
 
 
 def step_sizes(
-    dt: Float[Tensor, "*batch h"], bias: Float[Tensor, "h"] | None, softplus: bool, limit: Sequence[float]
-) -> Float[Tensor, "*batch h"]:
+    dt: Float[Tensor, "*batch"], bias: Float[Tensor, "*last"] | None, softplus: bool, limit: Sequence[float]
+) -> Float[Tensor, "*batch"]:
     """dt after bias, softplus and limits, in float32 or wider."""
     dtype = torch.promote_types(dt.dtype, torch.float32)
     dt = dt.to(dtype) if bias is None else dt.to(dtype) + bias.to(dtype)
