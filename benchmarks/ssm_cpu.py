@@ -103,7 +103,7 @@ def measure(case: str, arguments: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"batch": 4, "length": 1024, "hidden": 256, "head_dim": 32, "state": 64, "steps": 7, "rounds": 3}
+    sizes = {"batch": 4, "length": 1024, "hidden": 256, "head_dim": 32, "state": 64, "steps": 7, "rounds": 5}
     for name, default in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--out", type=Path, help="folder of the results")

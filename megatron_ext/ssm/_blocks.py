@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-# Elements of one temporary of a piece: half a megabyte of float32 on a CPU.
-BUDGET = {"cpu": 1 << 17, "cuda": 1 << 26}
+# Elements of one temporary of a piece: a megabyte of float32 on a CPU.
+BUDGET = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
 def blocks(count: int, elements: int, device: torch.device) -> Iterator[slice]:

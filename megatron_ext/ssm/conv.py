@@ -61,7 +61,7 @@ class _CausalConv(torch.autograd.Function):
         ctx.silu = silu
         y, taps = torch.empty(x.shape, dtype=x.dtype, device=x.device), Taps.of(weight, bias, wide(x))
         for block in blocks(x.shape[1], x.shape[0] * x.shape[2], x.device):
-            z = taps.weigh(met(window(x, past, block), weight.shape[1], of_block(same, ALL, block)))
+            z = taps.weigh(met(x, past, weight.shape[1], block, of_block(same, ALL, block)))
             y[:, block] = F.silu(z, inplace=True) if silu else z
         return y
 
@@ -69,11 +69,11 @@ class _CausalConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy):  # type: ignore[override]
         x, past, weight, bias, same = ctx.saved_tensors
-        taps, sums = Taps.of(weight, bias, wide(x)), Sums(weight, past)
+        taps, sums = Taps.of(weight, bias, wide(x)), Sums(weight, x)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         for block in reversed(list(blocks(x.shape[1], x.shape[0] * x.shape[2], x.device))):
             own = of_block(same, ALL, block)
-            inputs = met(window(x, past, block), weight.shape[1], own)
+            inputs = met(x, past, weight.shape[1], block, own)
             dz = dy[:, block].to(inputs[0].dtype)
             if ctx.silu:
                 dz = torch.ops.aten.silu_backward(dz, taps.weigh(inputs))
@@ -82,26 +82,29 @@ class _CausalConv(torch.autograd.Function):
         return dx, sums.past.to(x.dtype), sums.weight.T.to(weight.dtype), dbias, None, None
 
 
-def window(x: Float[Tensor, "b l d"], past: Float[Tensor, "b k d"], block: slice) -> Float[Tensor, "b window d"]:
-    """The inputs of a block of tokens, preceded by the k that its first token reaches, in float32 or wider."""
-    reach = past.shape[1]
-    inputs = x[:, max(0, block.start - reach) : block.stop]
-    if block.start < reach:
-        inputs = torch.cat([past[:, block.start :], inputs], 1)
-    return inputs.to(wide(x))
-
-
 def of_block(same: Bool[Tensor, "b w l 1"] | None, rows: slice, tokens: slice) -> Bool[Tensor, "k w block 1"] | None:
     """The part of `same_document` for some rows and tokens."""
     return None if same is None else same[rows, :, tokens]
 
 
 def met(
-    inputs: Float[Tensor, "b window d"], taps: int, same: Bool[Tensor, "b w block 1"] | None
-) -> list[Float[Tensor, "b block d"]]:
-    """What each tap meets of a window: views of it, or zero where that is another document."""
-    views = inputs.unfold(1, inputs.shape[1] - taps + 1, 1).mT
-    return list((views if same is None else views * same).unbind(1))
+    x: Float[Tensor, "b l d"],
+    past: Float[Tensor, "b k d"] | None,
+    taps: int,
+    block: slice,
+    same: Bool[Tensor, "b w block 1"] | None,
+) -> list[Float[Tensor, "b _ d"]]:
+    """What each tap meets for the tokens of a block, in float32 or wider: views where nothing has to be put together.
+
+    It belongs to the last tokens of the block: without a past the first tap meets taps - 1 tokens less.
+    """
+    reach, length = taps - 1, block.stop - block.start
+    first = max(0, block.start - reach)
+    inputs, missing = x[:, first : block.stop].to(wide(x)), reach - (block.start - first)
+    if missing and past is not None:
+        inputs, missing = torch.cat([past[:, reach - missing :].to(inputs.dtype), inputs], 1), 0
+    views = [inputs[:, max(0, k - missing) : max(0, k - missing + length)] for k in range(taps)]
+    return views if same is None else [t * same[:, k, length - t.shape[1] :] for k, t in enumerate(views)]
 
 
 class Taps(NamedTuple):
@@ -116,12 +119,16 @@ class Taps(NamedTuple):
         rows = weight.T.to(dtype).contiguous().unbind(0)
         return Taps(rows, torch.zeros_like(rows[0]) if bias is None else bias.to(dtype))
 
-    def weigh(self, inputs: list[Float[Tensor, "b block d"]]) -> Float[Tensor, "b block d"]:
+    def weigh(self, inputs: list[Float[Tensor, "b _ d"]]) -> Float[Tensor, "b block d"]:
         """The bias plus what each tap meets times the tap: what is under the activation of a block of tokens."""
-        z = torch.addcmul(self.bias, inputs[0], self.rows[0])
-        for t, row in zip(inputs[1:], self.rows[1:], strict=True):
-            z.addcmul_(t, row)
+        z = torch.addcmul(self.bias, inputs[-1], self.rows[-1])
+        for t, row in zip(inputs[:-1], self.rows[:-1], strict=True):
+            _last(z, t.shape[1]).addcmul_(t, row)
         return z
+
+
+def _last(t: Float[Tensor, "b block d"], count: int) -> Float[Tensor, "b count d"]:
+    return t if count == t.shape[1] else t[:, t.shape[1] - count :]
 
 
 class Sums:
@@ -133,15 +140,15 @@ class Sums:
         past: Gradient of the w - 1 inputs before the block at hand (b, w - 1, d), in the end of those before the row.
     """
 
-    def __init__(self, weight: Float[Tensor, "d w"], past: Float[Tensor, "b k d"]) -> None:
-        dtype = wide(past)
+    def __init__(self, weight: Float[Tensor, "d w"], x: Float[Tensor, "b l d"]) -> None:
+        dtype = wide(x)
         self.weight = torch.zeros_like(weight.T, dtype=dtype, memory_format=torch.contiguous_format)
         self.bias = torch.zeros_like(self.weight[0])
-        self.past = torch.zeros_like(past, dtype=dtype)
+        self.past = torch.zeros(x.shape[0], weight.shape[1] - 1, x.shape[2], dtype=dtype, device=x.device)
 
     def add(
         self,
-        inputs: list[Float[Tensor, "b block d"]],
+        inputs: list[Float[Tensor, "b _ d"]],
         dz: Float[Tensor, "b block d"],
         taps: Taps,
         same: Bool[Tensor, "b w block 1"] | None,
@@ -152,7 +159,8 @@ class Sums:
         reach = past.shape[1]
         dwindow = dz.new_empty(b, reach + length, d)
         taken = [dz] * len(inputs) if same is None else (dz.unsqueeze(1) * same).unbind(1)
-        *others, last = zip(met(dwindow, reach + 1, None), taken, taps.rows, strict=True)
+        reached = (dwindow[:, k : k + length] for k in range(reach + 1))
+        *others, last = zip(reached, taken, taps.rows, strict=True)
         torch.mul(last[1], last[2], out=last[0])
         dwindow[:, :reach].zero_()
         dwindow[:, length:].add_(past)
@@ -160,7 +168,8 @@ class Sums:
             dinputs.addcmul_(dtaken, row)
         product = torch.empty_like(dz)
         for t, dweight in zip(inputs, self.weight.unbind(0), strict=True):
-            dweight.add_(torch.mul(t, dz, out=product).sum((0, 1)))
+            own = _last(dz, t.shape[1])
+            dweight.add_(torch.mul(t, own, out=_last(product, t.shape[1])).sum((0, 1)))
         self.bias.add_(dz.sum((0, 1)))
         past.copy_(dwindow[:, :reach])
         return dwindow[:, reach:]

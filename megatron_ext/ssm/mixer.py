@@ -127,7 +127,7 @@ class _Mixer(torch.autograd.Function):
         dzxbcdt = torch.empty_like(zxbcdt)
         dz, dxBC, ddt = how.projection.parts(dzxbcdt)
         scan, convolution, decay = _scan(zxbcdt, how), _Convolution(xBC, weight, bias, seq_idx), Decays(*decay)
-        sums, taps = Sums(scan, dfinal, states, A, D), conv.Sums(weight, convolution.past)
+        sums, taps = Sums(scan, dfinal, states, A, D), conv.Sums(weight, xBC)
         with torch.enable_grad():
             raw, raw_bias = dt.detach().requires_grad_(), dt_bias.detach().requires_grad_()
             steps = step_sizes(raw, raw_bias, True, how.limit)
@@ -169,11 +169,10 @@ class _Convolution:
 
     def __init__(self, xBC: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None) -> None:
         self.xBC, self.taps = xBC, conv.Taps.of(weight, bias, conv.wide(xBC))
-        self.past = xBC.new_zeros(xBC.shape[0], weight.shape[1] - 1, weight.shape[0])
         self.same = None if seq_idx is None else conv.same_document(seq_idx, weight.shape[1])
 
     def of(self, rows: slice, tokens: slice) -> tuple[list[Tensor], Tensor | None, Tensor]:
         """What the taps meet, whether that is the same document, and what is under the activation."""
         same = conv.of_block(self.same, rows, tokens)
-        inputs = conv.met(conv.window(self.xBC[rows], self.past[rows], tokens), len(self.taps.rows), same)
+        inputs = conv.met(self.xBC[rows], None, len(self.taps.rows), tokens, same)
         return inputs, same, self.taps.weigh(inputs)
