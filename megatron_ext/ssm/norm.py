@@ -119,8 +119,7 @@ def backward(
     du = torch.mul(v, factor, out=uv).mul_(scales).addcmul_(u, along).view(x.shape)
     if slope is not None and dz is not None:
         if norm_before_gate:
-            slope.view(u.shape).mul_(factor).mul_(scales)
-            slope.mul_(dy)
+            slope = slope.reshape(u.shape).mul_(factor).mul_(scales).view(x.shape).mul_(dy)
         else:
             slope.mul_(du)
         torch.mul(slope, x, out=dz)

@@ -91,15 +91,24 @@ def test_only_the_output_or_only_the_state() -> None:
         assert_agree(got, expected, 1e-9)
 
 
-def test_inputs_of_any_layout() -> None:
+@pytest.mark.parametrize("whole_batch", [False, True])
+@pytest.mark.parametrize("norm", [None, True, False])
+def test_inputs_of_any_layout(monkeypatch: pytest.MonkeyPatch, norm: bool | None, whole_batch: bool) -> None:
     """A projection and a gradient that are views of something else, as Megatron's (l, b, d) made (b, l, d)."""
-    own = {name: t for name, t in leaves(19, batch=2, normed=True).items() if t is not None}
+    if whole_batch:
+        monkeypatch.setattr(_scan, "rows_at_once", lambda rows, device: rows)
+    own = {name: t for name, t in leaves(19, batch=2, normed=norm is not None).items() if t is not None}
+    own["norm_before_gate"] = bool(norm)  # type: ignore[assignment]
     zxbcdt = own.pop("zxbcdt").transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     dy = torch.randn(INNER, 2, 19, dtype=torch.float64).permute(1, 2, 0)
-    got = torch.autograd.grad(ours(zxbcdt, **own)[0], zxbcdt, dy)[0]
+    y, _ = ours(zxbcdt, **own, chunk_size=4)
+    assert y.transpose(0, 1).is_contiguous(), "what goes back into (l, b, d) is in that order"
+    (got,) = torch.autograd.grad(y, zxbcdt, dy)
     straight = zxbcdt.detach().contiguous().requires_grad_()
-    expected = torch.autograd.grad(ours(straight, **own)[0], straight, dy.contiguous())[0]
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    expected = ours(straight, **own, chunk_size=4)[0]
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    (right,) = torch.autograd.grad(expected, straight, dy.contiguous())
+    torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-12)
 
 
 def test_expanded_gradient() -> None:
