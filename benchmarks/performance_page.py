@@ -104,6 +104,7 @@ def _estimated(found: dict[str, Any]) -> str:
 ROWS = [
     Row("Mamba-2 mixer on a GPU: speed over mamba-ssm, forward + backward", "ssm_gpu.py", "ssm_gpu", _ssm_gpu, "1.3x"),
     Row("the same: error of each gradient over mamba-ssm's", "ssm_gpu.py", "ssm_gpu", _ssm_gpu_errors, "1x"),
+    Row("the same with its norm: speed over mamba-ssm", "ssm_gpu.py --norm", "ssm_gpu_norm", _ssm_gpu),
     *(row for result in ("ssm_cpu", "ssm_cpu_xeon") for row in (
         Row("Mamba-2 mixer on a CPU: speed over transformers at its default chunk", "ssm_cpu.py", result,
             _over("transformers, chunk 256"), "5x"),

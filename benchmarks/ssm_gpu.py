@@ -1,13 +1,14 @@
 """The core of a Mamba-2 mixer on a GPU, forward and backward: ours against mamba-ssm's fused function.
 
-    python benchmarks/ssm_gpu.py [--tokens 8192 --d-model 4096 --head-dim 64 --state 128 --groups 8] [--repeats 7]
+    python benchmarks/ssm_gpu.py [--norm] [--tokens 8192 --d-model 4096 --head-dim 64 --state 128 --groups 8]
 
 The core is all between the two projections: convolution, scan, gate (`mamba_split_conv1d_scan_combined`, without norm,
-as Megatron calls it), in bf16 with A, D and the bias of the step sizes in fp32. Ours in Triton with two sizes of a
-chunk, ours in plain torch, and mamba-ssm's where it is installed, in turns; medians over the turns after a warm-up in
-which Triton chooses its configurations. The error of y and of each gradient is relative to float64 on the same inputs,
-in norm (plain torch's scan in float64, which the tests hold against the recurrence). Kernels of ours by time.
-Writes results/ssm_gpu.json and .md; without a GPU it says so, writes nothing and ends with status 1.
+as Megatron calls it; with `--norm` the norm too, by the same function, as our layers have it), in bf16 with A, D and
+the bias of the step sizes in fp32. Ours in Triton with two sizes of a chunk, ours in plain torch, and mamba-ssm's where
+it is installed, in turns; medians over the turns after a warm-up in which Triton chooses its configurations. The error
+of y and of each gradient is relative to float64 on the same inputs, in norm (plain torch's scan in float64, which the
+tests hold against the recurrence). Kernels of ours by time. Writes results/ssm_gpu.json (or ssm_gpu_norm.json) and .md;
+without a GPU it says so, writes nothing and ends with status 1.
 """
 
 import argparse
@@ -49,6 +50,8 @@ def inputs(args: argparse.Namespace) -> dict[str, Tensor]:
         "A": -torch.empty(heads).uniform_(1, 16, generator=generator),
         "D": torch.ones(heads),
     }
+    if args.norm:
+        given["norm_weight"] = torch.ones(inner).bfloat16()
     return {name: t.to(args.device) for name, t in given.items()}
 
 
@@ -56,10 +59,14 @@ def cases(args: argparse.Namespace) -> tuple[dict[str, Case], dict[str, str]]:
     """What can run here, and what is missing and why."""
     sizes = {"headdim": args.head_dim, "ngroups": args.groups}
 
+    def called(function: Callable[..., Tensor], t: dict[str, Tensor]) -> Tensor:
+        norm = {"rmsnorm_weight": t["norm_weight"], "norm_before_gate": False} if args.norm else {}
+        return function(*(t[name] for name in NAMES), 256, **sizes, **norm)
+
     def ours(backend: str) -> Case:
         def run(t: dict[str, Tensor]) -> Tensor:
             set_backend(backend)
-            return mamba_ssm_api.mamba_split_conv1d_scan_combined(*t.values(), 256, **sizes)  # type: ignore[arg-type]
+            return called(mamba_ssm_api.mamba_split_conv1d_scan_combined, t)
 
         return run
 
@@ -68,7 +75,8 @@ def cases(args: argparse.Namespace) -> tuple[dict[str, Case], dict[str, str]]:
             from megatron_ext.ssm.triton.mixer import conv_scan_norm
 
             projection = Projection(t["A"].shape[0], args.head_dim, args.groups)
-            return conv_scan_norm(*t.values(), projection, chunk_size=size)[0]  # type: ignore[arg-type]
+            more = {"norm_weight": t.get("norm_weight"), "norm_before_gate": False, "chunk_size": size}
+            return conv_scan_norm(*(t[name] for name in NAMES), projection, **more)[0]
 
         return run
 
@@ -84,7 +92,7 @@ def cases(args: argparse.Namespace) -> tuple[dict[str, Case], dict[str, str]]:
                 mamba_split_conv1d_scan_combined,
             )
 
-            return mamba_split_conv1d_scan_combined(*t.values(), 256, **sizes)
+            return called(mamba_split_conv1d_scan_combined, t)
 
         found["mamba_ssm"] = theirs
     return found, missing
@@ -201,6 +209,7 @@ def main() -> int:
     sizes = {"batch": 1, "tokens": 8192, "d_model": 4096, "head_dim": 64, "state": 128, "groups": 8}
     for name, default in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    parser.add_argument("--norm", action="store_true", help="with the norm after the gate")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only to try the script out")
     parser.add_argument("--out", type=Path, help="folder of the results")
@@ -214,11 +223,11 @@ def main() -> int:
         if importlib.util.find_spec(package) is not None:
             versions[package] = importlib.metadata.version(package)
     report = {
-        "what": "core of a Mamba-2 mixer, forward + backward",
+        "what": "core of a Mamba-2 mixer, forward + backward" + (", with its norm" if args.norm else ""),
         **machine.describe(), "device": where, "kernels": versions,
         "sizes": {name: getattr(args, name) for name in sizes}, **measure(args),
     }  # fmt: skip
-    machine.write(report, "ssm_gpu", table(report), args.out)
+    machine.write(report, "ssm_gpu_norm" if args.norm else "ssm_gpu", table(report), args.out)
     return 0
 
 
