@@ -22,7 +22,10 @@ TOKENS, CHANNELS, COLUMNS = 512, 64, 768
 def linear(
     x: Float[Tensor, "*batch i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, "o"] | None = None
 ) -> Float[Tensor, "*batch o"]:
-    """`torch.nn.functional.linear`, by oneDNN where that is faster: float32 on an AMD CPU, and not tiny."""
+    """`torch.nn.functional.linear`, by oneDNN where that is faster: float32 on an AMD CPU, and not tiny.
+
+    Differentiable once where oneDNN is used. The last bits of the result depend on the library.
+    """
     large = min(weight.shape) >= CHANNELS and x.numel() >= TOKENS * x.shape[-1]
     if large and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and prefers_onednn():
         return _Linear.apply(x, weight, bias)  # type: ignore[return-value]

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from megatron_ext.platform.replacements import replace
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 class TrainingKernels(Protocol):
     """All between the two projections, with mamba_ssm's signature."""
@@ -20,7 +22,10 @@ class TrainingKernels(Protocol):
 
 
 def install(kernels: TrainingKernels) -> None:
-    """Have the norm done by `kernels`, unless documents are packed, ranks share the sequence, or someone listens."""
+    """Have the norm done by `kernels`, unless documents are packed, ranks share the sequence, or a hook is on the norm.
+
+    (Megatron's `--overlap-param-gather` puts one there, which waits for the weight.)
+    """
     import megatron.core.ssm.mamba_mixer as module
 
     mixer: Any = module.MambaMixer
@@ -28,7 +33,7 @@ def install(kernels: TrainingKernels) -> None:
 
     def training(self: Any, zxBCdt: Tensor, packed_seq_params: Any = None) -> Tensor:
         apart = packed_seq_params is not None or self.cp.cp_size > 1 or not self.rmsnorm
-        if apart or self.norm._forward_hooks or self.norm._forward_pre_hooks:
+        if apart or any(getattr(self.norm, hooks) for hooks in HOOKS):
             return in_turn(self, zxBCdt, packed_seq_params)
         D = self.cp.get_D()
         y = kernels.mamba_split_conv1d_scan_combined(

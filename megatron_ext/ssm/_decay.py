@@ -55,8 +55,8 @@ def decays(
     """The decays of every chunk.
 
     The sums are float64: differences of float32 sums lose 1e-7 of the sum, and exponentiation turns that absolute
-    error into a relative one. They are (b, l, h) only; the tiles are made of their two float32 halves, which is five
-    times as fast on a CPU as from float64.
+    error into a relative one. They are (b, l, h) only; the tiles are made of their two float32 halves, because a
+    tile of float64 numbers would be written, read and rounded first.
 
     Args:
         dt: Step sizes, not negative.

@@ -4,8 +4,8 @@ Shapes: b batch, t = c L tokens in c chunks, h = g r heads in g groups, p head c
 by side are conv = h p + 2 g n channels. A state is kept as (g, n, r p): the channels of a group's heads side by side,
 one wide matrix product instead of r narrow ones.
 
-A block is a megabyte, and each call of torch takes as long as work on a twentieth of it: hence views rather than
-copies, results written where they belong (`out=`), and in-place sums.
+A block is so small that the calls of torch themselves count: hence views rather than copies, results written where
+they belong (`out=`), and in-place sums.
 """
 
 from collections.abc import Iterator
