@@ -26,8 +26,8 @@ from typing import Any, Protocol
 
 from megatron_ext import platform
 from megatron_ext.checkpoint.atomic import fresh_directory
+from megatron_ext.data.documents import find_documents, size_of, texts_of
 from megatron_ext.errors import ConfigError, DataError
-from megatron_ext.training.documents import find_documents, size_of, texts_of
 
 EOD = "<|endoftext|>"
 TOKENIZER_SAMPLE_BYTES = 16 << 20  # a few thousand merges do not change with more

@@ -2,9 +2,11 @@
 
 import argparse
 import hashlib
+import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from megatron_ext.data.documents import find_documents
 from megatron_ext.errors import CheckpointError, ConfigError, DataError
 from megatron_ext.training import corpus
-from megatron_ext.training.documents import find_documents
 
 TEXTS = {
     "a.py": "def f(x):\n    return x  # naïve\n" * 5,
@@ -283,3 +285,28 @@ def test_the_default_corpus_is_the_standard_library(tmp_path: Path):
     names = {document.path.name for document in find_documents(None)}
     assert {"argparse.py", "dataclasses.py"} < names
     assert not any("site-packages" in str(document.path) for document in find_documents(None))
+
+
+def test_a_jsonl_file_is_opened_once_and_not_for_each_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Twice, to find the lines and to read them; and the order of the shuffle is that of the text."""
+    from megatron_ext.data.documents import texts_of
+
+    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
+    for file in files:
+        lines = [json.dumps({"text": f"{file.stem}{i} \u2028 \u0085"}, ensure_ascii=False) for i in range(50)]
+        file.write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    opened: list[Path] = []
+    real = io.open
+
+    def counting(path: Path, *args: Any, **kwargs: Any) -> Any:
+        opened.append(Path(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", counting)  # which reads
+    monkeypatch.setattr("io.open", counting)  # which finds the lines: Path.open
+    found = find_documents(files)
+    order = [found[i * 37 % 100] for i in range(100)]
+    texts = list(texts_of(order, "text", None))
+    straight = [f"{name}{i} \u2028 \u0085" for name in "ab" for i in range(50)]
+    assert texts == [straight[i * 37 % 100] for i in range(100)]
+    assert sorted(opened) == sorted(files * 2)

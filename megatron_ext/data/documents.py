@@ -1,15 +1,16 @@
 """The documents that a dataset is made of: which files and lines they are, and their text."""
 
-import json
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_ext.data.lines import BOM, JSONL_SUFFIXES, string_of
 from megatron_ext.errors import DataError
 
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
+WINDOW_BYTES = 64 << 20  # read at once, so that a shuffle of short lines does not become a seek for each of them
 # Left out of the default corpus: other people's packages, what Linux distributions leave out, and generated tables.
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
 STDLIB_GENERATED = "_sysconfigdata"  # how this Python was built: another text on each machine
@@ -68,8 +69,13 @@ def _lines(file: Path) -> Iterator[Document]:
 
 
 def size_of(document: Document) -> int:
-    """Bytes on disk."""
-    return document.path.stat().st_size if document.length is None else document.length
+    """Bytes on disk; 0 of a file that is gone."""
+    if document.length is not None:
+        return document.length
+    try:
+        return document.path.stat().st_size
+    except OSError:
+        return 0
 
 
 def texts_of(
@@ -78,17 +84,17 @@ def texts_of(
     """The documents' exact text, up to and with the one that reaches `limit` bytes; `skipped` counts the others."""
     skipped = Counter() if skipped is None else skipped
     taken = 0
-    for document in documents:
+    for document, content in _contents(documents, WINDOW_BYTES if limit is None else min(limit, WINDOW_BYTES)):
         if limit is not None and taken >= limit:
             return
+        if content is None:
+            skipped["unreadable"] += 1
+            continue
         try:
-            text = _read(document, json_key)
-            size = len(text.encode())  # a JSON escape can spell half a surrogate pair
+            text = _decoded(document, content, json_key)
         except UnicodeError:
             skipped["undecodable"] += 1
-        except OSError:
-            skipped["unreadable"] += 1
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             skipped["without the JSON key"] += 1
         else:
             if "\0" in text:
@@ -96,16 +102,41 @@ def texts_of(
             elif not text.strip():
                 skipped["empty"] += 1
             else:
-                taken += size
+                taken += len(text.encode())
                 yield text
 
 
-def _read(document: Document, json_key: str) -> str:
+def _decoded(document: Document, content: bytes, json_key: str) -> str:
+    text = content.decode()
     if document.length is None:
-        return document.path.read_bytes().decode()
-    with document.path.open("rb") as stream:
-        stream.seek(document.offset)
-        text = json.loads(stream.read(document.length))[json_key]
-    if not isinstance(text, str):
-        raise TypeError(json_key)
-    return text
+        return text
+    return string_of(text.removeprefix(BOM) if document.offset == 0 else text, json_key)
+
+
+def _contents(documents: Iterable[Document], window: int) -> Iterator[tuple[Document, bytes | None]]:
+    """Each document, in the order given, and its bytes; None if it cannot be read."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += size_of(document)
+        if size >= window:
+            yield from _in_file_order(batch)
+            batch, size = [], 0
+    yield from _in_file_order(batch)
+
+
+def _in_file_order(documents: Sequence[Document]) -> Iterator[tuple[Document, bytes | None]]:
+    """The same of a few documents, each file of which is opened once and read from its beginning to its end."""
+    contents: list[bytes | None] = [None] * len(documents)
+    names = [str(document.path) for document in documents]
+    order = sorted(range(len(documents)), key=lambda i: (names[i], documents[i].offset))
+    for name, group in groupby(order, key=names.__getitem__):
+        try:
+            with open(name, "rb") as stream:
+                for i in group:
+                    stream.seek(documents[i].offset)
+                    contents[i] = stream.read(-1 if documents[i].length is None else documents[i].length)
+        except OSError:
+            continue
+    return zip(documents, contents, strict=True)
