@@ -20,7 +20,7 @@ class Sampling:
     """How Shapley values are sampled; see `shapley.shapley`."""
 
     max_samples: int = 16
-    tolerance: float = 0.05
+    tolerance: float = 0.1
     keep: float = 0.0
     seed: int = 0
 
@@ -97,7 +97,11 @@ def _shapley(
         lambda gone: worth(ablation.without(i for unit in gone for i in units[unit])),
         range(len(units)),
         seed=sampling.seed, max_samples=sampling.max_samples, tolerance=sampling.tolerance, keep=sampling.keep,
-        progress=lambda samples, error: progress(f"{samples} permutations: largest standard error {error:.4g}"),
+        progress=lambda samples, width: progress(f"{samples} samples: widest 95% interval +-{width:.4g}"),
     )  # fmt: skip
     name = names.depth(f"shapley_{value}", blocks=blocks)
-    return {name: torch.tensor(found.values), name + names.STDERR: torch.tensor(found.errors)}
+    return {
+        name: torch.tensor(found.values),
+        name + names.STDERR: torch.tensor(found.errors),
+        name + names.INTERVAL: torch.tensor(found.intervals),
+    }

@@ -12,7 +12,8 @@ Higher is more important. The names, with their shapes:
 - `layers.{i}.shared_ffn`: `(moe_shared_expert_intermediate_size,)`, for each mixture that has a shared expert
 - `depth.{metric}`: `(number of sub-layers,)`, for a metric of `DEPTH_METRICS`
 - `depth.{metric}.blocks`: `(number of blocks,)`, blocks as in `megatron_ext.models.pattern`
-- `depth.shapley_{value}.stderr`, `depth.shapley_{value}.blocks.stderr`: the standard errors of the two above
+- `depth.shapley_{value}.stderr`, `depth.shapley_{value}.blocks.stderr`: the standard errors of Shapley values
+- `depth.shapley_{value}.ci95`, `depth.shapley_{value}.blocks.ci95`: half-widths of their 95% confidence intervals
 - `depth.scan_{loss,task}.{n}`, `depth.scan_{loss,task}.blocks.{n}`: what is lost without the n sub-layers, or blocks,
   that begin at each position
 """
@@ -36,6 +37,7 @@ FORMAT = "megatron_ext.scores/1"
 HIDDEN = "hidden"
 BLOCKS = ".blocks"
 STDERR = ".stderr"
+INTERVAL = ".ci95"
 # What can be measured of a sub-layer or block: how it changes the residual stream, what leaving it out alone does, and
 # its Shapley value.
 DEPTH_METRICS = (
@@ -110,7 +112,7 @@ def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
         for metric in DEPTH_METRICS:
             layers[depth(metric, blocks=blocks)] = (count,)
             if metric.startswith("shapley"):
-                layers[depth(metric, blocks=blocks) + STDERR] = (count,)
+                layers |= {depth(metric, blocks=blocks) + detail: (count,) for detail in (STDERR, INTERVAL)}
         for value in ("loss", "task"):
             layers |= {scan(value, n, blocks=blocks): (count - n + 1,) for n in range(1, count)}
     return {HIDDEN: (arch.hidden_size,), **layers}

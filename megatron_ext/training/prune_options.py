@@ -67,8 +67,10 @@ class PruneOptions:
         "turn, shapley averages over sub-networks, scan drops the one contiguous run that costs least.",
     )
     task: str | None = option(None, "What scan_task is scored by: package.module:function.")
-    shapley_samples: int = option(16, "Pairs of permutations at most.")
-    shapley_tolerance: float = option(0.05, "Stop at this standard error, as a share of the range of the values.")
+    shapley_samples: int = option(16, "Samples at most: each is a permutation and its reverse, a draw for every unit.")
+    shapley_tolerance: float = option(
+        0.1, "Stop, after 8 samples or more, when 95% intervals reach no further than this share of the values' range."
+    )
     shapley_keep: float = option(0.0, "Share of the layers that always stay in the sampled sub-networks.")
     cache_gib: float = option(8.0, "Activations that each rank may keep, so that no layer runs twice.")
     iterations: int = option(1, "Cut in so many rounds, and measure anew before each.")

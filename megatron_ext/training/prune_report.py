@@ -12,7 +12,7 @@ from megatron_ext.models.config import Architecture
 from megatron_ext.models.cost import Workload
 from megatron_ext.models.pattern import ATTENTION, KINDS, MAMBA, MLP, MOE
 from megatron_ext.pruning.plan import Plan
-from megatron_ext.pruning.scores import BLOCKS, STDERR, Scores, mamba
+from megatron_ext.pruning.scores import BLOCKS, INTERVAL, STDERR, Scores, mamba
 
 PANELS = 36
 _OF_A_LAYER = re.compile(r"layers\.(\d+)\.")
@@ -129,7 +129,7 @@ def plot_scores(scores: Scores, plan: Plan, path: Path) -> None:
 
 def _is_detail(name: str) -> bool:
     """Scores that a picture would not gain by."""
-    return name.endswith(STDERR) or name.startswith("depth.scan_")
+    return name.endswith((STDERR, INTERVAL)) or name.startswith("depth.scan_")
 
 
 def _mean_size(arch: Architecture, field: str) -> float:

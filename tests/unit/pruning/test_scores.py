@@ -24,7 +24,7 @@ def test_names_and_shapes():
         "layers.2.ffn": (512,), "layers.3.query_head": (8,),
     }  # fmt: skip
     assert (names["depth.loss"], names["depth.relative_l1.blocks"]) == ((4,), (2,))
-    assert names["depth.shapley_loss.blocks.stderr"] == (2,)
+    assert names["depth.shapley_loss.blocks.stderr"] == names["depth.shapley_loss.blocks.ci95"] == (2,)
     assert (names["depth.scan_loss.3"], names["depth.scan_task.blocks.1"]) == ((2,), (2,))
     assert "depth.scan_loss.4" not in names
 
