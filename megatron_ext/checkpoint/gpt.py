@@ -23,13 +23,6 @@ from megatron_ext.models.pattern import ATTENTION, MLP, MOE
 _OURS, _THEIRS = "decoder.final_norm.", "decoder.final_layernorm."
 # Megatron's own modules (`--transformer-impl local`) call the norm before experts as that before an MLP.
 _LOCAL_NORM = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
-# Arguments that change the function of a GPTModel, and that a pattern of ours has no word for.
-_REFUSED = (
-    "multi_latent_attention", "apply_residual_connection_post_layernorm", "qk_l2_norm", "rotary_interleaved",
-    "rotary_seq_len_interpolation_factor", "mtp_num_layers", "window_size", "no_rope_freq", "attention_output_gate",
-    "heterogeneous_layers_config_path", "experimental_attention_variant", "linear_attention_freq", "openai_gelu",
-    "glu_linear_offset", "activation_func_clamp_value", "softmax_scale", "use_mup",
-)  # fmt: skip
 # What arguments that older versions did not have mean.
 _DEFAULTS: dict[str, Any] = {
     "quick_geglu": False, "squared_relu": False, "swiglu": False, "group_query_attention": False,
@@ -54,11 +47,6 @@ def architecture(step: str | Path) -> Architecture:
         raise CheckpointError(
             "the checkpoint is in the pattern form already", got=layout.pattern_of(args), legal="--from megatron"
         )
-    for name in _REFUSED:
-        if value := getattr(args, name, None):
-            raise CheckpointError(f"a GPTModel with {name} is not converted", got=value)
-    if getattr(args, "softmax_type", "vanilla") != "vanilla":
-        raise CheckpointError("a GPTModel with another softmax is not converted", got=args.softmax_type)
     values = _DEFAULTS | vars(args)
     values.setdefault("layernorm_zero_centered_gamma", values.get("apply_layernorm_1p", False))
     values["hybrid_layer_pattern"] = "".join(f"{ATTENTION}{unit}" for unit in _feed_forwards(args))

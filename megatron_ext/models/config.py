@@ -8,26 +8,14 @@ from typing import Any, Literal, Self
 
 from megatron_ext.errors import ConfigError, nearest
 from megatron_ext.models import axes
+from megatron_ext.models.megatron_args import MIXTURE, fields_of
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE, Pattern, parse
 
 CONV_KERNEL = axes.CONV_KERNEL
-MAMBA_EXPAND = 2
 # Megatron's flags cannot say any other combination of gating and activation.
 _ACTIVATIONS = {(True, "silu"): ["--swiglu"], (False, "gelu"): [], (False, "squared_relu"): ["--squared-relu"]}
 # Sizes that may differ from layer to layer, and the kind of layer that has them.
 PER_LAYER = {"ffn_hidden_size": MLP, "mamba_num_heads": MAMBA}
-# The fields of a mixture of experts, with the values they have where there is none; Megatron's names.
-_MOE_FIELDS: dict[str, Any] = {
-    "num_experts": 0, "moe_ffn_hidden_size": 0, "moe_shared_expert_intermediate_size": 0, "moe_router_topk": 2,
-    "moe_router_score_function": "softmax", "moe_router_pre_softmax": False, "moe_router_topk_scaling_factor": None,
-    "moe_router_enable_expert_bias": False,
-}  # fmt: skip
-# What changes the function of a mixture and is not one of these fields.
-_MOE_REFUSED = (
-    "moe_latent_size", "moe_shared_expert_gate", "moe_router_num_groups", "moe_router_group_topk",
-    "moe_expert_capacity_factor", "moe_input_jitter_eps", "moe_apply_probs_on_input", "moe_mlp_glu_interleave_size",
-    "moe_shared_expert_glu_interleave_size",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +89,12 @@ class Architecture:
         units = parse(self.pattern).units
         object.__setattr__(self, "pattern", units)
         object.__setattr__(self, "add_qkv_bias", self.add_qkv_bias or self.add_bias_linear)  # as Megatron does
-        for name, absent in _MOE_FIELDS.items():
+        for name, absent in MIXTURE.items():
             if MOE not in units:
                 object.__setattr__(self, name, absent)
         for entry in fields(self):
             value, least = getattr(self, entry.name), 1
-            if entry.name == "moe_shared_expert_intermediate_size" or (entry.name in _MOE_FIELDS and MOE not in units):
+            if entry.name == "moe_shared_expert_intermediate_size" or (entry.name in MIXTURE and MOE not in units):
                 least = 0
             if entry.type is int and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ConfigError(f"{entry.name} must be a positive whole number", got=repr(value))
@@ -256,54 +244,10 @@ class Architecture:
     def from_args(cls, args: Namespace) -> Self:
         """From Megatron's parsed arguments, before or after `validate_args`.
 
-        The defaults it fills in are Megatron's own (`arguments.py`: FFN and head width; `MambaMixer`: number of
-        heads; `vocab_utils.py`: padding of the vocabulary).
-
         Raises:
             ConfigError: A required argument is missing or asks for something this class cannot say.
         """
-        if args.hybrid_layer_pattern is None:
-            raise ConfigError("no model given", legal="--hybrid-layer-pattern or --preset")
-        if "/" in args.hybrid_layer_pattern:
-            raise ConfigError("multi-token prediction is not supported", got=args.hybrid_layer_pattern)
-        if args.quick_geglu:
-            raise ConfigError("--quick-geglu is not supported", legal="--swiglu, --squared-relu, or neither (GELU)")
-        for name in ("hidden_size", "num_attention_heads", "max_position_embeddings"):
-            if getattr(args, name) is None:
-                raise ConfigError(f"--{name.replace('_', '-')} is missing", legal="a positive whole number")
-        hidden, heads = args.hidden_size, args.num_attention_heads
-        if args.kv_channels is None and hidden % heads:
-            raise ConfigError(f"hidden size {hidden} does not divide by {heads} heads", legal="give --kv-channels")
-        default_ffn = int((4 * hidden * 2 / 3) / 64) * 64 if args.swiglu else 4 * hidden
-        return cls(
-            pattern=args.hybrid_layer_pattern,
-            hidden_size=hidden,
-            vocab_size=_padded_vocab_size(args),
-            max_position_embeddings=args.max_position_embeddings,
-            ffn_hidden_size=args.ffn_hidden_size or default_ffn,
-            gated_linear_unit=args.swiglu,
-            activation="silu" if args.swiglu else "squared_relu" if args.squared_relu else "gelu",
-            num_attention_heads=heads,
-            num_query_groups=args.num_query_groups if args.group_query_attention else heads,
-            kv_channels=args.kv_channels or hidden // heads,
-            mamba_num_heads=args.mamba_num_heads or max(1, hidden * MAMBA_EXPAND // args.mamba_head_dim),
-            mamba_head_dim=args.mamba_head_dim,
-            mamba_state_dim=args.mamba_state_dim,
-            mamba_num_groups=args.mamba_num_groups,
-            normalization=args.normalization,
-            norm_epsilon=args.layernorm_epsilon,
-            zero_centered_norm=args.layernorm_zero_centered_gamma,
-            position_embedding_type=args.position_embedding_type,
-            rotary_base=args.rotary_base,
-            rotary_percent=args.rotary_percent,
-            rope_scaling_factor=args.rope_scaling_factor if args.use_rope_scaling else None,
-            add_bias_linear=args.add_bias_linear,
-            add_qkv_bias=args.add_qkv_bias,
-            qk_layernorm=getattr(args, "qk_layernorm", False),
-            untie_embeddings_and_output_weights=args.untie_embeddings_and_output_weights,
-            layer_sizes=_parse_layer_sizes(getattr(args, "ext_layer_sizes", None)),
-            **_mixture_from_args(args, args.ffn_hidden_size or default_ffn),
-        )
+        return cls(**fields_of(args))
 
     def to_flags(self) -> list[str]:
         """Megatron's command line flags for this model: `from_args` of them, parsed, is this model again."""
@@ -373,7 +317,7 @@ class Architecture:
 
     def mixture_args(self) -> dict[str, Any]:
         """The part of `to_args` that says which experts there are; Megatron's word for no such size is `None`."""
-        values = {name: getattr(self, name) for name in _MOE_FIELDS}
+        values = {name: getattr(self, name) for name in MIXTURE}
         return {name: value if value or value is False else None for name, value in values.items()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -395,41 +339,3 @@ class Architecture:
             return cls(**values)
         except TypeError as error:  # a required field is missing
             raise ConfigError(f"incomplete architecture: {error}", legal=", ".join(names)) from None
-
-
-def _mixture_from_args(args: Namespace, ffn_hidden_size: int) -> dict[str, Any]:
-    """The fields of the mixture of experts, from Megatron's arguments.
-
-    Raises:
-        ConfigError: They ask for a kind of mixture that `Architecture` cannot say.
-    """
-    if MOE not in args.hybrid_layer_pattern:
-        return {}
-    for name in _MOE_REFUSED:
-        if getattr(args, name, None):
-            raise ConfigError(f"--{name.replace('_', '-')} is not supported", got=getattr(args, name))
-    balancing = getattr(args, "moe_router_load_balancing_type", "none")
-    for kind in balancing if isinstance(balancing, list) else [balancing]:
-        if kind in ("sinkhorn", "quantile_balancing"):
-            raise ConfigError("this router is not supported", got=kind, legal="aux_loss, seq_aux_loss, none")
-    given = {name: getattr(args, name, None) for name in _MOE_FIELDS}
-    given["moe_ffn_hidden_size"] = given["moe_ffn_hidden_size"] or ffn_hidden_size  # as Megatron does
-    return {name: _MOE_FIELDS[name] if value is None else value for name, value in given.items()}
-
-
-def _parse_layer_sizes(text: str | None) -> dict[str, tuple[int, ...]]:
-    """The inverse of `Architecture.layer_sizes_text`."""
-    try:
-        entries = [entry.split("=") for entry in (text or "").split()]
-        return {name: tuple(int(size) for size in sizes.split(",")) for name, sizes in entries}
-    except ValueError:
-        raise ConfigError("--ext-layer-sizes", got=text, legal="ffn_hidden_size=96,80,96 mamba_num_heads=8,4") from None
-
-
-def _padded_vocab_size(args: Namespace) -> int:
-    if args.padded_vocab_size is not None:
-        return args.padded_vocab_size
-    if args.vocab_size is None:
-        raise ConfigError("the vocabulary size is not known", legal="--padded-vocab-size or --vocab-size")
-    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
-    return -(-args.vocab_size // multiple) * multiple

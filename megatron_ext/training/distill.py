@@ -36,8 +36,6 @@ def check(launch: Launch) -> Teacher | Cache | Writing:
         DataError: There is no usable cache.
     """
     args, options = launch.args, launch.options["distill"]
-    if getattr(args, "use_mup", False):  # it scales the logits, which the losses make themselves
-        raise ConfigError("distillation does not go with --use-mup")
     if options.cache_write is not None:
         return check_writing(launch, vocabulary_size())
     source = source_of(options)

@@ -38,10 +38,10 @@ def rewrite(step: Path, args: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"multi_latent_attention": True}, "multi_latent_attention"),
-        ({"mtp_num_layers": 1}, "mtp_num_layers"),
-        ({"window_size": (128, 0)}, "window_size"),
-        ({"softmax_type": "off-by-one"}, "another softmax"),
+        ({"multi_latent_attention": True}, "--multi-latent-attention"),
+        ({"mtp_num_layers": 1}, "--mtp-num-layers"),
+        ({"window_size": (128, 0)}, "--window-size"),
+        ({"softmax_type": "off-by-one"}, "--softmax-type"),
         ({"num_layers": None}, "does not say which model"),
         ({"hybrid_layer_pattern": "*-"}, "pattern form already"),
         ({"position_embedding_type": "learned_absolute"}, "position_embedding_type"),
