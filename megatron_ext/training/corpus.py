@@ -1,6 +1,7 @@
 """`megatron-ext data`: text, source files or JSONL to Megatron's indexed dataset and a Hugging Face tokenizer.
 
-    DIR/text_document.bin, .idx    token ids, one document per file (JSONL: per line), each ending in the EOD token
+    DIR/text_document.bin, .idx    token ids, one document per file (JSONL: per line), each ending in the EOD token,
+                                   and beginning with the BOS token where the tokenizer's own texts do
     DIR/tokenizer/                 tokenizer.json and tokenizer_config.json, for `AutoTokenizer`
     DIR/manifest.json              what went in, what came out
 
@@ -42,7 +43,7 @@ class DatasetSummary:
         out: The dataset's directory.
         inputs: What was read, as given.
         documents: Documents written.
-        tokens: Tokens written, one EOD per document included.
+        tokens: Tokens written, with one EOD (and one BOS, if `bos`) per document.
         bytes: UTF-8 bytes of the documents' text.
         bytes_per_token: `bytes / tokens`.  Nats per token / (this * ln 2) are bits per byte.
         skipped: Documents left out, by reason.
@@ -50,6 +51,7 @@ class DatasetSummary:
         padded_vocab_size: Rows of the embedding that Megatron builds under `flags`.
         vocab_divisor: `--make-vocab-size-divisible-by`; see `vocab_divisor`.
         tokenizer: "trained" or "given".
+        bos: Whether each document begins with the tokenizer's BOS token.
         seed: Seed of the shuffle.
         bin_sha256: Hash of `text_document.bin`.
         seconds: Wall time; not in `manifest.json`.
@@ -66,6 +68,7 @@ class DatasetSummary:
     padded_vocab_size: int
     vocab_divisor: int
     tokenizer: str
+    bos: bool
     seed: int
     bin_sha256: str
     seconds: float = field(compare=False)
@@ -90,6 +93,7 @@ def build_dataset(
     json_key: str = "text",
     seed: int = 1234,
     max_bytes: int | None = None,
+    bos: bool | None = None,
 ) -> DatasetSummary:
     """Write an indexed dataset and its tokenizer to `out`, all of it or nothing.
 
@@ -101,6 +105,8 @@ def build_dataset(
         json_key: The field of a JSONL line that holds the text.
         seed: Seed of the document shuffle.
         max_bytes: Stop with the document that reaches this many bytes of text; None takes all.
+        bos: Whether each document begins with the tokenizer's BOS token; None does as the tokenizer itself does with a
+            text (Llama, Gemma, Mistral begin so, Qwen and those trained here do not).
 
     Raises:
         DataError: A path is missing, the tokenizer cannot be used, or no document is left.
@@ -120,10 +126,16 @@ def build_dataset(
         else:
             encoder = _load_tokenizer(tokenizer)
             encoder.save_pretrained(partial / "tokenizer")
+        begins = _begins_with_bos(encoder) if bos is None else bos
+        if begins and encoder.bos_token_id is None:
+            raise ConfigError(
+                "the tokenizer has no token that begins a text", got="--bos",
+                legal='--no-bos, or a tokenizer with "bos_token"',
+            )  # fmt: skip
         skipped: Counter[str] = Counter()
         texts = texts_of(documents, json_key, max_bytes, skipped)
         total = min(sum(size_of(document) for document in documents), max_bytes or sys.maxsize)
-        count, tokens, size = _write_indexed(partial / "text_document", texts, encoder, total)
+        count, tokens, size = _write_indexed(partial / "text_document", texts, encoder, begins, total)
         if not count:
             raise DataError(
                 "the input has no text",
@@ -143,6 +155,7 @@ def build_dataset(
             padded_vocab_size=padded,
             vocab_divisor=divisor,
             tokenizer="trained" if tokenizer is None else "given",
+            bos=begins,
             seed=seed,
             bin_sha256=_sha256(partial / "text_document.bin"),
             seconds=time.perf_counter() - start,
@@ -183,6 +196,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="of the trained BPE (%(default)s)")
     parser.add_argument("--json-key", default="text", metavar="KEY", help="text field of a JSONL line (%(default)s)")
     parser.add_argument("--seed", type=int, default=1234, help="seed of the document shuffle (%(default)s)")
+    own = "whether documents begin with the tokenizer's BOS token; default: as the tokenizer's own texts do"
+    parser.add_argument("--bos", action=argparse.BooleanOptionalAction, default=None, help=own)
     parser.add_argument("--max-bytes", type=int, metavar="N", help="stop after about N bytes of text")
 
 
@@ -196,12 +211,14 @@ def main(args: argparse.Namespace) -> None:
         json_key=args.json_key,
         seed=args.seed,
         max_bytes=args.max_bytes,
+        bos=args.bos,
     )
     skipped = ", ".join(f"{count} {reason}" for reason, count in summary.skipped.items()) or "none"
     print(
         f"{summary.documents:,} documents, {summary.tokens:,} tokens, {summary.bytes / 1e6:.1f} MB of text "
         f"({summary.bytes_per_token:.2f} bytes per token), in {summary.seconds:.1f} s; skipped: {skipped}\n"
-        f"tokenizer: {summary.tokenizer}, {summary.vocab_size:,} tokens, {summary.padded_vocab_size:,} when padded\n"
+        f"tokenizer: {summary.tokenizer}, {summary.vocab_size:,} tokens, {summary.padded_vocab_size:,} when padded; "
+        f"documents begin with {'its BOS token' if summary.bos else 'no special token'}\n"
         f"pass on:\n  {shlex.join(summary.flags)}"
     )
 
@@ -266,7 +283,14 @@ def _load_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def _write_indexed(prefix: Path, texts: Iterator[str], tokenizer: Any, total_bytes: int) -> tuple[int, int, int]:
+def _begins_with_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself begins a text with its BOS token."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def _write_indexed(
+    prefix: Path, texts: Iterator[str], tokenizer: Any, bos: bool, total_bytes: int
+) -> tuple[int, int, int]:
     """Encode `texts` to `prefix`.bin and .idx; returns documents, tokens, bytes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what megatron says about absent GPU packages does not matter here
@@ -280,11 +304,12 @@ def _write_indexed(prefix: Path, texts: Iterator[str], tokenizer: Any, total_byt
     encoder.no_padding()
     encoder.encode_special_tokens = True  # a text that spells a special token stays text
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(len(tokenizer)))
+    first = [tokenizer.bos_token_id] if bos else []
     documents = tokens = size = 0
     with _progress(total_bytes) as report:
         for batch in _batches(texts):
             for encoding in encoder.encode_batch_fast(batch, add_special_tokens=False):
-                ids = torch.tensor([*encoding.ids, tokenizer.eos_token_id])
+                ids = torch.tensor([*first, *encoding.ids, tokenizer.eos_token_id])
                 builder.add_item(ids)
                 builder.end_document()
                 documents += 1

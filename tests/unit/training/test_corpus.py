@@ -156,6 +156,34 @@ def test_a_given_tokenizer_is_used_and_kept(source: Path, tmp_path: Path):
     assert sorted(decoded(tmp_path / "second")) == sorted(TEXTS.values())
 
 
+@pytest.mark.parametrize(("bos", "begins"), [(None, True), (False, False), (True, True)])
+def test_documents_begin_as_the_tokenizers_own_texts_do(bos: bool | None, begins: bool, tmp_path: Path):
+    """With a tokenizer whose post-processor puts BOS first, as Llama's does."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<s>": 0, "</s>": 1, "?": 2, "one": 3, "two": 4}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    llama = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    llama.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "in.jsonl").write_text('{"text": "one two one"}\n{"text": "two"}\n')
+    summary = corpus.build_dataset(tmp_path / "out", [tmp_path / "in.jsonl"], tmp_path / "tokenizer", bos=bos)
+    right = [[*([0] if begins else []), *words, 1] for words in ([3, 4, 3], [4])]
+    assert sorted(map(list, documents(tmp_path / "out"))) == sorted(right)
+    assert summary.bos == begins == json.loads((tmp_path / "out/manifest.json").read_text())["bos"]
+    if begins and bos is None:  # transformers' own
+        assert right[0][:-1] == AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")("one two one")["input_ids"]
+
+
+def test_no_bos_token_no_bos(source: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match="no token that begins a text"):
+        corpus.build_dataset(tmp_path / "out", [source], vocab_size=300, bos=True)
+    assert left_behind(tmp_path) == []
+    assert not corpus.build_dataset(tmp_path / "out", [source], vocab_size=300).bos
+
+
 def test_megatron_sees_the_same_vocabulary_and_eod(source: Path, tmp_path: Path):
     from megatron.core.tokenizers.text.libraries.huggingface_tokenizer import HuggingFaceTokenizer
 
