@@ -7,7 +7,7 @@ import sys
 
 from megatron_ext.training.launch import STOPPABLE, Job, launch, main
 
-JOB = Job("pretrain", defaults=STOPPABLE)
+JOB = Job("pretrain", defaults=STOPPABLE, measures=1)
 
 
 def run() -> None:

@@ -69,13 +69,31 @@ def dataset_settings(args: Any) -> dict[str, Any]:
 def build(
     dataset: type[GPTDataset], config: GPTDatasetConfig, num_samples: Sequence[int | None], vp_stage: int | None
 ) -> list[Any]:
-    """Three datasets on the ranks that read data, None on the others. A collective of all ranks."""
+    """Three datasets on the ranks that read data, None on the others and where no sequence is wanted.
+
+    A collective of all ranks.
+    """
+    _leave_out(config, num_samples)
 
     def built_here() -> bool:
         return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
 
     builder: Any = BlendedMegatronDatasetBuilder  # its annotation denies the None that it documents
     return builder(dataset, list(num_samples), built_here, config).build()
+
+
+def _leave_out(config: GPTDatasetConfig, num_samples: Sequence[int | None]) -> None:
+    """Take from `config` the splits of which nothing is wanted, and the weights of those that are read once."""
+    for split, wanted in enumerate(num_samples):
+        # A split of which nothing is wanted may be empty, and Megatron would repeat it for ever.
+        if config.blend_per_split is not None:
+            own = config.blend_per_split[split]
+            if own is not None and not wanted:
+                config.blend_per_split[split] = (own[0], None) if wanted is None else None
+        elif config.split_matrix is not None and wanted == 0:
+            config.split_matrix[split] = None  # type: ignore[call-overload] - Megatron's own mark
+    if config.blend is not None and not any(num_samples):
+        config.blend = (config.blend[0], None)
 
 
 def get_batch(data: Iterator[dict[str, Any]] | None, vp_stage: int | None) -> dict[str, torch.Tensor | None]:

@@ -187,8 +187,8 @@ def _loader(split: str, samples: int | None, stage: int) -> tuple[Any, int]:
 
     from megatron_ext.training.data import build_datasets
 
-    wanted = (samples, None) if split == "train" else (None, samples)
-    dataset = build_datasets((*wanted, None), vp_stage=stage)[0 if split == "train" else 1]
+    wanted = (samples, 0, 0) if split == "train" else (0, samples, 0)
+    dataset = build_datasets(wanted, vp_stage=stage)[0 if split == "train" else 1]
     count = torch.tensor([len(dataset) if dataset is not None else 0], device=torch.cuda.current_device())
     torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
     return build_pretraining_data_loader(dataset, 0), int(count)

@@ -34,6 +34,7 @@ from megatron_ext.models.pattern import parse as parse_pattern
 from megatron_ext.ssm.dispatch import NAMES as SSM_BACKENDS
 from megatron_ext.training import flags
 from megatron_ext.training.directory import check_save
+from megatron_ext.training.splits import check_splits
 
 STOPPABLE = ("--exit-signal-handler",)
 """Of a job that trains: SIGTERM and Ctrl-C let it finish its step, save, and end well."""
@@ -48,12 +49,14 @@ class Job:
         options: Our option dataclasses by flag prefix.
         defaults: Megatron flags that this job sets unless the user does.
         offline: Our flags under which the job reads no data, and so needs no tokenizer.
+        measures: Which split it reads with `--skip-train`: 0 training, 1 validation.
     """
 
     name: str
     options: dict[str, type] = field(default_factory=dict)
     defaults: tuple[str, ...] = ()
     offline: tuple[str, ...] = ()
+    measures: int = 0
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,9 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
     _choose_step(args, early)
     with _readable_refusals(), silenced(args):
         validate_args(args, {})
-    _check_data(args, early.dry_run)
+    _check_tokenizer(args)
+    if not offline:
+        check_splits(args, job.measures)
     with _readable_refusals(), silenced(args):
         set_global_variables(args)
     # The tokenizer may have decided the vocabulary.
@@ -232,24 +237,11 @@ def _choose_step(args: Namespace, early: Namespace) -> None:
     args.exit_on_missing_checkpoint = True
 
 
-def _check_data(args: Namespace, dry_run: bool) -> None:
-    """The tokenizer on the command line must exist, and so must every data prefix (not in a dry run)."""
+def _check_tokenizer(args: Namespace) -> None:
+    """The tokenizer on the command line must exist."""
     model = args.tokenizer_model
     if args.tokenizer_type == "HuggingFaceTokenizer" and model is not None and not Path(model).exists():
         raise DataError("--tokenizer-model: no such tokenizer", got=model, legal="a directory with tokenizer.json")
-    if dry_run or args.mock_data:
-        return
-    for flag in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
-        for word in getattr(args, flag) or []:
-            with contextlib.suppress(ValueError):
-                float(word)  # a blend's weight
-                continue
-            missing = [f"{word}{ending}" for ending in (".idx", ".bin") if not Path(f"{word}{ending}").is_file()]
-            if missing:
-                raise DataError(
-                    f"--{flag.replace('_', '-')}: no such data", got=", ".join(missing),
-                    legal="a prefix made by `megatron-ext data --out DIR`: DIR/text_document",
-                )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -83,11 +83,7 @@ def one_pass(seed: int, vp_stage: int | None = None) -> list[Any]:
     Empty on ranks that read no data. A collective of all ranks.
     """
     settings = dataset_settings(get_args())
-    if settings["blend"] is not None:
-        settings["blend"] = (settings["blend"][0], None)
-    if settings["blend_per_split"] is not None:
-        settings["blend_per_split"] = [(b[0], None) if b is not None else None for b in settings["blend_per_split"]]
     settings["random_seed"] = seed
     config = PassConfig(**settings)
-    train, validation, _ = build(PassDataset, config, (None, None, None), vp_stage)
+    train, validation, _ = build(PassDataset, config, (None, None, 0), vp_stage)
     return [split for split in (train, validation) if split is not None and len(split)]
