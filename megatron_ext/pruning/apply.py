@@ -1,6 +1,5 @@
 """Applying a plan: a stream from checkpoint to checkpoint, tensor by tensor, at the speed of the disk."""
 
-import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
@@ -17,6 +16,7 @@ from megatron_ext.checkpoint.writer import Writer, check_shapes, writing
 from megatron_ext.models import axes
 from megatron_ext.pruning.merge import merge_heads
 from megatron_ext.pruning.plan import Plan
+from megatron_ext.pruning.weights import check_weights
 
 PLAN_FILE = "plan.json"
 
@@ -46,15 +46,14 @@ def apply(
 
     Raises:
         CheckpointError: The source is missing or damaged, or the destination exists.
-        PlanError: The plan belongs to another model.
+        PlanError: The plan belongs to another model, or to other weights of this one.
     """
     destination = Path(destination)
     refuse_existing(destination)
     reader = Reader(source)
     plan.check(layout.architecture(reader.step.path))
     check_shapes(plan.source, reader.shapes)
-    if plan.provenance.fingerprint not in ("", layout.fingerprint(reader.step.path)):
-        warnings.warn(f"the plan was made from other weights of this model than {reader.step.path}", stacklevel=2)
+    check_weights("a plan", plan.provenance.fingerprint, plan.provenance.iteration, reader.step.path)
     args = layout.common(reader.step.path).get("args")
     with writing(destination, plan.target, args if isinstance(args, Namespace) else None) as writer:
         rest = [key for key in own_share(plan) if not _copied(plan, reader, key, writer)]

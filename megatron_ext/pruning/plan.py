@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from megatron_ext.checkpoint.atomic import replacing
-from megatron_ext.errors import ConfigError, PlanError
+from megatron_ext.errors import ConfigError, PlanError, nearest
 from megatron_ext.models.axes import Kept
 from megatron_ext.models.config import PER_LAYER, Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
@@ -82,6 +82,7 @@ PRUNED_AXES = (
     PrunedAxis("shared_ffn", MOE, "moe_shared_expert_intermediate_size"),
 )
 _PER_LAYER_FIELDS = (*(axis.field for axis in PRUNED_AXES), "merged_heads")
+_ENTRIES = ("format", "source", "target", "provenance", "units", "hidden", *_PER_LAYER_FIELDS)
 _Kept = Mapping[int, tuple[int, ...]]
 
 
@@ -174,13 +175,18 @@ class Plan:
     def _check_merged(self) -> None:
         per_group = self.source.num_attention_heads // self.source.num_query_groups
         for layer, pairs in self.merged_heads.items():
+            what = f"merged_heads of sub-layer {layer}"
             kept = set(self.query_heads.get(layer, ()))
-            for head, dropped in pairs:
+            taken: set[int] = set()
+            for pair in pairs:
+                if not isinstance(pair, tuple) or len(pair) != 2 or any(type(head) is not int for head in pair):
+                    raise PlanError(f"{what}: not a pair of query heads", got=pair)
+                head, dropped = pair
                 if head not in kept or dropped in kept or head // per_group != dropped // per_group:
-                    raise PlanError(
-                        f"merged_heads of sub-layer {layer}", got=(head, dropped),
-                        legal="a query head that stays and one of its group that does not",
-                    )  # fmt: skip
+                    raise PlanError(what, got=pair, legal="a query head that stays and one of its group that does not")
+                if head in taken:
+                    raise PlanError(f"{what}: query head {head} takes in two others", got=pairs, legal="one")
+                taken.add(head)
 
     @classmethod
     def keep_everything(cls, arch: Architecture) -> Self:
@@ -272,15 +278,17 @@ class Plan:
         """
         if not isinstance(values, Mapping) or values.get("format") != FORMAT:
             raise PlanError("this is not a plan", legal=f'JSON with "format": "{FORMAT}"')
+        for name in values:
+            if name not in _ENTRIES:
+                raise PlanError(f"a plan has no {name!r}", legal=nearest(name, _ENTRIES))
         try:
-            hidden = values["hidden"]
             return cls(
                 source=Architecture.from_dict(values["source"]),
                 target=Architecture.from_dict(values["target"]),
-                units=tuple(values["units"]),
-                hidden=None if hidden is None else tuple(hidden),
+                units=_list("units", values["units"]),
+                hidden=None if values["hidden"] is None else _list("hidden", values["hidden"]),
                 provenance=Provenance(**values["provenance"]),
-                **{name: _entries(values.get(name, {})) for name in _PER_LAYER_FIELDS},
+                **{name: _entries(name, values.get(name, {})) for name in _PER_LAYER_FIELDS},
             )
         except (KeyError, TypeError, AttributeError, ConfigError) as error:
             raise PlanError(f"the plan is damaged: {error!r}") from error
@@ -305,7 +313,9 @@ class Plan:
             PlanError: The file is missing, is not a plan, or not a valid one.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_each_once)
+        except PlanError:
+            raise
         except OSError as error:
             raise PlanError(f"the plan cannot be read: {error.strerror}", got=path) from error
         except ValueError as error:
@@ -317,9 +327,29 @@ def _of(positions: Sequence[int], kept: Sequence[int]) -> tuple[int, ...]:
     return tuple(positions[i] for i in kept)
 
 
-def _entries(values: Mapping[str, Sequence[Any]]) -> dict[int, tuple[Any, ...]]:
+def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, of which Python would take the last of equal keys."""
+    counts = Counter(key for key, _ in pairs)
+    if twice := [key for key, count in counts.items() if count > 1]:
+        raise PlanError(f"the plan has the key {twice[0]!r} twice in one place", legal="each once")
+    return dict(pairs)
+
+
+def _entries(name: str, values: Any) -> dict[int, tuple[Any, ...]]:
     """Per-layer entries from JSON, which has neither whole numbers as keys nor tuples."""
-    return {int(i): tuple(tuple(v) if isinstance(v, list) else v for v in kept) for i, kept in values.items()}
+    if not isinstance(values, Mapping):
+        raise PlanError(f"{name}: not indices by sub-layer", got=values, legal='{"0": [0, 1]}')
+    for key in values:
+        if not key.isdecimal() or str(int(key)) != key:
+            raise PlanError(f"{name}: a key is not the number of a sub-layer", got=repr(key))
+    entries = {int(key): _list(f"{name} of sub-layer {key}", kept) for key, kept in values.items()}
+    return {layer: tuple(tuple(v) if isinstance(v, list) else v for v in kept) for layer, kept in entries.items()}
+
+
+def _list(what: str, values: Any) -> tuple[Any, ...]:
+    if not isinstance(values, list):
+        raise PlanError(f"{what}: not a list of indices", got=values)
+    return tuple(values)
 
 
 def differences(expected: Architecture, got: Architecture) -> str:
@@ -335,7 +365,14 @@ def differences(expected: Architecture, got: Architecture) -> str:
 def _check_indices(what: str, kept: Sequence[int], size: int) -> None:
     if not kept:
         raise PlanError(f"{what}: nothing is kept")
-    if any(not isinstance(i, int) for i in kept) or list(kept) != sorted(set(kept)):
-        raise PlanError(f"{what}: indices must be whole numbers in ascending order, each once")
+    if set(map(type, kept)) != {int}:
+        wrong = next(i for i in kept if type(i) is not int)
+        raise PlanError(f"{what}: an index is not a whole number", got=repr(wrong), legal=f"0 to {size - 1}")
+    if list(kept) != sorted(set(kept)):
+        wrong = next(place for place in range(1, len(kept)) if kept[place] <= kept[place - 1])
+        raise PlanError(
+            f"{what}: indices must be in ascending order, each once", got=f"{kept[wrong]} after {kept[wrong - 1]}"
+        )
     if kept[0] < 0 or kept[-1] >= size:
-        raise PlanError(f"{what}: an index is out of range", got=f"{kept[0]} to {kept[-1]}", legal=f"0 to {size - 1}")
+        wrong = kept[0] if kept[0] < 0 else kept[-1]
+        raise PlanError(f"{what}: an index is out of range", got=wrong, legal=f"0 to {size - 1}")

@@ -23,6 +23,7 @@ from megatron_ext.pruning.magnitude import magnitudes
 from megatron_ext.pruning.plan import Plan
 from megatron_ext.pruning.scores import Scores
 from megatron_ext.pruning.select import make_plan
+from megatron_ext.pruning.weights import check_weights
 from megatron_ext.training import prune_report
 from megatron_ext.training.directory import CONFIG, describe, write_atomically
 from megatron_ext.training.launch import Job, Launch
@@ -60,6 +61,8 @@ def check(launch: Launch) -> Architecture:
     if options.plan is not None:
         plan = Plan.load(options.plan)
         plan.check(launch.architecture)
+        made = plan.provenance
+        check_weights("a plan", made.fingerprint, made.iteration, source_step(args).path)
         return plan.target
     targets = options.targets()
     if options.scores is not None:
@@ -79,6 +82,11 @@ def check(launch: Launch) -> Architecture:
             legal=f"multiples of {args.global_batch_size}",
         )  # fmt: skip
     return target
+
+
+def source_step(args: Namespace) -> layout.Step:
+    """The step that is cut: the one that Megatron loads, which `--ckpt-step` may say."""
+    return layout.find(Path(args.load) / (f"iter_{args.ckpt_step:07d}" if args.ckpt_step else ""))
 
 
 def _check_rounds(launch: Launch, options: PruneOptions) -> None:
@@ -120,7 +128,7 @@ def changes(launch: Launch, target: Architecture) -> Table:
 def prune(launch: Launch) -> None:
     """Score (unless scores or a plan are given), plan and apply; rank 0 writes the run directory, all at once."""
     args, options = launch.args, launch.options["prune"]
-    source = layout.find(args.load)
+    source = source_step(args)
     if options.plan is not None:
         measured = Measured(Plan.load(options.plan))
     elif options.scores is not None:
@@ -179,7 +187,7 @@ def measure(launch: Launch) -> Measured:
 
     args, options = launch.args, launch.options["prune"]
     rounds = options.rounds(launch.architecture)
-    step = layout.find(args.load)
+    step = source_step(args)
     current, model = launch, load_model(launch)
     whole: Plan | None = None
     found: list[Scores] = []
@@ -251,7 +259,7 @@ def _check_layout(launch: Launch, arch: Architecture) -> None:
 def _as_scores(launch: Launch, values: dict[str, Any], step: layout.Step) -> Scores:
     args, options = launch.args, launch.options["prune"]
     if options.width_metric == "magnitude":
-        values |= magnitudes(Reader(args.load), launch.architecture)
+        values |= magnitudes(Reader(step.path), launch.architecture)
     return Scores(
         values=values, architecture=launch.architecture, model=str(launch.args.load), iteration=step.iteration,
         fingerprint=layout.fingerprint(step.path), data=" ".join(args.data_path or args.train_data_path or ["mock"]),
@@ -269,7 +277,9 @@ def _from_rank_0(plan: Plan | None) -> Plan:
 
 
 def _scores(launch: Launch) -> Scores:
-    return Scores.load(launch.options["prune"].scores)
+    scores = Scores.load(launch.options["prune"].scores)
+    check_weights("scores", scores.fingerprint, scores.iteration, source_step(launch.args).path)
+    return scores
 
 
 def _join_processes() -> None:

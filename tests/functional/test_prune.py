@@ -172,16 +172,18 @@ def test_a_masked_model_equals_the_sliced_one(workspace: Workspace, teacher: str
     assert workspace.loss("masked", "loss-masked") == pytest.approx(sliced, rel=1e-5)
 
 
-def test_keeping_everything_is_the_identity(workspace: Workspace, teacher: str) -> None:
-    arch = layout.architecture(layout.find(workspace.path / teacher).path)
-    Plan.keep_everything(arch).save(workspace.path / "identity.json")
-    workspace.run(
-        "prune_gpt.py", "--load", teacher, "--save", "identity", "--prune-plan", "identity.json", *workspace.data
-    )
-    left, right = Reader(workspace.path / teacher), Reader(workspace.path / "identity")
+@pytest.mark.parametrize("step", [2, 4])
+def test_keeping_everything_is_the_identity(workspace: Workspace, teacher: str, step: int) -> None:
+    """Of the step that was asked for."""
+    source = workspace.path / teacher / f"iter_{step:07d}"
+    Plan.keep_everything(layout.architecture(source)).save(workspace.path / "identity.json")
+    flags = ["--prune-plan", "identity.json", "--ckpt-step", str(step), *workspace.data]
+    workspace.run("prune_gpt.py", "--load", teacher, "--save", f"identity-{step}", *flags)
+    left, right = Reader(source), Reader(workspace.path / f"identity-{step}")
     assert left.shapes == right.shapes
     assert all(torch.equal(left.read(key), right.read(key)) for key in left.shapes)
-    assert workspace.loss("identity", "loss-identity") == workspace.loss(teacher, "loss-teacher")
+    if step == 4:
+        assert workspace.loss("identity-4", "loss-identity") == workspace.loss(teacher, "loss-teacher")
 
 
 def test_a_pruned_model_trains_on(workspace: Workspace, pruned: str) -> None:
@@ -198,9 +200,14 @@ def test_a_pruned_model_trains_on(workspace: Workspace, pruned: str) -> None:
         (["--prune-samples", "3", "--prune-hidden-size", "48"], "--prune-samples must be a multiple"),
         ([], "no target given"),
         (["--prune-plan", "foreign.json"], "the plan belongs to another model"),
+        # The teacher was saved after two steps as well: the same model with other weights.
+        (["--prune-plan", "pruned/plan.json", "--ckpt-step", "2"], "a plan of other weights of this model"),
+        (["--prune-scores", "pruned/scores.safetensors", "--ckpt-step", "2", *SMALLER], "scores of other weights"),
     ],
 )
-def test_bad_requests_end_at_once(workspace: Workspace, teacher: str, flags: list[str], message: str) -> None:
+def test_bad_requests_end_at_once(
+    workspace: Workspace, teacher: str, pruned: str, flags: list[str], message: str
+) -> None:
     arch = layout.architecture(layout.find(workspace.path / teacher).path)
     Plan.keep_everything(replace(arch, hidden_size=128)).save(workspace.path / "foreign.json")
     done = workspace.run("prune_gpt.py", "--load", teacher, "--save", "refused", *workspace.data, *flags, ok=False)

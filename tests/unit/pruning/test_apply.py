@@ -172,7 +172,12 @@ def test_nothing_is_overwritten_and_foreign_plans_are_refused(source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_plan_of_other_weights_is_applied_with_a_warning(source, tmp_path):
-    plan = replace(PLAN, provenance=replace(PLAN.provenance, fingerprint="0" * 16))
-    with pytest.warns(UserWarning, match="other weights of this model"):
+def test_a_plan_of_other_weights_is_refused_and_one_that_says_nothing_fits_any(source, tmp_path):
+    own = replace(PLAN.provenance, fingerprint=layout.fingerprint(source / "release"))
+    plan = replace(PLAN, provenance=replace(own, fingerprint="0" * 16, iteration=4))
+    with pytest.raises(PlanError, match="other weights of this model") as error:
         apply(plan, source, tmp_path / "out")
+    assert "made from iteration 4" in str(error.value)
+    assert not (tmp_path / "out").exists()
+    for name, fingerprint in (("own", own.fingerprint), ("any", "")):
+        apply(replace(PLAN, provenance=replace(own, fingerprint=fingerprint)), source, tmp_path / name)
