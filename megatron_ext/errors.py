@@ -30,6 +30,10 @@ class CheckpointError(MegatronExtError):
     """A checkpoint is missing, damaged, incomplete, or belongs to another model."""
 
 
+class UntrustedError(CheckpointError):
+    """A file asks for code, or for a place outside of its directory. It gets neither."""
+
+
 class DataError(MegatronExtError):
     """Input data is missing, empty or not readable as what it claims to be."""
 

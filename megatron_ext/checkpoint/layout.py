@@ -9,18 +9,17 @@ Nothing here builds a model, needs a process group, or runs code that a checkpoi
 import hashlib
 import io
 import json
-import pickle
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_ext.errors import CheckpointError
+from megatron_ext.errors import CheckpointError, UntrustedError
 from megatron_ext.models.config import Architecture
+from megatron_ext.untrusted import inside, is_foreign, read_index, read_objects
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -55,7 +54,7 @@ def newest(directory: str | Path) -> Step:
     """The newest complete step of a checkpoint directory, whatever the tracker file says.
 
     Raises:
-        CheckpointError: There is none; says why for each step there is.
+        CheckpointError: There is none; says why for each step there is. Or one of them asks for code.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -65,6 +64,8 @@ def newest(directory: str | Path) -> Step:
         try:
             verify(step.path)
             return step
+        except UntrustedError:
+            raise  # a directory with such a file is not one to go on from
         except CheckpointError as error:
             reasons.append(f"{step.path.name}: {str(error).splitlines()[0]}")
     raise CheckpointError(
@@ -100,8 +101,9 @@ def verify(step: str | Path) -> Metadata:
             "the checkpoint is in Megatron's legacy format", got=step,
             legal="torch_dist: load it in Megatron and save it with --ckpt-format torch_dist",
         )  # fmt: skip
+    marker = inside(step, "metadata.json")
     try:
-        form = json.loads((step / "metadata.json").read_text(encoding="utf-8"))
+        form = json.loads(marker.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
             "the checkpoint is incomplete: no metadata.json, which is written last", got=step
@@ -131,19 +133,16 @@ def read_metadata(step: str | Path) -> Metadata:
     """The index of a step: keys, shapes and where each chunk lies.
 
     Raises:
-        CheckpointError: It is missing or damaged.
+        CheckpointError: It is missing or damaged, or asks for code or a file elsewhere (`UntrustedError`).
     """
-    path = Path(step) / ".metadata"
+    path = inside(Path(step), ".metadata")
     try:
         with path.open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
+            return read_index(file, path)
     except FileNotFoundError:
         raise CheckpointError("the checkpoint is incomplete: no .metadata", got=step) from None
-    except Exception as error:  # pickle raises nearly anything on damaged bytes
+    except OSError as error:
         raise CheckpointError(f"the checkpoint is damaged: .metadata cannot be read ({error})", got=step) from error
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise CheckpointError("the checkpoint is damaged: .metadata is not an index of tensors", got=step)
-    return metadata
 
 
 def tensors(step: str | Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -156,20 +155,21 @@ def tensors(step: str | Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 
 
 def common(step: str | Path) -> dict[str, Any]:
-    """What is not a tensor: `args`, `iteration`, `checkpoint_version`. Objects of unknown classes are left out.
+    """What is not a tensor: `args`, `iteration`, `checkpoint_version`. Objects of Megatron's classes are left out.
 
     Raises:
-        CheckpointError: It is missing or damaged.
+        CheckpointError: It is missing or damaged, or asks for code (`UntrustedError`).
     """
     step = Path(step)
     try:
-        if (step / "common.pt").is_file():
-            values = _load((step / "common.pt").read_bytes())
+        if (path := inside(step, "common.pt")).is_file():
+            with path.open("rb") as file:
+                values = read_objects(file, path, path.name)
         else:
             info = read_metadata(step).storage_data[MetadataIndex(COMMON_STATE)]
             with (step / info.relative_path).open("rb") as file:
                 file.seek(info.offset)
-                values = _load(file.read(info.length))[0]
+                values = read_objects(io.BytesIO(file.read(info.length)), step / info.relative_path, "common_state")[0]
         if not isinstance(values, dict):
             raise TypeError("not a dictionary")
         return _plain(values)
@@ -211,62 +211,14 @@ def fingerprint(step: str | Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickles an index and nothing else."""
-
-    MODULES = (
-        "torch.distributed.checkpoint.metadata",
-        "torch.distributed.checkpoint.filesystem",
-        "pathlib",
-        "collections",
-    )
-    NAMES = ("Size", "device")
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_type = module == "torch" and (
-            name in self.NAMES or isinstance(getattr(torch, name, None), torch.dtype | torch.layout)
-        )
-        if module in self.MODULES or is_type or (module, name) == ("torch.serialization", "_get_layout"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong into an index")
-
-
-class _Unknown:
-    """Stands for an object whose class we do not load."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-    def __setstate__(self, state: Any) -> None: ...
-    def __call__(self, *args: Any, **kwargs: Any) -> "_Unknown":
-        return self
-
-
-class _CommonUnpickler(pickle.Unpickler):
-    """Unpickles plain values, namespaces and tensors; anything else becomes an `_Unknown`."""
-
-    KNOWN = (("argparse", "Namespace"), ("types", "SimpleNamespace"), ("collections", "OrderedDict"))
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_storage = module == "torch" and (
-            name.endswith("Storage") or name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)
-        )
-        if (module, name) in self.KNOWN or is_storage or (module == "torch._utils" and name.startswith("_rebuild_")):
-            return super().find_class(module, name)
-        return _Unknown
-
-
-def _load(content: bytes) -> Any:
-    restricted = SimpleNamespace(Unpickler=_CommonUnpickler, load=pickle.load, __name__="restricted")
-    return torch.load(io.BytesIO(content), map_location="cpu", pickle_module=restricted, weights_only=False)
-
-
 def _plain(value: Any) -> Any:
-    """The value without `_Unknown`s: entries and attributes that are one, or hold one in a sequence, are left out."""
+    """The value without Megatron's objects: entries and attributes that are one, or a sequence with one."""
     if isinstance(value, Namespace):
         return Namespace(**_plain(vars(value)))
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if not _has_unknown(key) and not _has_unknown(item)}
+        return {key: _plain(item) for key, item in value.items() if not _is_left_out(key) and not _is_left_out(item)}
     return value
 
 
-def _has_unknown(value: Any) -> bool:
-    return isinstance(value, _Unknown) or (isinstance(value, list | tuple | set) and any(map(_has_unknown, value)))
+def _is_left_out(value: Any) -> bool:
+    return is_foreign(value) or (isinstance(value, list | tuple | set) and any(map(_is_left_out, value)))

@@ -2,7 +2,8 @@
 
 On a CPU, torch looks like a machine with one GPU per rank (`torch_cuda`, `tensors`, `gloo`). Where Transformer Engine,
 Apex or mamba-ssm are not installed, plain torch stands under their names (`transformer_engine`, `fused_adam`,
-`state_space`). On a GPU with all of them installed only faults of megatron-core are mended (`wheel`, `mamba_decode`).
+`state_space`). On a GPU with all of them installed only faults of megatron-core are mended (`wheel`, `mamba_decode`),
+and what a checkpoint's pickles may do is restricted (`loading`).
 `replacements.table()` lists what is replaced and why.
 """
 
@@ -45,7 +46,7 @@ def install(kernels: state_space.Kernels, always: bool = False) -> None:
         torch_cuda.install()
         tensors.install()
         gloo.install()
-    from megatron_ext.platform import fused_adam, mamba_decode, mamba_training, transformer_engine, wheel
+    from megatron_ext.platform import fused_adam, loading, mamba_decode, mamba_training, transformer_engine, wheel
 
     ours = always or on_cpu or not state_space.available()
     if ours:
@@ -53,6 +54,7 @@ def install(kernels: state_space.Kernels, always: bool = False) -> None:
         mamba_training.install(kernels)
     mamba_decode.install(kernels if ours else None)
     wheel.install()
+    loading.install()
     transformer_engine.install()
     fused_adam.install()
 

@@ -1,13 +1,18 @@
 """Pre-training: the layout does not matter, resuming is exact, and nothing restarts from random weights."""
 
+import os
+import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import fork_server
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from workspace import MODEL, ROOT, TRAIN, Workspace
 
+from megatron_ext.checkpoint.layout import read_metadata
 from megatron_ext.checkpoint.reader import Reader
 
 GOLDEN = Path(__file__).parent / "golden_losses.txt"
@@ -89,6 +94,36 @@ def test_nothing_left_to_resume_is_an_error(workspace: Workspace, teacher: str) 
     done = workspace.run("pretrain_hybrid.py", *flags, ok=False)
     assert "no complete checkpoint" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+class Bomb:
+    """Makes a directory, wherever it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("hit",)
+
+
+def index_with_a_bomb(step: Path) -> None:
+    (step / ".metadata").write_bytes(pickle.dumps(Bomb()))
+
+
+def random_state_with_a_bomb(step: Path) -> None:
+    index = read_metadata(step)
+    key = next(key for key in index.storage_data if "rng_state" in key.fqn)
+    torch.save(Bomb(), step / "bomb.distcp")
+    index.storage_data[key] = _StorageInfo("bomb.distcp", 0, (step / "bomb.distcp").stat().st_size)
+    (step / ".metadata").write_bytes(pickle.dumps(index))
+
+
+@pytest.mark.parametrize("arm", [index_with_a_bomb, random_state_with_a_bomb])
+def test_what_megatron_loads_runs_nothing(workspace: Workspace, teacher: str, tmp_path: Path, arm: Any) -> None:
+    shutil.copytree(workspace.path / teacher, tmp_path / "theirs")
+    arm(tmp_path / "theirs" / "iter_0000002")  # not the step that is looked at, but the one that is asked for
+    flags = ["--load", str(tmp_path / "theirs"), "--ckpt-step", "2", "--save", str(tmp_path / "run")]
+    done = workspace.run("pretrain_hybrid.py", *workspace.data, *TRAIN, "--train-iters", "6", *flags, ok=False)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "the file asks for posix.mkdir" in done.stderr
+    assert not (workspace.path / "hit").exists()
 
 
 def test_losses_are_the_golden_ones(workspace: Workspace) -> None:
