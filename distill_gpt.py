@@ -2,7 +2,8 @@
 
 import sys
 
-from megatron_ext.training.launch import launch, main
+from megatron_ext.training.launch import launch
+from megatron_ext.training.program import main
 
 
 def run() -> None:

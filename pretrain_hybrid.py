@@ -5,7 +5,8 @@ With `--skip-train`, measure the validation loss of a checkpoint instead.
 
 import sys
 
-from megatron_ext.training.launch import STOPPABLE, Job, launch, main
+from megatron_ext.training.launch import STOPPABLE, Job, launch
+from megatron_ext.training.program import main
 
 JOB = Job("pretrain", defaults=STOPPABLE, measures=1)
 

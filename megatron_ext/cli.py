@@ -8,7 +8,6 @@ that run a model also take Megatron's own flags, and run on several ranks:
 import argparse
 import importlib
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,11 +30,13 @@ class Command:
         summary: One line for `megatron-ext --help`.
         load: Imports what the subcommand needs; returns its `add_arguments(parser)` and its `main(namespace)`.
         runs_model: It takes Megatron's flags too: `main` finds what is not its own in `megatron_flags`.
+        own_parser: It parses its command line itself: `main` finds it in `words`.
     """
 
     summary: str
     load: Callable[[], tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]]
     runs_model: bool = False
+    own_parser: bool = False
 
 
 def _module(name: str) -> Callable[[], tuple[Any, Any]]:
@@ -44,6 +45,12 @@ def _module(name: str) -> Callable[[], tuple[Any, Any]]:
         return module.add_arguments, module.main
 
     return load
+
+
+def _torchrun() -> tuple[Any, Any]:
+    from megatron_ext.training.torchrun import main
+
+    return lambda parser: None, main
 
 
 def _presets_arguments(parser: argparse.ArgumentParser) -> None:
@@ -159,6 +166,7 @@ COMMANDS = {
         runs_model=True,
     ),
     "compare": Command("put several checkpoints side by side", _module("megatron_ext.evaluation.compare")),
+    "torchrun": Command("torchrun, with ranks that are asked to stop rather than killed", _torchrun, own_parser=True),
     "presets": Command("list the named architectures", lambda: (_presets_arguments, _presets)),
     "report": Command("draw a run directory's report again", lambda: (_report_arguments, _report)),
 }
@@ -179,7 +187,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == chosen:
             add_arguments, run = command.load()
             add_arguments(sub)
-    args, rest = parser.parse_known_args(words)
+    if chosen is not None and run is not None and COMMANDS[chosen].own_parser:
+        args, rest = argparse.Namespace(words=words[1:]), []
+    else:
+        args, rest = parser.parse_known_args(words)
     assert run is not None  # argparse has refused every other word
     if COMMANDS[words[0]].runs_model:
         args.megatron_flags = rest
@@ -188,15 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(args)
     except MegatronExtError as error:
-        if _tells_errors():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        from megatron_ext.training.program import report
+
+        return report(error)
     return 0
-
-
-def _tells_errors() -> bool:
-    """Whether this rank says what is wrong. Before there are process groups all find the same, later perhaps one."""
-    if os.environ.get("RANK", "0") == "0":
-        return True
-    torch = sys.modules.get("torch")  # never imported for this
-    return torch is not None and torch.distributed.is_initialized()

@@ -40,6 +40,6 @@ if [ "${BF16:-1}" = 1 ]; then flags+=(--bf16); fi
 if [ -n "${RANK:-}" ]; then # something else, such as srun, has started one process per GPU
     exec "$PYTHON" pretrain_hybrid.py "${flags[@]}" "$@"
 fi
-exec "$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE" --nnodes "$NNODES" \
+exec "$PYTHON" -m megatron_ext torchrun --nproc-per-node "$GPUS_PER_NODE" --nnodes "$NNODES" \
     --node-rank "${NODE_RANK:-0}" --master-addr "${MASTER_ADDR:-localhost}" --master-port "${MASTER_PORT:-29500}" \
     pretrain_hybrid.py "${flags[@]}" "$@"

@@ -62,5 +62,5 @@ if [ -n "${RANK:-}" ]; then # something else, such as srun, has started one proc
     export MASTER_ADDR MASTER_PORT
     exec "$PYTHON" pretrain_hybrid.py "${flags[@]}" "$@"
 fi
-exec "$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE" --nnodes "$NNODES" --node-rank "$NODE_RANK" \
+exec "$PYTHON" -m megatron_ext torchrun --nproc-per-node "$GPUS_PER_NODE" --nnodes "$NNODES" --node-rank "$NODE_RANK" \
     --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" pretrain_hybrid.py "${flags[@]}" "$@"

@@ -41,4 +41,4 @@ if [ "${BF16:-1}" = 1 ]; then flags+=(--bf16); fi
 if [ -n "${RANK:-}" ]; then # something else, such as srun, has started one process per GPU
     exec "$PYTHON" prune_gpt.py "${flags[@]}" "$@"
 fi
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$GPUS_PER_NODE" prune_gpt.py "${flags[@]}" "$@"
+exec "$PYTHON" -m megatron_ext torchrun --standalone --nproc-per-node "$GPUS_PER_NODE" prune_gpt.py "${flags[@]}" "$@"

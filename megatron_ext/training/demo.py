@@ -16,7 +16,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -31,6 +31,10 @@ PROCESSES = 2
 SEQUENCE, BATCH = 256, 8
 TEACHER_STEPS, STUDENT_STEPS = 240, 160
 SETTINGS = {"teacher_steps": TEACHER_STEPS, "student_steps": STUDENT_STEPS, "sequence": SEQUENCE, "batch": BATCH}
+
+
+class Stopped(SystemExit):
+    """SIGTERM or Ctrl-C came: the command that runs saves what it has, and the demo can go on from there."""
 
 
 class DemoError(MegatronExtError):
@@ -76,8 +80,8 @@ def main(args: argparse.Namespace) -> None:
         ConfigError: The directory is of a demo with other settings, or the entry points are not where they belong.
         DemoError: A command failed; says where its log is.
     """
-    # Being told to stop also stops the command that runs.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    signal.signal(signal.SIGTERM, lambda *_: _stop(signal.SIGTERM))
+    signal.signal(signal.SIGINT, lambda *_: _stop(signal.SIGINT))
     console = Console()
     out: Path = args.out
     _claim(out)
@@ -188,6 +192,10 @@ def collect(out: Path, seconds: dict[str, float]) -> dict[str, Any]:
     return report
 
 
+def _stop(number: signal.Signals) -> NoReturn:
+    raise Stopped(128 + number)
+
+
 def _claim(out: Path) -> None:
     settings = out / "settings.json"
     if settings.is_file() and json.loads(settings.read_text()) != SETTINGS:
@@ -215,7 +223,7 @@ def _run(stage: Stage, console: Console) -> float:
         highlight=False,
         soft_wrap=True,
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
+    launcher = [sys.executable, "-m", "megatron_ext", "torchrun", "--standalone", "--nproc-per-node", str(PROCESSES)]
     # Spinning threads of two processes on two cores take each other's time.
     environment = os.environ | {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // PROCESSES)),
@@ -223,12 +231,24 @@ def _run(stage: Stage, console: Console) -> float:
     }
     started = time.monotonic()
     with log.open("w") as file:
-        process = subprocess.Popen([*launcher, str(script), *stage.flags], stdout=file, stderr=file, env=environment)
+        # In a session of its own: Ctrl-C on the terminal would reach it a second time.
+        process = subprocess.Popen(
+            [*launcher, str(script), *stage.flags], stdout=file, stderr=file, env=environment, start_new_session=True
+        )
         try:
             _watch(stage, process, console)
+        except Stopped:
+            console.print("stopping after this step, and saving; once more stops at once")
+            try:
+                process.terminate()
+                process.wait()
+            except Stopped:
+                process.terminate()
+            console.print(f"stopped; the same command goes on from here. The log: {log}", soft_wrap=True)
+            raise
         finally:
             if process.poll() is None:
-                process.terminate()
+                process.terminate()  # the second time, nothing is waited for
                 process.wait()
     if process.returncode:
         tail = "\n    ".join(log.read_text(errors="replace").splitlines()[-15:])

@@ -11,6 +11,7 @@ import torch
 
 from megatron_ext.evaluation.results import read_results, write_results
 from megatron_ext.models.config import Architecture
+from megatron_ext.training import stop
 from megatron_ext.training.directory import claim
 from megatron_ext.training.launch import Launch
 
@@ -196,13 +197,9 @@ def _loader(split: str, samples: int | None, stage: int) -> tuple[Any, int]:
 
 def evaluate(launch: Launch) -> None:
     """`--skip-train`: the loss of a checkpoint on the whole validation split, into `results.json`."""
-    from megatron.training import get_signal_handler
-
     args = launch.args
     args.full_validation = False  # that sampler has batches of its own
-    if args.exit_signal_handler:
-        handler: Any = get_signal_handler()
-        handler.release()  # nobody would ask it whether to stop
+    stop.end_at_once(args)  # nothing is saved before the end
     model = load_model(launch)
     loss, sequences = mean_loss(launch, model, "valid")
     if args.rank == 0:

@@ -13,7 +13,7 @@ import re
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import lcm
 from pathlib import Path
@@ -266,24 +266,3 @@ def _single_process() -> None:
     # Nobody else has to know the port, so whoever listens on it takes a free one: one chosen here may be gone by then.
     os.environ.update(RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     os.environ.setdefault("WORLD_SIZE", "1")
-
-
-def main(run: Callable[[], None]) -> int:
-    """Run a program; a user's mistake becomes one readable message and exit status 2."""
-    from megatron_ext.errors import MegatronExtError
-
-    if int(os.environ.get("RANK", "0")) == 0:
-        ours = logging.getLogger("megatron_ext")
-        ours.setLevel(logging.INFO)
-        ours.propagate = False  # Megatron's handler would say it again
-        ours.handlers = [logging.StreamHandler()]
-    try:
-        run()
-    except MegatronExtError as error:
-        import torch.distributed as dist
-
-        # Before there are process groups every rank finds the same; afterwards perhaps only this one.
-        if int(os.environ.get("RANK", "0")) == 0 or dist.is_initialized():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0

@@ -1,17 +1,15 @@
 """Run a validated job through `megatron.training.pretrain`: Megatron's loop, our model, our log."""
 
-import signal
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.evaluation.report import plot_training
 from megatron_ext.platform.scalars import divert_scalars
 from megatron_ext.platform.write_results import keep_write_results
+from megatron_ext.training import stop
 from megatron_ext.training.directory import claim
 from megatron_ext.training.launch import Launch
 from megatron_ext.training.log import MetricsLog, read_metrics
@@ -61,23 +59,14 @@ def train(
     now = time.time()
     set_startup_timestamps(program_start=now, main_entry=now)
     container = pretrain_cfg_container_from_args(args, config)
-    if args.exit_signal_handler:
-        signal.signal(signal.SIGINT, partial(_interrupt, args.exit_signal))
     try:
-        step = forward_step or language_model_step
+        step = stop.from_first_step(args, forward_step or language_model_step)
         pretrain(container, datasets or build_datasets, ModelType.encoder_or_decoder, step)
     finally:
         if log is not None:
             log.close()
     if isinstance(log, MetricsLog) and read_metrics(log.path):
         plot_training(log.path, log.path.with_name("training.png"))
-
-
-def _interrupt(exit_signal: signal.Signals, *_: Any) -> None:
-    """Ctrl-C asks Megatron to finish its step and save; a second one stops at once."""
-    print("stopping after this step, and saving if there is a --save; Ctrl-C again stops at once", file=sys.stderr)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.raise_signal(exit_signal)
 
 
 def _equal_expert_metrics(chunks: list[Any]) -> list[Any]:

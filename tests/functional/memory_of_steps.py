@@ -13,8 +13,8 @@ import psutil
 import torch
 
 import distill_gpt
-from megatron_ext.training.launch import main
 from megatron_ext.training.log import MetricsLog
+from megatron_ext.training.program import main
 
 STEPS = (20, 60, 100, 140, 180, 200)
 held: dict[int, tuple[int, int]] = {}

@@ -96,7 +96,7 @@ def test_one_node_is_a_torchrun_of_the_same_flags(start, tmp_path):
     done, (note,) = start("run.sh", DATA="/data", NNODES="2", NODE_RANK="1", MASTER_ADDR="node1", GPUS_PER_NODE="4")
     assert done.returncode == 0, done.stderr
     assert note.startswith(
-        "rank none of none: -m torch.distributed.run --nproc-per-node 4 --nnodes 2 --node-rank 1 --master-addr node1 "
+        "rank none of none: -m megatron_ext torchrun --nproc-per-node 4 --nnodes 2 --node-rank 1 --master-addr node1 "
         "--master-port 29500 pretrain_hybrid.py --preset mamba2-hybrid-8b --data-path /data/text_document "
     )
     assert f"--save {tmp_path / 'run'} --load {tmp_path / 'run'} " in note
@@ -123,6 +123,12 @@ def test_a_job_goes_back_into_the_queue_until_its_last_step_is_saved(start, step
     assert all(note.split(": ")[1].startswith("pretrain_hybrid.py --preset mamba2-hybrid-8b ") for note in ranks)
     assert all("--train-iters 10 " in note for note in ranks)
     assert ("scontrol requeue 41" in notes) == again
+
+
+def test_a_job_that_is_told_to_stop_before_its_first_step_goes_back_too(start):
+    done, notes = start("job.sbatch", DATA="/data", TRAIN_ITERS="10", STATUS="143")
+    assert done.returncode == 0, done.stderr
+    assert "scontrol requeue 41" in notes
 
 
 def test_a_job_that_fails_ends(start):

@@ -1,0 +1,74 @@
+"""A program's end: what goes wrong is said once, whichever rank it happens on, and the exit status is right."""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+from megatron_ext.errors import MegatronExtError
+
+LAUNCHER = "MEGATRON_EXT_LAUNCHER"  # set where `megatron-ext torchrun` has started the ranks and says what went wrong
+SECONDS_OF_RANK_0 = 2.0  # in which it says what is wrong if it knows too, and torchrun ends the other ranks
+
+
+def main(run: Callable[[], None]) -> int:
+    """Run a program.
+
+    Returns:
+        Its exit status: 0, 2 for a user's mistake, which becomes one readable message, or 130 after Ctrl-C.
+    """
+    if _rank() == 0:
+        ours = logging.getLogger("megatron_ext")
+        ours.setLevel(logging.INFO)
+        ours.propagate = False  # Megatron's handler would say it again
+        ours.handlers = [logging.StreamHandler()]
+    try:
+        run()
+    except MegatronExtError as error:
+        return report(error)
+    except KeyboardInterrupt:
+        if _rank() == 0:
+            print("stopped", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        _leave_word(f"{type(error).__name__}: {error}", traceback.format_exc())
+        raise
+    return 0
+
+
+def report(error: MegatronExtError) -> int:
+    """Say what is wrong, on the first rank that finds it; its exit status.
+
+    What is wrong with a command line is found by every rank, and rank 0 says it. What only another rank can see, such
+    as a disk that one node lacks, that rank says after giving rank 0 the time to.
+    """
+    _leave_word(str(error), f"error: {error}")
+    whose = ""
+    if _rank() != 0:
+        for number in (signal.SIGTERM, signal.SIGINT):  # a handler of ours would not end the rank
+            with contextlib.suppress(ValueError):  # not in the main thread
+                signal.signal(number, signal.SIG_DFL)
+        time.sleep(SECONDS_OF_RANK_0)
+        whose = f" (rank {_rank()})"
+    if LAUNCHER not in os.environ or "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        print(f"error{whose}: {error}", file=sys.stderr, flush=True)
+    return getattr(error, "exit_status", 2)
+
+
+def _leave_word(message: str, details: str) -> None:
+    """Tell torchrun, whose summary of failed ranks then has it instead of the address of a page on the web."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    content = {"message": message, "extraInfo": {"py_callstack": details, "timestamp": str(int(time.time()))}}
+    with contextlib.suppress(OSError), open(path, "w") as file:  # the error itself matters more
+        json.dump({"message": content}, file)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
