@@ -29,6 +29,7 @@ setup(
         "tensorboard",
         "tokenizers",
         "transformers",
+        "xxhash",
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]", "mamba-ssm", "causal-conv1d"],

@@ -9,11 +9,11 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
-from megatron_ext.distillation.cache import Cache, Reader
+from megatron_ext.distillation.cache import Cache
 from megatron_ext.distillation.divergences import TopK
 from megatron_ext.distillation.model import StepLosses
 from megatron_ext.distillation.objective import Objective
-from megatron_ext.errors import DataError
+from megatron_ext.distillation.shards import Reader
 
 
 class TeacherCached:
@@ -25,8 +25,7 @@ class TeacherCached:
     """
 
     def __init__(self, cache: Cache, student: HybridModel) -> None:
-        self._path = cache.path
-        self._reader = Reader(cache.path) if student.post_process else None
+        self._reader = Reader(cache.path, cache.manifest) if student.post_process else None
         self._positions = positions(cache.manifest.sequence_length, student.pg_collection.cp)
 
     def run(self, arrived: dict[str, Tensor], inputs: tuple[Any, ...]) -> dict[str, Tensor]:
@@ -42,10 +41,7 @@ class TeacherCached:
             DataError: A sequence is not in the cache, or damaged.
         """
         assert self._reader is not None
-        target = self._reader.read(sample_id, self._positions, k, labels)
-        if not target.log_q.isfinite().all():
-            raise DataError("a sample in the cache is damaged: its values are not finite", got=self._path)
-        return target
+        return self._reader.read(sample_id, self._positions, k, labels)
 
     def loss(self, found: dict[str, Tensor], labels: Tensor, mask: Tensor) -> StepLosses | None:
         """None: it is not trained."""

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.distillation.cache import Cache, Manifest, begin
+from megatron_ext.distillation.cache import Cache, begin
+from megatron_ext.distillation.manifest import Manifest
 from megatron_ext.distillation.objective import Objective
+from megatron_ext.distillation.shards import Reader
 from megatron_ext.distillation.teacher import Teacher
 from megatron_ext.errors import ConfigError
 from megatron_ext.training.directory import git_commit, versions
@@ -78,11 +80,13 @@ class Writing:
         directory: Where.
         manifest: What is stored.
         teacher: The teacher.
+        known: Identities of the samples that are stored already.
     """
 
     directory: Path
     manifest: Manifest
     teacher: Teacher
+    known: set[bytes]
 
 
 def check_writing(launch: Launch, tokens: int) -> Writing:
@@ -95,6 +99,7 @@ def check_writing(launch: Launch, tokens: int) -> Writing:
     Raises:
         ConfigError: An option is illegal, the model is not the teacher's, or the directory holds something else.
         CheckpointError: There is no usable checkpoint of the teacher.
+        DataError: What the directory holds already is damaged.
     """
     args, given = launch.args, launch.options["distill"]
     teacher, directory = Teacher.find(given.teacher), Path(given.cache_write)
@@ -133,7 +138,8 @@ def check_writing(launch: Launch, tokens: int) -> Writing:
             "commit": git_commit(),
         },
     )
-    return Writing(directory, begin(directory, manifest), teacher)
+    manifest = begin(directory, manifest)
+    return Writing(directory, manifest, teacher, Reader(directory, manifest).known())
 
 
 def _resets(args: Any) -> list[bool]:

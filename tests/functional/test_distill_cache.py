@@ -1,15 +1,20 @@
 """Distillation from a cache: written on one layout, read on any other, it stands for the live teacher."""
 
 import argparse
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from functional.test_distill import STUDENT
-from workspace import TRAIN, Workspace
+from workspace import ROOT, TRAIN, Workspace
 
 from megatron_ext import cli
-from megatron_ext.distillation.cache import Manifest, Reader
+from megatron_ext.distillation.manifest import Manifest
+from megatron_ext.distillation.shards import Reader
 
 DATA = [
     "--data-path", "small/text_document", "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model",
@@ -36,30 +41,34 @@ def student(workspace: Workspace) -> str:
 
 @pytest.fixture(scope="module")
 def whole(workspace: Workspace, teacher: str, student: str) -> str:
-    """A cache of the whole vocabulary, begun on two data- and two context-parallel ranks, and ended on two stages."""
-    cache, layouts = (
-        workspace.path / "whole",
-        (["--context-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]),
-    )
+    """A cache of the whole vocabulary, begun on two data- and two context-parallel ranks, and ended on two stages.
+
+    The share of either data-parallel rank is lost on the way: the other then has nothing to compute.
+    """
+    cache = workspace.path / "whole"
     flags = ["--distill-teacher", teacher, "--distill-cache-write", "whole", *DATA, "--distill-top-k", "512"]
     flags += ["--distill-cache-dtype", "float32", "--micro-batch-size", "3"]
-    begun = workspace.run("distill_gpt.py", *flags, *layouts[0], ranks=4)
+    begun = workspace.run("distill_gpt.py", *flags, "--context-parallel-size", "2", ranks=4)
     assert "512 of 512 entries and the rest per token, float32, temperature 1: 3,076 bytes per token" in begun.stdout
     manifest = Manifest.read(cache)
     assert f"holds {manifest.sequences} sequences" in begun.stdout
-    # As if it had been stopped before the second data-parallel rank stored its share.
-    stays, goes = sorted(cache.glob("*.safetensors"))
-    size, written = goes.stat().st_size, stays.stat().st_mtime_ns
-    goes.unlink()
-    replace(manifest, sequences=None).write(cache)
-    known = len(Reader(cache).known())
-    ended = workspace.run("distill_gpt.py", *flags, *layouts[1], ranks=2)
-    assert f"{known} are stored already" in ended.stdout
-    assert Manifest.read(cache) == manifest
-    assert Manifest.read(cache).sequences == manifest.sequences
-    assert stays.stat().st_mtime_ns == written
-    (added,) = set(cache.glob("*.safetensors")) - {stays}
-    assert added.stat().st_size == size
+    shards = sorted(cache.glob("*.safetensors"))
+    assert len(shards) == 2
+    for goes, layout in zip(shards, (["--pipeline-model-parallel-size", "2"], []), strict=True):
+        # As if it had been stopped before one data-parallel rank stored its share.
+        size = goes.stat().st_size
+        goes.unlink()
+        (stays,) = set(cache.glob("*.safetensors"))
+        written = stays.stat().st_mtime_ns
+        replace(manifest, sequences=None).write(cache)
+        known = len(Reader(cache, manifest).known())
+        ended = workspace.run("distill_gpt.py", *flags, *layout, ranks=4 if layout else 2)
+        assert f"{known} are stored already" in ended.stdout
+        assert Manifest.read(cache) == manifest
+        assert Manifest.read(cache).sequences == manifest.sequences == len(Reader(cache, manifest).known())
+        assert stays.stat().st_mtime_ns == written
+        (added,) = set(cache.glob("*.safetensors")) - {stays}
+        assert added.stat().st_size == size
     return "whole"
 
 
@@ -133,3 +142,21 @@ def test_bad_requests_end_at_once(workspace: Workspace, likeliest: str, flags: l
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_stopped_writing_keeps_what_it_has(workspace: Workspace, teacher: str) -> None:
+    data = [*DATA[2:], "--data-path", "data/text_document", "--distill-top-k", "4"]
+    flags = ["--distill-teacher", teacher, "--distill-cache-write", "stopped-cache", *data, "--micro-batch-size", "1"]
+    manifest = workspace.path / "stopped-cache" / "manifest.json"
+    command = [sys.executable, str(ROOT / "distill_gpt.py"), *flags]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=workspace.path, text=True, **streams) as run:
+        while run.poll() is None and not manifest.is_file():
+            time.sleep(0.05)
+        run.send_signal(signal.SIGTERM)
+        said, errors = run.communicate()
+    assert run.returncode == 0, errors[-3000:]
+    assert "stopped: the same command goes on from here" in said
+    stored = Manifest.read(manifest.parent)
+    assert stored.sequences is None
+    assert Reader(manifest.parent, stored).known()

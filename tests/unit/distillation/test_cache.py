@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from megatron_ext.distillation.cache import MANIFEST, Cache, Manifest, Reader, Writer, begin
+from megatron_ext.distillation import shards
+from megatron_ext.distillation.cache import Cache, begin
 from megatron_ext.distillation.divergences import TopK
 from megatron_ext.distillation.identity import identify, name
+from megatron_ext.distillation.manifest import MANIFEST, Manifest
 from megatron_ext.distillation.objective import Objective
+from megatron_ext.distillation.shards import Reader, Shard, Writer
 from megatron_ext.errors import ConfigError, DataError
 
 S, B, K, V = 6, 3, 5, 40
@@ -68,23 +72,23 @@ def test_gives_back_what_was_put_in(tmp_path: Path) -> None:
     ids, log = write(tmp_path), distribution()
     order, at = [2, 0], torch.tensor([4, 1])
     for k in (K, 2):
-        got, want = Reader(tmp_path).read(ids[order], at, k), kept(log[at][:, order], k)
+        got, want = Reader(tmp_path, OWN).read(ids[order], at, k), kept(log[at][:, order], k)
         assert got.index.equal(want.index)
         torch.testing.assert_close(got.log_q, want.log_q, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(got.log_rest, want.log_rest, rtol=1e-5, atol=1e-6)
 
 
 def test_the_whole_vocabulary_leaves_no_rest(tmp_path: Path) -> None:
-    ids = write(tmp_path, replace(OWN, k=V))
-    got = Reader(tmp_path).read(ids, torch.arange(S), V)
+    ids = write(tmp_path, own := replace(OWN, k=V))
+    got = Reader(tmp_path, own).read(ids, torch.arange(S), V)
     assert got.log_rest.eq(-torch.inf).all()
     expected = distribution().flatten(0, 1).gather(-1, got.index)
     torch.testing.assert_close(got.log_q.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_half_precision_is_near_and_sums_to_one(tmp_path: Path) -> None:
-    ids = write(tmp_path, replace(OWN, dtype="float16"))
-    got, want = Reader(tmp_path).read(ids, torch.arange(S), K), kept(distribution())
+    ids = write(tmp_path, own := replace(OWN, dtype="float16"))
+    got, want = Reader(tmp_path, own).read(ids, torch.arange(S), K), kept(distribution())
     assert got.index.equal(want.index)
     torch.testing.assert_close(got.log_q, want.log_q, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(got.log_q, want.log_q, rtol=1e-6, atol=1e-6)  # it was rounded
@@ -109,8 +113,8 @@ def test_any_vocabulary_in_as_few_bytes_as_said(
     assert str(held["index"].dtype) == index
     assert str(held["log_q"].dtype) == dtype
     assert manifest.bytes_per_token == size
-    assert sum(array.nbytes for array in held.values()) == S * size + 16
-    assert Reader(tmp_path).read(ids, torch.arange(S), K).index.equal(last.index)
+    assert sum(array.nbytes for array in held.values()) == S * size + 16 + 8
+    assert Reader(tmp_path, manifest).read(ids, torch.arange(S), K).index.equal(last.index)
 
 
 def test_writing_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -124,16 +128,16 @@ def test_writing_goes_on_where_it_stopped(tmp_path: Path) -> None:
     writer.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     before = set(tmp_path.glob("*.safetensors"))
     assert len(before) == 2
-    known = Reader(tmp_path).known()
+    known = Reader(tmp_path, OWN).known()
     assert known == {each.numpy().tobytes() for each in first}
     with Writer(tmp_path, OWN, known, **room) as writer:
         writer.add(second, kept(distribution(7, seed=1)))
         writer.add(second, kept(distribution(7, seed=2)))
     assert before < set(tmp_path.glob("*.safetensors"))
-    assert len(Reader(tmp_path).known()) == 7
+    assert len(Reader(tmp_path, OWN).known()) == 7
     assert sum(len(load_file(shard)["index"]) for shard in tmp_path.glob("*.safetensors")) == 7
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json"] + [".safetensors"] * 3
-    got = Reader(tmp_path).read(first, torch.arange(S), K)
+    got = Reader(tmp_path, OWN).read(first, torch.arange(S), K)
     assert got.index.equal(kept(distribution(4)).index)  # what was there stays
 
 
@@ -141,21 +145,114 @@ def test_a_missing_sample_is_named(tmp_path: Path) -> None:
     write(tmp_path)
     read, labels = tokens(1, seed=9)
     foreign = identify(read, labels)
+    whose = torch.cat([identify(*tokens())[:1], foreign])
     with pytest.raises(DataError) as error:
-        Reader(tmp_path).read(torch.cat([identify(*tokens())[:1], foreign]), torch.arange(S), K, labels.expand(2, S))
+        Reader(tmp_path, OWN).read(whose, torch.arange(S), K, labels.expand(2, S))
     assert name(foreign[0]) in str(error.value)
     assert f"begins with {labels[0, :8].tolist()}" in str(error.value)
     assert "--distill-cache-write" in str(error.value)
     with pytest.raises(DataError, match="not in the cache"):
-        Reader(tmp_path / "empty").read(foreign, torch.arange(S), K)
+        Reader(tmp_path / "empty", OWN).read(foreign, torch.arange(S), K)
 
 
 def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
-    write(tmp_path)
+    ids = write(tmp_path)
     (shard,) = tmp_path.glob("*.safetensors")
-    shard.write_bytes(shard.read_bytes()[:-1])
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
     with pytest.raises(DataError, match=shard.name):
-        Reader(tmp_path)
+        Reader(tmp_path, OWN)
+    for place in range(0, len(whole), 5):  # a bit of the header, of an identity, of a value, of a checksum
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        shard.write_bytes(damaged)
+        with pytest.raises(DataError, match=shard.name):
+            Reader(tmp_path, OWN).read(ids, torch.arange(S), K)
+    shard.write_bytes(whole)
+    Reader(tmp_path, OWN).read(ids, torch.arange(S), K)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("index", V, f"token {V} in a vocabulary of {V}"),
+        ("log_q", 0.5, "no logarithms of probabilities"),
+        ("log_q", torch.nan, "no logarithms of probabilities"),
+        ("log_rest", torch.nan, "no logarithms of probabilities"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(tmp_path: Path, column: str, value: float, message: str) -> None:
+    """Though their checksum is right."""
+    OWN.write(tmp_path)
+    wrong = kept(distribution())
+    getattr(wrong, column)[1] = value
+    with Writer(tmp_path, OWN) as writer:
+        writer.add(ids := identify(*tokens()), wrong)
+    with pytest.raises(DataError, match=message):
+        Reader(tmp_path, OWN).read(ids, torch.arange(S), K)
+
+
+def test_a_changed_manifest_is_named(tmp_path: Path) -> None:
+    write(tmp_path)
+    manifest = tmp_path / MANIFEST
+    text = manifest.read_text()
+    for before, after in (('"temperature": 2.0', '"temperature": 1.0'), (f'"sequences": {B}', f'"sequences": {B - 1}')):
+        manifest.write_text(text.replace(before, after))
+        assert manifest.read_text() != text
+        with pytest.raises(DataError, match=r"manifest is damaged[^@]*manifest\.json"):
+            Cache.find(tmp_path)
+
+
+def test_a_shard_of_another_cache_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "hot")
+    write(tmp_path / "cold", other := replace(OWN, temperature=1.0))
+    (shard,) = (tmp_path / "cold").glob("*.safetensors")
+    shard.rename(tmp_path / "hot" / shard.name)
+    with pytest.raises(DataError, match="of another cache"):
+        Cache.find(tmp_path / "hot")
+    with pytest.raises(DataError, match="of another cache"):
+        Shard(tmp_path / "hot" / shard.name, replace(other, teacher="another"))
+
+
+def test_a_lost_shard_is_missed(tmp_path: Path) -> None:
+    write(tmp_path, shard_bytes=1)
+    stored = list(tmp_path.glob("*.safetensors"))
+    assert len(stored) == B
+    stored[0].unlink()
+    with pytest.raises(DataError, match=f"lost samples[^@]*{B - 1} of {B}"):
+        Cache.find(tmp_path)
+
+
+def test_no_two_processes_write_under_one_name(tmp_path: Path) -> None:
+    """Though their first sample is the same: one has it alone, the other has more."""
+    ids, log = identify(*tokens()), kept(distribution())
+    OWN.write(tmp_path)
+    first = TopK(*(x.unflatten(0, (S, B))[:, :1].flatten(0, 1) for x in (log.index, log.log_q, log.log_rest)))
+    for some, entries in ((ids, log), (ids[:1], first)):
+        with Writer(tmp_path, OWN) as writer:
+            writer.add(some, entries)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    assert Reader(tmp_path, OWN).known() == {each.numpy().tobytes() for each in ids}
+    torch.testing.assert_close(Reader(tmp_path, OWN).read(ids, torch.arange(S), K).log_q, log.log_q)
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    OWN.write(tmp_path)
+    with Writer(tmp_path, OWN) as writer:
+        writer.add(identify(*tokens(1)), kept(distribution(1)))
+
+    def save_file(tensors: dict, path: Path, metadata: dict) -> None:
+        path.write_bytes(b"a part")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(shards, "save_file", save_file)
+    full = Writer(tmp_path, OWN)
+    full.add(identify(*tokens(3, seed=1)), kept(distribution(3)))
+    with pytest.raises(DataError, match=r"cannot be written[^@]*No space left on device") as error, full:
+        pass
+    assert len(str(error.value).splitlines()[0]) < 120
+    assert len(Reader(tmp_path, OWN).known()) == 1
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
 
 
 def test_only_a_finished_cache_is_read(tmp_path: Path) -> None:
@@ -165,7 +262,7 @@ def test_only_a_finished_cache_is_read(tmp_path: Path) -> None:
     OWN.write(tmp_path)
     with pytest.raises(DataError, match="not finished"):
         Cache.find(tmp_path)
-    for content in ("{", "[]", json.dumps({"format": 1, "k": 3}), json.dumps({"format": 2})):
+    for content in ("{", "[]", json.dumps({"format": 2, "k": 3}), json.dumps({"format": 1})):
         (tmp_path / MANIFEST).write_text(content)
         with pytest.raises(DataError, match=r"damaged|another format"):
             Cache.find(tmp_path)

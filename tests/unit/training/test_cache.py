@@ -1,11 +1,19 @@
 """What the command line of a cache means, before anything starts."""
 
-import pytest
+from dataclasses import replace
 
-from megatron_ext.distillation.cache import Cache, Manifest
+import pytest
+import torch
+
+from megatron_ext.distillation.cache import Cache
+from megatron_ext.distillation.divergences import TopK
+from megatron_ext.distillation.identity import name
+from megatron_ext.distillation.manifest import Manifest
 from megatron_ext.distillation.objective import Objective
+from megatron_ext.distillation.shards import Reader, Writer
 from megatron_ext.errors import ConfigError
 from megatron_ext.training.cache import command_line, compared
+from megatron_ext.training.cache_write import _Stored
 from megatron_ext.training.distill_options import DistillOptions, source_of
 
 WRITE = ["--distill-teacher", "t", "--distill-cache-write", "c"]
@@ -45,3 +53,16 @@ def test_a_cache_decides_the_defaults(tmp_path):
 def test_there_is_one_source(options, message):
     with pytest.raises(ConfigError, match=message):
         source_of(options)
+
+
+def test_what_only_fills_a_batch_is_not_stored(tmp_path):
+    """Nor a sample whose logits are not finite; the error waits for the end of the step."""
+    manifest = replace(MANIFEST, k=2, sequence_length=3, dtype="float32")
+    ids = torch.arange(8).view(4, 2)
+    kept = TopK(torch.zeros(12, 2).long(), torch.full((12, 2), -1.0), torch.full((12,), -2.0))
+    with Writer(tmp_path, manifest) as writer:
+        stored = _Stored(writer, manifest, left=3)
+        stored.add(ids, kept, torch.tensor([True, False, True, True]))
+    assert Reader(tmp_path, manifest).known() == {ids[i].numpy().tobytes() for i in (0, 2)}
+    assert stored.left == 0
+    assert f"sample {name(ids[1])}" in str(stored.problem)
