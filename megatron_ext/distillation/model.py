@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -27,8 +27,11 @@ from megatron_ext.models.hidden import hidden_states, output_weight
 from megatron_ext.models.vocabulary import Vocabulary
 
 
-class StepLosses(NamedTuple):
+@dataclass(frozen=True)
+class StepLosses:
     """The losses of a micro-batch on the last stage.
+
+    No tuple: in 16 bits Megatron's `Float16Module` takes those apart, and converts what is in them.
 
     Attributes:
         total: What is minimised, summed over tokens; the only one with a gradient.

@@ -152,10 +152,3 @@ def test_the_first_rank_may_come_last(workspace: Workspace, teacher: str) -> Non
     done = fork_server.run(command, 2, workspace.path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert len(workspace.metrics("late")) == 1
-
-
-def test_bfloat16_trains(workspace: Workspace) -> None:
-    flags = [*MODEL, *workspace.data, *TRAIN, "--train-iters", "4", "--bf16", "--save", "bf16", "--lr", "5e-3"]
-    workspace.run("pretrain_hybrid.py", *flags, "--use-distributed-optimizer", ranks=2)
-    losses = [step["loss"] for step in workspace.metrics("bf16")]
-    assert losses[-1] < losses[0] - 0.05
