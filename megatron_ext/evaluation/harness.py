@@ -165,7 +165,7 @@ class MegatronLM(TemplateLM):
                 made = generate(self.model, [asked[i][0] for i in own], sampling, self.limits.batch_size)
                 for number, new in made:
                     i = own[number]
-                    found[i] = asked[i][1].text(new)
+                    found[i] = asked[i][1].text(asked[i][0].prompt, new)
                     if kept[i]:
                         self._learn(questions[i], found[i])
                     advance()

@@ -1,12 +1,12 @@
 """How well a model predicts text: perplexity and bits per byte, in windows that slide over it."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.data.lines import JSONL_SUFFIXES, read_strings, read_text
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.inference.passage import Passage, Score
 from megatron_ext.inference.prompts import document_start
@@ -72,21 +72,12 @@ class Fit:
 
 
 def documents(file: Path) -> list[str]:
-    """The texts of a file: of a `.jsonl` file each line's "text", else all of it. Empty ones are left out.
+    """The exact texts of a file: of a JSON Lines file each line's "text", else all of it. Empty ones are left out.
 
     Raises:
-        DataError: It cannot be read, or holds no text.
+        DataError: It cannot be read, a line has no text, or there is none at all.
     """
-    try:
-        content = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise DataError(f"the text cannot be read: {error}", got=file) from error
-    texts = [content]
-    if file.suffix == ".jsonl":
-        try:
-            texts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f'a line without a "text": {error!r}', got=file) from error
+    texts = read_strings(file, "text") if file.suffix in JSONL_SUFFIXES else [read_text(file)]
     texts = [text for text in texts if text]
     if not texts:
         raise DataError("there is no text", got=file)
@@ -97,7 +88,8 @@ class Perplexity:
     """Texts, what is to be scored of them, and what comes of the scores.
 
     Args:
-        files: Each a text, or `.jsonl` with a text on each line. A window never reaches into another text.
+        files: Each a text, or JSON Lines (`.jsonl`, `.ndjson`) with a text on each line. A window never reaches into
+            another text.
         tokenizer: transformers'. Before its first token a text has the token that begins or ends documents.
         window: What is seen at once.
     """

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's flags."""
     inference.add_arguments(parser)
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help='a prompt on each line; .jsonl: its "prompt"')
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help='a prompt on each line; JSON Lines: its "prompt"')
     parser.add_argument("--output", type=Path, metavar="FILE", help="a new .jsonl instead of standard output")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a continuation before it")
@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Generate, and print or write what came out."""
     prompts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
+    for prompt in prompts:
+        if not _is_text(prompt):
+            raise ConfigError("a prompt is no text", got=ascii(prompt), legal="what UTF-8 can spell")
     if not prompts:
         raise ConfigError("nothing to continue", legal="--prompt TEXT or --prompts FILE")
     for name in ("max_new_tokens", "batch_size"):
@@ -69,11 +72,16 @@ def main(args: argparse.Namespace) -> None:
             _tell(args, prompts, [made[i] for i in range(len(prompts))], writer, seconds)
 
 
+def _is_text(prompt: str) -> bool:
+    """Whether no byte of the command line was none of UTF-8's, which Python shows as half a surrogate pair."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in prompt)
+
+
 def _tell(
     args: argparse.Namespace, prompts: Sequence[str], new: Sequence[Sequence[int]], writer: Writer, seconds: float
 ):
     rows = [
-        {"prompt": prompt, "text": writer.text(tokens), "tokens": list(tokens)}
+        {"prompt": prompt, "text": writer.text(writer.encode(prompt), tokens), "tokens": list(tokens)}
         for prompt, tokens in zip(prompts, new, strict=True)
     ]
     if args.output:

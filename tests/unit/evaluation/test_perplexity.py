@@ -68,7 +68,9 @@ def test_files_are_told_apart_and_counted_in_bytes(tmp_path: Path) -> None:
     [
         ("a.txt", b"", "no text"),
         ("a.txt", b"\xff\xfe", "cannot be read"),
-        ("a.jsonl", b"{}", 'without a "text"'),
+        ("a.jsonl", b"{}", r"(?s)without a text.*a\.jsonl:1"),
+        ("a.ndjson", b'{"text": "x"}\n{"text": 5}', r"(?s)without a text.*a\.ndjson:2"),
+        ("a.jsonl", rb'{"text": "\ud800"}', r"(?s)without a text.*a\.jsonl:1"),
         ("a.jsonl", b"\n", "no text"),
     ],
 )
@@ -76,3 +78,12 @@ def test_texts_that_are_none_are_named(tmp_path: Path, name: str, content: bytes
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         documents(tmp_path / name)
+
+
+def test_texts_are_scored_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\r")
+    assert documents(tmp_path / "a.txt") == ["one\r\ntwo\r"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in ("a\u2028b\u0085c\x0cd", "", "e")]
+    for name in ("b.jsonl", "b.ndjson"):
+        (tmp_path / name).write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
+        assert documents(tmp_path / name) == ["a\u2028b\u0085c\x0cd", "e"]
