@@ -6,9 +6,12 @@ A directory holds `iter_0000100/` (training) or `release/` (weights only, Megatr
 Nothing here builds a model, needs a process group, or runs code that a checkpoint brings with it.
 """
 
+import functools
 import hashlib
 import io
 import json
+import logging
+import os
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,8 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from megatron_ext.errors import CheckpointError, UntrustedError
 from megatron_ext.models.config import Architecture
 from megatron_ext.untrusted import inside, is_foreign, read_index, read_objects
+
+logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -39,6 +44,11 @@ class Step:
         """Whether it holds weights only, to start from rather than to resume."""
         return self.path.name == RELEASE
 
+    @property
+    def name(self) -> str:
+        """What a tracker file calls it."""
+        return RELEASE if self.is_release else str(self.iteration)
+
 
 def steps(directory: str | Path) -> list[Step]:
     """All steps of a checkpoint directory, complete or not, oldest first, `release` before all others."""
@@ -51,7 +61,7 @@ def steps(directory: str | Path) -> list[Step]:
 
 
 def newest(directory: str | Path) -> Step:
-    """The newest complete step of a checkpoint directory, whatever the tracker file says.
+    """The newest complete step of a checkpoint directory; says so when that is not what the tracker file names.
 
     Raises:
         CheckpointError: There is none; says why for each step there is. Or one of them asks for code.
@@ -63,16 +73,42 @@ def newest(directory: str | Path) -> Step:
     for step in reversed(steps(directory)):
         try:
             verify(step.path)
-            return step
         except UntrustedError:
             raise  # a directory with such a file is not one to go on from
         except CheckpointError as error:
             reasons.append(f"{step.path.name}: {str(error).splitlines()[0]}")
+            continue
+        said = tracked(directory)
+        if said != step.name:
+            state = "is missing" if said is None else f"says {said!r}"
+            why = f" ({'; '.join(reasons)})" if reasons else ""
+            _tell(f"{directory / TRACKER} {state}; taking {step.path.name}, the newest step that verifies{why}")
+        return step
+    if (directory / "config.json").is_file() or any(directory.glob("*.safetensors")):
+        raise CheckpointError(
+            "a Hugging Face directory, not a checkpoint of Megatron's", got=directory,
+            legal=f"megatron-ext convert --from hf --to megatron {directory} NEW_DIRECTORY, and that directory",
+        )  # fmt: skip
     raise CheckpointError(
         "no complete checkpoint",
         got="; ".join(reasons) or f"{directory} has no steps",
         legal="a directory with iter_* or release in Megatron's torch_dist format (--ckpt-format torch_dist)",
     )
+
+
+def tracked(directory: Path) -> str | None:
+    """The step that a directory's tracker file names, as it stands there; None without such a file."""
+    try:
+        return (directory / TRACKER).read_text(errors="replace").strip()
+    except OSError:
+        return None
+
+
+@functools.cache
+def _tell(text: str) -> None:
+    """Say something once, and not on every rank."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(text)
 
 
 def find(path: str | Path) -> Step:

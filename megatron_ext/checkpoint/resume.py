@@ -4,13 +4,12 @@ Megatron writes its tracker file in place; one that is empty makes it exit with 
 from random weights. So the step is settled here, and Megatron is told which one to load.
 """
 
-import warnings
 from argparse import Namespace
 from pathlib import Path
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.atomic import replacing
-from megatron_ext.errors import CheckpointError
+from megatron_ext.errors import CheckpointError, UntrustedError
 from megatron_ext.models.config import Architecture
 
 
@@ -73,29 +72,45 @@ def _experts_apart(args: Namespace) -> bool:
 
 
 def resume_point(directory: Path) -> layout.Step:
-    """The newest step of `directory` that verifies; warns when that is not what the tracker file says.
+    """The newest step of `directory` that verifies.
 
     An empty or damaged tracker file is replaced (atomically, by each process alike), because Megatron cannot be
-    told to ignore it. A tracker that names another step is left alone.
+    told to ignore it, and so is one that says `release` where a step of a training is newer, or the other way round.
+    A tracker that names another iteration is left alone: Megatron is told which one to load.
 
     Raises:
         CheckpointError: No step verifies.
     """
     step = layout.newest(directory)
-    tracker = directory / layout.TRACKER
-    said = tracker.read_text().strip() if tracker.is_file() else None
-    named = layout.RELEASE if step.is_release else str(step.iteration)
-    if said == named:
-        return step
-    state = "is missing" if said is None else f"says {said!r}"
-    warnings.warn(f"{tracker} {state}; going on from {step.path.name}, the newest step that verifies", stacklevel=2)
-    if said is None or not (said.isdigit() or said == layout.RELEASE):
+    tracker, said = directory / layout.TRACKER, layout.tracked(directory)
+    if said is None or not (said.isdigit() or said == layout.RELEASE) or (said == layout.RELEASE) != step.is_release:
         try:
             with replacing(tracker) as temporary:
-                temporary.write_text(named)
+                temporary.write_text(step.name)
         except OSError as error:
             raise CheckpointError(
-                f"the tracker file {state} and cannot be written: {error}", got=tracker,
-                legal=f"a file that says {named}",
+                f"the tracker file is missing or damaged, and cannot be written: {error}", got=tracker,
+                legal=f"a file that says {step.name}",
             ) from error  # fmt: skip
     return step
+
+
+def own_resume_point(directory: Path) -> layout.Step | None:
+    """The step that a run goes on from in its own directory; None if none of its saves was ever finished.
+
+    Megatron writes the tracker file when a save is complete. So steps without one are of a first save that was cut off,
+    while a tracker without steps means that something was lost.
+
+    Raises:
+        CheckpointError: What was complete once no longer verifies.
+    """
+    if not has_checkpoint(directory):
+        return None
+    if not (directory / layout.TRACKER).exists():
+        try:
+            layout.newest(directory)
+        except UntrustedError:
+            raise
+        except CheckpointError:
+            return None
+    return resume_point(directory)

@@ -28,7 +28,7 @@ from megatron.training.global_vars import set_args
 from megatron.training.training import setup_model_and_optimizer
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.resume import has_checkpoint, resume_point
+from megatron_ext.checkpoint.resume import own_resume_point
 from megatron_ext.distillation.beside import load
 from megatron_ext.distillation.teacher import Teacher
 from megatron_ext.errors import CheckpointError
@@ -37,6 +37,7 @@ from megatron_ext.models.config import Architecture
 from megatron_ext.training import run
 from megatron_ext.training.directory import claim
 from megatron_ext.training.launch import Launch
+from megatron_ext.training.start import Start, tell_megatron
 
 SHARE = 0.2  # of the student's learning rate
 WARMUP = 120  # steps
@@ -63,7 +64,7 @@ class CorrectedTeacher:
         self._args = _own_args(launch, architecture, launch.args.train_iters)
         if step is not None:
             folder = Path(launch.args.load) / FOLDER
-            if not has_checkpoint(folder) or not (folder / f"iter_{step:07d}").is_dir():
+            if own_resume_point(folder) is None or not (folder / f"iter_{step:07d}").is_dir():
                 raise CheckpointError(
                     f"the corrected teacher of step {step} is not there", got=folder,
                     legal="the directory of the run that is resumed, with all that distill_gpt.py saved",
@@ -130,14 +131,15 @@ def correct(launch: Launch, teacher: Teacher, steps: int) -> None:
     """
     architecture = teacher.beside(launch.architecture)
     args = _own_args(launch, architecture, steps)
-    step = layout.find(teacher.step)
-    if has_checkpoint(Path(args.save)):
-        step, args.load = resume_point(Path(args.save)), args.save
+    if (own := own_resume_point(Path(args.save))) is not None:
+        args.load, start = args.save, Start("--load", Path(args.save), own)
     else:
-        args.pretrained_checkpoint = str(step.path.parent)
-    args.ckpt_step = None if step.is_release else step.iteration
+        given = layout.find(teacher.step)
+        args.pretrained_checkpoint = str(given.path.parent)
+        start = Start("--pretrained-checkpoint", given.path.parent, given)
+    tell_megatron(start, args)
     set_args(args)
-    run.train(replace(launch, args=args, architecture=architecture))
+    run.train(replace(launch, args=args, architecture=architecture, start=start))
 
 
 def corrected_first(launch: Launch, teacher: Teacher, steps: int) -> Teacher:
@@ -161,7 +163,8 @@ def corrected_first(launch: Launch, teacher: Teacher, steps: int) -> Teacher:
 
 
 def _is_done(folder: Path, steps: int) -> bool:
-    return has_checkpoint(folder) and layout.newest(folder).iteration >= steps
+    step = own_resume_point(folder)
+    return step is not None and step.iteration >= steps
 
 
 def _run_again(*flags: str) -> int:

@@ -79,6 +79,8 @@ def distill(launch: Launch, source: Teacher | Cache, apart: Apart | None = None)
     from megatron_ext.training.step import forward_step
 
     options: DistillOptions = launch.options["distill"]
+    if options.correct_teacher != "only" and run.finished(launch):
+        return
     steps = options.correction_iters or launch.args.train_iters
     if isinstance(source, Teacher) and options.correct_teacher == "only":
         correct(launch, source, steps)

@@ -13,7 +13,6 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training.training import get_optimizer_param_scheduler
 
 from megatron_ext.checkpoint.atomic import replacing
-from megatron_ext.checkpoint.resume import has_checkpoint, resume_point
 from megatron_ext.distillation import beside
 from megatron_ext.distillation.beside import TeacherBeside, TrainedTeacherBeside
 from megatron_ext.distillation.cache import Cache
@@ -70,7 +69,7 @@ class Setup:
         """
         launch, options = self._launch, self._options
         self._groups = students[0].pg_collection
-        step = resumed(launch)
+        step = launch.resumed or None
         if isinstance(self._source, Cache):
             route, sides = self._from_cache(students, self._source)
         elif (grid := grid_of(launch, options)) is not None:
@@ -193,15 +192,6 @@ class Setup:
 def stage_number(chunk: HybridModel) -> int:
     """The number of a chunk's pipeline stage, virtual ones counted."""
     return chunk.pg_collection.pp.rank() + chunk.pg_collection.pp.size() * (chunk.vp_stage or 0)
-
-
-def resumed(launch: Launch) -> int | None:
-    """The step of `--load` that this run goes on from; None if it begins at 0."""
-    args = launch.args
-    if args.load is None or args.finetune or not has_checkpoint(Path(args.load)):
-        return None
-    step = resume_point(Path(args.load))
-    return None if step.is_release else args.ckpt_step
 
 
 def stage_sizes(model: HybridModel) -> tuple[int, ...]:

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ext import platform
-from megatron_ext.checkpoint.resume import architecture_on_disk, has_checkpoint, sequence_length_on_disk
+from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.resume import architecture_on_disk, sequence_length_on_disk
 from megatron_ext.models.config import Architecture
 from megatron_ext.models.pattern import MAMBA
 from megatron_ext.models.pattern import parse as parse_pattern
 from megatron_ext.models.presets import preset
 from megatron_ext.ssm.fastest import Shape
 from megatron_ext.training.context import extension
+from megatron_ext.training.start import Start
 
 VOCAB_MULTIPLE = 128
 
@@ -28,6 +30,7 @@ def early_parser() -> argparse.ArgumentParser:
     parser.add_argument("--load", type=Path)
     parser.add_argument("--save", type=Path)
     parser.add_argument("--pretrained-checkpoint", type=Path)
+    parser.add_argument("--ckpt-step", type=int)
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
     parser.add_argument("--context-parallel-size", type=int, default=1)
@@ -87,22 +90,17 @@ def architecture_of(source: str) -> tuple[Architecture, bool]:
     return preset(source).architecture, False
 
 
-def _is_its_pattern(pattern: str | None, checkpoint: Path) -> bool:
-    """Whether a pattern on the command line only adds pipeline borders to the checkpoint's own."""
-    return pattern is None or parse_pattern(pattern).units == architecture_on_disk(checkpoint).pattern
-
-
-def model_flags(early: Namespace) -> tuple[list[str], str]:
-    """Flags of the model that `--preset` or the checkpoint to load names, and where they came from."""
-    source = early.preset
-    if source is None:
-        for directory in (early.load, early.pretrained_checkpoint):
-            if directory is not None and has_checkpoint(directory):
-                source = str(directory) if _is_its_pattern(early.hybrid_layer_pattern, directory) else None
-                break
+def model_flags(early: Namespace, start: Start | None) -> tuple[list[str], str]:
+    """Flags of the model that `--preset` or the step to load names, and where they came from."""
+    source, step = early.preset, None
+    if source is None and start is not None:
+        # A pattern on the command line may add pipeline borders to the checkpoint's own; another one is another model.
+        units, pattern = layout.architecture(start.step.path).pattern, early.hybrid_layer_pattern
+        if pattern is None or parse_pattern(pattern).units == units:
+            source, step = str(start.directory), start.step.path
     if source is None:
         return [], "flags"
-    architecture, from_checkpoint = architecture_of(source)
+    architecture, from_checkpoint = architecture_of(source if step is None else str(step.absolute()))
     flags = architecture.to_flags()
     if not from_checkpoint and (early.tokenizer_model or early.tokenizer_type):
         # A preset's vocabulary is only its default: the tokenizer in use decides.
@@ -110,7 +108,7 @@ def model_flags(early: Namespace) -> tuple[list[str], str]:
         del flags[at : at + 2]
     if from_checkpoint:
         flags += extension(architecture, early)
-        if length := sequence_length_on_disk(Path(source)):
+        if length := sequence_length_on_disk(step or Path(source)):
             flags += ["--seq-length", str(length)]
     return flags, source
 

@@ -20,12 +20,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_ext.arguments import add_options, read_options
-from megatron_ext.checkpoint.resume import (
-    check_experts,
-    check_same_model,
-    has_checkpoint,
-    resume_point,
-)
 from megatron_ext.errors import ConfigError, DataError, nearest
 from megatron_ext.models.backend import prepare
 from megatron_ext.models.config import Architecture
@@ -35,6 +29,7 @@ from megatron_ext.ssm.dispatch import NAMES as SSM_BACKENDS
 from megatron_ext.training import flags
 from megatron_ext.training.directory import check_save
 from megatron_ext.training.splits import check_splits
+from megatron_ext.training.start import Start, check_continues, find_start, tell_megatron
 
 STOPPABLE = ("--exit-signal-handler",)
 """Of a job that trains: SIGTERM and Ctrl-C let it finish its step, save, and end well."""
@@ -70,6 +65,7 @@ class Launch:
         dry_run: Whether to print and stop.
         options: Our options by prefix, as instances of the job's dataclasses.
         model_source: Where the architecture came from, for people.
+        start: The step that is loaded; None for random weights.
     """
 
     job: Job
@@ -78,6 +74,13 @@ class Launch:
     dry_run: bool
     options: dict[str, Any]
     model_source: str
+    start: Start | None = None
+
+    @property
+    def resumed(self) -> int:
+        """The step that the run goes on from, 0 for one that begins."""
+        continues = self.start is not None and self.start.continues and not self.args.finetune
+        return self.start.step.iteration if continues and self.start is not None else 0
 
     @property
     def pattern(self) -> Pattern:
@@ -120,7 +123,8 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
     early, _ = flags.early_parser().parse_known_args(given)
     if early.hybrid_layer_pattern is not None:
         parse_pattern(early.hybrid_layer_pattern)
-    model_flags, source = flags.model_flags(early)
+    begins = find_start(early)
+    model_flags, source = flags.model_flags(early, begins)
     if early.dry_run:
         tp = early.tensor_model_parallel_size
         experts = early.expert_model_parallel_size * (early.expert_tensor_parallel_size or tp)
@@ -161,7 +165,7 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
         raise ConfigError("nothing to train", got=f"--train-iters {args.train_iters}", legal="a positive number")
     if args.save and not early.dry_run:
         check_save(Path(args.save), job.name, early.load)
-    _choose_step(args, early)
+    tell_megatron(begins, args)
     with _readable_refusals(), silenced(args):
         validate_args(args, {})
     _check_tokenizer(args)
@@ -172,8 +176,9 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
     # The tokenizer may have decided the vocabulary.
     architecture = Architecture.from_args(args)
     _check_layout(args, architecture)
+    check_continues(begins, args)
     options = {prefix: read_options(args, options, prefix) for prefix, options in job.options.items()}
-    return Launch(job, args, architecture, early.dry_run, options, source)
+    return Launch(job, args, architecture, early.dry_run, options, source, begins)
 
 
 def _mend(parser: argparse.ArgumentParser) -> None:
@@ -211,30 +216,6 @@ def _check_layout(args: Namespace, architecture: Architecture) -> None:
     if MOE in architecture.pattern and tp > 1 and not args.sequence_parallel:
         # Otherwise every tensor rank sends the same tokens to the experts.
         raise ConfigError(f"experts under tensor parallel {tp} need sequence parallelism", legal="--sequence-parallel")
-
-
-def _choose_step(args: Namespace, early: Namespace) -> None:
-    """Tell Megatron which step to load, so that it neither exits silently nor starts from random weights.
-
-    Raises:
-        CheckpointError: A directory that was asked for has no complete checkpoint.
-    """
-    source = None
-    if early.load is not None and has_checkpoint(early.load):
-        source = early.load
-    elif early.pretrained_checkpoint is not None:
-        source = early.pretrained_checkpoint
-    elif early.load is not None and early.load != early.save:
-        source = early.load  # there is nothing, which is an error; but --load = --save is how a job starts and goes on
-    if source is None:
-        return
-    step = resume_point(source)
-    if args.ckpt_step is None and not step.is_release:
-        args.ckpt_step = step.iteration
-    if source == early.load and not (step.is_release or args.finetune or args.no_load_optim):
-        check_experts(step, args)
-        check_same_model(step, args)
-    args.exit_on_missing_checkpoint = True
 
 
 def _check_tokenizer(args: Namespace) -> None:

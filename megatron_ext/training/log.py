@@ -6,6 +6,7 @@ what it needs and passes everything on to the real writer where there is one.
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -24,22 +25,33 @@ def _float(value: Any) -> float | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The steps in a `metrics.jsonl`; a last line that was cut off by a crash is left out."""
-    steps = []
+    """The steps in a `metrics.jsonl`; a last line that was cut off by a crash is left out.
+
+    A line that has only a validation belongs to the step before it.
+    """
+    steps: list[dict[str, float]] = []
     for line in path.read_text().splitlines():
         try:
-            steps.append(json.loads(line))
+            step = json.loads(line)
         except json.JSONDecodeError:
             break
+        if "tokens" not in step and "val_loss" in step:
+            if steps and steps[-1]["step"] == step["step"]:
+                steps[-1] |= step
+            continue
+        steps.append(step)
     return steps
 
 
 class MetricsLog:
     """A TensorBoard `SummaryWriter` that also writes `metrics.jsonl`.
 
+    The line of a step is written when the next step begins, before a checkpoint is saved (`flush`) and at the end, and
+    again if the step's validation comes after that.
+
     Args:
         path: The file. Lines of steps after `start` (a run that died between two checkpoints) are dropped.
-        start: Step that the run resumes from.
+        start: Step that the run resumes from, 0 for one that begins.
         tokens_per_step: Tokens of one step, read at each step because batch sizes may ramp up.
         train_iters: The last step, for the bar and the remaining time.
         inner: The real TensorBoard writer, if the user asked for one.
@@ -50,12 +62,14 @@ class MetricsLog:
     ) -> None:
         self.path, self.inner = path, inner
         self._tokens_per_step, self._train_iters = tokens_per_step, train_iters
-        self._record: dict[str, Any] = {}
         self._time = time.perf_counter()
         earlier = [r for r in read_metrics(path) if r["step"] <= start] if path.exists() else []
-        self._tokens = int(earlier[-1]["tokens"]) if earlier else 0
-        write_atomically(path, "".join(json.dumps(r) + "\n" for r in earlier))
-        self._file: TextIO = path.open("a")
+        self._tokens = int(earlier[-1].get("tokens", 0)) if earlier else 0
+        write_atomically(path, "".join(_line(r) for r in earlier))
+        self._file: TextIO = path.open("r+")
+        # The step in progress, and where its line begins.
+        self._record: dict[str, Any] = dict(earlier[-1]) if earlier else {}
+        self._offset = self._file.seek(0, os.SEEK_END) - len(_line(self._record)) if earlier else 0
         self._bar = _bar(start, train_iters)
 
     def add_scalar(self, tag: str, value: Any, step: int, *args: Any, **kwargs: Any) -> None:
@@ -66,13 +80,14 @@ class MetricsLog:
             return
         if self._record.get("step", step) != step:
             self._write()
+            self._record, self._offset = {}, self._file.tell()
         if tag.endswith(VALIDATION):
             # Validation follows the step it belongs to, and its time is not training time.
             key = NAMES.get(tag.removesuffix(VALIDATION), tag.removesuffix(VALIDATION).replace(" ", "_"))
-            self._record.update(step=step, **{f"val_{key}": _float(value)})
+            self._record |= {"step": step, "tokens": self._tokens, f"val_{key}": _float(value)}
             self._time = time.perf_counter()
             return
-        if "tokens" not in self._record:
+        if not self._record:
             now = time.perf_counter()
             tokens = self._tokens_per_step()
             self._tokens += tokens
@@ -83,13 +98,16 @@ class MetricsLog:
 
     def _write(self) -> None:
         if self._record:
-            self._file.write(json.dumps(self._record) + "\n")
-            self._file.flush()
+            self._file.seek(self._offset)
+            self._file.write(_line(self._record))
+            self._file.truncate()
             if self._bar is not None:
                 self._bar(self._record)
-            self._record = {}
 
     def flush(self) -> None:
+        """Write the step in progress, to the disk."""
+        self._write()
+        os.fsync(self._file.fileno())
         if self.inner is not None:
             self.inner.flush()
 
@@ -105,6 +123,10 @@ class MetricsLog:
         if self.inner is not None:
             return getattr(self.inner, name)
         return lambda *args, **kwargs: None
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
 
 
 def _bar(start: int, total: int) -> Callable[[dict[str, Any]], None] | None:

@@ -1,12 +1,13 @@
 """Run a validated job through `megatron.training.pretrain`: Megatron's loop, our model, our log."""
 
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation.report import plot_training
+from megatron_ext.platform.loop import before_saving
 from megatron_ext.platform.scalars import divert_scalars
 from megatron_ext.platform.write_results import keep_write_results
 from megatron_ext.training import stop
@@ -43,6 +44,8 @@ def train(
     from megatron_ext.training.step import forward_step as language_model_step
 
     args = launch.args
+    if finished(launch):
+        return
     if not args.async_save:
         keep_write_results()
     log: Any = None
@@ -51,7 +54,9 @@ def train(
         """Write the first files, now that the ranks have met: each of them has found the directory free."""
         nonlocal log
         claim(launch)
-        log = divert_scalars(lambda inner: _metrics_log(args, inner))
+        log = divert_scalars(lambda inner: _metrics_log(launch, inner))
+        if isinstance(log, MetricsLog):
+            before_saving(lambda _: log.flush())  # the step's line is there when its checkpoint is
         return chunks
 
     config = config or model_config(args, launch.architecture)
@@ -69,6 +74,25 @@ def train(
         plot_training(log.path, log.path.with_name("training.png"))
 
 
+def finished(launch: Launch) -> bool:
+    """Whether the run that goes on has taken its last step in an earlier start; says so.
+
+    Raises:
+        ConfigError: It has, and elsewhere than in `--save`, where nothing would be.
+    """
+    args, done = launch.args, launch.resumed
+    if not done or done < (args.train_iters or args.train_samples // args.global_batch_size):
+        return False
+    if args.save and Path(args.save).resolve() != Path(args.load).resolve():
+        raise ConfigError(
+            "nothing is left to train", got=f"--train-iters {args.train_iters}, and step {done} in --load {args.load}",
+            legal="more --train-iters, or --pretrained-checkpoint, which begins again from the weights",
+        )  # fmt: skip
+    if args.rank == 0:
+        print(f"nothing is left to train: {args.load} holds step {done}; more --train-iters go on", flush=True)
+    return True
+
+
 def _equal_expert_metrics(chunks: list[Any]) -> list[Any]:
     """Give the losses that balance experts one size on all pipeline stages.
 
@@ -81,10 +105,11 @@ def _equal_expert_metrics(chunks: list[Any]) -> list[Any]:
     return chunks
 
 
-def _metrics_log(args: Namespace, inner: Any) -> Any:
+def _metrics_log(launch: Launch, inner: Any) -> Any:
     """The last rank, which knows the loss, writes `metrics.jsonl` into the run directory."""
     from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 
+    args = launch.args
     if not args.save or args.rank != args.world_size - 1:
         return inner
 
@@ -92,4 +117,4 @@ def _metrics_log(args: Namespace, inner: Any) -> Any:
         return get_current_global_batch_size() * args.seq_length
 
     path = Path(args.save) / "metrics.jsonl"
-    return MetricsLog(path, args.ckpt_step or 0, tokens_per_step, args.train_iters, inner)
+    return MetricsLog(path, launch.resumed, tokens_per_step, args.train_iters, inner)

@@ -133,8 +133,9 @@ def test_resumes_exactly(workspace: Workspace, teacher: str, student: str, corre
     lost = workspace.path / "interrupted" / "distillation"
     lost.rename(lost.with_name("moved"))
     done = workspace.run(
-        "distill_gpt.py", *flags, *workspace.data, "--load", "interrupted", "--ckpt-step", "2", ok=False
-    )
+        "distill_gpt.py", *flags, *workspace.data, "--load", "interrupted", "--ckpt-step", "2", "--save", "branch",
+        ok=False,
+    )  # fmt: skip
     assert "what was trained beside the student is not there" in done.stderr
 
 

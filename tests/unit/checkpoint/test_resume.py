@@ -1,5 +1,4 @@
 import os
-import warnings
 from argparse import Namespace
 from dataclasses import replace
 
@@ -7,7 +6,14 @@ import pytest
 import torch
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.resume import architecture_on_disk, check_experts, has_checkpoint, resume_point
+from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.resume import (
+    architecture_on_disk,
+    check_experts,
+    has_checkpoint,
+    own_resume_point,
+    resume_point,
+)
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models import axes
@@ -37,50 +43,83 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_the_step_that_the_tracker_names_needs_no_warning(run):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert resume_point(run).iteration == 4
+def test_the_step_that_the_tracker_names_needs_no_warning(run, caplog):
+    assert resume_point(run).iteration == 4
+    assert caplog.text == ""
     assert (run / layout.TRACKER).read_text() == "4"
 
 
 @pytest.mark.parametrize("content", ["", "\n", "abc", "4x", "\x00\x00"])
-def test_a_damaged_tracker_is_mended_with_a_warning(run, content):
+def test_a_damaged_tracker_is_mended_with_a_warning(run, content, caplog):
     (run / layout.TRACKER).write_text(content)
-    with pytest.warns(UserWarning, match="going on from iter_0000004"):
-        assert resume_point(run).iteration == 4
+    assert resume_point(run).iteration == 4
+    assert "taking iter_0000004" in caplog.text
     assert (run / layout.TRACKER).read_text() == "4"
     assert not [path for path in run.iterdir() if path.name.startswith(".")], "no temporary file is left"
 
 
-def test_a_missing_tracker_is_made_with_a_warning(run):
+def test_a_missing_tracker_is_made_with_a_warning(run, caplog):
     (run / layout.TRACKER).unlink()
     assert has_checkpoint(run)
-    with pytest.warns(UserWarning, match="is missing; going on from iter_0000004"):
-        assert resume_point(run).iteration == 4
+    assert resume_point(run).iteration == 4
+    assert "is missing; taking iter_0000004" in caplog.text
     assert (run / layout.TRACKER).read_text() == "4"
 
 
-def test_a_damaged_last_step_falls_back_to_the_one_before(run):
+def test_a_damaged_last_step_falls_back_to_the_one_before(run, caplog):
     os.truncate(run / "iter_0000004" / "__0_0.distcp", 100)
-    with pytest.warns(UserWarning, match=r"says '4'; going on from iter_0000002"):
-        assert resume_point(run).iteration == 2
+    assert resume_point(run).iteration == 2
+    assert "says '4'; taking iter_0000002" in caplog.text
     assert (run / layout.TRACKER).read_text() == "4", "Megatron is told the step: the file is left alone"
-    assert architecture_on_disk(run) == ARCH
 
 
-def test_a_step_that_a_crash_interrupted_is_passed_over(run):
+@pytest.mark.parametrize("read", [architecture_on_disk, layout.find, Reader])
+def test_whoever_takes_another_step_than_the_tracker_names_says_so_once(run, read, caplog, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    os.truncate(run / "iter_0000004" / "__0_0.distcp", 100)
+    for _ in range(2):
+        read(run)
+    told = f"{run / layout.TRACKER} says '4'; taking iter_0000002, the newest step that verifies (iter_0000004: "
+    assert [record.getMessage()[: len(told)] for record in caplog.records] == [told]
+    monkeypatch.setenv("RANK", "1")
+    (run / layout.TRACKER).write_text("6")
+    read(run)
+    assert len(caplog.records) == 1, "on the first rank only"
+
+
+def test_a_tracker_of_the_other_kind_is_mended(run):
+    """Megatron takes from it whether it loads a release or a step."""
+    (run / layout.TRACKER).write_text("release")
+    resume_point(run)
+    assert (run / layout.TRACKER).read_text() == "4"
+
+
+def test_a_first_save_that_was_cut_off_is_no_checkpoint_but_what_was_complete_once_is_not_given_up(tmp_path):
+    assert own_resume_point(tmp_path) is None
+    write(tmp_path, "iter_0000002")
+    (tmp_path / "iter_0000002" / "metadata.json").rename(tmp_path / "kept")
+    assert own_resume_point(tmp_path) is None, "the tracker would be there had a save been finished"
+    (tmp_path / layout.TRACKER).write_text("2")
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        own_resume_point(tmp_path)
+    (tmp_path / layout.TRACKER).unlink()
+    (tmp_path / "kept").rename(tmp_path / "iter_0000002" / "metadata.json")
+    step = own_resume_point(tmp_path)
+    assert step is not None
+    assert step.iteration == 2
+
+
+def test_a_step_that_a_crash_interrupted_is_passed_over(run, caplog):
     (run / "iter_0000006").mkdir()
     (run / "iter_0000006" / "__0_0.distcp").write_bytes(b"half")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert resume_point(run).iteration == 4
+    assert resume_point(run).iteration == 4
+    assert caplog.text == ""
 
 
-def test_a_tracker_that_names_a_step_that_is_gone(run):
+def test_a_tracker_that_names_a_step_that_is_gone(run, caplog):
     (run / layout.TRACKER).write_text("8")
-    with pytest.warns(UserWarning, match=r"says '8'; going on from iter_0000004"):
-        assert resume_point(run).iteration == 4
+    assert resume_point(run).iteration == 4
+    assert "says '8'; taking iter_0000004" in caplog.text
 
 
 def test_nothing_valid_is_an_error_that_says_why_of_each_step(run):
@@ -106,23 +145,21 @@ def test_an_empty_directory_claims_nothing(tmp_path):
         resume_point(tmp_path / "nowhere")
 
 
-def test_weights_to_start_from_are_found(tmp_path):
+def test_weights_to_start_from_are_found(tmp_path, caplog):
     write(tmp_path, "release")
     (tmp_path / layout.TRACKER).write_text("release")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        step = resume_point(tmp_path)
-    assert step.is_release
+    assert resume_point(tmp_path).is_release
+    assert caplog.text == ""
     (tmp_path / layout.TRACKER).write_text("")
-    with pytest.warns(UserWarning, match="going on from release"):
-        resume_point(tmp_path)
+    resume_point(tmp_path)
+    assert "taking release" in caplog.text
     assert (tmp_path / layout.TRACKER).read_text() == "release"
 
 
 def test_a_tracker_that_cannot_be_mended_is_an_error(run):
     (run / layout.TRACKER).unlink()
     (run / layout.TRACKER).mkdir()
-    with pytest.warns(UserWarning, match="is missing"), pytest.raises(CheckpointError, match="cannot be written"):
+    with pytest.raises(CheckpointError, match="cannot be written"):
         resume_point(run)
 
 

@@ -138,3 +138,40 @@ def test_without_one_its_other_methods_do_nothing(path):
     assert log.add_histogram("weights", [1, 2], 1) is None
     log.flush()
     log.close()
+
+
+def test_a_steps_line_is_there_when_its_checkpoint_is(path):
+    """A kill between a save and the next step: the run goes on from the saved step, and its line must not be lost."""
+    log = MetricsLog(path, 0, lambda: 10, 4)
+    train(log, [1, 2])
+    log.flush()  # as before each save
+    text = path.read_text()
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    log.add_scalar("lm loss validation", 1.25, 2)
+    log.close()
+    assert path.read_text() == text.removesuffix("}\n") + ', "val_loss": 1.25}\n'
+    resumed = MetricsLog(path, 2, lambda: 10, 4)
+    train(resumed, [3])
+    resumed.close()
+    assert [(row["step"], row["tokens"]) for row in read_metrics(path)] == [(1, 10), (2, 20), (3, 30)]
+    assert [row.get("val_loss") for row in read_metrics(path)] == [None, 1.25, None]
+
+
+def test_validation_of_a_resumed_step_goes_into_its_line(path):
+    log = MetricsLog(path, 0, lambda: 10, 2)
+    train(log, [1, 2])
+    log.close()
+    again = MetricsLog(path, 2, lambda: 10, 2)
+    again.add_scalar("lm loss validation", 1.5, 2)
+    again.close()
+    assert [(row["step"], row.get("val_loss")) for row in read_metrics(path)] == [(1, None), (2, 1.5)]
+
+
+def test_a_line_with_nothing_but_a_validation_is_read_as_part_of_its_step(path):
+    path.parent.mkdir()
+    path.write_text('{"step": 1, "tokens": 10}\n{"step": 2, "tokens": 20}\n{"step": 2, "val_loss": 1.5}\n')
+    assert read_metrics(path) == [{"step": 1, "tokens": 10}, {"step": 2, "tokens": 20, "val_loss": 1.5}]
+    log = MetricsLog(path, 2, lambda: 10, 3)
+    train(log, [3])
+    log.close()
+    assert [row["tokens"] for row in read_metrics(path)] == [10, 20, 30]
