@@ -31,6 +31,10 @@ def main(run: Callable[[], None]) -> int:
         run()
     except MegatronExtError as error:
         return report(error)
+    except SystemExit as end:
+        if end.code in (0, None):  # Megatron ends so when it was told to stop
+            _leave_process_groups()
+        raise
     except KeyboardInterrupt:
         if _rank() == 0:
             print("stopped", file=sys.stderr, flush=True)
@@ -38,6 +42,7 @@ def main(run: Callable[[], None]) -> int:
     except Exception as error:
         _leave_word(f"{type(error).__name__}: {error}", traceback.format_exc())
         raise
+    _leave_process_groups()
     return 0
 
 
@@ -58,6 +63,13 @@ def report(error: MegatronExtError) -> int:
     if LAUNCHER not in os.environ or "TORCHELASTIC_ERROR_FILE" not in os.environ:
         print(f"error{whose}: {error}", file=sys.stderr, flush=True)
     return getattr(error, "exit_status", 2)
+
+
+def _leave_process_groups() -> None:
+    """End the threads of process groups before the interpreter takes away what they use."""
+    torch = sys.modules.get("torch")  # never imported for this
+    if torch is not None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _leave_word(message: str, details: str) -> None:
