@@ -55,8 +55,16 @@ def tokens() -> Tensor:
     return torch.randint(96, (2, SEQUENCE), generator=torch.Generator().manual_seed(8))
 
 
-def make(name: str, path: Path, shard_size: str = "40KB", **changes: Any) -> Tensor:
-    """Save a model, every weight of it random, in several shards; returns its logits (b, s, v) of `tokens`."""
+def make(name: str, path: Path, shard_size: str = "40KB", dt_bias: float | None = None, **changes: Any) -> Tensor:
+    """Save a model, every weight of it random, in several shards; returns its logits (b, s, v) of `tokens`.
+
+    Args:
+        name: One of `MODELS`.
+        path: A new directory.
+        shard_size: The largest size of a shard.
+        dt_bias: What the time steps of Mamba-2 layers begin at, before the softplus; random by default.
+        **changes: Other values in the configuration.
+    """
     import transformers
 
     family, config = MODELS[name]
@@ -67,6 +75,9 @@ def make(name: str, path: Path, shard_size: str = "40KB", **changes: Any) -> Ten
         for key, value in [*model.named_parameters(), *model.named_buffers()]:
             noise = torch.randn(value.shape, generator=generator)
             if "inv_freq" in key:
+                continue
+            if key.endswith("dt_bias") and dt_bias is not None:
+                value.fill_(dt_bias)
                 continue
             value.copy_(noise * value.shape[-1] ** -0.5 if value.dim() > 1 else ("bias" not in key) + 0.2 * noise)
         logits = model(tokens()).logits

@@ -1,39 +1,19 @@
-"""`megatron-ext convert`: checkpoints from and to Hugging Face directories and GPTModels, and the proof of equality."""
+"""`megatron-ext convert`: checkpoints from and to Hugging Face directories and GPTModels."""
 
 import argparse
-import gc
 import sys
 import time
-import warnings
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from megatron_ext.checkpoint import gpt, layout
-from megatron_ext.checkpoint.huggingface import companions, families
+from megatron_ext.checkpoint import gpt
+from megatron_ext.checkpoint.huggingface import families
 from megatron_ext.checkpoint.huggingface.coded import CodedFamily
 from megatron_ext.checkpoint.huggingface.convert import TYPES, to_hf, to_megatron
-from megatron_ext.errors import CheckpointError, ConfigError
-from megatron_ext.training.launch import Job, launch, silenced
+from megatron_ext.errors import ConfigError
+from megatron_ext.training.verify import ROUNDING, TOLERANCE, verify, verify_gpt
 
 FORMATS = "the format of the input: hf, Megatron in the pattern form of all programs here, or Megatron's GPTModel"
 LINE_SECONDS = 10
-TOKENS = 64
-TOLERANCE = 1e-4
-ROUNDING = 0.05  # of the largest logit, where weights were converted to another type
-TEXT = (
-    "The quick brown fox jumps over the lazy dog. In 1905, four papers changed what people thought about light, atoms, "
-    "motion and mass. def add(a, b): return a + b  # and a comment. Was kostet das? 12 Euro 50."
-)
-JOB = Job(
-    "convert",
-    defaults=(
-        "--eval-iters", "0", "--train-iters", "1", "--lr", "0", "--skip-train",
-        "--no-load-optim", "--no-load-rng", "--finetune", "--mock-data",
-    ),
-)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="source", choices=formats, required=True, help=FORMATS)
     parser.add_argument("--to", dest="target", choices=formats, required=True, help="the format of the output")
     parser.add_argument("--dtype", choices=list(TYPES), help="the type of the weights; by default the one they have")
-    parser.add_argument("--verify", action="store_true", help="load both models and compare their logits")
+    parser.add_argument("--verify", action="store_true", help="load both models, compare logits and what they write")
     to = parser.add_argument_group("--to megatron")
     to.add_argument("--pad-vocab-to", type=int, default=1, metavar="N", help="add zero rows up to a multiple of N")
     back = parser.add_argument_group("--to hf")
@@ -80,10 +60,7 @@ def main(args: argparse.Namespace) -> None:
         verify_gpt(*((args.output, args.input) if args.source == "gpt" else (args.input, args.output)))
     elif args.verify:
         hf, megatron = (args.input, args.output) if args.target == "megatron" else (args.output, args.input)
-        if args.dtype is None:
-            verify(hf, megatron)
-        else:
-            verify(hf, megatron, tolerance=ROUNDING)
+        verify(hf, megatron, TOLERANCE if args.dtype is None else ROUNDING)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -129,114 +106,3 @@ class _Progress:
         elif time.monotonic() - self._last > LINE_SECONDS:
             self._last = time.monotonic()
             print(f"converted {done / 1e9:.2f} of {total / 1e9:.2f} GB", flush=True)
-
-
-def verify(hf: Path, megatron: Path, tolerance: float = TOLERANCE) -> float:
-    """Compare the logits of the two models in fp32, on random tokens and, where there is a tokenizer, on text.
-
-    Args:
-        hf: A directory that transformers loads.
-        megatron: A checkpoint.
-        tolerance: The largest difference that passes, relative to the largest logit where that is above 1.
-
-    Returns:
-        The largest difference.
-
-    Raises:
-        CheckpointError: It is larger than the tolerance.
-        ConfigError: transformers does not know the layout.
-    """
-    config = companions.read_config(hf)
-    if "model_type" not in config:
-        raise ConfigError("--verify: transformers does not load this layout", got=hf, legal="a model of transformers'")
-    context = config.get("max_position_embeddings", TOKENS)
-    random = torch.randint(config["vocab_size"], (2, min(TOKENS, context)), generator=torch.Generator().manual_seed(0))
-    inputs = {"random tokens": random}
-    if (text := _text(hf)) is not None:
-        inputs["text"] = text[:, :context]
-    theirs = hf_logits(hf, list(inputs.values()))
-    ours = megatron_logits(megatron, list(inputs.values()))
-    return _compared(list(inputs), theirs, ours, tolerance)
-
-
-def verify_gpt(pattern: Path, twin: Path) -> float:
-    """Compare the logits of a checkpoint and of Megatron's own GPTModel in fp32, on random tokens; see `verify`."""
-    arch = layout.architecture(layout.find(pattern).path)
-    length = min(TOKENS, arch.max_position_embeddings)
-    inputs = torch.randint(arch.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    ours, theirs = megatron_logits(pattern, [inputs], twin)
-    return _compared(["random tokens"], [theirs], [ours], TOLERANCE)
-
-
-def _compared(names: list[str], theirs: list[Tensor], ours: list[Tensor], tolerance: float) -> float:
-    largest = 0.0
-    for name, left, right in zip(names, theirs, ours, strict=True):
-        difference = float((left - right[..., : left.shape[-1]]).abs().max())
-        scale = max(1.0, float(left.abs().max()))
-        print(f"{name}: largest difference of logits {difference:.2e}, largest logit {scale:.2f}", flush=True)
-        largest = max(largest, difference)
-        if not difference <= tolerance * scale:
-            raise CheckpointError(
-                f"the models differ on {name}", got=f"{difference:.2e}", legal=f"at most {tolerance * scale:.0e}"
-            )
-    return largest
-
-
-def _text(directory: Path) -> Tensor | None:
-    if not (directory / "tokenizer.json").is_file():
-        return None
-    from tokenizers import Tokenizer
-
-    return torch.tensor([Tokenizer.from_file(str(directory / "tokenizer.json")).encode(TEXT).ids])
-
-
-@torch.no_grad()
-def hf_logits(directory: Path, inputs: list[Tensor]) -> list[Tensor]:
-    """Logits (b, s, v) of transformers' model in fp32 for each batch of tokens (b, s)."""
-    from transformers import AutoModelForCausalLM
-
-    ours = families.holds_our_code(directory, companions.read_config(directory))  # and no other is run
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=ours).eval()
-    logits = [model(tokens).logits for tokens in inputs]
-    del model
-    gc.collect()
-    return logits
-
-
-@torch.no_grad()
-def megatron_logits(checkpoint: Path, inputs: list[Tensor], twin: Path | None = None) -> list[Tensor]:
-    """Logits (b, s, v) of Megatron's model in fp32 for each batch of tokens (b, s); starts Megatron in this process.
-
-    Args:
-        checkpoint: The model.
-        inputs: The batches.
-        twin: The same model as a GPTModel, whose logits are appended.
-    """
-    length = max(tokens.shape[1] for tokens in inputs)
-    flags = ["--load", str(checkpoint), "--seq-length", str(length), "--global-batch-size", "1"]
-    words = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "1"]
-    started = launch(JOB, [*flags, *words])
-    from megatron_ext.training.evaluate import load_gpt, load_model
-
-    with silenced(started.args), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, of being alone
-        (model,) = load_model(started)
-    logits = _logits(model, inputs)
-    if twin is not None:
-        del model
-        gc.collect()
-        with silenced(started.args), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            (model,) = load_gpt(started, twin)
-        logits += _logits(model, inputs)
-    torch.distributed.destroy_process_group()
-    return logits
-
-
-def _logits(model: Any, inputs: list[Tensor]) -> list[Tensor]:
-    device = torch.cuda.current_device()
-    logits = []
-    for tokens in inputs:
-        positions = torch.arange(tokens.shape[1], device=device)[None].expand_as(tokens)
-        logits.append(model(tokens.to(device), positions, None).float().cpu())
-    return logits

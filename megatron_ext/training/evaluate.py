@@ -9,11 +9,18 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_ext.checkpoint import layout
 from megatron_ext.evaluation.results import read_results, write_results
 from megatron_ext.models.config import Architecture
+from megatron_ext.models.megatron_args import FUNCTION
 from megatron_ext.training import stop
 from megatron_ext.training.directory import claim
 from megatron_ext.training.launch import Launch
+
+# Arguments that belong to a run's layout, or that launching settles from the same arguments.
+_OF_THE_RUN = (
+    "hybrid_layer_pattern", "num_layers", "moe_layer_freq", "vocab_size", "make_vocab_size_divisible_by", "spec",
+)  # fmt: skip
 
 
 def load_model(launch: Launch) -> list[Any]:
@@ -52,6 +59,13 @@ def load_other(launch: Launch, architecture: Architecture, checkpoint: Path) -> 
     return other, build_model(other)
 
 
+def as_trained(args: Namespace, checkpoint: Path) -> Namespace:
+    """Megatron's arguments of a run, but for what changes the function of a model: that is as saved with it."""
+    saved = vars(layout.common(layout.find(checkpoint).path)["args"])
+    own = {name: saved[name] for name in FUNCTION if name in saved and name not in _OF_THE_RUN}
+    return Namespace(**vars(args) | own)
+
+
 def load_gpt(launch: Launch, checkpoint: Path) -> list[Any]:
     """The same model as Megatron's GPTModel, once `load_model` has started Megatron; free the one before first.
 
@@ -65,10 +79,9 @@ def load_gpt(launch: Launch, checkpoint: Path) -> list[Any]:
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.global_vars import set_args
 
-    from megatron_ext.checkpoint import layout
     from megatron_ext.checkpoint.gpt import to_args
 
-    args = Namespace(**vars(launch.args) | to_args(launch.architecture))
+    args = as_trained(Namespace(**vars(launch.args) | to_args(launch.architecture)), checkpoint)
     saved = layout.common(layout.find(checkpoint).path)["args"]
     args.transformer_impl = getattr(saved, "transformer_impl", args.transformer_impl)  # which decides on some names
     args.load, args.pretrained_checkpoint, args.ckpt_step = str(checkpoint), None, None

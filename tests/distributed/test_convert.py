@@ -17,7 +17,7 @@ from megatron_ext.checkpoint.huggingface.shards import Shards
 from megatron_ext.pruning.apply import apply
 from megatron_ext.pruning.budget import Targets
 from megatron_ext.pruning.select import make_plan
-from megatron_ext.training.convert import hf_logits
+from megatron_ext.training.verify import hf_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -54,8 +54,8 @@ def prune(source: Path, destination: Path, targets: Targets) -> None:
 def logits_of(folder: str, names: list[str], tp: int, pp: int) -> dict[str, Tensor]:
     """Logits of Megatron's models, whole, on the ranks of the last pipeline stage."""
     from megatron_ext.checkpoint.resume import architecture_on_disk
-    from megatron_ext.training.convert import JOB
     from megatron_ext.training.launch import launch
+    from megatron_ext.training.verify import JOB
 
     paths = {name: Path(folder) / f"{name}-megatron" for name in names}
     flags = ["--load", str(paths[names[0]]), "--seq-length", str(SEQUENCE), "--global-batch-size", "1"]

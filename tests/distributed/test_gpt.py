@@ -48,9 +48,9 @@ def tokens() -> Tensor:
 
 
 def start(flags: list[str]) -> Any:
-    from megatron_ext.training.convert import JOB
     from megatron_ext.training.evaluate import start
     from megatron_ext.training.launch import launch
+    from megatron_ext.training.verify import JOB
 
     own = ["--seq-length", str(SEQUENCE), "--global-batch-size", "2", "--tokenizer-type", "NullTokenizer"]
     started = launch(JOB, [*flags, *own, "--vocab-size", "95"])
@@ -87,7 +87,7 @@ def save_as_megatron(folder: str, name: str) -> None:
 
 
 def logits_of(pattern: str, twin: str | None) -> list[Tensor]:
-    from megatron_ext.training.convert import megatron_logits
+    from megatron_ext.training.verify import megatron_logits
 
     found = megatron_logits(Path(pattern), [tokens()], None if twin is None else Path(twin))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for the runner to end
