@@ -1,0 +1,84 @@
+"""Each example trains or cuts a tiny model on a CPU with its own flags: bf16, overlap, distributed optimizer."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from workspace import MODEL, ROOT, Workspace
+
+from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.resume import architecture_on_disk
+
+PYTHON = '#!/usr/bin/env bash\nprintf "%q " "$@" > "$NOTES"\n'
+SIZES = ["--seq-length", "64", "--micro-batch-size", "2", "--global-batch-size", "8", "--split", "90,10,0"]
+VOCABULARY = ["--padded-vocab-size", "512", "--make-vocab-size-divisible-by", "8"]
+STEPS = ["--train-iters", "2", "--lr-warmup-iters", "1", "--eval-iters", "1", "--save-interval", "1"]
+
+
+@pytest.fixture
+def recipe(workspace: Workspace, tmp_path: Path):
+    """The command line that an example's script ends in, with a stand-in for Python, on two ranks."""
+    python = tmp_path / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+
+    def command(example: str, *arguments: str, **settings: str) -> tuple[str, list[str]]:
+        environment = {"PYTHON": str(python), "NOTES": str(tmp_path / "notes"), "GPUS_PER_NODE": "2"}
+        environment |= {"DATA": str(workspace.path / "data"), "MICRO_BATCH": "2", **settings}
+        script = ROOT / "examples" / example / "run.sh"
+        subprocess.run([script, *arguments], env=os.environ | environment, check=True)
+        words = shlex.split((tmp_path / "notes").read_text())
+        assert words[:3] == ["-m", "megatron_ext", "torchrun"]
+        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        assert words[words.index("--nproc-per-node") + 1] == "2"
+        return words[at], words[at + 1 :]
+
+    return command
+
+
+def test_the_8b_hybrid_trains_and_goes_on(workspace: Workspace, recipe) -> None:
+    program, flags = recipe("pretrain_hybrid_8b", SAVE="recipe-8b", TENSOR_PARALLEL="1", TRAIN_ITERS="4")
+    assert {"--bf16", "--overlap-grad-reduce", "--overlap-param-gather", "--use-distributed-optimizer"} <= set(flags)
+    tiny = [*flags, *MODEL, *SIZES, *VOCABULARY, "--eval-iters", "1", "--lr-warmup-iters", "1"]
+    workspace.run(program, *tiny, "--exit-interval", "2", ranks=2)
+    assert layout.find(workspace.path / "recipe-8b").iteration == 2
+    workspace.run(program, *tiny, ranks=2)
+    assert [step["step"] for step in workspace.metrics("recipe-8b")] == [1, 2, 3, 4]
+
+
+def test_a_distillation_corrects_its_teacher_and_trains(workspace: Workspace, teacher: str, recipe) -> None:
+    settings = {"TEACHER": teacher, "STUDENT": teacher, "SAVE": "recipe-distilled"}
+    program, flags = recipe("distill", "mn-minitron-8b", **settings)
+    _, others = recipe("distill", "llama3.1-minitron-4b", **settings)
+    assert [word for word in flags if word.startswith("--")] == [word for word in others if word.startswith("--")]
+    assert "--bf16" in flags
+    workspace.run(program, *flags, *SIZES, *VOCABULARY, *STEPS, ranks=2)
+    save = workspace.path / "recipe-distilled"
+    assert layout.find(save).iteration == layout.find(save / "teacher").iteration == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"), [("llama3.1-minitron-4b-width", []), ("nemotron-h-4b", ["--prune-mamba-num-heads", "4"])]
+)
+def test_a_cut_is_made(workspace: Workspace, teacher: str, recipe, tmp_path: Path, name: str, heads: list[str]) -> None:
+    save = str(tmp_path / name)
+    program, flags = recipe("prune", name, LOAD=teacher, SAVE=save)
+    assert "--bf16" in flags
+    cut = ["--prune-hidden-size", "48", "--prune-ffn-hidden-size", "64", *heads, "--prune-samples", "8"]
+    workspace.run(program, *flags, *SIZES, *VOCABULARY, *cut, ranks=2)
+    made = architecture_on_disk(Path(save))
+    assert (made.hidden_size, made.ffn_hidden_size, made.mamba_num_heads) == (48, 64, 4 if heads else 8)
+
+
+@pytest.mark.parametrize(("name", "context_parallel"), [("16k", "1"), ("32k", "2")])
+def test_a_model_learns_longer_contexts(
+    workspace: Workspace, teacher: str, recipe, tmp_path: Path, name: str, context_parallel: str
+) -> None:
+    save = str(tmp_path / name)
+    program, flags = recipe("long_context", name, MODEL=teacher, SAVE=save, TENSOR_PARALLEL="1")
+    assert flags[flags.index("--context-parallel-size") + 1] == context_parallel
+    length = ["--seq-length", "128", "--rotary-base", "30000", "--global-batch-size", "4", "--split", "90,10,0"]
+    workspace.run(program, *flags, *length, *VOCABULARY, *STEPS, ranks=2)
+    assert layout.find(Path(save)).iteration == 2
