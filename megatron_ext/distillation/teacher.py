@@ -1,12 +1,14 @@
 """The teacher before it is built: which checkpoint, which model, and whether a student can learn from it."""
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint import layout, tokenizer
 from megatron_ext.checkpoint.writer import check_shapes
 from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.models.config import Architecture
+from megatron_ext.models.pattern import ATTENTION
 
 PADDING = 128
 """Megatron's default multiple to which a vocabulary is padded; so much padding passes anywhere."""
@@ -37,7 +39,15 @@ class Teacher:
         return cls(step, architecture)
 
     def check(
-        self, student: Architecture, *, tokens: int, student_multiple: int, tp: int, stages: int, ep: int = 1
+        self,
+        student: Architecture,
+        *,
+        tokens: int,
+        student_multiple: int,
+        tp: int,
+        stages: int,
+        ep: int = 1,
+        tokenizer_model: Path | None = None,
     ) -> None:
         """Check that `student` can learn from this teacher, on this layout.
 
@@ -48,9 +58,11 @@ class Teacher:
             tp: Tensor-parallel size.
             stages: Pipeline stages, virtual ones included.
             ep: Expert-parallel size.
+            tokenizer_model: Directory of the tokenizer, if it is one of Hugging Face.
 
         Raises:
-            ConfigError: The vocabularies differ by more than padding, or the teacher does not fit the layout.
+            ConfigError: The teacher has another tokenizer, the vocabularies differ by more than padding, or the teacher
+                does not fit the layout.
         """
         try:
             self.architecture.validate(tp=tp, pp=stages, ep=ep)
@@ -58,9 +70,30 @@ class Teacher:
                 self.architecture.layers.split(stages)
         except ConfigError as error:
             raise ConfigError(f"the teacher cannot run beside the student: {error}") from error
-        check_vocabularies(
-            tokens, student.vocab_size, student_multiple, self.architecture.vocab_size, self._padding_multiple()
-        )
+        if tokenizer.check(self.step, tokenizer_model, "the teacher"):
+            student_multiple = multiple = sys.maxsize  # then all beyond the tokens is padding, however much it is
+        else:
+            multiple = self._padding_multiple()
+        check_vocabularies(tokens, student.vocab_size, student_multiple, self.architecture.vocab_size, multiple)
+
+    def check_length(self, length: int) -> None:
+        """Check that its rotary positions reach over a sequence; without positions it needs nothing.
+
+        Args:
+            length: Tokens of the sequence.
+
+        Raises:
+            ConfigError: They do not.
+        """
+        own = self.architecture
+        rotary = ATTENTION in own.pattern and own.position_embedding_type == "rope"
+        if rotary and length > own.max_position_embeddings:
+            raise ConfigError(
+                "the teacher's rotary positions do not reach as far as the sequence",
+                got=f"--seq-length {length}, the teacher's {own.max_position_embeddings}",
+                legal=f"--seq-length {own.max_position_embeddings} or less, or a teacher that was trained on longer "
+                "sequences (docs/long_context.md)",
+            )
 
     def beside(self, student: Architecture) -> Architecture:
         """This teacher, its vocabulary padded as the student's is, so that the ranks' parts of both line up."""
@@ -94,5 +127,6 @@ def check_vocabularies(tokens: int, student: int, student_multiple: int, teacher
         raise ConfigError(
             "teacher and student have different vocabularies",
             got=f"teacher {teacher:,}, student {student:,}, tokenizer {tokens:,}",
-            legal="a student and a tokenizer with the teacher's vocabulary; only the padding may differ",
+            legal="a student and a tokenizer with the teacher's vocabulary; of a teacher that does not say which it "
+            "has, no more than its usual padding may differ (megatron-ext convert --pad-vocab-to)",
         )

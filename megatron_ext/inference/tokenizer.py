@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.huggingface import companions
+from megatron_ext.checkpoint.tokenizer import check
 from megatron_ext.errors import DataError
 
 
@@ -29,8 +30,11 @@ def tokenizer_of(checkpoint: Path, given: Path | None) -> Any:
 
     Raises:
         DataError: There is none, or it cannot be loaded.
+        ConfigError: The checkpoint has another one than was given.
     """
-    found = given or companions.tokenizer(layout.find(checkpoint).path)
+    step = layout.find(checkpoint).path
+    check(step, given, "the checkpoint")
+    found = given or companions.tokenizer(step)
     if found is None:
         raise DataError(
             "the checkpoint has no tokenizer", got=checkpoint, legal=f"--tokenizer DIR, with {companions.TOKENIZER}"

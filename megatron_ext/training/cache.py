@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint import layout, tokenizer
 from megatron_ext.distillation.cache import Cache, begin
 from megatron_ext.distillation.manifest import Manifest
 from megatron_ext.distillation.objective import Objective
@@ -69,6 +69,8 @@ def check_cache(launch: Launch, cache: Cache, objective: Objective, tokens: int)
     if args.mock_data:
         raise ConfigError("a cache does not go with --mock-data")
     data = {"sequence_length": args.seq_length, "vocabulary": tokens, "reset_at_documents": _resets(args)}
+    if None not in (args.tokenizer_fingerprint, cache.manifest.tokenizer):
+        data["tokenizer"] = args.tokenizer_fingerprint
     cache.check(objective, **data)
 
 
@@ -105,7 +107,8 @@ def check_writing(launch: Launch, tokens: int) -> Writing:
     teacher, directory = Teacher.find(given.teacher), Path(given.cache_write)
     wanted = replace(compared(given, teacher), divergence="top-k-rest")
     wanted.check(tokens)
-    if launch.architecture != teacher.architecture:
+    length = launch.architecture.max_position_embeddings  # a teacher without positions reads any
+    if launch.architecture != replace(teacher.architecture, max_position_embeddings=length):
         raise ConfigError(
             "the command line describes another model than the teacher",
             got=f"{launch.architecture}", legal=f"none of the model's flags, which give {teacher.architecture}",
@@ -120,6 +123,7 @@ def check_writing(launch: Launch, tokens: int) -> Writing:
         tp=args.tensor_model_parallel_size,
         stages=args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1),
         ep=args.expert_model_parallel_size,
+        tokenizer_model=tokenizer.given(args),
     )
     manifest = Manifest(
         k=wanted.k,
@@ -131,6 +135,7 @@ def check_writing(launch: Launch, tokens: int) -> Writing:
         precision=str(args.params_dtype).removeprefix("torch."),
         reset_at_documents=_resets(args),
         seed=args.seed,
+        tokenizer=args.tokenizer_fingerprint,
         provenance={
             "teacher": str(teacher.step.absolute()),
             "architecture": teacher.architecture.to_dict(),

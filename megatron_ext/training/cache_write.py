@@ -262,6 +262,7 @@ def _announce(writing: Writing, total: int, missing: int) -> None:
     """Say what will be written, and whether there is room for it."""
     own = writing.manifest
     entries = f"{own.k:,} of {own.vocabulary:,} entries and the rest"
+    print(f"what {writing.teacher.step.absolute()} says")
     print(f"{entries} per token, {own.dtype}, temperature {own.temperature:g}: {own.bytes_per_token:,} bytes per token")
     size = own.bytes_per_token * own.sequence_length
     tokens = f"{total:,} sequences of {own.sequence_length:,} tokens, {_bytes(total * size)}"

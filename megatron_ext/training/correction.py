@@ -156,7 +156,7 @@ def corrected_first(launch: Launch, teacher: Teacher, steps: int) -> Teacher:
     folder = Path(launch.args.save) / FOLDER
     if not _is_done(folder, steps):
         claim(launch)
-        status = _run_again("--distill-correct-teacher", "only")
+        status = _run_again("--distill-correct-teacher", "only", "--distill-teacher", str(teacher.step))
         if status or not _is_done(folder, steps):
             raise SystemExit(status)
     return Teacher.find(folder)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from megatron_ext.checkpoint import tokenizer
 from megatron_ext.distillation.cache import Cache
 from megatron_ext.distillation.teacher import Teacher
 from megatron_ext.errors import ConfigError
@@ -22,6 +23,7 @@ from megatron_ext.training.distill_options import (
     vocabulary_size,
 )
 from megatron_ext.training.launch import STOPPABLE, Job, Launch
+from megatron_ext.training.teacher_identity import remember
 from megatron_ext.training.teacher_ranks import Apart, teach
 
 JOB = Job("distill", options={"distill": DistillOptions}, defaults=STOPPABLE)
@@ -32,7 +34,7 @@ def check(launch: Launch) -> Teacher | Cache | Writing:
 
     Raises:
         ConfigError: An option is missing or illegal, the vocabularies differ, or the teacher does not fit the layout.
-        CheckpointError: There is no usable checkpoint of the teacher.
+        CheckpointError: There is no usable checkpoint of the teacher, or the run that goes on had another one.
         DataError: There is no usable cache.
     """
     args, options = launch.args, launch.options["distill"]
@@ -47,6 +49,7 @@ def check(launch: Launch) -> Teacher | Cache | Writing:
         raise ConfigError("intermediate states and a corrected teacher do not go with --fp16", legal="--bf16")
     if isinstance(source, Cache):
         check_cache(launch, source, compared(options, source), vocabulary_size())
+        remember(launch, source)
         return source
     grid = grid_of(launch, options)
     stages = args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)
@@ -57,10 +60,13 @@ def check(launch: Launch) -> Teacher | Cache | Writing:
         tp=grid.tp if grid else args.tensor_model_parallel_size,
         stages=grid.pp if grid else stages,
         ep=args.expert_model_parallel_size,
+        tokenizer_model=tokenizer.given(args),
     )
+    source.check_length(args.seq_length)
     if grid and MOE in source.architecture.pattern:
         raise ConfigError("a teacher with experts must have the student's layout", got=f"{grid.tp} x {grid.pp}")
     pairs(launch, options, source)
+    remember(launch, source)
     return source
 
 
@@ -82,6 +88,8 @@ def distill(launch: Launch, source: Teacher | Cache, apart: Apart | None = None)
     if options.correct_teacher != "only" and run.finished(launch):
         return
     steps = options.correction_iters or launch.args.train_iters
+    if launch.args.rank == 0:
+        print(f"learning from {launch.args.distill_source['flag']}", flush=True)
     if isinstance(source, Teacher) and options.correct_teacher == "only":
         correct(launch, source, steps)
         return

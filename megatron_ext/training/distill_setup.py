@@ -36,6 +36,7 @@ from megatron_ext.training.distill_options import (
     vocabulary_size,
 )
 from megatron_ext.training.launch import Launch
+from megatron_ext.training.teacher_identity import check_alike
 from megatron_ext.training.teacher_ranks import Apart
 
 FOLDER, STATE = "distillation", "state.json"
@@ -65,9 +66,11 @@ class Setup:
         """A `pre_wrap_hook`: the student's chunks, each with its teacher.
 
         Raises:
-            CheckpointError: The run that goes on has lost what was trained beside the student.
+            CheckpointError: The run that goes on has lost what was trained beside the student, or the teacher's
+                directory has gained a step while the ranks started.
         """
         launch, options = self._launch, self._options
+        check_alike(self._source)
         self._groups = students[0].pg_collection
         step = launch.resumed or None
         if isinstance(self._source, Cache):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_ext.arguments import add_options, read_options
+from megatron_ext.checkpoint import tokenizer
 from megatron_ext.errors import ConfigError, DataError, nearest
 from megatron_ext.models.backend import prepare
 from megatron_ext.models.config import Architecture
@@ -168,7 +169,7 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
     tell_megatron(begins, args)
     with _readable_refusals(), silenced(args):
         validate_args(args, {})
-    _check_tokenizer(args)
+    _check_tokenizer(args, begins)
     if not offline:
         check_splits(args, job.measures)
     with _readable_refusals(), silenced(args):
@@ -218,11 +219,14 @@ def _check_layout(args: Namespace, architecture: Architecture) -> None:
         raise ConfigError(f"experts under tensor parallel {tp} need sequence parallelism", legal="--sequence-parallel")
 
 
-def _check_tokenizer(args: Namespace) -> None:
-    """The tokenizer on the command line must exist."""
+def _check_tokenizer(args: Namespace, begins: Start | None) -> None:
+    """The tokenizer on the command line must exist, and be the checkpoint's; it is noted in the run's checkpoints."""
     model = args.tokenizer_model
     if args.tokenizer_type == "HuggingFaceTokenizer" and model is not None and not Path(model).exists():
         raise DataError("--tokenizer-model: no such tokenizer", got=model, legal="a directory with tokenizer.json")
+    args.tokenizer_fingerprint = tokenizer.of_run(args)
+    if begins is not None:
+        tokenizer.check(begins.step.path, tokenizer.given(args), "the checkpoint")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,6 +48,17 @@ ELSEWHERE = {
 TWO_STEPS = [*TRAIN, "--train-iters", "2"]
 # Wherever the teacher's states come to be before the student's, or after them, and on every stage.
 STATES = ["--distill-states", "embedding", "final", "0:3", "2:0", "norm3:norm5", "*", "--distill-states-loss", "mse"]
+
+
+@pytest.fixture(scope="module")
+def swapped(workspace: Workspace) -> None:
+    """A tokenizer as large as the workspace's, in which two tokens have changed their numbers."""
+    shutil.copytree(workspace.path / "data" / "tokenizer", workspace.path / "swapped")
+    file = workspace.path / "swapped" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    words = content["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    file.write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +149,25 @@ def test_resumes_exactly(workspace: Workspace, teacher: str, student: str, corre
         ok=False,
     )  # fmt: skip
     assert "what was trained beside the student is not there" in done.stderr
+
+
+def test_a_run_goes_on_with_its_teacher(workspace: Workspace, teacher: str, student: str) -> None:
+    """Though the teacher's directory has gained a step: then the error says how to name the one before."""
+    grown, last = workspace.path / "growing", "iter_0000004"
+    shutil.copytree(workspace.path / teacher, grown, ignore=shutil.ignore_patterns(last))
+    (grown / layout.TRACKER).write_text("2")
+    flags = ["--pretrained-checkpoint", student, *workspace.data, *TRAIN, "--load", "grows", "--save", "grows"]
+    workspace.run("distill_gpt.py", *flags, "--train-iters", "2", "--distill-teacher", "growing")
+    first = f"--distill-teacher {grown / 'iter_0000002'}"
+    assert first in (workspace.path / "grows" / "config.yaml").read_text()
+    shutil.copytree(workspace.path / teacher / last, grown / last)
+    (grown / layout.TRACKER).write_text("4")
+    flags += ["--train-iters", "4"]
+    done = workspace.run("distill_gpt.py", *flags, "--distill-teacher", "growing", ok=False)
+    assert done.returncode == 2
+    assert "a run cannot go on with another teacher" in done.stderr
+    assert f"legal: {first}" in done.stderr
+    workspace.run("distill_gpt.py", *flags, *first.split(), "--dry-run")
 
 
 def test_a_corrected_teacher_is_one_that_trains(
@@ -270,9 +301,18 @@ def test_padding_of_the_vocabulary_does_not_matter(workspace: Workspace, teacher
         (["--distill-teacher", "teacher", "--distill-ce-weight", "1:half"], "FIRST:LAST"),
         (["--distill-teacher", "teacher", "--distill-loss", "kl"], "unknown divergence"),
         (["--distill-teacher", "teacher", "--distill-loss", "top-k", "--distill-top-k", "600"], "1 to 512"),
-        (["--distill-teacher", "teacher", "--padded-vocab-size", "1024"], "different vocabularies"),
+        (["--distill-teacher", "teacher", "--tokenizer-model", "swapped"], "the teacher has another tokenizer"),
+        (
+            ["--distill-teacher", "teacher", "--pretrained-checkpoint", "teacher", "--tokenizer-model", "swapped"],
+            "the checkpoint has another tokenizer",
+        ),
+        (
+            ["--distill-teacher", "teacher", "--seq-length", "128", "--max-position-embeddings", "128"],
+            "the teacher's rotary positions do not reach",
+        ),
     ],
 )
+@pytest.mark.usefixtures("swapped")
 def test_bad_requests_end_at_once(workspace: Workspace, teacher: str, flags: list[str], message: str) -> None:
     save = workspace.path / "refused"
     done = workspace.run("distill_gpt.py", *STUDENT, *workspace.data, *TWO_STEPS, *flags, "--save", "refused", ok=False)

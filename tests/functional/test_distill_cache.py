@@ -135,9 +135,11 @@ def test_a_foreign_sample_is_named(workspace: Workspace, likeliest: str) -> None
     [
         (["--distill-cache", "likeliest", "--seq-length", "32"], "sequence length is not this job's"),
         (["--distill-cache-write", "likeliest", "--distill-teacher", "teacher"], "another model than the teacher"),
+        (["--distill-cache", "whole", "--load", "cached", "--save", "cached"], "cannot go on with another teacher"),
     ],
 )
-def test_bad_requests_end_at_once(workspace: Workspace, likeliest: str, flags: list[str], message: str) -> None:
+@pytest.mark.usefixtures("likeliest", "whole", "one_rank")
+def test_bad_requests_end_at_once(workspace: Workspace, flags: list[str], message: str) -> None:
     done = workspace.run("distill_gpt.py", *STUDENT, *DATA, "--train-iters", "1", *flags, ok=False)
     assert done.returncode == 2
     assert message in done.stderr

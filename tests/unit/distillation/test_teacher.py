@@ -8,6 +8,7 @@ import torch
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.writer import writing
+from megatron_ext.distillation import teacher as teacher_module
 from megatron_ext.distillation.teacher import Teacher, check_vocabularies
 from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.models import axes
@@ -58,6 +59,31 @@ def test_one_that_is_not_what_it_says_is_refused(checkpoint: Path, monkeypatch: 
 def test_must_fit_the_layout(checkpoint: Path, tp: int, stages: int) -> None:
     with pytest.raises(ConfigError, match="the teacher cannot run beside the student"):
         check(Teacher.find(checkpoint), tp=tp, stages=stages)
+
+
+@pytest.mark.parametrize(
+    ("position", "pattern", "length", "reaches"),
+    [("rope", "M-*-", 32, True), ("rope", "M-*-", 33, False), ("none", "M-*-", 33, True), ("rope", "M-M-", 33, True)],
+)
+def test_reaches_over_the_sequence(position: str, pattern: str, length: int, reaches: bool) -> None:
+    own = replace(STUDENT, position_embedding_type=position, pattern=pattern)  # type: ignore[arg-type]
+    teacher = Teacher(Path(), own)
+    if reaches:
+        teacher.check_length(length)
+        return
+    with pytest.raises(ConfigError, match="do not reach as far as the sequence"):
+        teacher.check_length(length)
+
+
+def test_of_one_tokenizer_any_padding_goes(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen2.5's 152,064 and 151,936 rows are both padding beyond the tokenizer's 151,665 tokens."""
+    student = replace(STUDENT, vocab_size=1024)
+    with pytest.raises(ConfigError, match="different vocabularies"):
+        check(Teacher.find(checkpoint), student)
+    monkeypatch.setattr(teacher_module.tokenizer, "check", lambda step, named, whose: True)
+    check(Teacher.find(checkpoint), student)
+    with pytest.raises(ConfigError, match="different vocabularies"):
+        check(Teacher.find(checkpoint), student, tokens=129)
 
 
 def test_is_padded_as_the_student_is(checkpoint: Path) -> None:
