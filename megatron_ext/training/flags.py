@@ -119,6 +119,8 @@ def default_flags() -> list[str]:
     flags = ["--ckpt-format", "torch_dist", "--hidden-dropout", "0", "--attention-dropout", "0"]
     # Megatron has no defaults for these, and fails late and obscurely without them.
     flags += ["--micro-batch-size", "1", "--eval-interval", "1000", "--save-interval", "1000"]
+    # Every token of a batch counts alike, whichever micro-batch and rank it is on and however many are masked there.
+    flags += ["--calculate-per-token-loss"]
     # Attention is causal by itself; a mask is a square of the sequence, 17 GB at 131,072 tokens.
     flags += ["--no-create-attention-mask-in-dataloader"]
     on_cpu = platform.device_type() == "cpu"

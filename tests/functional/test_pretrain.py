@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import fork_server
+import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -54,6 +55,26 @@ def test_the_layout_changes_no_loss(
         assert step["loss"] == pytest.approx(expected["loss"], rel=1e-6)
         assert step["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
     assert metrics[-1]["val_loss"] == pytest.approx(reference[-1]["val_loss"], rel=1e-6)
+
+
+def test_masked_tokens_change_no_gradient_with_the_micro_batch(workspace: Workspace, teacher: str) -> None:
+    """The tokens that are masked, here the likeliest, are unevenly spread: a mean of means is not the mean."""
+    tokens = np.fromfile(workspace.path / "data/text_document.bin", dtype=np.uint16)
+    masked = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "512", "--eod-mask-loss"]
+    masked += ["--null-tokenizer-eod-id", str(np.bincount(tokens).argmax())]
+    flags = [*workspace.data, *TRAIN, *masked, "--train-iters", "1", "--eval-iters", "0"]
+    jobs = {
+        "pretrain_hybrid.py": ["--pretrained-checkpoint", teacher],
+        "distill_gpt.py": [*MODEL, "--distill-teacher", teacher, "--distill-ce-weight", "0.5"],
+    }
+    layouts = [(1, "4", []), (2, "1", []), (2, "2", ["--context-parallel-size", "2"])]
+    for script, own in jobs.items():
+        found = []
+        for ranks, micro, layout in layouts[: 3 if script == "pretrain_hybrid.py" else 2]:
+            save = f"masked-{script}-{micro}"
+            workspace.run(script, *own, *flags, "--micro-batch-size", micro, *layout, "--save", save, ranks=ranks)
+            found.append([workspace.metrics(save)[0][name] for name in ("loss", "grad_norm")])
+        assert found[1:] == [pytest.approx(found[0], rel=1e-6)] * (len(found) - 1), script
 
 
 def test_resume_is_bit_exact(workspace: Workspace, teacher: str) -> None:
