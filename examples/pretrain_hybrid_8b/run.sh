@@ -56,8 +56,8 @@ if [ "$DRY_RUN" = 1 ]; then
     exec "$PYTHON" pretrain_hybrid.py "${flags[@]}" --dry-run "$@"
 fi
 
-# One compiler cache that the ranks of a node do not fight over.
-export TRITON_CACHE_MANAGER=megatron.core.ssm.triton_cache_manager:ParallelFileCacheManager
+# Compiled kernels lie on the node itself: a home directory is often a network disk that every node writes to.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-cache-$(id -u)}
 if [ -n "${RANK:-}" ]; then # something else, such as srun, has started one process per GPU
     export MASTER_ADDR MASTER_PORT
     exec "$PYTHON" pretrain_hybrid.py "${flags[@]}" "$@"

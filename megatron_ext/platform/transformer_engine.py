@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from megatron_ext.platform.grouped_linear import TorchColumnParallelGroupedLinear, TorchRowParallelGroupedLinear
 from megatron_ext.platform.linear import linear
@@ -99,34 +100,39 @@ class TorchDotProductAttention(torch.nn.Module):
         if packed_seq_params is not None or attention_bias is not None:
             raise NotImplementedError("packed sequences and attention bias need Transformer Engine's attention")
         kind = (attn_mask_type or self.attn_mask_type).name
-        causal, mask = "causal" in kind, None
-        if self.cp_group is not None:
-            key, value, mask = self._gather(query, key, value)
-            causal = False
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # b n s d
-        if causal and q.shape[2] != k.shape[2]:  # decoding: the queries are the last positions
-            mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
-            causal = False
-        elif kind in ("padding", "arbitrary") and attention_mask is not None:
-            mask = ~attention_mask
+        if self.cp_group is None:
+            mask = ~attention_mask if kind in ("padding", "arbitrary") and attention_mask is not None else None
+            out = self._attend(query, key, value, mask, "causal" in kind)
+        else:
+            key, value = self._gather(key), self._gather(value)
+            size, rank = self.cp_group.size(), self.cp_group.rank()
+            half = query.shape[0] // 2
+            # Each half sees what lies before its end: the other keys are not even read.
+            ends = (half * (rank + 1), half * (2 * size - rank))
+            parts = zip(query.split(half), ends, strict=True)
+            out = torch.cat([self._attend(part, key[:end], value[:end], None, True) for part, end in parts])
+        return out.flatten(2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """Attention of (s, b, n, d) to (t, b, groups, d); causal, the queries are the last s of the t positions."""
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        if causal:
+            last = q.shape[2] == 1  # it sees everything
+            mask = None if last or q.shape[2] == k.shape[2] else causal_lower_right(q.shape[2], k.shape[2])
+            causal = not last and mask is None
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(
             q, k, v, mask, dropout, causal, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-        return out.permute(2, 0, 1, 3).flatten(2)
+        return out.permute(2, 0, 1, 3)
 
-    def _gather(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _gather(self, x: Tensor) -> Tensor:
+        """The whole sequence, in order, from the two pieces of each rank."""
         from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-        size, rank = self.cp_group.size(), self.cp_group.rank()  # type: ignore[union-attr]
-        half = query.shape[0] // 2
-        piece = torch.arange(half, device=query.device)
-        positions = [torch.cat([r * half + piece, (2 * size - 1 - r) * half + piece]) for r in range(size)]
-        order = torch.argsort(torch.cat(positions))
-        key, value = (
-            gather_from_sequence_parallel_region(t.contiguous(), group=self.cp_group)[order] for t in (key, value)
-        )
-        return key, value, positions[rank][:, None] >= torch.arange(2 * half * size, device=query.device)[None]
+        size = self.cp_group.size()  # type: ignore[union-attr]
+        pieces = gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group).chunk(2 * size)
+        return torch.cat([*pieces[::2], *reversed(pieces[1::2])])
 
 
 def _linear_classes() -> dict[str, type]:

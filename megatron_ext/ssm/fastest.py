@@ -4,6 +4,7 @@ Only where there is a choice: on a GPU on which mamba-ssm and causal-conv1d are 
 The first process of a node measures, the others wait for what it writes.
 """
 
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -12,7 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,12 +22,19 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 WARM_UP, REPEATS = 3, 7
 PATIENCE = 300.0  # seconds that other processes wait; kernels are compiled meanwhile
+MOST_VALUES = 128 * 64 * 16_384  # of x in one measurement; a layer takes about 40 bytes for each
 Run = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Mamba-2 layer on one tensor rank, and the tokens that it is timed with."""
+    """A Mamba-2 layer as one rank runs it, and the micro-batch that it is timed with.
+
+    Attributes:
+        heads: Of this rank: tensor parallelism divides them, and so does context parallelism.
+        tokens: Of a sequence, whole under context parallelism too.
+        batch: Sequences of a micro-batch.
+    """
 
     heads: int = 128
     head_dim: int = 64
@@ -34,6 +42,13 @@ class Shape:
     groups: int = 8
     tokens: int = 4096
     dtype: str = "bfloat16"
+    batch: int = 1
+
+    def limited(self) -> "Shape":
+        """The same with fewer tokens where a layer would take more memory than a measurement should."""
+        width = self.heads * self.head_dim
+        batch = max(1, min(self.batch, MOST_VALUES // (width * self.tokens)))
+        return replace(self, batch=batch, tokens=min(self.tokens, MOST_VALUES // (width * batch)))
 
 
 def memory() -> Path:
@@ -140,8 +155,14 @@ def _after_the_gpu() -> float:
 
 
 def _machine() -> str:
-    versions = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "triton", "mamba_ssm"))
-    return ", ".join([torch.cuda.get_device_name(), *versions])
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "triton", "mamba_ssm")]
+    return ", ".join([torch.cuda.get_device_name(), *versions, f"our kernels {own_version()}"])
+
+
+def own_version() -> str:
+    """A hash of our kernels' source, which changes more often than a version number."""
+    sources = sorted((Path(__file__).parent / "triton").glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
 def _on_this_gpu(shape: Shape) -> dict[str, Run]:
@@ -161,7 +182,11 @@ def _on_this_gpu(shape: Shape) -> dict[str, Run]:
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, device="cuda", dtype=getattr(torch, shape.dtype)).requires_grad_()
 
-    zxbcdt, weight, bias = normal(1, shape.tokens, inner + convolved + shape.heads), normal(convolved, 4), None
+    zxbcdt, weight, bias = (
+        normal(shape.batch, shape.tokens, inner + convolved + shape.heads),
+        normal(convolved, 4),
+        None,
+    )
     step = torch.full((shape.heads,), -3.0, device="cuda")
     decay, skip = -torch.ones(shape.heads, device="cuda"), torch.ones(shape.heads, device="cuda")
 

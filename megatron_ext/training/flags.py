@@ -42,6 +42,7 @@ def early_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer-type")
     parser.add_argument("--ext-ssm-backend", default="auto")
     parser.add_argument("--seq-length", type=int)
+    parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--max-position-embeddings", type=int)
     parser.add_argument("--rotary-base", type=int)
     parser.add_argument("--use-rope-scaling", action="store_true")
@@ -55,16 +56,18 @@ def early_parser() -> argparse.ArgumentParser:
 
 
 def layer_shape(words: Sequence[str]) -> Shape | None:
-    """What a Mamba-2 layer of the model is on one tensor rank, to choose kernels by; None if it has none."""
+    """What a Mamba-2 layer of the model is on one rank, to choose kernels by; None if the model has none."""
     told, _ = early_parser().parse_known_args(words)
     if MAMBA not in (told.hybrid_layer_pattern or ""):
         return None
-    tp = told.tensor_model_parallel_size
+    # Under context parallelism a rank has the whole sequence of some heads, and at least one group.
+    ranks = told.tensor_model_parallel_size * told.context_parallel_size
     return Shape(
-        max(1, (told.mamba_num_heads or Shape.heads) // tp), told.mamba_head_dim, told.mamba_state_dim,
-        max(1, told.mamba_num_groups // tp), min(told.seq_length or Shape.tokens, Shape.tokens),
+        max(1, (told.mamba_num_heads or Shape.heads) // ranks), told.mamba_head_dim, told.mamba_state_dim,
+        max(1, told.mamba_num_groups // ranks), told.seq_length or Shape.tokens,
         "bfloat16" if told.bf16 else "float16" if told.fp16 else "float32",
-    )  # fmt: skip
+        told.micro_batch_size,
+    ).limited()  # fmt: skip
 
 
 def equals_form(argv: Sequence[str]) -> list[str]:

@@ -105,6 +105,22 @@ def test_one_node_is_a_torchrun_of_the_same_flags(start, tmp_path):
     assert "--dry-run" not in note
 
 
+@pytest.mark.parametrize(
+    "script", [path for path in SCRIPTS if "TRITON" in path.read_text()], ids=lambda path: path.parent.name
+)
+def test_kernels_compile_in_the_environment_of_an_example(script, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f"#!/usr/bin/env bash\nexec {sys.executable} {ROOT}/tests/triton_compile_one.py\n")
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "DATA": "/data", "SAVE": str(tmp_path / "run")}
+    environment |= {"TMPDIR": str(tmp_path)}
+    for _ in range(2):  # the second time from the cache
+        done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert int(done.stdout) > 0
+    assert list(tmp_path.glob("triton-cache-*/*/*.ptx"))
+
+
 def test_a_blend_and_more_flags_are_passed_on(start):
     command = {"DATA_PATH": "0.7 /a/text_document 0.3 /b/text_document", "TOKENIZER": "/t", "TENSOR_PARALLEL": "1"}
     done, (note,) = start("run.sh", **command)

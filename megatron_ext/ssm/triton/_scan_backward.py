@@ -26,7 +26,9 @@ import triton.language as tl
 from megatron_ext.ssm.triton._jit import PRUNE, configs, dot, sigmoid
 
 
-@triton.autotune(configs=configs((4, 2), (4, 3), (8, 2)), key=["HEADS", "P", "N", "BLOCK_P"], prune_configs_by=PRUNE)
+@triton.autotune(
+    configs=configs((4, 2), (4, 3), (8, 2)), key=["HEADS", "P", "N", "CHUNK", "BLOCK_P"], prune_configs_by=PRUNE
+)
 @triton.jit
 def states_backward_kernel(
     C, dout, z, y, total, doc, states, dfinal,
@@ -203,7 +205,9 @@ def _sources(
     tl.store(out, dBs.to(dB.dtype.element_ty), in_j[None, :] & in_n[:, None])
 
 
-@triton.autotune(configs=configs((8, 2), (8, 1), (8, 3)), key=["HEADS", "GROUP", "P", "N"], prune_configs_by=PRUNE)
+@triton.autotune(
+    configs=configs((8, 2), (8, 1), (8, 3)), key=["HEADS", "GROUP", "P", "N", "CHUNK", "ROWS"], prune_configs_by=PRUNE
+)
 @triton.jit
 def scan_backward_kernel(
     x, B, C, D, dy, step, total, doc, states, dstates,

@@ -18,7 +18,9 @@ import triton.language as tl
 from megatron_ext.ssm.triton._jit import PRUNE, configs, dot, sigmoid
 
 
-@triton.autotune(configs=configs((4, 3), (4, 2), (8, 2)), key=["HEADS", "P", "N", "BLOCK_P"], prune_configs_by=PRUNE)
+@triton.autotune(
+    configs=configs((4, 3), (4, 2), (8, 2)), key=["HEADS", "P", "N", "CHUNK", "BLOCK_P"], prune_configs_by=PRUNE
+)
 @triton.jit
 def states_kernel(
     x, B, step, total, doc, initial,
@@ -74,7 +76,9 @@ def states_kernel(
 
 
 @triton.autotune(
-    configs=configs((8, 2), (4, 2), (8, 1), (4, 3)), key=["HEADS", "P", "N", "TOGETHER"], prune_configs_by=PRUNE
+    configs=configs((8, 2), (4, 2), (8, 1), (4, 3)),
+    key=["HEADS", "P", "N", "CHUNK", "ROWS", "TOGETHER"],
+    prune_configs_by=PRUNE,
 )
 @triton.jit
 def scan_kernel(

@@ -51,6 +51,17 @@ def test_a_choice_holds_for_later_runs_of_the_same_shape_and_machine(tmp_path: P
     assert chosen(later, tmp_path, machine="another") == "mamba_ssm"
 
 
+def test_kernels_that_have_changed_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "triton").mkdir()
+    source = tmp_path / "triton" / "scan.py"
+    monkeypatch.setattr(fastest, "__file__", str(tmp_path / "fastest.py"))
+    versions = set()
+    for text in ("a = 1", "a = 2"):
+        source.write_text(text)
+        versions.add(fastest.own_version())
+    assert len(versions) == 2
+
+
 def test_the_first_of_two_processes_decides(tmp_path: Path) -> None:
     """Another rank has written its choice while this one measured."""
 
@@ -117,9 +128,14 @@ def test_only_where_both_can_run(
     assert backend._has_choice(shape) == expected
 
 
-def test_the_shape_is_that_of_a_tensor_rank() -> None:
+def test_the_shape_is_what_a_rank_runs() -> None:
     flags = ["--hybrid-layer-pattern=M-*-", "--mamba-num-heads", "64", "--mamba-num-groups", "4"]
     split = ["--tensor-model-parallel-size", "2", "--seq-length", "1024", "--bf16"]
     assert layer_shape([*flags, *split]) == Shape(32, 64, 128, 2, 1024, "bfloat16")
-    assert layer_shape(["--hybrid-layer-pattern=M", "--seq-length", "131072"]) == Shape(dtype="float32")
+    assert layer_shape([*flags, *split, "--micro-batch-size", "4"]) == Shape(32, 64, 128, 2, 1024, "bfloat16", 4)
+    long = ["--hybrid-layer-pattern=M", "--seq-length", "131072"]
+    shared = ["--tensor-model-parallel-size", "4", "--context-parallel-size", "8"]
+    assert layer_shape([*long, *shared]) == Shape(4, 64, 128, 1, 131_072, "float32")
+    assert layer_shape(long) == Shape(tokens=16_384, dtype="float32"), "no more than a measurement should take"
+    assert layer_shape([*long, *shared, "--micro-batch-size", "8"]) == Shape(4, 64, 128, 1, 131_072, "float32", 4)
     assert layer_shape(["--hybrid-layer-pattern=*-"]) is None
