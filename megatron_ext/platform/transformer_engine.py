@@ -105,7 +105,7 @@ class TorchDotProductAttention(torch.nn.Module):
             out = self._attend(query, key, value, mask, "causal" in kind)
         else:
             key, value = self._gather(key), self._gather(value)
-            size, rank = self.cp_group.size(), self.cp_group.rank()
+            size, rank = self.cp_group.size(), self.cp_group.rank()  # type: ignore[union-attr]
             half = query.shape[0] // 2
             # Each half sees what lies before its end: the other keys are not even read.
             ends = (half * (rank + 1), half * (2 * size - rank))
