@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     chosen = words[0] if words else None
     run: Callable[[argparse.Namespace], None] | None = None
+    own: list[str] = []
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
             name, help=command.summary, description=command.summary[0].upper() + command.summary[1:],
@@ -187,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == chosen:
             add_arguments, run = command.load()
             add_arguments(sub)
+            own = [flag for action in sub._actions for flag in action.option_strings]
     if chosen is not None and run is not None and COMMANDS[chosen].own_parser:
         args, rest = argparse.Namespace(words=words[1:]), []
     else:
@@ -195,11 +198,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if COMMANDS[words[0]].runs_model:
         args.megatron_flags = rest
     elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        close = [get_close_matches(word.split("=")[0], own, n=1, cutoff=0.6) for word in rest if word[:2] == "--"]
+        hint = "".join(f"; did you mean {flag}?" for flags in close for flag in flags)
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     try:
         run(args)
     except MegatronExtError as error:
         from megatron_ext.training.program import report
+        from megatron_ext.training.refusals import mistyped
 
-        return report(error)
+        # What was left to Megatron may be a flag of the command's own, without which it cannot work.
+        return report(mistyped(rest, own) or error)
     return 0

@@ -6,11 +6,20 @@ from random weights. So the step is settled here, and Megatron is told which one
 
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.atomic import replacing
 from megatron_ext.errors import CheckpointError, UntrustedError
 from megatron_ext.models.config import Architecture
+
+# Of the optimizer and its schedule.
+SETTINGS = (
+    "train_iters", "train_samples", "global_batch_size", "lr", "min_lr", "lr_decay_style", "lr_decay_iters",
+    "lr_decay_samples", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction", "lr_wsd_decay_style",
+    "lr_wsd_decay_iters", "lr_wsd_decay_samples", "weight_decay", "start_weight_decay", "end_weight_decay",
+    "weight_decay_incr_style", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad",
+)  # fmt: skip
 
 
 def has_checkpoint(directory: Path) -> bool:
@@ -46,6 +55,64 @@ def check_experts(step: layout.Step, args: Namespace) -> None:
             "the optimizer state cannot move between expert parallel size 1 and larger ones", got=step.path,
             legal="the expert parallel sizes it was trained with, or a new optimizer: --no-load-optim",
         )  # fmt: skip
+
+
+def check_optimizer(step: layout.Step, args: Namespace) -> None:
+    """Check that a step holds the state of the optimizer that a run with these (Megatron's) arguments has.
+
+    Raises:
+        CheckpointError: It holds that of another one, or none.
+    """
+    saved = layout.common(step.path).get("args")
+    if not isinstance(saved, Namespace):
+        return
+    again = "--no-load-optim begins with a new optimizer, --pretrained-checkpoint with a new run"
+    if getattr(saved, "no_save_optim", False):
+        raise CheckpointError("the checkpoint has no optimizer state (--no-save-optim)", got=step.path, legal=again)
+    if (kind := getattr(saved, "optimizer", args.optimizer)) != args.optimizer:
+        raise CheckpointError(
+            "the state of one optimizer does not fit another",
+            got=f"{kind} in {step.path}, --optimizer {args.optimizer}",
+            legal=f"--optimizer {kind}; {again}",
+        )  # fmt: skip
+    before, now = _precision(saved), _precision(args)
+    half = before != "fp32" and now != "fp32" and not args.use_distributed_optimizer
+    if before != now and not half:  # the main parameters of both halves are alike, if each rank has all of them
+        legal = "neither --bf16 nor --fp16" if before == "fp32" else f"--{before}"
+        raise CheckpointError(
+            "the optimizer state cannot move to another precision", got=f"{before} in {step.path}, now {now}",
+            legal=f"{legal}; {again}",
+        )  # fmt: skip
+
+
+def has_moments(step: layout.Step) -> bool:
+    """Whether the optimizer had taken a step: under fp16 the first ones may all have been skipped."""
+    keys = [key for key in layout.read_metadata(step.path).state_dict_metadata if "fp32_param" not in key]
+    return any("optimizer.state." in key or "optimizer.distributed." in key for key in keys)
+
+
+def _precision(args: Namespace) -> str:
+    return "bf16" if getattr(args, "bf16", False) else "fp16" if getattr(args, "fp16", False) else "fp32"
+
+
+def changed_settings(step: layout.Step, args: Namespace) -> dict[str, tuple[Any, Any]]:
+    """What a run that goes on does otherwise than before: for each setting of the training its old and its new value.
+
+    Args:
+        step: Where it goes on from.
+        args: Megatron's arguments, validated.
+    """
+    saved = layout.common(step.path).get("args")
+    if not isinstance(saved, Namespace):
+        return {}
+    told = {}
+    for name in SETTINGS:
+        before, now = getattr(saved, name, None), getattr(args, name, None)
+        if name.startswith("lr_decay_") and now is None:
+            continue  # Megatron puts the length of the training there
+        if before != now and hasattr(saved, name):
+            told[name] = (before, now)
+    return told
 
 
 def check_same_model(step: layout.Step, args: Namespace) -> None:

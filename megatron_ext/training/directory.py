@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from megatron_ext.training.launch import Launch
 
 CONFIG = "config.yaml"
+AFRESH = "another directory; or remove the file: with --load of the same directory, the run writes it anew"
 PACKAGES = ("megatron-ext", "megatron-core", "torch", "transformer-engine", "mamba-ssm", "causal-conv1d", "triton")
 
 
@@ -54,7 +55,7 @@ def check_save(save: Path, job: str, load: Path | None) -> None:
     config = save / CONFIG
     continues = load is not None and load.resolve() == save.resolve()
     if config.is_file():
-        owner = (yaml.safe_load(config.read_text()) or {}).get("job")
+        owner = _owner(config)
         if owner != job:
             raise ConfigError(f"--save: this directory holds a {owner!r} job", got=save, legal="another directory")
     elif not continues:
@@ -64,6 +65,18 @@ def check_save(save: Path, job: str, load: Path | None) -> None:
             "--save: this directory holds a run with checkpoints", got=save,
             legal=f"--load {save} to continue it, or another directory",
         )  # fmt: skip
+
+
+def _owner(config: Path) -> str | None:
+    """The job that wrote a `config.yaml`."""
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--save: the run's {CONFIG} is damaged: {reason}", got=config, legal=AFRESH) from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--save: the run's {CONFIG} is damaged: no settings", got=config, legal=AFRESH)
+    return content.get("job")
 
 
 def claim(launch: "Launch") -> None:

@@ -9,25 +9,23 @@ import contextlib
 import io
 import logging
 import os
-import re
 import sys
-import traceback
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import lcm
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron_ext.arguments import add_options, read_options
 from megatron_ext.checkpoint import tokenizer
-from megatron_ext.errors import ConfigError, DataError, nearest
+from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.models.backend import prepare
 from megatron_ext.models.config import Architecture
 from megatron_ext.models.pattern import MOE, Pattern
 from megatron_ext.models.pattern import parse as parse_pattern
 from megatron_ext.ssm.dispatch import NAMES as SSM_BACKENDS
-from megatron_ext.training import flags
+from megatron_ext.training import flags, refusals
 from megatron_ext.training.directory import check_save
 from megatron_ext.training.splits import check_splits
 from megatron_ext.training.start import Start, check_continues, find_start, tell_megatron
@@ -97,19 +95,6 @@ def _pipeline(pattern: str, stages: int) -> str:
     return str(parsed.split(stages))
 
 
-@contextlib.contextmanager
-def _readable_refusals():
-    """Megatron refuses flags by assertion; say so in our form."""
-    try:
-        yield
-    except (AssertionError, ValueError) as error:
-        if isinstance(error, ConfigError | DataError):
-            raise
-        # Many of Megatron's assertions have no message: then the condition says it best.
-        reason = str(error).strip() or traceback.extract_tb(error.__traceback__)[-1].line
-        raise ConfigError(f"Megatron refuses this combination of flags: {reason}") from error
-
-
 def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
     """Parse and validate a command line, without starting anything.
 
@@ -143,6 +128,8 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
 
     words = [*flags.default_flags(), *flags.vocab_flags(early), *job.defaults, *model_flags, *given]
 
+    parsers: list[argparse.ArgumentParser] = []
+
     def extra(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         group = parser.add_argument_group("megatron_ext", f"the job: {job.name}")
         group.add_argument("--preset", help="a preset's name (see `megatron-ext presets`) or a checkpoint directory")
@@ -153,7 +140,8 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
         group.add_argument("--ext-ssm-backend", choices=SSM_BACKENDS, default="auto", help=kernels)
         for prefix, options in job.options.items():
             add_options(parser, options, prefix)
-        _mend(parser)
+        refusals.mend(parser)
+        parsers.append(parser)
         return parser
 
     program, sys.argv = sys.argv, [sys.argv[0], *words]
@@ -164,15 +152,16 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
     _check_model(args)
     if not (args.skip_train or early.dry_run or args.train_samples or (args.train_iters or 0) > 0):
         raise ConfigError("nothing to train", got=f"--train-iters {args.train_iters}", legal="a positive number")
+    _check_saving(args)
     if args.save and not early.dry_run:
         check_save(Path(args.save), job.name, early.load)
     tell_megatron(begins, args)
-    with _readable_refusals(), silenced(args):
+    with refusals.readable(args, parsers[0]), silenced(args):
         validate_args(args, {})
     _check_tokenizer(args, begins)
     if not offline:
         check_splits(args, job.measures)
-    with _readable_refusals(), silenced(args):
+    with refusals.readable(args, parsers[0]), silenced(args):
         set_global_variables(args)
     # The tokenizer may have decided the vocabulary.
     architecture = Architecture.from_args(args)
@@ -180,20 +169,6 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
     check_continues(begins, args)
     options = {prefix: read_options(args, options, prefix) for prefix, options in job.options.items()}
     return Launch(job, args, architecture, early.dry_run, options, source, begins)
-
-
-def _mend(parser: argparse.ArgumentParser) -> None:
-    """Refuse wrong flags in one line instead of Megatron's 600 of usage, and make its `--help` work."""
-    names = [name for action in parser._actions for name in action.option_strings]
-
-    def refuse(message: str) -> NoReturn:
-        words = [word.split("=")[0] for word in message.split() if word.startswith("--")]
-        raise ConfigError(message, legal=nearest(words[0], names).split("? ")[0] + "?" if words else "see --help")
-
-    parser.error = refuse  # type: ignore[method-assign]
-    for action in parser._actions:
-        if action.help:  # a bare % in one of Megatron's texts
-            action.help = re.sub(r"%(%|\(\w+\)s)?", lambda found: found[0] if found[1] else "%%", action.help)
 
 
 def _check_model(args: Namespace) -> None:
@@ -207,6 +182,21 @@ def _check_model(args: Namespace) -> None:
     if args.padded_vocab_size is None and args.vocab_size is None:
         return  # the tokenizer will say
     _check_layout(args, Architecture.from_args(args))
+
+
+def _check_saving(args: Namespace) -> None:
+    """Refuse checkpoints that nothing here reads, the run that wrote them included."""
+    if args.ckpt_format != "torch_dist":
+        raise ConfigError(
+            "checkpoints of this format are read by no command", got=f"--ckpt-format {args.ckpt_format}",
+            legal="torch_dist, which is the default",
+        )  # fmt: skip
+    if args.non_persistent_ckpt_type is not None or args.non_persistent_save_interval is not None:
+        raise ConfigError(
+            "a run does not go on from non-persistent checkpoints",
+            got="--non-persistent-ckpt-type or --non-persistent-save-interval",
+            legal="--save-interval, with --save-retain-interval to keep only some",
+        )
 
 
 def _check_layout(args: Namespace, architecture: Architecture) -> None:

@@ -1,12 +1,24 @@
 """What a run begins with, found before anything is started: the step it goes on from, or weights to start from."""
 
+import logging
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.resume import check_experts, check_same_model, own_resume_point, resume_point
+from megatron_ext.checkpoint.resume import (
+    changed_settings,
+    check_experts,
+    check_optimizer,
+    check_same_model,
+    has_moments,
+    own_resume_point,
+    resume_point,
+)
 from megatron_ext.errors import CheckpointError, ConfigError
+from megatron_ext.platform.resuming import prepare_resume
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,24 +85,50 @@ def _start(flag: str, directory: Path, iteration: int | None, own: bool) -> Star
 
 
 def tell_megatron(start: Start | None, args: Namespace) -> None:
-    """Say which step to load, so that Megatron neither exits silently nor starts from random weights.
+    """Say which step to load, and how, so that Megatron neither exits silently nor starts from random weights.
+
+    What the command line says of optimizer and schedule counts, unless `--use-checkpoint-opt_param-scheduler` is there.
 
     Raises:
-        CheckpointError: The optimizer's state cannot be loaded on this layout.
+        CheckpointError: The optimizer's state cannot be loaded by this run.
     """
     if start is None:
         return
     args.ckpt_step = None if start.step.is_release else start.step.iteration
     args.exit_on_missing_checkpoint = True
-    if start.continues and not (args.finetune or args.no_load_optim):
+    stepped = True
+    if _loads_optimizer(start, args):
         check_experts(start.step, args)
+        check_optimizer(start.step, args)
+        stepped = has_moments(start.step)
+        args.override_opt_param_scheduler = not args.use_checkpoint_opt_param_scheduler
+    prepare_resume(args.use_checkpoint_opt_param_scheduler, stepped)
 
 
 def check_continues(start: Start | None, args: Namespace) -> None:
-    """Check that a run that goes on does so with the model of its checkpoint, once the vocabulary is known.
+    """Check that a run that goes on does so with the model of its checkpoint; say which of its settings are others.
+
+    Args:
+        start: What is loaded.
+        args: Megatron's arguments, validated, when the vocabulary is known.
 
     Raises:
         CheckpointError: It is another model.
     """
-    if start is not None and start.continues and not (args.finetune or args.no_load_optim):
-        check_same_model(start.step, args)
+    if start is None or not _loads_optimizer(start, args):
+        return
+    check_same_model(start.step, args)
+    if args.skip_train:
+        return
+    told = [f"{name} {now} (was {before})" for name, (before, now) in changed_settings(start.step, args).items()]
+    if told and args.rank == 0:
+        rest = "as the flags say; --use-checkpoint-opt_param-scheduler keeps its course"
+        if args.use_checkpoint_opt_param_scheduler:
+            rest = "on the course of the checkpoint"
+        logger.warning(
+            "from step %d with %s; the learning rate goes on %s", start.step.iteration, ", ".join(told), rest
+        )
+
+
+def _loads_optimizer(start: Start, args: Namespace) -> bool:
+    return start.continues and not (args.finetune or args.no_load_optim)

@@ -1,9 +1,12 @@
 """A command that is started again goes on where the one before ended, and leaves nothing of what was lost."""
 
+import math
 import shutil
 
 import pytest
 from workspace import MODEL, TRAIN, Workspace
+
+from megatron_ext.checkpoint import layout
 
 
 def in_two_starts(workspace: Workspace, name: str, *flags: str) -> list[str]:
@@ -63,3 +66,67 @@ def test_what_is_not_there_is_named_with_its_flag(workspace: Workspace, given: l
     )
     assert f"error: {given[-2]}: the checkpoint directory does not exist" in done.stderr
     assert not (workspace.path / "new").exists()
+
+
+def test_a_run_goes_on_longer_than_it_was_to(workspace: Workspace, teacher: str) -> None:
+    flags = [*MODEL, *workspace.data, *TRAIN, "--load", "longer", "--save", "longer"]
+    workspace.run("pretrain_hybrid.py", *flags, "--train-iters", "2")
+    shutil.copytree(workspace.path / "longer", workspace.path / "half-precision")
+    done = workspace.run("pretrain_hybrid.py", *flags, "--train-iters", "4")
+    assert "train_iters 4 (was 2)" in done.stderr
+    losses = [[step["loss"] for step in workspace.metrics(name)] for name in ("longer", teacher)]
+    assert losses[0] == losses[1]
+    flags = [*MODEL, *workspace.data, *TRAIN, "--train-iters", "4", "--load", "half-precision"]
+    done = workspace.run("pretrain_hybrid.py", *flags, "--save", "half-precision", "--bf16", ok=False)
+    assert "error: the optimizer state cannot move to another precision" in done.stderr
+    assert "legal: neither --bf16 nor --fp16" in done.stderr
+
+
+@pytest.mark.parametrize("optimizer", ["--clip-grad=1.0", "--use-distributed-optimizer"])
+def test_a_run_goes_on_with_another_learning_rate(workspace: Workspace, optimizer: str) -> None:
+    """What the command line says counts: learning rate and its course, and what else the optimizer is told."""
+    name = "rate" + optimizer[:5]
+    flags = [*MODEL, *workspace.data, *TRAIN, optimizer, "--load", name, "--save", name]
+    workspace.run("pretrain_hybrid.py", *flags, "--train-iters", "2")
+    kept = shutil.copytree(workspace.path / name, workspace.path / f"{name}-kept").name
+    other = ["--train-iters", "4", "--lr", "1e-4", "--min-lr", "2e-5", "--lr-decay-style", "cosine"]
+    done = workspace.run("pretrain_hybrid.py", *flags, *other, "--adam-beta2", "0.9")
+    assert "lr 0.0001 (was 0.002)" in done.stderr
+    assert "adam_beta2 0.9 (was 0.999)" in done.stderr
+    rates = [step["learning_rate"] for step in workspace.metrics(name)]
+    course = [2e-5 + 0.5 * 8e-5 * (1 + math.cos(math.pi * done)) for done in (3 / 4, 1)]
+    assert rates == pytest.approx([2e-3, 2e-3, *course])
+    saved = layout.common(workspace.path / name / "iter_0000004")
+    groups = saved["optimizer"].get("param_groups", [])  # the distributed one has them elsewhere
+    assert bool(groups) == ("distributed" not in optimizer)
+    assert all(tuple(group["betas"]) == (0.9, 0.9) for group in groups)
+    assert [group["max_lr"] for group in groups] == [1e-4] * len(groups)
+    again = [*flags[:-4], "--load", kept, "--save", kept, *other, "--use-checkpoint-opt_param-scheduler"]
+    workspace.run("pretrain_hybrid.py", *again)
+    assert [step["learning_rate"] for step in workspace.metrics(kept)] == pytest.approx([2e-3] * 4)
+
+
+def test_fp16_goes_on_before_its_first_step_is_taken(workspace: Workspace) -> None:
+    """All steps so far were skipped for their loss scale, so the optimizer has no moments yet."""
+    flags = [*MODEL, *workspace.data, *TRAIN, "--fp16", "--train-iters", "3"]
+    workspace.run("pretrain_hybrid.py", *flags, "--save", "skipping")
+    parts = [*flags, "--load", "skipping-parts", "--save", "skipping-parts"]
+    workspace.run("pretrain_hybrid.py", *parts, "--exit-interval", "2")
+    workspace.run("pretrain_hybrid.py", *parts)
+    straight, resumed = workspace.metrics("skipping"), workspace.metrics("skipping-parts")
+    assert [step["loss_scale"] for step in resumed] == [2**32, 2**31, 2**30]
+    assert [step["loss"] for step in resumed] == [step["loss"] for step in straight]
+
+
+def test_going_back_is_branching_off(workspace: Workspace, teacher: str) -> None:
+    flags = [*workspace.data, *TRAIN, "--train-iters", "3", "--load", teacher]
+    for given, message in (
+        (["--save", teacher, "--ckpt-step", "2"], "--ckpt-step goes back in the run's own directory"),
+        (["--save", "branch", "--ckpt-step", "3"], "--load: --ckpt-step 3: no such step"),
+    ):
+        done = workspace.run("pretrain_hybrid.py", *flags, *given, ok=False)
+        assert f"error: {message}" in done.stderr
+    workspace.run("pretrain_hybrid.py", *flags, "--save", "branch", "--ckpt-step", "2")
+    straight = workspace.metrics(teacher)[2]
+    (step,) = workspace.metrics("branch")
+    assert (step["step"], step["loss"]) == (3, straight["loss"])

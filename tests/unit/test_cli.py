@@ -143,3 +143,33 @@ def test_report_refuses_what_is_not_a_run(tmp_path, capsys, content, message):
 def test_report_names_a_missing_directory(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
     assert "no such run directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["generate", "somewhere", "--promt", "hi"], "'--prompt'"),
+        (["generate", "somewhere", "--prompt", "hi", "--temprature=1"], "'--temperature'"),
+        (["evaluate", "somewhere", "--task", "mmlu"], "'--tasks'"),
+        (
+            ["estimate", "--gpus", "8", "--preset", "tiny-hybrid", "--dollar-per-gpu-hour", "2"],
+            "'--dollars-per-gpu-hour'",
+        ),
+    ],
+)
+def test_a_mistyped_flag_of_a_command_that_takes_megatrons_too_is_told(words, meant, capsys):
+    assert cli.main(words) == 2
+    assert capsys.readouterr().err.startswith("error: unknown flag\n  got:   --")
+    assert cli.main(words) == 2
+    assert f"did you mean {meant}?" in capsys.readouterr().err
+
+
+def test_megatrons_flags_are_not_taken_for_mistyped_ones(capsys):
+    assert cli.main(["evaluate", "somewhere", "--seed", "1"]) == 2
+    assert capsys.readouterr().err.startswith("error: nothing to measure"), "--seed is not a mistyped --speed"
+
+
+def test_a_mistyped_flag_of_the_others_is_told(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["presets", "--jsn"])
+    assert "did you mean --json?" in capsys.readouterr().err

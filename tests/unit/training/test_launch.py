@@ -57,6 +57,10 @@ def check_refusal(status: int, err: str, *messages: str) -> None:
         ),
         ([*OK, *MOCK, "--pipeline-model-parallel-size", "13"], ["12 sub-layers cannot be split", "1 to 12"]),
         ([*OK, *MOCK, "--micro-batch-size", "2", "--global-batch-size", "3"], ["Megatron refuses", "3", "2"]),
+        (
+            [*OK, *MOCK, "--ckpt-format", "torch"],
+            ["read by no command", "got:   --ckpt-format torch", "legal: torch_dist"],
+        ),
         ([*OK, *MOCK, "--load", "nowhere"], ["the checkpoint directory does not exist", "got:   nowhere"]),
         (
             [*OK, "--split", "90,10,0", "--data-path", "corpus/text_document"],
@@ -99,6 +103,8 @@ def test_the_program_itself_answers_so_without_torchrun_on_every_rank():
     ("files", "flags", "messages"),
     [
         ({"config.yaml": "job: prune\n"}, [], ["holds a 'prune' job", "legal: another directory"]),
+        ({"config.yaml": "job: [pre"}, [], ["config.yaml is damaged", "another directory"]),
+        ({"config.yaml": "train"}, ["--load", "run"], ["config.yaml is damaged", "remove the file"]),
         ({"thesis.tex": "years of work"}, [], ["not empty and no run of ours", "legal: a new directory"]),
         (
             {"config.yaml": "job: pretrain\n", "latest_checkpointed_iteration.txt": "4"},
@@ -111,7 +117,7 @@ def test_the_program_itself_answers_so_without_torchrun_on_every_rank():
             ["no complete checkpoint", "has no steps"],
         ),
     ],
-    ids=["another job", "foreign files", "a run with checkpoints", "a run without a step"],
+    ids=["another job", "no YAML", "no settings", "foreign files", "a run with checkpoints", "a run without a step"],
 )
 def test_a_directory_in_use_is_left_alone(run, tmp_path, files, flags, messages):
     directory = tmp_path / "work" / "run"
