@@ -60,13 +60,27 @@ class FusedAdam(torch.optim.Optimizer):
             self._update(group, params)
 
     def _update(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
-        beta1, beta2 = group["betas"]
-        lr, decay, step = group["lr"], group["weight_decay"], group["step"]
-        corrected = group["bias_correction"]
-        c1, c2 = (1 - beta1**step, 1 - beta2**step) if corrected else (1.0, 1.0)
         grads = [p.grad.float() for p in params]  # type: ignore[union-attr]
         first = [self.state[p]["exp_avg"] for p in params]
         second = [self.state[p]["exp_avg_sq"] for p in params]
+        one_kernel = group["bias_correction"] and all(p.is_cuda and p.dtype == torch.float32 for p in params)
+        update = self.in_one_kernel if one_kernel else self.in_turn
+        update(group, params, grads, first, second)
+
+    def in_one_kernel(self, group: dict[str, Any], params: Any, grads: Any, first: Any, second: Any) -> None:
+        """Torch's own fused kernel, which reads and writes each float32 value once: 28 bytes a parameter, not 100."""
+        step = torch.tensor(float(group["step"]), device=params[0].device)
+        (beta1, beta2), update = group["betas"], _T._fused_adamw_ if self.adam_w_mode else _T._fused_adam_
+        update(
+            params, grads, first, second, [], [step] * len(params), lr=group["lr"], beta1=beta1, beta2=beta2,
+            weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False,
+        )  # fmt: skip
+
+    def in_turn(self, group: dict[str, Any], params: Any, grads: Any, first: Any, second: Any) -> None:
+        """The same, an operation at a time, in any dtype and on any device."""
+        beta1, beta2 = group["betas"]
+        lr, decay, step = group["lr"], group["weight_decay"], group["step"]
+        c1, c2 = (1 - beta1**step, 1 - beta2**step) if group["bias_correction"] else (1.0, 1.0)
         if decay and not self.adam_w_mode:
             grads = _T._foreach_add(grads, [p.float() for p in params], alpha=decay)
         _T._foreach_lerp_(first, grads, 1 - beta1)

@@ -35,6 +35,31 @@ def test_it_follows_torch(mode, reference, decay):
         torch.testing.assert_close(mine, expected, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_one_kernel_is_the_same_update(mode, monkeypatch):
+    """What a GPU runs, by torch's kernel of that name for a CPU."""
+
+    def in_float32(params):
+        leaves = [p.clone().requires_grad_() for p in params]
+        return FusedAdam(leaves, adam_w_mode=mode, weight_decay=0.3, **SETTINGS)
+
+    torch.manual_seed(0)
+    start = [torch.randn(7, 5), torch.randn(3)]
+    results = []
+    for update in (FusedAdam.in_turn, FusedAdam.in_one_kernel):
+        monkeypatch.setattr(FusedAdam, "in_turn", update)
+        optimizer = in_float32(start)
+        params = optimizer.param_groups[0]["params"]
+        for _ in range(25):
+            for p in params:
+                p.grad = p.detach().sin()
+            optimizer.step()
+        results.append([p.detach() for p in params])
+    for at, expected, fused in zip(start, *results, strict=True):
+        assert (expected - at).abs().max() > 0.1
+        torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_two_kinds_of_decay_differ():
     _, decoupled, added = trajectories(
         lambda params: FusedAdam(params, adam_w_mode=True, weight_decay=0.3, **SETTINGS),
