@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.huggingface import companions, families
+from megatron_ext.checkpoint.huggingface import companions, transformers_model
 from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.models.config import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA
@@ -166,17 +166,10 @@ class _Answers:
     written: Tensor
 
 
-def _load(directory: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    ours = families.holds_our_code(directory, companions.read_config(directory))  # and no other is run
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=ours).eval()
-
-
 @torch.no_grad()
 def hf_logits(directory: Path, inputs: list[Tensor]) -> list[Tensor]:
     """Logits (b, s, v) of transformers' model in fp32 for each batch of tokens (b, s)."""
-    model = _load(directory)
+    model = transformers_model.load(directory)
     return [model(tokens).logits for tokens in inputs]
 
 
@@ -189,7 +182,7 @@ def _ask_transformers(directory: Path, inputs: list[Tensor], prompt: Tensor, new
     """
     from transformers import GenerationConfig
 
-    model = _load(directory)
+    model = transformers_model.load(directory)
     logits = [model(tokens).logits for tokens in inputs]
     if _lift_clamps(model):
         free = [model(tokens).logits for tokens in inputs]

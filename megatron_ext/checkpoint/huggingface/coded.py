@@ -38,15 +38,19 @@ class CodedFamily(Family):
             text = text.replace(old, new)
         return text
 
-    def write(self, arch: Architecture, like: Config | None = None) -> dict[str, Any]:
-        """`config.json` as `Family.write`; what `like`, a configuration of `base` or of this, says otherwise stays."""
+    def entries(self) -> dict[str, Any]:
+        """What `config.json` says of the class and its code."""
         config = f"{self.name.removesuffix('ForCausalLM')}Config"
-        own = {
+        return {
             "architectures": [self.name], "model_type": self.model_type,
             "auto_map": {"AutoConfig": f"{self.module}.{config}", "AutoModelForCausalLM": f"{self.module}.{self.name}"},
         }  # fmt: skip
+
+    def write(self, arch: Architecture, like: Config | None = None) -> dict[str, Any]:
+        """`config.json` as `Family.write`; what `like`, a configuration of `base` or of this, says otherwise stays."""
+        own = self.entries()
         if like and like.get("model_type") == self.model_type:
-            return super().write(arch, like)
+            return super().write(arch, {**like, **own})
         return super().write(arch, own | {name: value for name, value in (like or {}).items() if name not in own})
 
 

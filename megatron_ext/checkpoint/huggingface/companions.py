@@ -9,6 +9,7 @@ from typing import Any
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.writer import Writer
 from megatron_ext.errors import CheckpointError
+from megatron_ext.untrusted import inside
 
 FOLDER = "huggingface"
 CONFIG = "config.json"
@@ -25,7 +26,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: It is missing or damaged.
     """
-    path = directory / CONFIG
+    path = inside(directory, CONFIG)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -38,9 +39,13 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def files(directory: Path) -> list[Path]:
-    """Everything beside the weights, but the model card."""
+    """Everything beside the weights, but the model card.
+
+    Raises:
+        UntrustedError: One of them is a link that leads out of the directory.
+    """
     return [
-        path
+        inside(directory, path.name)
         for path in sorted(directory.iterdir())
         if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS)
         and path.name != CARD and path.stat().st_size <= _LARGEST

@@ -16,8 +16,8 @@ from megatron_ext.checkpoint.atomic import fresh_directory, refuse_existing
 from megatron_ext.checkpoint.huggingface import companions, families
 from megatron_ext.checkpoint.huggingface.coded import CodedFamily
 from megatron_ext.checkpoint.huggingface.family import Family, Piece, their_shape
-from megatron_ext.checkpoint.huggingface.pickled import NAME as PICKLED
 from megatron_ext.checkpoint.huggingface.pickled import Pickled
+from megatron_ext.checkpoint.huggingface.selection import weights_of
 from megatron_ext.checkpoint.huggingface.shards import SHARD_BYTES, Shards, writing_shards
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.scratch import Scratch
@@ -63,7 +63,7 @@ def to_megatron(
     told = family.read(config)
     arch = replace(told, vocab_size=-(-told.vocab_size // vocab_multiple) * vocab_multiple)
     pieces = family.pieces(told)
-    shards = _weights(source)
+    shards = weights_of(source, config)
     _check_theirs(family, told, pieces, shards)
     shapes = axes.tensors(arch)
     types = {piece.ours: _type(piece.ours, shards.entries[piece.theirs].dtype, dtype) for piece in pieces}
@@ -82,11 +82,6 @@ def to_megatron(
             done += tensor.nbytes
             progress(done, total)
     return arch
-
-
-def _weights(directory: Path) -> Shards | Pickled:
-    pickled = (directory / PICKLED).is_file() and not any(directory.glob("*.safetensors*"))
-    return Pickled(directory) if pickled else Shards(directory)
 
 
 def _read_theirs(shards: Shards | Pickled, piece: Piece, place: Tensor, part: Scratch) -> None:

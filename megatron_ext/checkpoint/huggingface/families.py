@@ -1,7 +1,5 @@
 """Which families there are, and which one a `config.json` or a model belongs to."""
 
-from pathlib import Path
-
 from megatron_ext.checkpoint.huggingface.family import Config, Family
 from megatron_ext.checkpoint.huggingface.hybrid import HYBRID
 from megatron_ext.checkpoint.huggingface.llama import LLAMA
@@ -16,8 +14,8 @@ from megatron_ext.errors import CheckpointError, ConfigError, nearest
 from megatron_ext.models.config import Architecture
 
 _NATIVE = (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, MAMBA2, NEMOTRON_H, STATE_SPACES)
-_CODED = (*PRUNED, HYBRID)
-FAMILIES = {family.name: family for family in (*_NATIVE, *_CODED)}
+CODED = (*PRUNED, HYBRID)
+FAMILIES = {family.name: family for family in (*_NATIVE, *CODED)}
 
 
 def named(name: str) -> Family:
@@ -29,15 +27,6 @@ def named(name: str) -> Family:
     if name not in FAMILIES:
         raise ConfigError(f"no family {name!r}", legal=nearest(name, FAMILIES))
     return FAMILIES[name]
-
-
-def holds_our_code(directory: Path, config: Config) -> bool:
-    """Whether a directory's class is one of ours, and the code beside it is what we wrote there, unchanged."""
-    for family in _CODED:
-        code = directory / f"{family.module}.py"
-        if family.model_type == config.get("model_type") and code.is_file():
-            return code.read_text(encoding="utf-8") == family.code()
-    return False
 
 
 def of_config(config: Config) -> Family:
@@ -68,7 +57,7 @@ def like(config: Config, arch: Architecture) -> Family:
     try:
         return _able(family, arch, config)
     except CheckpointError:
-        ours = next((ours for ours in _CODED if ours.base is family), None)
+        ours = next((ours for ours in CODED if ours.base is family), None)
         if ours is None:
             raise
         return _able(ours, arch, config)

@@ -1,36 +1,61 @@
-"""`pytorch_model.bin`: the one file that was usual before safetensors, read without running what it brings."""
+"""`pytorch_model.bin`: what was usual before safetensors, in one file or several, read without running anything."""
 
+import zipfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_ext.checkpoint.huggingface.shards import Entry
-from megatron_ext.errors import CheckpointError
+from megatron_ext.checkpoint.huggingface.shards import Entry, read_index
+from megatron_ext.errors import CheckpointError, UntrustedError
+from megatron_ext.untrusted import inside
 
 NAME = "pytorch_model.bin"
+INDEX = "pytorch_model.bin.index.json"
 
 
 class Pickled:
-    """As `Shards`, of a pickled file. It is mapped, not loaded.
+    """As `Shards`, of pickled files. They are mapped, not loaded, but for those from before torch 1.6.
+
+    Args:
+        directory: The directory.
+        name: The one file, or the index of several.
 
     Raises:
-        CheckpointError: It is damaged, or holds other things than tensors.
+        UntrustedError: A file asks for code.
+        CheckpointError: A file is missing or damaged, or holds other things than tensors.
     """
 
-    def __init__(self, directory: Path) -> None:
-        path = directory / NAME
-        try:
-            held = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            self._tensors: dict[str, Tensor] = {str(name): tensor.detach() for name, tensor in held.items()}
-        except Exception as error:  # the unpickler raises nearly anything on damaged bytes
-            raise CheckpointError(f"{NAME} is damaged, or not a dictionary of tensors ({error})", got=path) from error
-        self.entries = {
-            name: Entry(tuple(tensor.shape), tensor.dtype, path, 0) for name, tensor in self._tensors.items()
-        }
+    def __init__(self, directory: Path, name: str = NAME) -> None:
+        files = sorted(set(read_index(directory, name).values())) if name == INDEX else [name]
+        self._tensors: dict[str, Tensor] = {}
+        self.entries: dict[str, Entry] = {}
+        for path in (inside(directory, file) for file in files):
+            for key, tensor in _read(path).items():
+                if key in self.entries:
+                    raise CheckpointError(f"{key!r} is in two files", got=f"{self.entries[key].path.name}, {path.name}")
+                self._tensors[key] = tensor
+                self.entries[key] = Entry(tuple(tensor.shape), tensor.dtype, path, 0)
 
     def read(self, name: str, place: Tensor, first: int = 0) -> None:
         """Read whole rows of a tensor; see `Shards.read`."""
         rows = self._tensors[name][first:]
         count = place.numel() // max(1, rows[:1].numel())
         place.copy_(rows[:count].reshape(place.shape))
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"{path.name} is missing", got=path.parent)
+    try:
+        # Before torch 1.6 files were no archives, which alone can be mapped.
+        held = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+        if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
+            raise TypeError("not a dictionary of tensors")
+        return {str(name): tensor.detach() for name, tensor in held.items()}
+    except Exception as error:  # the unpickler raises nearly anything on damaged bytes
+        if "GLOBAL " in str(error):
+            asked = str(error).split("GLOBAL ")[1].split()[0]
+            raise UntrustedError(f"{path.name} asks for {asked}, which is not run", got=path) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path.name} is damaged, or not a dictionary of tensors ({reason})", got=path) from error

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_ext.checkpoint.reader import fill
 from megatron_ext.checkpoint.writer import DiskFile
 from megatron_ext.errors import CheckpointError
+from megatron_ext.untrusted import inside
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -39,33 +40,31 @@ class Entry:
 
 
 class Shards:
-    """The tensors of a directory: of the shards its index names, or of its one safetensors file.
+    """The tensors of a directory, as safetensors.
+
+    Args:
+        directory: The directory.
+        name: The one file, or the index of several; by default what transformers reads: `SINGLE`, or else `INDEX`.
 
     Raises:
         CheckpointError: There are none, a shard is missing or damaged, or does not hold what the index says.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, name: str | None = None) -> None:
         directory = Path(directory)
         if not directory.is_dir():
             raise CheckpointError("the Hugging Face directory does not exist", got=directory)
-        promised = _index(directory)
-        files = sorted(set(promised.values())) or [path.name for path in sorted(directory.glob("*.safetensors"))]
-        if not files:
-            raise CheckpointError(
-                "no weights",
-                got=directory,
-                legal=f"{INDEX} with its shards, {SINGLE} or pytorch_model.bin",
-            )
+        name = name or (INDEX if not (directory / SINGLE).is_file() and (directory / INDEX).is_file() else SINGLE)
+        promised = read_index(directory, name) if name.endswith(".index.json") else {}
         self.entries: dict[str, Entry] = {}
-        for name in files:
-            for key, entry in _header(directory / name).items():
+        for file in sorted(set(promised.values())) or [name]:
+            for key, entry in _header(directory, file).items():
                 if key in self.entries:
-                    raise CheckpointError(f"{key!r} is in two shards", got=f"{self.entries[key].path.name}, {name}")
+                    raise CheckpointError(f"{key!r} is in two shards", got=f"{self.entries[key].path.name}, {file}")
                 self.entries[key] = entry
-        for key, name in promised.items():
-            if key not in self.entries or self.entries[key].path.name != name:
-                raise CheckpointError(f"{key!r} is not in the shard that the index names", got=directory / name)
+        for key, file in promised.items():
+            if key not in self.entries or self.entries[key].path != directory / file:
+                raise CheckpointError(f"{key!r} is not in the shard that the index names", got=directory / file)
 
     def read(self, name: str, place: Tensor, first: int = 0) -> None:
         """Read whole rows (entries of dimension 0) of a tensor.
@@ -83,21 +82,27 @@ class Shards:
                 fill(file, place)
 
 
-def _index(directory: Path) -> dict[str, str]:
-    path = directory / INDEX
-    if not path.is_file():
-        return {}
+def read_index(directory: Path, name: str) -> dict[str, str]:
+    """The file of each tensor, from the index of this name.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    path = inside(directory, name)
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(key): str(name) for key, name in names.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not files or not all(isinstance(file, str) for file in files.values()):
+            raise TypeError("weight_map is no table of files")
+        return dict(files)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"the index of the shards is damaged ({error!r})", got=path) from error
 
 
-def _header(path: Path) -> dict[str, Entry]:
+def _header(directory: Path, name: str) -> dict[str, Entry]:
     """What a shard says it holds, checked against its size."""
+    path = inside(directory, name)
     if not path.is_file():
-        raise CheckpointError(f"the shard {path.name} is missing", got=path.parent)
+        raise CheckpointError(f"the shard {name} is missing", got=directory)
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -114,6 +119,8 @@ def _header(path: Path) -> dict[str, Entry]:
                 )
             dtype, shape = _TYPES[told["dtype"]], tuple(told["shape"])
             start, stop = told["data_offsets"]
+            if any(type(number) is not int or number < 0 for number in (*shape, start, stop)):
+                raise ValueError(f"{name} has a shape or a place that is none")
             if stop - start != prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name} has another size than its shape")
             if 8 + length + stop > size:
@@ -125,7 +132,7 @@ def _header(path: Path) -> dict[str, Entry]:
         return entries
     except CheckpointError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"the shard {path.name} is damaged ({error})", got=path.parent) from error
 
 
