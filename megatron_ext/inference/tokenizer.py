@@ -20,7 +20,7 @@ def load_tokenizer(directory: Path) -> Any:
     if not directory.is_dir():
         raise DataError("no such tokenizer", got=directory, legal=f"a directory with {companions.TOKENIZER}")
     try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the first broken file makes transformers raise
         raise DataError(f"the tokenizer cannot be loaded: {error}", got=directory) from error
 

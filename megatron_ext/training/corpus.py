@@ -269,7 +269,7 @@ def _load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise whatever the first broken file makes them raise
         raise DataError("the tokenizer cannot be loaded", got=f"--tokenizer {path}: {error}") from error
     if not tokenizer.is_fast:

@@ -35,7 +35,10 @@ def of_config(config: Config) -> Family:
     Raises:
         CheckpointError: It names none of ours.
     """
-    names = config.get("architectures") or (["MambaLMHeadModel"] if "ssm_cfg" in config else [])
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CheckpointError("config.json: 'architectures' is no list of names", got=repr(names))
+    names = names or (["MambaLMHeadModel"] if "ssm_cfg" in config else [])
     if not names:
         names = [family.name for family in FAMILIES.values() if family.model_type == config.get("model_type")]
     for name in names:

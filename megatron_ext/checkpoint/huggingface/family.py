@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_ext.errors import CheckpointError
+from megatron_ext.errors import CheckpointError, MegatronExtError
 from megatron_ext.models import axes
 from megatron_ext.models.config import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
@@ -109,8 +109,15 @@ class Family:
             CheckpointError: It is one that our models cannot be; names the entry.
         """
         fields: dict[str, Any] = {}
-        for setting in self.settings:
-            fields |= setting.read(config)
+        try:
+            for setting in self.settings:
+                fields |= setting.read(config)
+        except MegatronExtError:
+            raise
+        except KeyError as error:
+            raise CheckpointError(f"config.json has no {error}") from error
+        except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+            raise CheckpointError(f"config.json has an entry of a wrong kind: {error}") from error
         return Architecture(**_DEFAULTS | fields)
 
     def write(self, arch: Architecture, like: Config | None = None) -> dict[str, Any]:
@@ -219,6 +226,8 @@ def meaning(arch: Architecture) -> dict[str, Any]:
             values = {name: value for name, value in values.items() if name not in names}
     if MLP not in arch.pattern and MOE not in arch.pattern:
         del values["activation"], values["gated_linear_unit"]
+    if MOE in arch.pattern and values["moe_router_topk_scaling_factor"] is None:
+        values["moe_router_topk_scaling_factor"] = 1.0
     if arch.position_embedding_type == "none":
         for name in ("rotary_base", "rotary_percent", "rope_scaling_factor"):
             values.pop(name, None)

@@ -11,11 +11,12 @@ from megatron_ext.checkpoint.huggingface.family import Config, Link
 from megatron_ext.checkpoint.huggingface.mamba2 import MIXER, OUTER
 from megatron_ext.checkpoint.huggingface.nemotron_h import ATTENTION_ROWS, EXPERTS, NEMOTRON_H, SHARED
 from megatron_ext.checkpoint.huggingface.parts import half
-from megatron_ext.checkpoint.huggingface.settings import Rope, Same, Tied
+from megatron_ext.checkpoint.huggingface.settings import Rope, Same, Tied, flag
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.config import Architecture
 from megatron_ext.models.pattern import ATTENTION, MOE
 
+_ROPE = Rope(partial=True)
 _ACTIVATIONS = {"relu2": "squared_relu", "gelu": "gelu", "silu": "silu"}
 
 
@@ -44,7 +45,7 @@ class _Mlp:
         name = config.get("mlp_hidden_act", "relu2")
         if name not in _ACTIVATIONS:
             raise CheckpointError("config.json: unknown 'mlp_hidden_act'", got=name, legal=", ".join(_ACTIVATIONS))
-        return {"activation": _ACTIVATIONS[name], "gated_linear_unit": bool(config.get("mlp_gated", False))}
+        return {"activation": _ACTIVATIONS[name], "gated_linear_unit": flag(config, "mlp_gated", False)}
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
         """The entries."""
@@ -66,13 +67,13 @@ class _Rotary:
         """The fields."""
         if not config.get("rotary"):
             return {"position_embedding_type": "none"}
-        return Rope().read({"rope_parameters": config["rotary"]})
+        return _ROPE.read({"rope_parameters": config["rotary"]})
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
         """The entry."""
         if arch.position_embedding_type != "rope":
             return {"rotary": None}
-        return {"rotary": Rope().write(arch, {"rope_parameters": {}})["rope_parameters"]}
+        return {"rotary": _ROPE.write(arch, {"rope_parameters": {}})["rope_parameters"]}
 
 
 HYBRID = CodedFamily(

@@ -1,10 +1,11 @@
 """`LlamaForCausalLM`: Llama 1 to 3.3 and whatever was built like them."""
 
+from collections.abc import Callable
 from typing import Any
 
 from megatron_ext.checkpoint.huggingface.family import Config, Family, Link, words
 from megatron_ext.checkpoint.huggingface.parts import half, key, query, value
-from megatron_ext.checkpoint.huggingface.settings import Always, Biases, Layers, Only, Rope, Same, Tied
+from megatron_ext.checkpoint.huggingface.settings import Always, Biases, Layers, Only, Rope, Same, Tied, whole
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.config import Architecture
 
@@ -39,25 +40,36 @@ _BIASES = [
 ]
 
 
-def heads_of(config: Config) -> int:
-    """Key/value heads where a configuration names none: as many as query heads."""
-    return config["num_attention_heads"]
-
-
 def head_dim(config: Config) -> int:
     """Channels of a head where a configuration does not say."""
-    return config["hidden_size"] // config["num_attention_heads"]
+    return whole(config, "hidden_size") // whole(config, "num_attention_heads")
 
 
-def sizes(context: int) -> list[Any]:
-    """Entries that Llama and its relatives share; `context` is `max_position_embeddings` where it is missing."""
+def groups(missing: int | None) -> Callable[[Config], int]:
+    """Key/value heads where a configuration has null: as many as query heads; `missing` where it has no entry."""
+
+    def heads(config: Config) -> int:
+        if missing is not None and "num_key_value_heads" not in config:
+            return missing
+        return whole(config, "num_attention_heads")
+
+    return heads
+
+
+def sizes(context: int, missing_groups: int | None = None) -> list[Any]:
+    """Entries that Llama and its relatives share.
+
+    Args:
+        context: `max_position_embeddings` where it is missing.
+        missing_groups: `num_key_value_heads` where it is missing; as many as query heads by default.
+    """
     return [
         Layers("*-"),
         Same("vocab_size", "vocab_size"),
         Same("hidden_size", "hidden_size"),
         Same("intermediate_size", "ffn_hidden_size"),
         Same("num_attention_heads", "num_attention_heads"),
-        Same("num_key_value_heads", "num_query_groups", heads_of),
+        Same("num_key_value_heads", "num_query_groups", groups(missing_groups)),
         Same("head_dim", "kv_channels", head_dim),
         Same("max_position_embeddings", "max_position_embeddings", context),
     ]
@@ -74,18 +86,23 @@ class _Divides:
     """transformers insists that the hidden size divides by the number of heads, whatever `head_dim` says."""
 
     def read(self, config: Config) -> dict[str, Any]:
-        """Nothing."""
+        """Nothing; refuses what transformers would."""
+        self._check(whole(config, "hidden_size"), whole(config, "num_attention_heads"))
         return {}
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
         """Nothing; refuses what transformers would."""
-        if arch.hidden_size % arch.num_attention_heads:
+        self._check(arch.hidden_size, arch.num_attention_heads)
+        return {}
+
+    @staticmethod
+    def _check(hidden: int, heads: int) -> None:
+        if hidden % heads:
             raise CheckpointError(
                 "LlamaForCausalLM needs a hidden size that divides by the number of heads",
-                got=f"hidden_size={arch.hidden_size}, num_attention_heads={arch.num_attention_heads}",
+                got=f"hidden_size={hidden}, num_attention_heads={heads}",
                 legal="MistralForCausalLM has no such condition: --hf-class MistralForCausalLM",
             )
-        return {}
 
 
 LLAMA = Family(

@@ -5,7 +5,7 @@ from math import inf
 from typing import Any
 
 from megatron_ext.checkpoint.huggingface.family import Config, Family, Link, words
-from megatron_ext.checkpoint.huggingface.settings import Always, Layers, Only, Same, Tied, told
+from megatron_ext.checkpoint.huggingface.settings import Always, Layers, Only, Same, Tied, whole
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.config import CONV_KERNEL, Architecture
 
@@ -52,11 +52,11 @@ class _Expand:
 
     def read(self, config: Config) -> dict[str, Any]:
         """Nothing; the heads say it."""
-        inner, heads = told(config, "expand", 2) * config["hidden_size"], told(config, "num_heads", 128)
-        if inner != heads * told(config, "head_dim", 64):
+        inner = whole(config, "expand", 2) * whole(config, "hidden_size")
+        wide = whole(config, "num_heads", 128) * whole(config, "head_dim", 64)
+        if inner != wide:
             raise CheckpointError(
-                "config.json: expand * hidden_size is not num_heads * head_dim",
-                got=f"{inner} and {heads * told(config, 'head_dim', 64)}",
+                "config.json: expand * hidden_size is not num_heads * head_dim", got=f"{inner} and {wide}"
             )
         return {}
 
@@ -72,15 +72,23 @@ class _Expand:
         return entries | ({"time_step_rank": -(-arch.hidden_size // 16)} if "time_step_rank" in like else {})
 
 
+def is_unlimited(limit: Any) -> bool:
+    """Whether limits of the recurrence's step, lower and upper, leave it as it is."""
+    try:
+        low, high = (float(end["__float__"]) if isinstance(end, dict) else float(end) for end in limit)
+    except (TypeError, ValueError, KeyError):
+        return False
+    return low <= 0 and high == inf
+
+
 class NoLimit:
     """The step of the recurrence is not clamped."""
 
     def read(self, config: Config) -> dict[str, Any]:
         """Nothing, but refuses a limit."""
-        limit = config.get("time_step_limit") or (0.0, inf)
-        low, high = (float(end["__float__"]) if isinstance(end, dict) else float(end) for end in limit)
-        if low > 0 or high != inf:
-            raise CheckpointError("config.json: 'time_step_limit' is not supported", got=limit, legal="[0.0, Infinity]")
+        for name in ("time_step_limit", "mamba_dt_limit"):
+            if (limit := config.get(name)) is not None and not is_unlimited(limit):
+                raise CheckpointError(f"config.json: {name!r} is not supported", got=limit, legal="[0.0, Infinity]")
         return {}
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
@@ -106,7 +114,7 @@ class _Heads:
 
     def read(self, config: Config) -> dict[str, Any]:
         """As many as there are groups."""
-        groups = told(config, "n_groups", 8)
+        groups = whole(config, "n_groups", 8)
         return {"num_attention_heads": groups, "num_query_groups": groups}
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:

@@ -4,29 +4,44 @@ from typing import Any
 
 from megatron_ext.checkpoint.huggingface.family import Config, Family
 from megatron_ext.checkpoint.huggingface.llama import ATTENTION, EMBEDDINGS, FINAL_NORM, GATED, GATED_MLP, sizes
-from megatron_ext.checkpoint.huggingface.settings import Always, Rope, Tied
+from megatron_ext.checkpoint.huggingface.settings import Always, Rope, Tied, flag, whole
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.config import Architecture
 
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
 
 class NoWindow:
-    """Attention sees everything before it: no sliding window, or one as long as the context."""
+    """Attention sees everything before it: no sliding window, or one as long as the context.
 
-    def __init__(self, default: int | None, switch: str | None = None) -> None:
-        self.default, self.switch = default, switch
+    Args:
+        context: `max_position_embeddings` where it is missing.
+        switch: The entry that turns the window on, for the layers that `layer_types` calls so, or else for those from
+            `max_window_layers` on; a family without one has the window in all layers.
+    """
+
+    def __init__(self, context: int, switch: str | None = None) -> None:
+        self.context, self.switch = context, switch
 
     def read(self, config: Config) -> dict[str, Any]:
         """Nothing, but refuses a window."""
-        window, context = config.get("sliding_window", self.default), config.get("max_position_embeddings", 0)
-        on = self.switch is None or config.get(self.switch, False)
-        if on and window is not None and window < context:
+        kinds = config.get("layer_types")
+        if kinds is not None and not (isinstance(kinds, list) and set(map(str, kinds)) <= {_FULL, _SLIDING}):
+            raise CheckpointError("config.json: 'layer_types' that are not supported", got=kinds, legal=_FULL)
+        window = None if config.get("sliding_window", 4096) is None else whole(config, "sliding_window", 4096)
+        on = self.switch is None or flag(config, self.switch, False)
+        if kinds is not None and _SLIDING in kinds and (window is None or not on):
+            raise CheckpointError("config.json: 'layer_types' with a window, and no window", got=kinds, legal=_FULL)
+        if kinds is not None and self.switch is not None:
+            on = _SLIDING in kinds
+        elif self.switch is not None:
+            first = 28 if config.get("max_window_layers") is None else config["max_window_layers"]
+            on = on and first < whole(config, "num_hidden_layers")
+        if on and window is not None and window < whole(config, "max_position_embeddings", self.context):
             raise CheckpointError(
                 "config.json: 'sliding_window' is not supported", got=window,
                 legal=f"null, or max_position_embeddings={window} for a context of one window",
             )  # fmt: skip
-        kinds = set(config.get("layer_types") or ()) - {"full_attention"}
-        if on and kinds:
-            raise CheckpointError("config.json: 'layer_types' that are not supported", got=sorted(kinds))
         return {}
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
@@ -35,12 +50,12 @@ class NoWindow:
         if self.switch is not None:
             entries[self.switch] = False
         if "layer_types" in like:
-            entries["layer_types"] = ["full_attention"] * arch.pattern.count("*")
+            entries["layer_types"] = [_FULL] * arch.pattern.count("*")
         return entries
 
 
 MISTRAL = Family(
     "MistralForCausalLM", "mistral", "model.layers.{}", "*-",
     [*EMBEDDINGS, *ATTENTION, *GATED_MLP, *FINAL_NORM],
-    [*sizes(131_072), *GATED, Rope(), Tied(), NoWindow(4096), Always(add_bias_linear=False)],
+    [*sizes(131_072, 8), *GATED, Rope(), Tied(), NoWindow(131_072), Always(add_bias_linear=False)],
 )  # fmt: skip

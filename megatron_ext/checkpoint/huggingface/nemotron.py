@@ -23,5 +23,5 @@ NEMOTRON = Family(
      *_MLP, *_NORM_BIASES, *FINAL_NORM],
     [*sizes(4096), Same("norm_eps", "norm_epsilon", 1e-5), Only("hidden_act", "relu2"),
      Always(activation="squared_relu", gated_linear_unit=False, normalization="LayerNorm", zero_centered_norm=True),
-     Rope(percent=0.5), Tied(), Biases(("attention_bias", "mlp_bias"))],
+     Rope(percent=0.5, partial=True), Tied(), Biases(("attention_bias", "mlp_bias"))],
 )  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any
 from megatron_ext.checkpoint.huggingface.family import Config, Family, Link
 from megatron_ext.checkpoint.huggingface.mamba2 import MIXER, MIXER_SETTINGS, OUTER
 from megatron_ext.checkpoint.huggingface.parts import key, query, value
-from megatron_ext.checkpoint.huggingface.settings import Always, Only, Same, Tied
+from megatron_ext.checkpoint.huggingface.settings import Always, Only, Same, Tied, flag, number
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.config import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
@@ -48,13 +48,17 @@ class _Pattern:
         """The pattern."""
         words, text = config.get("layers_block_type"), config.get("hybrid_override_pattern")
         if words:
-            if unknown := sorted(set(words) - set(_UNITS)):
+            if not isinstance(words, list):
+                raise CheckpointError("config.json: 'layers_block_type' is no list", got=repr(words))
+            if unknown := sorted({str(word) for word in words} - set(_UNITS)):
                 raise CheckpointError(
                     "config.json: unknown kinds of layer", got=", ".join(unknown), legal=", ".join(_UNITS)
                 )
             return {"pattern": "".join(_UNITS[word] for word in words)}
         if not text:
             raise CheckpointError("config.json has neither 'layers_block_type' nor 'hybrid_override_pattern'")
+        if not isinstance(text, str):
+            raise CheckpointError("config.json: 'hybrid_override_pattern' is no text", got=repr(text))
         return {"pattern": text}
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
@@ -88,7 +92,7 @@ class _Mixture:
         Same("num_experts_per_tok", "moe_router_topk", 2),
     )
     ONLY = (
-        Only("moe_latent_size", None), Only("n_group", 1), Only("topk_group", 1), Only("norm_topk_prob", True),
+        Only("moe_latent_size", None), Only("n_group", 1), Only("topk_group", 1),
         Only("n_shared_experts", 1), Only("num_nextn_predict_layers", 0),
     )  # fmt: skip
 
@@ -98,17 +102,33 @@ class _Mixture:
             return {}
         fields: dict[str, Any] = {
             "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
-            "moe_router_topk_scaling_factor": float(config.get("routed_scaling_factor", 1.0)),
+            "moe_router_topk_scaling_factor": number(config, "routed_scaling_factor", 1.0),
         }  # fmt: skip
         for setting in (*self.SAME, *self.ONLY):
             fields |= setting.read(config)
+        # Megatron divides by the sum of the chosen where there are several, and only there.
+        if flag(config, "norm_topk_prob", True) != (fields["moe_router_topk"] > 1):
+            raise CheckpointError(
+                "config.json: 'norm_topk_prob' is not supported with so many experts to a token",
+                got=f"{config.get('norm_topk_prob', True)} with num_experts_per_tok={fields['moe_router_topk']}",
+                legal="true with several, false with one",
+            )
         return fields
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
         """The entries."""
         if MOE not in arch.pattern:
             return {}
-        entries: dict[str, Any] = {"routed_scaling_factor": arch.moe_router_topk_scaling_factor or 1.0}
+        if not arch.moe_shared_expert_intermediate_size or arch.num_experts < 2:
+            raise CheckpointError(
+                "NemotronHForCausalLM needs a shared expert, and two others or more",
+                got=f"{arch.num_experts} experts, moe_shared_expert_intermediate_size="
+                f"{arch.moe_shared_expert_intermediate_size}",
+            )
+        factor = arch.moe_router_topk_scaling_factor
+        entries: dict[str, Any] = {
+            "routed_scaling_factor": 1.0 if factor is None else factor, "norm_topk_prob": arch.moe_router_topk > 1,
+        }  # fmt: skip
         for setting in (*self.SAME, *self.ONLY):
             entries |= setting.write(arch, like)
         return entries

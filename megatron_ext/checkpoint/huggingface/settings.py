@@ -1,8 +1,9 @@
 """The kinds of entries that a `config.json` has. See `family.Setting`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import isfinite
+from typing import Any, get_type_hints
 
 from megatron_ext.checkpoint.huggingface.family import Config
 from megatron_ext.errors import CheckpointError
@@ -25,6 +26,38 @@ def told(config: Config, name: str, default: Any = None) -> Any:
     return value
 
 
+def whole(config: Config, name: str, default: Any = None) -> int:
+    """An entry that is a positive whole number; see `told`."""
+    value = told(config, name, default)
+    if type(value) is not int or value < 1:
+        raise _wrong(name, value, "a positive whole number")
+    return value
+
+
+def number(config: Config, name: str, default: Any = None) -> float:
+    """An entry that is a number; see `told`."""
+    value = told(config, name, default)
+    if type(value) not in (int, float) or not isfinite(value):
+        raise _wrong(name, value, "a number")
+    return float(value)
+
+
+def flag(config: Config, name: str, default: Any = None) -> bool:
+    """An entry that is true or false; see `told`."""
+    value = told(config, name, default)
+    if type(value) is not bool:
+        raise _wrong(name, value, "true or false")
+    return value
+
+
+def _wrong(name: str, value: object, legal: str) -> CheckpointError:
+    return CheckpointError(f"config.json: {name!r} is of a wrong kind", got=repr(value), legal=legal)
+
+
+_READ = {int: whole, float: number, bool: flag}
+_FIELDS = get_type_hints(Architecture)
+
+
 @dataclass(frozen=True)
 class Same:
     """An entry that is a field of ours under another name; `default` is transformers' own where it is missing."""
@@ -35,7 +68,7 @@ class Same:
 
     def read(self, config: Config) -> dict[str, Any]:
         """The field."""
-        return {self.ours: told(config, self.theirs, self.default)}
+        return {self.ours: _READ[_FIELDS[self.ours]](config, self.theirs, self.default)}
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
         """The entry."""
@@ -89,7 +122,7 @@ class Layers:
 
     def read(self, config: Config) -> dict[str, Any]:
         """The pattern."""
-        return {"pattern": self.block * told(config, self.theirs, self.default)}
+        return {"pattern": self.block * whole(config, self.theirs, self.default)}
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
         """Their number."""
@@ -104,7 +137,7 @@ class Tied:
 
     def read(self, config: Config) -> dict[str, Any]:
         """The field."""
-        return {"untie_embeddings_and_output_weights": not told(config, "tie_word_embeddings", self.default)}
+        return {"untie_embeddings_and_output_weights": not flag(config, "tie_word_embeddings", self.default)}
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
         """The entry."""
@@ -119,7 +152,7 @@ class Biases:
 
     def read(self, config: Config) -> dict[str, Any]:
         """The field."""
-        values = {name: bool(config.get(name, False)) for name in self.names}
+        values = {name: flag(config, name, False) for name in self.names}
         if len(set(values.values())) > 1:
             raise CheckpointError(
                 "config.json: biases in some linear layers only", got=values, legal=f"{' and '.join(self.names)} alike"
@@ -133,50 +166,83 @@ class Biases:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions: base, share of the channels (its default where missing), Llama 3.1's scaling.
+    """Rotary positions: base, share of the channels, Llama 3.1's scaling.
 
     transformers 5 keeps them in `rope_parameters`, versions before in `rope_theta`, `rope_scaling` and
     `partial_rotary_factor`; what all versions read is written, unless the model was saved by the new one.
+
+    Attributes:
+        percent: The share of the channels of a head that are rotated, where the entry is missing.
+        partial: Whether the class rotates a part of them at all; others ignore the entry.
     """
 
     percent: float = 1.0
+    partial: bool = False
 
     def read(self, config: Config) -> dict[str, Any]:
         """The fields."""
-        rope = {"rope_theta": config.get("rope_theta"), "partial_rotary_factor": config.get("partial_rotary_factor")}
-        for name in ("rope_scaling", "rope_parameters"):
-            rope |= {key: value for key, value in (config.get(name) or {}).items() if value is not None}
-        base = float(rope["rope_theta"] or 10000.0)
-        if base != int(base):
+        rope = _rope(config)
+        base = number(rope, "rope_theta", 10000.0)
+        if base != int(base) or base < 1:
             raise CheckpointError("config.json: the RoPE base must be a whole number", got=base)
-        percent = rope["partial_rotary_factor"]
+        percent = number(rope, "partial_rotary_factor", self.percent)
+        if not 0 < percent <= 1:
+            raise CheckpointError(
+                "config.json: 'partial_rotary_factor' is no share", got=percent, legal="above 0, to 1"
+            )
+        if percent != 1 and not self.partial:
+            raise CheckpointError(
+                "config.json: 'partial_rotary_factor' is ignored by transformers' class, and by no other", got=percent,
+                legal="no such entry, if whole heads are rotated, as transformers does",
+            )  # fmt: skip
         return {
-            "position_embedding_type": "rope", "rotary_base": int(base),
-            "rotary_percent": self.percent if percent is None else percent, "rope_scaling_factor": self._factor(rope),
+            "position_embedding_type": "rope", "rotary_base": int(base), "rotary_percent": percent,
+            "rope_scaling_factor": self._factor(rope, config),
         }  # fmt: skip
 
     @staticmethod
-    def _factor(rope: dict[str, Any]) -> float | None:
+    def _factor(rope: Config, config: Config) -> float | None:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind == "default":
             return None
         got = {name: rope.get(name) for name in _LLAMA3}
+        length = "original_max_position_embeddings"
+        got[length] = config.get(length, config.get("max_position_embeddings") if got[length] is None else got[length])
         if kind != "llama3" or got != _LLAMA3:
             raise CheckpointError(
                 "config.json: this RoPE scaling is not supported", got={"rope_type": kind} | got,
                 legal=f"none, or llama3 with {_LLAMA3}, as Llama 3.1, 3.2 and 3.3 have it",
             )  # fmt: skip
-        return float(rope["factor"])
+        if (factor := number(rope, "factor")) < 1:
+            raise CheckpointError("config.json: the RoPE scaling's 'factor' is below 1", got=factor)
+        return factor
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
-        """The entries."""
+        """The entries; refuses what the class ignores."""
         if arch.position_embedding_type != "rope":
             raise CheckpointError("the family has rotary positions, the model has none")
+        if arch.rotary_percent != 1 and not self.partial:
+            raise CheckpointError(
+                "the class rotates whole heads, the model a part of them", got=arch.rotary_percent,
+                legal="NemotronForCausalLM, HybridForCausalLM",
+            )  # fmt: skip
         base: dict[str, Any] = {"rope_theta": float(arch.rotary_base)}
         part = {"partial_rotary_factor": arch.rotary_percent} if self.percent != 1 or arch.rotary_percent != 1 else {}
         scaling: dict[str, Any] = {"rope_type": "default"}
         if arch.rope_scaling_factor is not None:
             scaling = {"rope_type": "llama3", "factor": arch.rope_scaling_factor, **_LLAMA3}
         if "rope_parameters" in like:
-            return {"rope_parameters": base | part | scaling}
+            old = {"rope_scaling": None} if "rope_scaling" in like else {}  # which would be read before
+            return {"rope_parameters": base | part | scaling, **old}
         return base | part | {"rope_scaling": None if arch.rope_scaling_factor is None else scaling}
+
+
+def _rope(config: Config) -> dict[str, Any]:
+    """All entries about rotary positions, those of the dictionary first; `rope_scaling` hides `rope_parameters`."""
+    own = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(own, Mapping) or any(isinstance(value, Mapping) for value in own.values()):
+        raise CheckpointError(
+            "config.json: rotary positions that differ by kind of layer", got=own, legal="one set for all layers"
+        )
+    outer = {name: config.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    return outer | {key: value for key, value in own.items() if value is not None}

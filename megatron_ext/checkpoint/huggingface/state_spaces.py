@@ -1,11 +1,13 @@
 """`MambaLMHeadModel`: Mamba-2 in the layout of the state-spaces organisation, mamba_ssm's own."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from math import inf
 from typing import Any, ClassVar
 
 from megatron_ext.checkpoint.huggingface.family import Config, Family
-from megatron_ext.checkpoint.huggingface.mamba2 import MIXER, OUTER
-from megatron_ext.checkpoint.huggingface.settings import Always, Layers, Only, Same
+from megatron_ext.checkpoint.huggingface.mamba2 import MIXER, OUTER, is_unlimited
+from megatron_ext.checkpoint.huggingface.settings import Always, Layers, Only, Same, flag, whole
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.config import CONV_KERNEL, Architecture
 
@@ -20,20 +22,41 @@ class _Mixer:
     }
     ONLY: ClassVar[dict[str, Any]] = {
         "layer": "Mamba2", "d_conv": CONV_KERNEL, "rmsnorm": True, "norm_before_gate": False, "bias": False,
-        "conv_bias": True, "d_ssm": None, "D_has_hdim": False,
+        "conv_bias": True, "d_ssm": None, "D_has_hdim": False, "learnable_init_states": False,
     }  # fmt: skip
+    # What new weights are made of, and how the layer is run.
+    FREE = (
+        "dt_min", "dt_max", "dt_init_floor", "A_init_range", "conv_init", "chunk_size", "use_mem_eff_path",
+        "sequence_parallel", "process_group",
+    )  # fmt: skip
 
     def read(self, config: Config) -> dict[str, Any]:
         """The fields."""
         given = config["ssm_cfg"]
+        if not isinstance(given, Mapping):
+            raise CheckpointError("config.json: 'ssm_cfg' is no object", got=repr(given))
         for name, legal in self.ONLY.items():
             got = given.get(name, "Mamba1" if name == "layer" else legal)
             if got != legal:
                 raise CheckpointError(
                     f"config.json: ssm_cfg {name!r} is not supported", got=repr(got), legal=repr(legal)
                 )
-        fields = {ours: given.get(name, default) for name, (ours, default) in self.SAME.items()}
-        inner = given.get("expand", 2) * config["d_model"]
+        limit, activation = given.get("dt_limit", (0.0, inf)), given.get("activation", "swish")
+        if not is_unlimited(limit) or activation not in ("swish", "silu"):
+            raise CheckpointError(
+                "config.json: ssm_cfg 'dt_limit' or 'activation' is not supported", got=f"{limit}, {activation}",
+                legal="[0.0, Infinity], swish",
+            )  # fmt: skip
+        known = {*self.SAME, *self.ONLY, *self.FREE, "expand", "dt_limit", "activation"}
+        if unknown := sorted(set(given) - known):
+            raise CheckpointError("config.json: ssm_cfg has entries that are not known", got=", ".join(unknown))
+        fields = {ours: whole(given, name, default) for name, (ours, default) in self.SAME.items()}
+        inner = whole(given, "expand", 2) * whole(config, "d_model", 2560)
+        if inner % fields["mamba_head_dim"]:
+            raise CheckpointError(
+                "config.json: the heads do not make the inner width", legal="a width that headdim divides",
+                got=f"expand * d_model = {inner}, headdim = {fields['mamba_head_dim']}",
+            )  # fmt: skip
         return fields | {
             "mamba_num_heads": inner // fields["mamba_head_dim"], "num_attention_heads": fields["mamba_num_groups"],
             "num_query_groups": fields["mamba_num_groups"],
@@ -55,8 +78,8 @@ class _Vocabulary:
 
     def read(self, config: Config) -> dict[str, Any]:
         """The rows."""
-        multiple = config.get("pad_vocab_size_multiple", 8)
-        return {"vocab_size": -(-config["vocab_size"] // multiple) * multiple}
+        multiple = whole(config, "pad_vocab_size_multiple", 8)
+        return {"vocab_size": -(-whole(config, "vocab_size", 50_277) // multiple) * multiple}
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
         """The rows, all of them words, unless the vocabulary is as it was."""
@@ -70,7 +93,7 @@ class _Tied:
 
     def read(self, config: Config) -> dict[str, Any]:
         """The field."""
-        return {"untie_embeddings_and_output_weights": not config.get("tie_embeddings", True)}
+        return {"untie_embeddings_and_output_weights": not flag(config, "tie_embeddings", True)}
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
         """The entry."""

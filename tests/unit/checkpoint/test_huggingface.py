@@ -249,7 +249,7 @@ def test_configurations_that_our_models_cannot_be(hf: Path, tmp_path: Path, entr
         (replace(ARCH, layer_sizes={"ffn_hidden_size": (24, 16)}), "LlamaForCausalLM",
          "layer_sizes={'ffn_hidden_size'"),
         (replace(ARCH, position_embedding_type="none"), "LlamaForCausalLM", "rotary positions, the model has none"),
-        (replace(ARCH, norm_epsilon=1e-6, rotary_percent=0.5, zero_centered_norm=True), "Qwen2ForCausalLM",
+        (replace(ARCH, norm_epsilon=1e-6, zero_centered_norm=True), "Qwen2ForCausalLM",
          "zero_centered_norm=True"),
         (replace(ARCH, hidden_size=18), "LlamaForCausalLM", "MistralForCausalLM has no such condition"),
         (replace(MAMBA, hidden_size=24), "Mamba2ForCausalLM", "whole multiple of the hidden size"),
