@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_ext.errors import CheckpointError
+from megatron_ext.errors import CheckpointError, ConfigError
 
 
 @contextmanager
@@ -58,6 +58,26 @@ def refuse_existing(path: Path) -> None:
     """Raise `CheckpointError` if there is anything at `path` that would be overwritten."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise CheckpointError("the output exists already and is not overwritten", got=path, legal="a new directory")
+
+
+def check_writable(directory: Path, flag: str) -> None:
+    """Find out before hours of work whether there will be a place for what comes of it.
+
+    Args:
+        directory: Where it goes; it need not be there yet.
+        flag: What says so on the command line.
+
+    Raises:
+        ConfigError: Nothing can be written there.
+    """
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            "nothing can be written there", got=f"{directory}: {error.strerror}", legal=f"{flag} another place"
+        ) from error
 
 
 def _flush(path: Path) -> None:

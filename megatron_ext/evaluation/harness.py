@@ -1,29 +1,23 @@
 """lm-evaluation-harness on a Megatron checkpoint: its own tasks and metrics, our forward passes, on any layout.
 
 To the harness each rank is a world of its own that asks the whole model everything, in the same order; how the
-questions are shared is decided below its interface. So all ranks call `run_tasks` alike, and all get the results.
+questions are shared is decided below its interface. So all ranks ask alike, and all get the answers.
 """
 
-import contextlib
-import difflib
-import io
-import logging
-import math
 import os
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.models.utils import handle_stop_sequences
 
-from megatron_ext.errors import ConfigError, DataError
+from megatron_ext.errors import ConfigError
+from megatron_ext.evaluation import generation
 from megatron_ext.evaluation.answers import Answers
 from megatron_ext.evaluation.perplexity import Window
+from megatron_ext.inference.chat import render
 from megatron_ext.inference.generate import generate
 from megatron_ext.inference.passage import Passage, Score
 from megatron_ext.inference.progress import progress
@@ -32,10 +26,6 @@ from megatron_ext.inference.request import Request
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.inference.score import score
 from megatron_ext.inference.sharded import ShardedModel
-
-SEED = 1234  # the harness's own
-BOOTSTRAP = 1000  # for the error of metrics that are no means
-NEW_TOKENS = 256  # where a task does not say; as for the harness's own models
 
 
 @dataclass(frozen=True)
@@ -67,6 +57,19 @@ class MegatronLM(TemplateLM):
         super().__init__()
         self.model, self.writer, self.limits, self.answers = model, writer, limits, answers
         self.tokenizer = writer.tokenizer
+        self.begin("")
+
+    def begin(self, task: str) -> None:
+        """What is asked from now on is of this task."""
+        self._task, self._requests, self._cut = task, 0, 0
+
+    def lengths(self) -> dict[str, int]:
+        """Of the requests of a task: how many they are, and how many lost their beginning to `Limits.length`."""
+        return {"requests": self._requests, "cut": self._cut}
+
+    def _count(self, tokens: int, room: int) -> None:
+        self._requests += 1
+        self._cut += tokens > room
 
     @property
     def eot_token_id(self) -> int:
@@ -91,10 +94,7 @@ class MegatronLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as the tokenizer's template has it."""
-        return self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )  # fmt: skip
+        return render(self.tokenizer, chat_history, add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids; with what the tokenizer puts around a text, unless that is there or is not wanted."""
@@ -110,10 +110,12 @@ class MegatronLM(TemplateLM):
         for (context, continuation), before, after in requests:
             if len(after) > self.limits.length:
                 raise ConfigError(
-                    "a continuation of the task is longer than the model reads", got=f"{len(after)} tokens",
-                    legal=f"{self.limits.length} tokens",
+                    "a continuation of the task is longer than the model reads",
+                    got=f"{self._task}: {len(after)} tokens",
+                    legal=f"{self.limits.length} tokens, or a larger --window",
                 )  # fmt: skip
             assert before, (context, continuation)
+            self._count(len(before) + len(after), self.limits.length + 1)
             tokens = [*before, *after][-(self.limits.length + 1) :]
             passages.append([Passage(tokens, len(tokens) - len(after))])
         questions = [("loglikelihood", before, after, self.limits.length) for _, before, after in requests]
@@ -123,6 +125,7 @@ class MegatronLM(TemplateLM):
         """The log-likelihood of whole texts, in windows of the model's length."""
         window = Window(self.limits.length, self.limits.length)
         texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
+        self._requests += len(texts)
         passages = [window.passages([self.prefix_token_id, *text]) for text in texts]
         questions = [("rolling", text, self.limits.length) for text in texts]
         return [total for total, _ in self._scored(questions, passages)]
@@ -134,7 +137,7 @@ class MegatronLM(TemplateLM):
         found = self._known(questions)
         flat = [(i, passage) for i, answer in enumerate(found) if answer is None for passage in passages[i]]
         parts: dict[int, list[Score]] = {}
-        with progress("scoring", len(flat)) as advance:
+        with progress(f"{self._task}: scoring", len(flat)) as advance:
             for number, result in score(self.model, [passage for _, passage in flat], self.limits.batch_tokens):
                 i = flat[number][0]
                 own = parts.setdefault(i, [])
@@ -160,7 +163,7 @@ class MegatronLM(TemplateLM):
         for i, (_, _, sampling) in enumerate(asked):
             if found[i] is None:
                 groups.setdefault(sampling, []).append(i)
-        with progress("generating", sum(map(len, groups.values()))) as advance:
+        with progress(f"{self._task}: generating", sum(map(len, groups.values()))) as advance:
             for sampling, own in groups.items():
                 made = generate(self.model, [asked[i][0] for i in own], sampling, self.limits.batch_size)
                 for number, new in made:
@@ -172,25 +175,20 @@ class MegatronLM(TemplateLM):
         return found
 
     def _request(self, context: str, settings: dict[str, Any]) -> tuple[Request, Writer, Sampling]:
-        values: dict[str, Any] = {**normalize_gen_kwargs(settings, NEW_TOKENS)}
+        values = generation.normalized(settings)
         end = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
-        stops = [stop for stop in handle_stop_sequences(values.get("until"), end) if stop]
+        stops = [stop for stop in handle_stop_sequences(values["until"], end) if stop]
         new = values["max_gen_toks"]
         room = self.limits.length - new
         if room < 1:
             raise ConfigError(
-                "a task asks for more new tokens than the model reads", got=f"{new} tokens",
-                legal=f"less than {self.limits.length}",
+                "a task asks for more new tokens than the model reads", got=f"{self._task}: {new} tokens",
+                legal=f"less than {self.limits.length}: --gen-kwargs max_gen_toks=N, or a larger --window",
             )  # fmt: skip
         writer = Writer(self.tokenizer, self.writer.ends, stops)
         prompt = self.tok_encode(context) or [self.prefix_token_id]
-        # top_k of transformers is 50 by default, and this harness's tasks are written for that.
-        drawn = values["temperature"] > 0
-        sampling = Sampling(
-            float(values["temperature"]), int(values.get("top_k", 50)) if drawn else 0,
-            float(values.get("top_p", 1.0)) if drawn else 1.0,
-        )  # fmt: skip
-        return writer.request(prompt[-room:], new), writer, sampling
+        self._count(len(prompt), room)
+        return writer.request(prompt[-room:], new), writer, generation.sampling(settings)
 
     def _known(self, questions: Sequence[tuple[Any, ...]]) -> list[Any]:
         if self.answers is None:
@@ -200,100 +198,3 @@ class MegatronLM(TemplateLM):
     def _learn(self, question: tuple[Any, ...], answer: Any) -> None:
         if self.answers is not None:
             self.answers[question] = answer
-
-
-@dataclass(frozen=True)
-class Tasks:
-    """What the harness is to run.
-
-    Attributes:
-        names: Tasks or groups of tasks, as `lm_eval --tasks list` has them.
-        folders: Where else task files lie.
-        num_fewshot: Examples before each question; the task's own number by default.
-    """
-
-    names: Sequence[str]
-    folders: Sequence[Path] = ()
-    num_fewshot: int | None = None
-
-    def load(self) -> Any:
-        """The tasks with their data, which the harness may have to download.
-
-        Raises:
-            ConfigError: There is no task of a name.
-            DataError: A task or its data cannot be loaded.
-        """
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        manager = self._manager()
-        try:
-            with _first_rank_speaks():
-                loaded = manager.load(list(self.names))
-        except Exception as error:  # whatever a task's own code or a download raises
-            raise DataError(f"the harness cannot load the tasks: {error!r}", got=" ".join(self.names)) from error
-        for task in loaded["tasks"].values():
-            # A task that says 0 itself cannot be asked with examples.
-            own = task.get_config("num_fewshot")
-            if own is None or (own != 0 and self.num_fewshot is not None):
-                task.set_config(key="num_fewshot", value=self.num_fewshot or 0)
-            task.set_fewshot_seed(seed=SEED)
-        return loaded
-
-    def _manager(self) -> Any:
-        from lm_eval.tasks import TaskManager
-
-        for folder in self.folders:
-            if not folder.is_dir():
-                raise ConfigError("no such folder of tasks", got=folder)
-        where: Any = [str(folder) for folder in self.folders] or None
-        if where:  # the harness's own are thousands of files to look through
-            manager = TaskManager(include_path=where, include_defaults=False)
-            if all(manager.match_tasks([name]) for name in self.names):
-                return manager
-        manager = TaskManager(include_path=where)
-        for name in self.names:
-            if not manager.match_tasks([name]):
-                near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-                raise ConfigError("the harness has no such task", got=name, legal=", ".join(near) or "lm_eval ls tasks")
-        return manager
-
-
-def run_tasks(lm: MegatronLM, loaded: Any, limit: int | None = None) -> dict[str, dict[str, Any]]:
-    """Run tasks; the metrics of each task and group by name, on every rank.
-
-    Args:
-        lm: The model.
-        loaded: From `Tasks.load`.
-        limit: Questions of each task; all by default.
-    """
-    from lm_eval.evaluator import evaluate
-
-    random.seed(SEED)  # tasks may draw, and all ranks must draw alike
-    numpy.random.seed(SEED)
-    with _first_rank_speaks():
-        found: Any = evaluate(lm, loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
-    return {name: _metrics(name, found) for name in found["results"]}
-
-
-@contextlib.contextmanager
-def _first_rank_speaks() -> Iterator[None]:
-    """Without the progress bars that the harness would show on each rank, a world of its own."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        yield
-    else:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-
-
-def _metrics(name: str, found: dict[str, Any]) -> dict[str, Any]:
-    """What is a number: the harness calls its metrics "acc,none", and those of another filter "exact_match,strict"."""
-    metrics: dict[str, Any] = {}
-    for key, value in found["results"][name].items():
-        metric, _, filtered = key.partition(",")
-        if filtered and isinstance(value, int | float) and math.isfinite(value):
-            metrics[metric if filtered == "none" else f"{metric} ({filtered})"] = value
-    if samples := found["n-samples"].get(name):
-        metrics["samples"] = samples["effective"]
-    for key, field in (("num_fewshot", "n-shot"), ("version", "versions")):
-        if name in found[field]:
-            metrics[key] = found[field][name]
-    return metrics

@@ -1,13 +1,16 @@
 """How well a model predicts text: perplexity and bits per byte, in windows that slide over it."""
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.data.lines import JSONL_SUFFIXES, read_strings, read_text
 from megatron_ext.errors import ConfigError, DataError
+from megatron_ext.evaluation.results import UNFINISHED
 from megatron_ext.inference.passage import Passage, Score
 from megatron_ext.inference.prompts import document_start
 
@@ -92,31 +95,55 @@ class Perplexity:
             another text.
         tokenizer: transformers'. Before its first token a text has the token that begins or ends documents.
         window: What is seen at once.
+
+    Attributes:
+        texts: Tells one choice of texts from another: a hash of all of them.
+
+    Raises:
+        DataError: There is no text, or the tokenizer has no tokens for it.
     """
 
     def __init__(self, files: Sequence[Path], tokenizer: Any, window: Window) -> None:
         self.window = window
-        self.passages: list[Passage] = []
-        self._owners: list[str] = []
-        self._bytes = dict.fromkeys(map(str, files), 0)
-        start = document_start(tokenizer)
-        for file in files:
-            for text in documents(file):
-                tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-                own = window.passages([start, *tokens])
-                self.passages += own
-                self._owners += [str(file)] * len(own)
-                self._bytes[str(file)] += len(text.encode())
+        self._passages: dict[str, list[Passage]] = {}
+        self._bytes: dict[str, int] = {}
+        start, content = document_start(tokenizer), hashlib.sha256()
+        for name, file in {str(file): file for file in files}.items():
+            texts = documents(file)
+            tokens = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+            self._passages[name] = [passage for own in tokens for passage in window.passages([start, *own])]
+            self._bytes[name] = sum(len(text.encode()) for text in texts)
+            if not self._passages[name]:
+                raise DataError("the tokenizer makes no token of the text", got=file)
+            for text in texts:
+                content.update(hashlib.sha256(text.encode()).digest())
+        self.texts = content.hexdigest()[:16]
 
-    def result(self, scores: Sequence[Score]) -> dict[str, Any]:
-        """The fit of all texts together and of each file.
+    def results(self, score: Callable[[Sequence[Passage]], Sequence[Score]], at_once: int) -> Iterator[dict[str, Any]]:
+        """Score file after file, small ones together.
 
         Args:
-            scores: Of `passages`, in order.
+            score: Scores passages, in order.
+            at_once: Tokens that are scored together at least, if there are as many.
+
+        Yields:
+            The fit of each file that is done, and of all of them together; `unfinished` says which are not.
         """
-        fits = {file: Fit(0.0, 0, size) for file, size in self._bytes.items()}
-        for owner, score in zip(self._owners, scores, strict=True):
-            fits[owner] += Fit(-score.total, len(score.greedy), 0)
-        together = sum(fits.values(), Fit(0.0, 0, 0))
-        files = {file: fit.to_dict() for file, fit in fits.items()}
-        return {**together.to_dict(), **asdict(self.window), "files": files}
+        fits: dict[str, Fit] = {}
+        files = list(self._passages)
+        while len(fits) < len(files):
+            group: list[str] = []
+            while len(fits) + len(group) < len(files) and self._tokens(group) < at_once:
+                group.append(files[len(fits) + len(group)])
+            scores = iter(score([passage for file in group for passage in self._passages[file]]))
+            for file in group:
+                own = list(islice(scores, len(self._passages[file])))
+                nats, tokens = -sum(score.total for score in own), sum(len(score.greedy) for score in own)
+                fits[file] = Fit(nats, tokens, self._bytes[file])
+            together = sum(fits.values(), Fit(0.0, 0, 0))
+            left = {UNFINISHED: files[len(fits) :]} if len(fits) < len(files) else {}
+            done = {file: fit.to_dict() for file, fit in fits.items()}
+            yield {**together.to_dict(), **asdict(self.window), "files": done, **left}
+
+    def _tokens(self, files: Sequence[str]) -> int:
+        return sum(len(passage.tokens) for file in files for passage in self._passages[file])

@@ -17,8 +17,8 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.utils import InferenceMode
 from torch import Tensor
 
-from megatron_ext.checkpoint.ranks import gather
 from megatron_ext.errors import ConfigError
+from megatron_ext.inference.interrupt import Interrupted, exchange
 from megatron_ext.inference.request import Request, plan
 from megatron_ext.inference.sampling import Sampling, choose
 from megatron_ext.inference.sharded import ShardedModel
@@ -42,6 +42,7 @@ def generate(
 
     Raises:
         ConfigError: A prompt is empty or holds an unknown token, or the layout has context parallelism.
+        Interrupted: A rank was asked to stop, and there is more to continue.
     """
     _check(model, requests)
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
@@ -53,8 +54,11 @@ def generate(
     for first in range(0, len(batches), size):
         wave = batches[first : first + size]
         done = _continue(model, requests, wave[rank], sampling) if rank < len(wave) else {}
-        for part in gather(done if speaks else {}):
+        parts, asked = exchange(done if speaks else {})
+        for part in parts:
             yield from part.items()
+        if asked and first + size < len(batches):
+            raise Interrupted(asked)
 
 
 def _check(model: ShardedModel, requests: Sequence[Request]) -> None:

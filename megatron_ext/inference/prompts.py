@@ -55,9 +55,9 @@ class Writer:
     ends: frozenset[int]
     stops: Sequence[str] = ()
 
-    def encode(self, prompt: str) -> list[int]:
-        """A prompt's tokens: an empty one begins as a document does."""
-        return self.tokenizer(prompt)["input_ids"] or [document_start(self.tokenizer)]
+    def encode(self, prompt: str, special: bool = True) -> list[int]:
+        """A prompt's tokens: an empty one begins as a document does; `special`: with what a tokenizer puts around."""
+        return self.tokenizer(prompt, add_special_tokens=special)["input_ids"] or [document_start(self.tokenizer)]
 
     def request(self, prompt: Sequence[int], max_new_tokens: int) -> Request:
         """What to ask for, to continue these tokens."""

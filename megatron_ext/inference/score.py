@@ -14,8 +14,8 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_ext.checkpoint.ranks import gather
 from megatron_ext.errors import ConfigError
+from megatron_ext.inference.interrupt import Interrupted, exchange
 from megatron_ext.inference.passage import Passage, Score
 from megatron_ext.inference.sharded import ShardedModel
 from megatron_ext.models.hidden import hidden_states, output_weight
@@ -37,6 +37,7 @@ def score(model: ShardedModel, passages: Sequence[Passage], batch_tokens: int = 
 
     Raises:
         ConfigError: A text has nothing to score, or an unknown token.
+        Interrupted: A rank was asked to stop, and there is more to score.
     """
     _check(model, passages)
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
@@ -58,9 +59,12 @@ def score(model: ShardedModel, passages: Sequence[Passage], batch_tokens: int = 
                 lambda chunk, batch: hidden_states(chunk, batch.tokens, batch.positions, None),
                 partial(_scores, model.words),
             )  # fmt: skip
-        for part in gather(done if model.speaks else []):
+        parts, asked = exchange(done if model.speaks else [])
+        for part in parts:
             for scores in part:
                 yield from scores.items()
+        if asked and order:
+            raise Interrupted(asked)
 
 
 def _padded(length: int, model: ShardedModel) -> int:

@@ -5,8 +5,8 @@ from typing import Any
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.huggingface import companions
-from megatron_ext.checkpoint.tokenizer import check
-from megatron_ext.errors import DataError
+from megatron_ext.checkpoint.tokenizer import check, fingerprint
+from megatron_ext.errors import ConfigError, DataError
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -30,7 +30,7 @@ def tokenizer_of(checkpoint: Path, given: Path | None) -> Any:
 
     Raises:
         DataError: There is none, or it cannot be loaded.
-        ConfigError: The checkpoint has another one than was given.
+        ConfigError: The checkpoint has another one than was given, or fewer tokens.
     """
     step = layout.find(checkpoint).path
     check(step, given, "the checkpoint")
@@ -39,7 +39,14 @@ def tokenizer_of(checkpoint: Path, given: Path | None) -> Any:
         raise DataError(
             "the checkpoint has no tokenizer", got=checkpoint, legal=f"--tokenizer DIR, with {companions.TOKENIZER}"
         )
-    return load_tokenizer(found)
+    tokenizer, rows = load_tokenizer(found), layout.architecture(step).vocab_size
+    if given and len(tokenizer) > rows:
+        raise ConfigError(
+            "the tokenizer has more tokens than the model",
+            got=f"{given}: {len(tokenizer):,}",
+            legal=f"{rows:,} at most",
+        )
+    return tokenizer
 
 
 def words_of(checkpoint: Path, tokenizer: Any | None) -> int:
@@ -49,3 +56,8 @@ def words_of(checkpoint: Path, tokenizer: Any | None) -> int:
     if folder := companions.beside(step):
         return min(rows, companions.read_config(folder).get("vocab_size", rows))
     return rows if tokenizer is None else min(rows, len(tokenizer))
+
+
+def identity(tokenizer: Any) -> str:
+    """Tells one tokenizer from another: how many tokens it has, and a hash of what they mean."""
+    return f"{len(tokenizer)} tokens, {(fingerprint(Path(tokenizer.name_or_path)) or 'unknown')[:12]}"

@@ -41,7 +41,7 @@ def git_commit() -> str | None:
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old one or the new one, never a part."""
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def check_save(save: Path, job: str, load: Path | None) -> None:

@@ -13,6 +13,7 @@ from hf_models import make
 from workspace import ROOT, Workspace
 
 from megatron_ext.checkpoint.huggingface.convert import to_megatron
+from megatron_ext.inference.tokenizer import tokenizer_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 COMMAND = str(Path(sys.executable).parent / "megatron-ext")
@@ -75,11 +76,45 @@ def test_perplexity_is_that_of_transformers_on_every_layout(workspace: Workspace
     assert all(found["text"]["nats"] == pytest.approx(first["nats"], rel=1e-6) for found in results.values())
 
 
+@torch.no_grad()
+def test_bfloat16_is_close_to_float32_on_every_layout(workspace: Workspace, model: str) -> None:
+    """Losses are; and each token that greedy decoding takes is, in float32 too, as probable as any but for rounding."""
+    from transformers import AutoModelForCausalLM
+
+    original: Any = AutoModelForCausalLM.from_pretrained(workspace.path / "model-hf", dtype=torch.float32).eval()
+    expected = nats_by_transformers(workspace.path / "model-hf", TEXT)
+    prompts = [word for prompt in ("def f(", "import", TEXT[:150], "") for word in ("--prompt", prompt)]
+    made = {}
+    for name in ("alone", "tp2", "pp2"):
+        ranks, layout = LAYOUTS[name]
+        bf16 = ["--dtype", "bfloat16", *layout]
+        flags = ["--text", "text.txt", "--window", str(WINDOW), "--stride", str(STRIDE), "--save", f"bf16-{name}"]
+        workspace.run(COMMAND, "evaluate", model, *flags, *bf16, ranks=ranks)
+        found = json.loads((workspace.path / f"bf16-{name}" / "results.json").read_text())["text"]
+        assert found["nats"] == pytest.approx(expected, rel=3e-3)
+        assert found["settings"]["dtype"] == "bfloat16"
+        flags = [*prompts, "--max-new-tokens", "8", "--output", f"bf16-{name}.jsonl"]
+        workspace.run(COMMAND, "generate", model, *flags, *bf16, ranks=ranks)
+        made[name] = [json.loads(line) for line in (workspace.path / f"bf16-{name}.jsonl").read_text().splitlines()]
+    assert made["pp2"] == made["alone"]  # the same operations on the same numbers
+    tokenizer = tokenizer_of(workspace.path / "model", None)
+    for row in (row for rows in made.values() for row in rows):
+        prompt = tokenizer(row["prompt"])["input_ids"] or [tokenizer.eos_token_id]
+        logits = original(torch.tensor([[*prompt, *row["tokens"]]])).logits[0, len(prompt) - 1 : -1]
+        taken = logits.gather(-1, torch.tensor(row["tokens"])[:, None])[:, 0]
+        assert (logits.amax(-1) - taken).max() < 0.05 * logits.std(), row["prompt"]
+
+
 TASKS = ["local_choice", "local_rolling", "local_until"]
-TASK_FLAGS = ["--tasks", *TASKS, "--task-folder", str(ROOT / "tests" / "tasks"), "--window", str(WINDOW)]
+TASK_FOLDER = ["--task-folder", str(ROOT / "tests" / "tasks")]
+TASK_FLAGS = ["--tasks", *TASKS, *TASK_FOLDER, "--window", str(WINDOW)]
+TEMPLATE = (
+    "{% for m in messages %}<|endoftext|>{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
-def by_transformers_in_the_harness(path: Path) -> dict[str, dict[str, float]]:
+def by_transformers_in_the_harness(path: Path, length: int = WINDOW, **asked: Any) -> Any:
     """The same tasks with the shortest possible model on the other side of the harness's interface."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.evaluator import simple_evaluate
@@ -90,6 +125,13 @@ def by_transformers_in_the_harness(path: Path) -> dict[str, dict[str, float]]:
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         tokenizer: Any = AutoTokenizer.from_pretrained(path)
         eot_token_id = property(lambda self: self.tokenizer.eos_token_id)
+        tokenizer_name = "plain"
+
+        def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
+            return self.tokenizer.apply_chat_template(
+                chat_history, chat_template=TEMPLATE, tokenize=False, add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )  # fmt: skip
 
         def tok_encode(self, string: str, add_special_tokens: Any = None, **_: Any) -> list[int]:
             return self.tokenizer(string)["input_ids"]
@@ -98,7 +140,7 @@ def by_transformers_in_the_harness(path: Path) -> dict[str, dict[str, float]]:
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
             answers = []
             for _, before, after in requests:
-                ids = torch.tensor([(before + after)[-WINDOW - 1 :]])
+                ids = torch.tensor([(before + after)[-length - 1 :]])
                 logits = self.model(ids[:, :-1]).logits[0, -len(after) :].double().log_softmax(-1)
                 label = torch.tensor(after)
                 own = logits.gather(-1, label[:, None]).sum()
@@ -107,14 +149,14 @@ def by_transformers_in_the_harness(path: Path) -> dict[str, dict[str, float]]:
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             texts = [self.tok_encode(request.args[0]) for request in requests]
-            assert all(len(text) < WINDOW for text in texts)
+            assert all(len(text) < length for text in texts)
             return [self._loglikelihood_tokens([(None, [self.eot_token_id], text)])[0][0] for text in texts]
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
             answers = []
             for request in requests:
                 prompt, settings = request.args
-                ids = torch.tensor([self.tok_encode(prompt)])[:, -(WINDOW - settings["max_gen_toks"]) :]
+                ids = torch.tensor([self.tok_encode(prompt)])[:, -(length - settings["max_gen_toks"]) :]
                 made = self.model.generate(
                     ids, attention_mask=torch.ones_like(ids), do_sample=False,
                     max_new_tokens=settings["max_gen_toks"], eos_token_id=self.eot_token_id, pad_token_id=0,
@@ -126,9 +168,11 @@ def by_transformers_in_the_harness(path: Path) -> dict[str, dict[str, float]]:
             return answers
 
     manager = TaskManager(include_path=str(ROOT / "tests" / "tasks"), include_defaults=False)
-    found: Any = simple_evaluate(
-        Plain(), tasks=TASKS, task_manager=manager, num_fewshot=2, bootstrap_iters=1000, log_samples=False
-    )
+    return simple_evaluate(Plain(), tasks=TASKS, task_manager=manager, num_fewshot=2, bootstrap_iters=1000, **asked)
+
+
+def numbers(found: Any) -> dict[str, dict[str, float]]:
+    """The metrics that the harness found."""
     return {
         task: {name.split(",")[0]: value for name, value in metrics.items() if isinstance(value, float)}
         for task, metrics in found["results"].items()
@@ -136,17 +180,66 @@ def by_transformers_in_the_harness(path: Path) -> dict[str, dict[str, float]]:
 
 
 def test_the_harness_finds_on_every_layout_what_it_finds_in_transformers(workspace: Workspace, model: str) -> None:
-    expected = by_transformers_in_the_harness(workspace.path / "model-hf")
+    expected = numbers(by_transformers_in_the_harness(workspace.path / "model-hf"))
     assert set(expected) == set(TASKS)
     assert {"acc", "acc_stderr", "acc_norm"} <= set(expected["local_choice"])
     for name, (ranks, layout) in LAYOUTS.items():
         flags = [*TASK_FLAGS, "--num-fewshot", "2", "--save", f"tasks-{name}", *layout]
-        workspace.run(COMMAND, "evaluate", model, *flags, ranks=ranks)
+        done = workspace.run(COMMAND, "evaluate", model, *flags, ranks=ranks)
+        # Some are longer than the window with their examples: that is said, and kept.
+        assert done.stderr.count("local_choice: 14 of 24 requests are longer than the window of 48 tokens") == 1
         found = json.loads((workspace.path / f"tasks-{name}" / "results.json").read_text())["tasks"]
         for task, metrics in expected.items():
             assert found[task]["samples"] == 6
+            assert (found[task]["num_fewshot"], found[task]["settings"]["window"]) == (2, WINDOW)
             for metric, value in metrics.items():
                 assert found[task][metric] == pytest.approx(value, rel=1e-5), (task, metric)
+        assert (found["local_choice"]["cut"], found["local_choice"]["requests"]) == (14, 24)
+
+
+def test_a_conversation_is_what_the_harness_makes_of_it(workspace: Workspace, model: str) -> None:
+    """With a system message, examples as turns, settings of generation and every sample, as `lm_eval` itself asks."""
+    folder = workspace.path / "chat-tokenizer"
+    shutil.copytree(workspace.path / "data" / "tokenizer", folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE}))
+    asked = {"system_instruction": "Write Python.", "gen_kwargs": {"max_gen_toks": 5}}
+    for multiturn in (True, False):
+        expected = by_transformers_in_the_harness(
+            workspace.path / "model-hf", 512, apply_chat_template=True, fewshot_as_multiturn=multiturn, **asked
+        )
+        flags = ["--tasks", *TASKS, *TASK_FOLDER, "--window", "512", "--num-fewshot", "2", "--save", "chat"]
+        flags += ["--chat", "--system", "Write Python.", "--gen-kwargs", "max_gen_toks=5", "--log-samples"]
+        flags += ["--tokenizer", "chat-tokenizer", *([] if multiturn else ["--no-fewshot-as-multiturn"])]
+        done = workspace.run(COMMAND, "evaluate", model, *flags)
+        assert "warning" not in done.stderr
+        results = json.loads((workspace.path / "chat" / "results.json").read_text())
+        for task, metrics in numbers(expected).items():
+            found = results["tasks"][task]
+            assert {name: found[name] for name in metrics} == pytest.approx(metrics, rel=1e-5), task
+            lines = (workspace.path / "chat" / found["samples_file"]).read_text().splitlines()
+            for line, sample in zip(map(json.loads, lines), expected["samples"][task], strict=True):
+                assert (line["id"], line["prompt"]) == (sample["doc_id"], sample["arguments"][0][0])
+                assert line["target"] == sample["target"]
+                if task == "local_until":
+                    assert line["outputs"] == sample["resps"]
+                assert len(line["requests"]) == len(sample["arguments"])
+    assert set(results["earlier"]) == {f"tasks/{task}" for task in TASKS}  # of one turn and of several
+    assert len(list((workspace.path / "chat" / "samples").iterdir())) == 2 * len(TASKS)
+
+
+def test_what_was_measured_before_a_signal_is_kept(workspace: Workspace, model: str) -> None:
+    """The second task sends the last rank a SIGTERM while its questions are made."""
+    flags = ["--tasks", "local_choice", "local_signal", "local_until", *TASK_FOLDER, "--num-fewshot", "2"]
+    flags += ["--text", "text.txt", "--save", "stopped", "--window", str(WINDOW)]
+    for ranks in (1, 2):
+        done = workspace.run(COMMAND, "evaluate", model, *flags, ranks=ranks, ok=False)
+        assert done.returncode == 143
+        assert "SIGTERM: not everything was measured; wrote" in done.stdout
+        assert "Traceback" not in done.stderr
+        found = json.loads((workspace.path / "stopped" / "results.json").read_text())
+        assert {"local_choice"} <= set(found["tasks"]) <= {"local_choice", "local_signal"}
+        assert found["text"]["files"]["text.txt"]["bytes"] == len(TEXT.encode())
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(workspace: Workspace, model: str) -> None:
@@ -163,8 +256,8 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(workspace: Workspace
     assert sorted(line[:40] for line in answers.read_bytes().splitlines()) == sorted(line[:40] for line in lines)
     again = json.loads((folder / "results.json").read_text())
     for task, metrics in results["tasks"].items():
-        numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
-        assert {name: again["tasks"][task][name] for name in numbers} == pytest.approx(numbers, rel=1e-5)
+        expected = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        assert {name: again["tasks"][task][name] for name in expected} == pytest.approx(expected, rel=1e-5)
     # Answers of another model, or in another type, are none.
     done = workspace.run(COMMAND, "evaluate", model, *flags, "--dtype", "bfloat16", "--limit", "1")
     assert "already" not in done.stdout
@@ -256,6 +349,14 @@ def test_tasks_that_cannot_be_loaded_are_named(workspace: Workspace, model: str)
         (["--text", "nowhere.txt"], "cannot be read"),
         (["--text", "text.txt", "--window", "8", "--stride", "9"], "stride"),
         (["--text", "text.txt", "--save", "data"], "holds no results"),
+        (["--text", "text.txt", "--save", "/proc/results"], "nothing can be written"),
+        (["--text", "text.txt", "--window", "0"], "--window"),
+        (["--text", "text.txt", "--limit", "3"], "--limit is for tasks"),
+        (["--tasks", "local_choice", *TASK_FOLDER, "--limit", "0"], "--limit"),
+        (["--tasks", "local_choice", *TASK_FOLDER, "--chat"], "no chat template"),
+        (["--tasks", "local_choice", *TASK_FOLDER, "--system", "x"], "with --chat"),
+        (["--tasks", "local_choice", *TASK_FOLDER, "--gen-kwargs", "top_p=0.9"], "none of the tasks generates"),
+        (["--tasks", "local_until", *TASK_FOLDER, "--gen-kwargs", "num_beams=4"], "not there"),
         (["--text", "text.txt", "--batch-tokens", "0"], "--batch-tokens"),
         (["--tasks", "local_choice", "--task-folder", "nowhere"], "no such folder"),
         (["--synthetic", "needel"], "no such synthetic suite"),

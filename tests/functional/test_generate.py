@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 from workspace import Workspace
 
 COMMAND = str(Path(sys.executable).parent / "megatron-ext")
@@ -37,9 +38,14 @@ def test_two_ranks_print_the_same(workspace: Workspace, teacher: str, alone: lis
     ("flags", "message"),
     [
         ([], "nothing to continue"),
+        (["--prompts", "empty.txt"], "there is no prompt"),
+        (["--prompt", "x", "--chat"], "no chat template"),
+        (["--prompt", "x", "--system", "y"], "with --chat"),
+        (["--prompt", "x", "--output", "/proc/out.jsonl"], "nothing can be written"),
         (["--prompt", "x", "--top-p", "1.5"], "top-p of sampling"),
         (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["--prompt", "x", "--tokenizer", "nowhere"], "no such tokenizer"),
+        (["--prompt", "x", "--tokenizer", "larger"], "more tokens than the model"),
         (["--prompt", "x", "--tensor-model-parallel-size", "3"], "does not fit the layout"),
         (["--prompt", "x", "--tensor-parallel", "2"], "unrecognized arguments"),
         (["--prompt", "x", "--load", "other"], "without a flag"),
@@ -49,6 +55,11 @@ def test_two_ranks_print_the_same(workspace: Workspace, teacher: str, alone: lis
 def test_wrong_requests_end_at_once(
     workspace: Workspace, teacher: str, alone: list[dict[str, object]], flags: list[str], message: str
 ) -> None:
+    (workspace.path / "empty.txt").write_text("\n")
+    if "larger" in flags:
+        tokenizer = AutoTokenizer.from_pretrained(workspace.path / "data" / "tokenizer")
+        tokenizer.add_tokens(["one more"])
+        tokenizer.save_pretrained(workspace.path / "larger")
     done = workspace.run(COMMAND, "generate", teacher, *flags, ok=False)
     assert message in done.stderr
     assert "Traceback" not in done.stderr

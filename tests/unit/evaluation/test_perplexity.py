@@ -1,5 +1,6 @@
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.evaluation.perplexity import Perplexity, Window, documents
-from megatron_ext.inference.passage import Score
+from megatron_ext.inference.passage import Passage, Score
 
 
 class Bytes:
@@ -48,13 +49,21 @@ def test_files_are_told_apart_and_counted_in_bytes(tmp_path: Path) -> None:
     first, second = tmp_path / "a.txt", tmp_path / "b.jsonl"
     first.write_text("grün")
     second.write_text(json.dumps({"text": "ab"}) + "\n\n" + json.dumps({"text": "cde"}) + "\n")
-    task = Perplexity([first, second], Bytes(), Window(3, 2))
-    assert [p.tokens[0] for p in task.passages].count(256) == 3  # each text begins after the end of another
-    scores = [
-        Score(torch.full((len(p.tokens) - p.first,), -2 * math.log(2.0)), torch.ones(len(p.tokens) - p.first) > 0)
-        for p in task.passages
-    ]
-    result = task.result(scores)
+    task = Perplexity([first, second, first], Bytes(), Window(3, 2))
+    asked: list[int] = []
+
+    def score(passages: Sequence[Passage]) -> list[Score]:
+        asked.append(len(passages))
+        assert passages[0].tokens[0] == 256  # each text begins after the end of another
+        counts = [len(p.tokens) - p.first for p in passages]
+        return [Score(torch.full((n,), -2 * math.log(2.0)), torch.ones(n) > 0) for n in counts]
+
+    (result,) = task.results(score, at_once=1000)
+    half, again = task.results(score, at_once=1)  # a file at a time
+    assert again == result
+    assert half["unfinished"] == [str(second)]
+    assert half["files"] == {str(first): result["files"][str(first)]}
+    assert asked == [sum(asked[1:]), *asked[1:]]
     assert (result["tokens"], result["bytes"]) == (10, 10)
     assert result["loss"] == pytest.approx(2 * math.log(2))
     assert result["perplexity"] == pytest.approx(4)
@@ -87,3 +96,17 @@ def test_texts_are_scored_as_they_are(tmp_path: Path) -> None:
     for name in ("b.jsonl", "b.ndjson"):
         (tmp_path / name).write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
         assert documents(tmp_path / name) == ["a\u2028b\u0085c\x0cd", "e"]
+
+
+def test_other_texts_are_told_apart_and_texts_without_tokens_are_named(tmp_path: Path) -> None:
+    for name, content in (("a", "ab"), ("b", "ac"), ("c", "ab")):
+        (tmp_path / f"{name}.txt").write_text(content)
+    texts = {name: Perplexity([tmp_path / f"{name}.txt"], Bytes(), Window(3, 2)).texts for name in "abc"}
+    assert texts["a"] == texts["c"] != texts["b"]
+
+    class Deaf(Bytes):
+        def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+            return {"input_ids": []}
+
+    with pytest.raises(DataError, match=r"(?s)no token.*a\.txt"):
+        Perplexity([tmp_path / "a.txt"], Deaf(), Window(3, 2))
