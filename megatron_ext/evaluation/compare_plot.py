@@ -9,8 +9,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from megatron_ext.evaluation.compare import Run, text_note
+from megatron_ext.evaluation.compare_rows import (
+    note,
+    task_differences,
+    task_results,
+    text_differences,
+    validation_differences,
+)
 from megatron_ext.evaluation.figures import STYLE, save, tick
+from megatron_ext.evaluation.run import VALIDATION, Run
 from megatron_ext.models import cost
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#3B3B3B", "#8A6D3B")
@@ -44,9 +51,13 @@ def plot_comparison(runs: Sequence[Run], out: Path) -> None:
 
 def _panels(runs: Sequence[Run]) -> list[Panel]:
     panels: list[Panel] = [("memory in 16 bits, one sequence", _memory)]
-    for what, label in ((f"bits per byte{text_note(runs)}", "text"), ("validation loss, nats per token", "val_loss")):
-        if any(label in run.results for run in runs):
-            panels.append((what, lambda ax, runs, label=label: _quality(ax, runs, label)))
+    for what, unequal, section, metric in (
+        ("bits per byte", text_differences(runs), "text", "bits_per_byte"),
+        ("validation loss, nats per token", validation_differences(runs), VALIDATION, "loss"),
+    ):
+        if any(run.results.get(section) for run in runs):
+            title = what + note(unequal, values=False).replace(" (", "\n(")
+            panels.append((title, lambda ax, runs, at=(section, metric): _quality(ax, runs, *at)))
     if any(run.results.get("synthetic") for run in runs):
         panels.append(("synthetic suites, mean accuracy", _synthetic))
     if any(run.results.get("tasks") for run in runs):
@@ -79,10 +90,9 @@ def _memory(ax: Axes, runs: Sequence[Run]) -> None:
     _over_length(ax, CONTEXTS)
 
 
-def _quality(ax: Axes, runs: Sequence[Run], label: str) -> None:
+def _quality(ax: Axes, runs: Sequence[Run], section: str, metric: str) -> None:
     for number, run in enumerate(runs):
-        value = run.results.get(label)
-        value = value.get("bits_per_byte") if isinstance(value, dict) else value
+        value = run.results.get(section, {}).get(metric)
         if value is not None:
             ax.plot(run.architecture.num_parameters(), value, **{**_look(number), "markersize": 8})
     ax.xaxis.set_major_formatter(FuncFormatter(tick))
@@ -113,17 +123,18 @@ def _tasks(ax: Axes, runs: Sequence[Run]) -> None:
     names = list(dict.fromkeys(task for run in runs for task in run.results.get("tasks", {})))
     shown: list[tuple[str, str]] = []
     for task in names:
-        own = [run.results["tasks"][task] for run in runs if task in run.results.get("tasks", {})]
+        own = [found for found in task_results(runs, task) if found]
         shares = ("acc_norm", "acc", "exact_match", "f1")
         metric = next((m for m in shares if all(m in metrics for metrics in own)), None)
         if metric is not None:
             shown.append((task, metric))
     height = 0.8 / len(runs)
-    for number, run in enumerate(runs):
-        values = [run.results.get("tasks", {}).get(task, {}).get(metric) or 0.0 for task, metric in shown]
+    for number in range(len(runs)):
+        values = [task_results(runs, task)[number].get(metric) or 0.0 for task, metric in shown]
         places = [place + (number - (len(runs) - 1) / 2) * height for place in range(len(shown))]
         ax.barh(places, values, height=0.9 * height, color=PALETTE[number % len(PALETTE)])
-    ax.set_yticks(range(len(shown)), [f"{task}\n{metric}" for task, metric in shown])
+    labels = [f"{task}\n{metric}{note(task_differences(runs, task), values=False)}" for task, metric in shown]
+    ax.set_yticks(range(len(shown)), labels)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     ax.set_xlim(0, 1)

@@ -34,6 +34,7 @@ from megatron_ext.evaluation.figures import (
     tick,
     write_text,
 )
+from megatron_ext.evaluation.results import finite
 
 VARIANTS = ("teacher", "pruned", "distilled", "scratch")
 MEASURED = ("params", "non_embedding_params", "val_loss", "tokens", "seconds", "tokens_per_second", "pattern")
@@ -58,7 +59,7 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> None:
         if missing:
             raise DataError("the report lacks measurements", got=f"{name} without {', '.join(missing)}")
     directory.mkdir(parents=True, exist_ok=True)
-    write_text(directory / "report.json", json.dumps(_finite(report), indent=2, allow_nan=False) + "\n")
+    write_text(directory / "report.json", json.dumps(finite(report), indent=2, allow_nan=False) + "\n")
     write_text(directory / "report.md", render_markdown(report))
     with rc_context(STYLE):
         save(_draw_report(report), directory / "report.png")
@@ -114,13 +115,26 @@ def render_markdown(report: Mapping[str, Any]) -> str:
             f"| {name} | {row['params']:,} | {row['non_embedding_params']:,} | {row['val_loss']:.3f} | {perplexity} "
             f"| {row['tokens']:,} | {row['seconds']:.0f} | {speed} |"
         )
-    lines += ["", "Validation loss in nats per token.  Tokens: what that step trained on.", "", "## Layers", ""]
+    lines += ["", f"Validation loss in nats per token{_measured_on(report)}  Tokens: what that step trained on."]
+    lines += ["", "## Layers", ""]
     lines += [f"- {name}: `{report[name]['pattern']}`" for name in VARIANTS]
     for section, content in report.items():
         if section not in VARIANTS and isinstance(content, Mapping) and content:
             lines += ["", f"## {section.capitalize()}", ""]
             lines += [f"- {key}: {_plain(value)}" for key, value in content.items()]
     return "\n".join(lines) + "\n"
+
+
+def _measured_on(report: Mapping[str, Any]) -> str:
+    """On which tokens the losses were measured, as far as the report says."""
+    found = report.get("validation", {})
+    if None in (found.get(name) for name in ("split", "tokens", "tokens while training")):
+        return "."
+    return (
+        f", of all {found['tokens']:,} tokens of the {found['split']} split.  While they train, models are measured "
+        f"on {found['tokens while training']:,} of them, whose loss is another: those are the lines of the picture and "
+        "`metrics.jsonl`."
+    )
 
 
 def plot_training(metrics: Path, out: Path) -> None:
@@ -253,16 +267,15 @@ def _draw_losses(ax: Axes, report: Mapping[str, Any]) -> None:
     ends: list[tuple[float, float, str, str]] = []
     pruned = report["pruned"]["val_loss"]
     for name in ("teacher", "scratch", "distilled"):
-        row = report[name]
-        points = {0: pruned} if name == "distilled" else {}
-        points |= {point["tokens"]: point["val_loss"] for point in row.get("history", ()) if point.get("val_loss")}
-        points[row["tokens"]] = row["val_loss"]
+        row, color = report[name], COLORS[name]
+        points = {point["tokens"]: point["val_loss"] for point in row.get("history", ()) if point.get("val_loss")}
         drawn = sorted((tokens, loss) for tokens, loss in points.items() if math.isfinite(loss))
-        if not drawn:  # diverged before it was first measured
-            continue
-        x, y = zip(*drawn, strict=True)
-        ax.plot(x, y, color=COLORS[name], marker=MARKERS[name], markersize=3.5, clip_on=False)
-        ends.append((x[-1], y[-1], f"{name} {y[-1]:.3f}", COLORS[name]))
+        if drawn:
+            ax.plot(*zip(*drawn, strict=True), color=color, marker=".", markersize=3.5, clip_on=False)
+        # A training measures on a part of the split, so that what was measured on all of it is no point of its curve.
+        if math.isfinite(end := row["val_loss"]):
+            ax.plot(row["tokens"], end, MARKERS[name], color=color, markersize=7, clip_on=False, zorder=5)
+            ends.append((row["tokens"], end, f"{name} {end:.3f}", color))
     right = max(report[name]["tokens"] for name in VARIANTS)
     ax.set_xlim(0, right)
     if math.isfinite(pruned):
@@ -270,7 +283,7 @@ def _draw_losses(ax: Axes, report: Mapping[str, Any]) -> None:
         ax.axhline(pruned, color=color, linewidth=1, linestyle=(0, (1, 3)), zorder=1)
         ax.plot(0, pruned, MARKERS["pruned"], color=color, markersize=10, clip_on=False, zorder=5)
         ends.append((right, pruned, f"just pruned {pruned:.3f}", color))
-    ax.set_title("Validation loss while training")
+    ax.set_title("Validation loss while training (lines), and on the whole split")
     ax.set_xlabel("tokens this model was trained on")
     ax.set_ylabel("validation loss, nats per token")
     ax.xaxis.set_major_formatter(FuncFormatter(tick))
@@ -321,12 +334,3 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) else f"`{json.dumps(value)}`"
-
-
-def _finite(value: Any) -> Any:
-    """`value` with null for every NaN and infinity, which JSON cannot say."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

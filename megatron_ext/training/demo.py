@@ -7,6 +7,7 @@ printed before it runs, and the report says what was measured, whichever way it 
 
 import argparse
 import json
+import math
 import os
 import platform as host
 import shlex
@@ -30,6 +31,7 @@ from megatron_ext.training.log import read_metrics
 PROCESSES = 2
 SEQUENCE, BATCH = 256, 8
 TEACHER_STEPS, STUDENT_STEPS = 240, 160
+EVAL_BATCHES = 8  # of the validation split, while training
 SETTINGS = {"teacher_steps": TEACHER_STEPS, "student_steps": STUDENT_STEPS, "sequence": SEQUENCE, "batch": BATCH}
 
 
@@ -128,7 +130,7 @@ def stages(out: Path) -> list[Stage]:
         return [
             "--train-iters", str(steps), "--lr", lr, "--min-lr", "1e-4", "--lr-decay-style", "cosine",
             "--lr-warmup-iters", "20", "--weight-decay", "0.1", "--adam-beta2", "0.95", "--clip-grad", "1.0",
-            "--eval-interval", "40", "--eval-iters", "8", "--save-interval", "80",
+            "--eval-interval", "40", "--eval-iters", str(EVAL_BATCHES), "--save-interval", "80",
         ]  # fmt: skip
 
     def train(name: str, title: str, script: str, flags: list[str], steps: int, lr: str = "2e-3") -> Stage:
@@ -179,12 +181,18 @@ def collect(out: Path, seconds: dict[str, float]) -> dict[str, Any]:
         report[name] = {
             "params": architecture.num_parameters(),
             "non_embedding_params": architecture.num_parameters(embedding=False),
-            "val_loss": results["val_loss"],
+            "val_loss": math.nan if results["val_loss"] is None else results["val_loss"],
             "tokens": tokens,
             "seconds": trained or seconds.get(name, 0.0),
             "tokens_per_second": tokens / trained if trained else 0,
             "pattern": architecture.pattern,
             "history": [{k: step[k] for k in ("tokens", "loss", "val_loss") if k in step} for step in history],
+        }
+        report["validation"] = {
+            "split": "validation",
+            "tokens": results.get("validation", {}).get("tokens"),
+            "sequences": results.get("validation", {}).get("sequences"),
+            "tokens while training": EVAL_BATCHES * BATCH * SEQUENCE,
         }
     report["settings"] = SETTINGS | {"processes": PROCESSES, "commit": git_commit()}
     report["versions"] = versions()

@@ -10,7 +10,10 @@ from typing import Any, Literal
 import torch
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.evaluation.results import read_results, write_results
+from megatron_ext.checkpoint.resume import has_checkpoint
+from megatron_ext.evaluation.results import SETTINGS, Results, read_results, write_results
+from megatron_ext.evaluation.run import VALIDATION, WHOLE
+from megatron_ext.inference.progress import progress
 from megatron_ext.models.config import Architecture
 from megatron_ext.models.megatron_args import FUNCTION
 from megatron_ext.training import stop
@@ -213,13 +216,37 @@ def evaluate(launch: Launch) -> None:
     args = launch.args
     args.full_validation = False  # that sampler has batches of its own
     stop.end_at_once(args)  # nothing is saved before the end
+    results = _results(args)
     model = load_model(launch)
-    loss, sequences = mean_loss(launch, model, "valid")
+    with progress("validation", 100) as advance:
+        shown = 0
+
+        def percent(done: int, total: int) -> None:
+            nonlocal shown
+            advance(100 * done // total - shown)
+            shown = 100 * done // total
+
+        loss, sequences = mean_loss(launch, model, "valid", progress=percent)
     if args.rank == 0:
-        result = {"val_loss": loss, "sequences": sequences, "tokens": sequences * args.seq_length}
+        tokens = sequences * args.seq_length
         print(f"validation loss {loss:.6f} nats per token over {sequences:,} sequences of {args.seq_length} tokens")
         if args.save:
             claim(launch)
-            write_results(Path(args.save), read_results(Path(args.save)) | result)
+            settings = {"tokens": tokens, "source": WHOLE, "data": args.valid_data_path or args.data_path}
+            settings |= {"split": args.split, "dtype": str(args.params_dtype).removeprefix("torch.")}
+            found = {"loss": loss, "sequences": sequences, "tokens": tokens, SETTINGS: settings}
+            if results is None:  # of random weights
+                write_results(Path(args.save), read_results(Path(args.save)) | {"val_loss": loss, VALIDATION: found})
+            else:
+                results.add(**{"val_loss": loss, VALIDATION: found})
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def _results(args: Namespace) -> Results | None:
+    """Where the loss goes, with the checkpoint that it is of; None if there is neither."""
+    sources = [source for source in (args.load, args.pretrained_checkpoint) if source and has_checkpoint(Path(source))]
+    if not args.save or not sources:
+        return None
+    step = "" if args.ckpt_step is None else f"iter_{args.ckpt_step:07d}"
+    return Results(layout.find(Path(sources[0]) / step).path, Path(args.save), claimed=True)

@@ -9,6 +9,8 @@ import pytest
 from workspace import MODEL, ROOT, TRAIN, Workspace
 
 from megatron_ext.checkpoint.resume import architecture_on_disk
+from megatron_ext.evaluation.compare_rows import validation_differences
+from megatron_ext.evaluation.run import Run
 from megatron_ext.training.context import ntk_base
 
 LONG = ["--seq-length", "256", "--train-iters", "3", "--global-batch-size", "2", "--micro-batch-size", "1"]
@@ -75,7 +77,13 @@ def test_the_longer_model_is_evaluated_at_its_length(workspace: Workspace) -> No
     workspace.run("pretrain_hybrid.py", "--pretrained-checkpoint", "long-rotary", "--skip-train", "--save",
                   "long-measured", "--save-interval", "1", *workspace.data, "--seq-length", "256")  # fmt: skip
     results = json.loads((workspace.path / "long-measured" / "results.json").read_text())
-    assert results["tokens"] == results["sequences"] * 256
+    found = results["validation"]
+    assert found["tokens"] == found["sequences"] * 256 == found["settings"]["tokens"]
+    assert (found["loss"], results["checkpoint"]["path"]) == (results["val_loss"], str(workspace.path / "long-rotary"))
+    # The same for a comparison as for a report; the training's own is of less of the split, and another loss.
+    run, training = (Run.read(workspace.path / name, name) for name in ("long-measured", "long-rotary"))
+    assert run.validation == found
+    assert set(validation_differences([run, training])) >= {"tokens", "source"}
 
 
 @pytest.mark.parametrize(("recipe", "length", "ranks"), [("16k", 16384, 4), ("32k", 32768, 8), ("128k", 131_072, 32)])

@@ -194,3 +194,20 @@ def test_plot_importance(tmp_path: Path):
     scores = {"layers": torch.rand(14), "hidden": torch.rand(200), "heads": torch.rand(4), "ffn": torch.rand(100)}
     reporting.plot_importance(scores, {"layers": [0, 3], "hidden": list(range(100))}, tmp_path / "importance.png")
     assert imread(tmp_path / "importance.png").shape[1] == 1890
+
+
+def test_page_says_on_which_tokens_losses_were_measured():
+    numbers = measured()
+    assert "nats per token.  Tokens" in reporting.render_markdown(numbers)
+    numbers["validation"] = {"split": "validation", "tokens": 65_536, "tokens while training": 16_384}
+    page = reporting.render_markdown(numbers)
+    assert "nats per token, of all 65,536 tokens of the validation split." in page
+    assert "on 16,384 of them" in page
+
+
+def test_the_loss_of_the_whole_split_is_no_point_of_a_curve():
+    """Which was measured on a part of it while the model trained."""
+    ax = reporting._draw_report(measured()).axes[0]
+    curves = {line.get_color(): list(line.get_ydata()) for line in ax.lines if len(line.get_ydata()) == 3}
+    history = [row["val_loss"] for row in measured()["distilled"]["history"]]
+    assert curves[reporting.COLORS["distilled"]] == history
