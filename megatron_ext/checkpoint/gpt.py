@@ -14,7 +14,7 @@ from megatron_ext.checkpoint.atomic import refuse_existing
 from megatron_ext.checkpoint.huggingface import companions
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.scratch import Scratch
-from megatron_ext.checkpoint.writer import Form, Progress, Writer, check_shapes, check_tensors, silent, writing
+from megatron_ext.checkpoint.writer import Form, Progress, check_shapes, check_tensors, silent, writing
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models import axes
 from megatron_ext.models.config import Architecture
@@ -162,7 +162,7 @@ def to_pattern(source: str | Path, destination: str | Path, progress: Progress =
             writer.write(key, tensor)
             done += tensor.nbytes
             progress(done, total)
-        _hand_on(reader, writer)
+        companions.hand_on(reader.step.path, writer)
     return arch
 
 
@@ -197,14 +197,8 @@ def to_gpt(source: str | Path, destination: str | Path, progress: Progress = sil
                 writer.write_layer(theirs, tensor, layer, len(arch.pattern) // 2)
             done += tensor.nbytes
             progress(done, total)
-        _hand_on(reader, writer)
+        companions.hand_on(reader.step.path, writer)
     return arch
-
-
-def _hand_on(reader: Reader, writer: Writer) -> None:
-    """Keep what came from Hugging Face with the new checkpoint, too."""
-    if folder := companions.beside(reader.step.path):
-        companions.attach(writer, companions.files(folder))
 
 
 def _bytes(reader: Reader) -> int:

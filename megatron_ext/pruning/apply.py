@@ -62,8 +62,7 @@ def apply(
         if ranks.rank() == 0:
             for name, save in {PLAN_FILE: plan.save, **(attachments or {})}.items():
                 writer.attach(name, save)
-            if folder := companions.beside(reader.step.path):
-                companions.attach(writer, companions.files(folder))
+            companions.hand_on(reader.step.path, writer)
     return destination
 
 

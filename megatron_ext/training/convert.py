@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from megatron_ext.checkpoint import gpt
-from megatron_ext.checkpoint.huggingface import families
+from megatron_ext.checkpoint.huggingface import companions, families
 from megatron_ext.checkpoint.huggingface.coded import CodedFamily
 from megatron_ext.checkpoint.huggingface.convert import TYPES, to_hf, to_megatron
 from megatron_ext.errors import ConfigError
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     like = "take configuration and tokenizer from here, a Hugging Face directory or a checkpoint converted from one"
     back.add_argument("--like", type=Path, metavar="DIR", help=like)
     back.add_argument("--hf-class", metavar="NAME", help="what it is to be: " + ", ".join(families.FAMILIES))
+    back.add_argument("--tokenizer", type=Path, metavar="DIR", help="by default the one it was trained with")
     back.add_argument("--vocab-size", type=int, metavar="N", help="rows of the embedding that are words, not padding")
     back.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size of a file (default: %(default)s)")
 
@@ -49,12 +50,14 @@ def main(args: argparse.Namespace) -> None:
             to_megatron(args.input, args.output, dtype=dtype, vocab_multiple=args.pad_vocab_to, progress=progress)
         else:
             family = to_hf(
-                args.input, args.output, like=args.like, family=args.hf_class, vocab_size=args.vocab_size,
-                dtype=dtype, shard_bytes=int(args.shard_gb * 1e9), progress=progress,
+                args.input, args.output, like=args.like, family=args.hf_class, tokenizer=args.tokenizer,
+                vocab_size=args.vocab_size, dtype=dtype, shard_bytes=int(args.shard_gb * 1e9), progress=progress,
             )  # fmt: skip
             if isinstance(family, CodedFamily):
                 code = f"{family.module}.py beside the weights (trust_remote_code=True)"
                 print(f"no class of transformers can express it: {family.name}, with {code}", flush=True)
+            if not companions.tokenizer_files(args.output):
+                print("no tokenizer was written: the model has none", flush=True)
     print(f"wrote {args.output}: {progress.total / 1e9:.2f} GB in {time.monotonic() - start:.1f} s", flush=True)
     if args.verify and "gpt" in (args.source, args.target):
         verify_gpt(*((args.output, args.input) if args.source == "gpt" else (args.input, args.output)))
@@ -72,8 +75,8 @@ def _check(args: argparse.Namespace) -> None:
         )  # fmt: skip
     if "gpt" in (args.source, args.target) and (args.dtype or args.pad_vocab_to != 1):
         raise ConfigError("--dtype and --pad-vocab-to go with hf")
-    if args.target != "hf" and (args.like or args.hf_class or args.vocab_size):
-        raise ConfigError("--like, --hf-class and --vocab-size go with --to hf")
+    if args.target != "hf" and (args.like or args.hf_class or args.tokenizer or args.vocab_size):
+        raise ConfigError("--like, --hf-class, --tokenizer and --vocab-size go with --to hf")
     if args.pad_vocab_to != 1 and args.target == "hf":
         raise ConfigError("--pad-vocab-to goes with --to megatron", legal="--vocab-size N cuts padding off")
     if args.pad_vocab_to < 1 or args.shard_gb <= 0:

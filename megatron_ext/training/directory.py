@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from megatron_ext.checkpoint.atomic import replacing
+from megatron_ext.checkpoint.huggingface import companions
 from megatron_ext.checkpoint.resume import has_checkpoint
 from megatron_ext.errors import ConfigError
 
@@ -80,11 +81,13 @@ def _owner(config: Path) -> str | None:
 
 
 def claim(launch: "Launch") -> None:
-    """Write `config.yaml` into the run directory (rank 0)."""
+    """Write `config.yaml` and the tokenizer into the run directory (rank 0)."""
     if launch.args.save and launch.args.rank == 0:
         save = Path(launch.args.save)
         save.mkdir(parents=True, exist_ok=True)
         write_atomically(save / CONFIG, describe(launch))
+        if launch.args.tokenizer_model is not None:
+            companions.keep_tokenizer(Path(launch.args.tokenizer_model), save)
 
 
 def describe(launch: "Launch") -> str:

@@ -214,6 +214,8 @@ def _check_tokenizer(args: Namespace, begins: Start | None) -> None:
     model = args.tokenizer_model
     if args.tokenizer_type == "HuggingFaceTokenizer" and model is not None and not Path(model).exists():
         raise DataError("--tokenizer-model: no such tokenizer", got=model, legal="a directory with tokenizer.json")
+    if model is not None and Path(model).exists():  # what is saved must mean the same from everywhere
+        args.tokenizer_model = str(Path(model).absolute())
     args.tokenizer_fingerprint = tokenizer.of_run(args)
     if begins is not None:
         tokenizer.check(begins.step.path, tokenizer.given(args), "the checkpoint")

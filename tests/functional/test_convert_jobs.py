@@ -1,5 +1,6 @@
 """From Hugging Face into training and back: the programs load what was converted, and what they save is converted."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -67,20 +68,27 @@ def test_a_model_becomes_a_gpt_model_and_a_pattern_again(workspace: Workspace) -
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_model_that_was_trained_here_takes_its_tokenizer_along(workspace: Workspace) -> None:
+def test_a_model_that_was_trained_here_takes_its_tokenizer_along(workspace: Workspace, tmp_path: Path) -> None:
     llama = ["--hybrid-layer-pattern=*-*-", "--hidden-size", "32", "--ffn-hidden-size", "48", "--norm-epsilon", "1e-6"]
     llama += ["--num-attention-heads", "4", "--max-position-embeddings", "64", "--position-embedding-type", "rope"]
     llama += ["--swiglu", "--disable-bias-linear", "--normalization", "RMSNorm", "--train-iters", "1"]
     llama += ["--untie-embeddings-and-output-weights"]
     workspace.run("pretrain_hybrid.py", *llama, *workspace.data, *TRAIN, "--save", "own-llama")
-    out = convert(workspace, "--from", "megatron", "--to", "hf", "own-llama", "own-llama-hf", "--verify")
+    run, folder = tmp_path / "moved", workspace.path / "own-llama-hf"  # from elsewhere, without the corpus
+    shutil.copytree(workspace.path / "own-llama", run)
+    shutil.move(workspace.path / "data" / "tokenizer", workspace.path / "gone")
+    try:
+        elsewhere = Workspace(tmp_path, [])
+        out = convert(elsewhere, "--from", "megatron", "--to", "hf", str(run), str(folder), "--verify")
+    finally:
+        shutil.move(workspace.path / "gone", workspace.path / "data" / "tokenizer")
     assert "text: largest difference" in out
     from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-    folder = workspace.path / "own-llama-hf"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.config.vocab_size == len(tokenizer)  # without padding
-    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == tokenizer.eos_token_id
+    assert (model.config.bos_token_id, model.config.pad_token_id) == (tokenizer.bos_token_id, tokenizer.pad_token_id)
     made = pipeline("text-generation", model=model, tokenizer=tokenizer)("def add(", max_new_tokens=3)
     assert made[0]["generated_text"].startswith("def add(")

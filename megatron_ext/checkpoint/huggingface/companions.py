@@ -1,4 +1,7 @@
-"""What lies beside the weights of a Hugging Face model: configuration, tokenizer, licence; kept with a converted."""
+"""What lies beside the weights of a Hugging Face model: configuration, tokenizer, licence; kept with a converted.
+
+A run that trains keeps its tokenizer too, so that it can be copied, and exported from anywhere.
+"""
 
 import json
 import shutil
@@ -7,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.atomic import replacing
 from megatron_ext.checkpoint.writer import Writer
 from megatron_ext.errors import CheckpointError
 from megatron_ext.untrusted import inside
@@ -16,6 +20,11 @@ CONFIG = "config.json"
 GENERATION = "generation_config.json"
 CARD = "README.md"
 TOKENIZER = "tokenizer.json"
+TOKENIZER_FOLDER = "tokenizer"
+_TOKENIZER_FILES = (
+    TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.json", "chat_template.jinja",
+)  # fmt: skip
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".index.json")
 _LARGEST = 200 * 2**20  # bytes; a tokenizer is smaller
 
@@ -72,32 +81,62 @@ def beside(step: Path) -> Path | None:
 
 def tokenizer(step: Path) -> Path | None:
     """The directory of the tokenizer that a step was converted or trained with; None if it is not there."""
-    trained_with = getattr(layout.common(step).get("args"), "tokenizer_model", None)
-    for found in (beside(step), Path(trained_with) if trained_with else None):
+    named = trained_with(step)
+    for found in (beside(step), step.parent / TOKENIZER_FOLDER, Path(named) if named else None):
         if found is not None and (found / TOKENIZER).is_file():
             return found
     return None
 
 
+def trained_with(step: Path) -> str | None:
+    """The path of the tokenizer that a step was trained with, as it was then; None if it was trained without."""
+    return getattr(layout.common(step).get("args"), "tokenizer_model", None)
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files of a tokenizer, of all that lie in a directory."""
+    return [path for name in _TOKENIZER_FILES if (path := directory / name).is_file()]
+
+
+def keep_tokenizer(directory: Path, run: Path) -> None:
+    """Keep a tokenizer with a run directory, unless it is there."""
+    kept = run / TOKENIZER_FOLDER
+    for path in tokenizer_files(directory):
+        kept.mkdir(exist_ok=True)
+        if not (kept / path.name).is_file() or (kept / path.name).read_bytes() != path.read_bytes():
+            with replacing(kept / path.name) as temporary:
+                shutil.copyfile(path, temporary)
+
+
+def hand_on(step: Path, writer: Writer) -> None:
+    """Keep what a step was converted from, or else its tokenizer, with a checkpoint that is made of it."""
+    if folder := beside(step):
+        attach(writer, files(folder))
+    elif found := tokenizer(step):
+        writer.attach(TOKENIZER_FOLDER, lambda folder: copy(tokenizer_files(found), folder))
+
+
 def words(directory: Path) -> int:
-    """Tokens that the tokenizer of a directory has, added ones included."""
+    """Rows that an embedding needs for the tokenizer of a directory: one for the largest number of a token."""
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(directory / TOKENIZER)).get_vocab_size()
+    return max(Tokenizer.from_file(str(directory / TOKENIZER)).get_vocab().values()) + 1
 
 
-def generation(directory: Path) -> dict[str, int]:
-    """A `generation_config.json` for a model that has none: with what its tokenizer begins, ends and pads texts."""
+def special_tokens(directory: Path) -> dict[str, int | None]:
+    """The entries of `config.json` that say with what a tokenizer begins, ends and pads texts; null for nothing."""
     from tokenizers import Tokenizer
 
-    told = directory / "tokenizer_config.json"
-    config = json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {}
-    known, ids = Tokenizer.from_file(str(directory / TOKENIZER)), {}
+    told: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (directory / name).is_file():
+            told |= json.loads((directory / name).read_text(encoding="utf-8"))
+    known = Tokenizer.from_file(str(directory / TOKENIZER))
+    ids: dict[str, int | None] = {}
     for name in ("bos_token", "eos_token", "pad_token"):
-        token = config.get(name)
-        number = known.token_to_id(token["content"] if isinstance(token, dict) else token) if token else None
-        if number is not None:
-            ids[f"{name}_id"] = number
+        token = told.get(name)
+        text = token["content"] if isinstance(token, dict) else token
+        ids[f"{name}_id"] = known.token_to_id(text) if text else None
     return ids
 
 

@@ -27,6 +27,8 @@ from megatron_ext.models import axes
 from megatron_ext.models.config import Architecture
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Without these in config.json, transformers takes numbers of its own, which are other tokens.
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What a recurrence or a router multiplies up stays in the type it has.
 _EXACT = ("A_log", ".D", "dt_bias", "expert_bias", "e_score_correction_bias")
 
@@ -166,6 +168,7 @@ def to_hf(
     *,
     like: str | Path | None = None,
     family: str | None = None,
+    tokenizer: str | Path | None = None,
     vocab_size: int | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -179,6 +182,7 @@ def to_hf(
         like: Where configuration and tokenizer come from, a Hugging Face directory or a checkpoint converted from one;
             by default what was kept beside the checkpoint, or else the tokenizer it was trained with.
         family: The class it is to be; by default that of `like`, or the first that can express the model.
+        tokenizer: The directory of a tokenizer, in place of that one.
         vocab_size: Words without padding; by default those of `like` or of that tokenizer.
         dtype: The type of the weights; the one they have by default.
         shard_bytes: Bytes of a file.
@@ -189,6 +193,7 @@ def to_hf(
 
     Raises:
         CheckpointError: The source is missing or damaged, the family cannot express it, or the destination exists.
+        ConfigError: The tokenizer is not there, or has more words than the model; the vocabulary is said wrongly.
     """
     destination = Path(destination)
     refuse_existing(destination)
@@ -196,15 +201,18 @@ def to_hf(
     arch = layout.architecture(reader.step.path)
     check_shapes(arch, reader.shapes)
     folder = companions.find(like) if like is not None else companions.beside(reader.step.path)
-    config = companions.read_config(folder) if folder else {}
-    tokenizer = None if folder else companions.tokenizer(reader.step.path)
-    arch = replace(arch, vocab_size=_words(arch, config, tokenizer, vocab_size))
+    config = original = companions.read_config(folder) if folder else {}
+    words = _tokenizer(reader.step.path, tokenizer, folder, vocab_size)
+    arch = replace(arch, vocab_size=_words(arch, {} if tokenizer else config, words, vocab_size))
     chosen = _family(arch, config, family)
     if config and families.of_config(config) not in (chosen, getattr(chosen, "base", None)):
         config = {}
     types = {key: dtype_ for key, (_, dtype_) in layout.tensors(reader.step.path).items()}
     written = chosen.write(arch, config)
     written = _with_type(written, config, _type(axes.EMBEDDING, types[axes.EMBEDDING], dtype))
+    special = companions.special_tokens(words) if words else {name: original.get(name) for name in SPECIAL_TOKENS}
+    if words or not config:
+        written = written | special
     pieces = chosen.pieces(arch)
     sources: dict[str, list[Piece]] = {}
     for piece in pieces:
@@ -223,10 +231,12 @@ def to_hf(
                 done += tensor.nbytes
                 progress(done, total)
         if folder:
-            companions.copy(companions.files(folder), directory)
-        elif tokenizer:
-            companions.copy(companions.files(tokenizer), directory)
-            generation = json.dumps(companions.generation(tokenizer), indent=2)
+            kept = companions.files(folder)
+            others = set(companions.tokenizer_files(folder)) if words else set()
+            companions.copy([path for path in kept if path not in others], directory)
+        if words:
+            companions.copy(companions.tokenizer_files(words), directory)
+            generation = json.dumps({name: number for name, number in special.items() if number is not None}, indent=2)
             (directory / companions.GENERATION).write_text(generation + "\n", encoding="utf-8")
         if written != config:
             (directory / companions.CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
@@ -266,6 +276,23 @@ class _Latest:
         return self._tensor
 
 
+def _tokenizer(step: Path, given: str | Path | None, folder: Path | None, wanted: int | None) -> Path | None:
+    """The tokenizer to write in place of the folder's, if any."""
+    if given is not None:
+        if not (Path(given) / companions.TOKENIZER).is_file():
+            raise ConfigError("--tokenizer: no such tokenizer", got=given, legal=f"a place of {companions.TOKENIZER}")
+        return Path(given)
+    if folder is not None:
+        return None
+    found = companions.tokenizer(step)
+    if found is None and wanted is None and (named := companions.trained_with(step)):
+        raise ConfigError(
+            "the tokenizer that the model was trained with is not there", got=named,
+            legal=f"--tokenizer DIR, with {companions.TOKENIZER}; or --vocab-size N, which writes none",
+        )  # fmt: skip
+    return found
+
+
 def _words(arch: Architecture, config: dict[str, Any], tokenizer: Path | None, wanted: int | None) -> int:
     if wanted is not None and not 1 <= wanted <= arch.vocab_size:
         raise ConfigError("--vocab-size: the embedding has other rows", got=wanted, legal=f"1 to {arch.vocab_size}")
@@ -277,6 +304,8 @@ def _words(arch: Architecture, config: dict[str, Any], tokenizer: Path | None, w
             told = int(config.get("vocab_size", told))
     elif tokenizer:
         told = companions.words(tokenizer)
+        if told > arch.vocab_size:
+            raise ConfigError("the tokenizer has more words than the model", got=told, legal=f"up to {arch.vocab_size}")
     return min(wanted or told, arch.vocab_size)
 
 

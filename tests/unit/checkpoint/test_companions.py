@@ -1,0 +1,73 @@
+"""What lies beside the weights: the tokenizer goes wherever the model goes."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from random_models import random_weights
+
+from megatron_ext.checkpoint import gpt
+from megatron_ext.checkpoint.huggingface import companions
+from megatron_ext.checkpoint.huggingface.convert import to_hf
+from megatron_ext.checkpoint.writer import writing
+from megatron_ext.errors import ConfigError
+from megatron_ext.models.config import Architecture
+
+ARCH = Architecture(
+    pattern="*-*-", hidden_size=16, vocab_size=40, max_position_embeddings=64, ffn_hidden_size=24,
+    num_attention_heads=4, num_query_groups=2, kv_channels=8, mamba_num_heads=8, position_embedding_type="rope",
+)  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A model that was trained with a tokenizer in the folder of the job."""
+    with writing(tmp_path / "run", ARCH, Namespace(tokenizer_model="data/tokenizer")) as writer:
+        for key, tensor in random_weights(ARCH).items():
+            writer.write(key, tensor.bfloat16())
+    return tmp_path / "run"
+
+
+def tokenizer(path: Path, size: int = 30) -> Path:
+    """A tokenizer of so many words, of which 3 ends a text; one number is not taken."""
+    from tokenizers import Tokenizer, models
+
+    path.mkdir()
+    words = {f"w{number}": number for number in range(size) if number != 5}
+    Tokenizer(models.WordLevel(words, "w0")).save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text('{"eos_token": {"content": "w3"}, "bos_token": null}')
+    return path
+
+
+def test_the_tokenizer_lies_with_the_run_or_is_asked_for(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--tokenizer DIR") as error:
+        to_hf(run, tmp_path / "no")
+    assert "got:   data/tokenizer" in str(error.value)
+    to_hf(run, tmp_path / "without", vocab_size=40)
+    assert not (tmp_path / "without" / "tokenizer.json").exists()
+    own = tokenizer(tmp_path / "own")
+    to_hf(run, tmp_path / "given", tokenizer=own)
+    companions.keep_tokenizer(own, run)
+    (own / "tokenizer_config.json").write_text('{"eos_token": "w3"}')
+    companions.keep_tokenizer(own, run)
+    assert (run / "tokenizer" / "tokenizer_config.json").read_text() == '{"eos_token": "w3"}'
+    to_hf(run, tmp_path / "kept")
+    for name in ("given", "kept"):
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert [config[f"{token}_token_id"] for token in ("bos", "eos", "pad")] == [None, 3, None]
+        assert config["vocab_size"] == 30
+        assert json.loads((tmp_path / name / "generation_config.json").read_text()) == {"eos_token_id": 3}
+        assert (tmp_path / name / "tokenizer.json").read_bytes() == (own / "tokenizer.json").read_bytes()
+    with pytest.raises(ConfigError, match="more words than the model"):
+        to_hf(run, tmp_path / "no", tokenizer=tokenizer(tmp_path / "large", 41))
+    with pytest.raises(ConfigError, match="no such tokenizer"):
+        to_hf(run, tmp_path / "no", tokenizer=tmp_path)
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_tokenizer_is_handed_on(run: Path, tmp_path: Path) -> None:
+    companions.keep_tokenizer(tokenizer(tmp_path / "own"), run)
+    gpt.to_gpt(run, tmp_path / "gpt")
+    gpt.to_pattern(tmp_path / "gpt", tmp_path / "again")
+    assert companions.tokenizer(tmp_path / "again" / "release") == tmp_path / "again" / "tokenizer"
