@@ -47,6 +47,9 @@ TRAINED = {
         OWN, position_embedding_type="rope", rotary_percent=0.5, rotary_base=500_000, rope_scaling_factor=8.0,
         qk_layernorm=True, layer_sizes={"mamba_num_heads": (8, 4), "ffn_hidden_size": (48, 32, 16)},
     ),
+    # Without attention: no layer's cache knows how long the text is.
+    "mamba-uneven": replace(OWN, pattern="MM", layer_sizes={"mamba_num_heads": (8, 4)}),
+    "mamba-mlps": replace(OWN, pattern="M-M-", layer_sizes={"ffn_hidden_size": (48, 24)}),
 }  # fmt: skip
 ALL = [*CHANGES, *TRAINED]
 
@@ -108,10 +111,23 @@ def test_there_and_back_is_bit_identical(models: Path, tmp_path: Path, name: str
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes() or file.name == companions.CARD
 
 
-def test_a_mamba_model_with_uneven_layers_is_refused(tmp_path: Path) -> None:
-    write_random(tmp_path / "m", replace(OWN, pattern="MM", layer_sizes={"mamba_num_heads": (8, 4)}))
-    with pytest.raises(CheckpointError, match="needs attention"):
-        to_hf(tmp_path / "m", tmp_path / "out")
+@pytest.mark.parametrize("name", ALL)
+def test_it_is_used_as_any_model_of_transformers(models: Path, tmp_path: Path, name: str) -> None:
+    """Forward as it comes, beams, texts of different lengths, saved and loaded again, in bfloat16."""
+    model, prompt = load(models / f"{name}-cut"), tokens()[:, :6]
+    logits = model(prompt).logits
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert model.generate(prompt, num_beams=2, **options).shape == (2, 9)
+    padded = torch.cat([torch.zeros(2, 2, dtype=torch.long), prompt], dim=1)
+    mask = (torch.arange(8) >= 2).long().expand(2, -1)
+    made = model.generate(padded, attention_mask=mask, **options)
+    assert torch.equal(made[:, 2:], model.generate(prompt, attention_mask=mask[:, 2:], **options))
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True).eval()
+    assert torch.equal(again(prompt).logits, logits)
+    half = again.bfloat16()
+    assert (half(prompt).logits.float() - logits).abs().max() < 0.1 * logits.abs().max()
+    assert half.generate(prompt, **options).shape == (2, 9)
 
 
 def test_it_does_not_load_as_what_it_is_not(models: Path) -> None:

@@ -1,7 +1,7 @@
 """`HybridForCausalLM`, our own class: hybrids that are no Nemotron-H, such as the 8B Mamba-2-Hybrid with its GELU.
 
 It is `NemotronHForCausalLM` with any MLP, with rotary positions and norms on query and key where the model has them,
-and with sizes that differ from layer to layer (`modeling_hybrid.py`).
+with sizes that differ from layer to layer, and with or without attention (`modeling_hybrid.py`).
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from megatron_ext.checkpoint.huggingface.parts import half
 from megatron_ext.checkpoint.huggingface.settings import Rope, Same, Tied, flag
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.config import Architecture
-from megatron_ext.models.pattern import ATTENTION, MOE
+from megatron_ext.models.pattern import MOE
 
 _ROPE = Rope(partial=True)
 _ACTIVATIONS = {"relu2": "squared_relu", "gelu": "gelu", "silu": "silu"}
@@ -49,11 +49,6 @@ class _Mlp:
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
         """The entries."""
-        if ATTENTION not in arch.pattern:
-            raise CheckpointError(
-                "HybridForCausalLM needs attention: transformers' generate asks its cache how long the text is",
-                got=arch.pattern,
-            )
         if MOE in arch.pattern and (arch.gated_linear_unit or arch.activation != "squared_relu"):
             raise CheckpointError("HybridForCausalLM: experts are squared ReLU without a gate", got=arch.activation)
         name = next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == arch.activation)

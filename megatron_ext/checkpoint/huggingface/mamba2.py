@@ -66,7 +66,7 @@ class _Expand:
             raise CheckpointError(
                 "Mamba2ForCausalLM needs an inner width that is a whole multiple of the hidden size",
                 got=f"{arch.mamba_inner_size} (heads * channels) and {arch.hidden_size}",
-                legal="NemotronHForCausalLM has no such condition: --hf-class NemotronHForCausalLM",
+                legal="HybridForCausalLM has no such condition: --hf-class HybridForCausalLM",
             )
         entries = {"expand": arch.mamba_inner_size // arch.hidden_size}
         return entries | ({"time_step_rank": -(-arch.hidden_size // 16)} if "time_step_rank" in like else {})

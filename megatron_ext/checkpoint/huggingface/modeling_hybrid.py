@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import NemotronHConfig, NemotronHForCausalLM, conversion_mapping
+from transformers import DynamicCache, NemotronHConfig, NemotronHForCausalLM, conversion_mapping
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.nemotron.modeling_nemotron import NemotronRotaryEmbedding, apply_rotary_pos_emb
@@ -89,8 +89,28 @@ class Attention(NemotronHAttention):
         return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
 
 
+class RecurrentCache(DynamicCache):
+    """The cache of a model without attention, which counts tokens itself: transformers asks an attention layer."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__(config=config)
+        self.seen = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens so far."""
+        return self.seen
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Tokens so far."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Tokens with these, and where they begin."""
+        return self.seen + query_length, 0
+
+
 class HybridForCausalLM(NemotronHForCausalLM):
-    """NemotronHForCausalLM with the MLPs, attention and sizes that the configuration says."""
+    """NemotronHForCausalLM with the MLPs, attention and sizes that the configuration says, attention or none."""
 
     config_class = HybridConfig
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embeddings.weight"}
@@ -112,6 +132,41 @@ class HybridForCausalLM(NemotronHForCausalLM):
             if kind == "linear_attention":  # Nemotron-H's would be clamped from below, as in no training
                 layers[index].mixer.time_step_limit = (0.0, float("inf"))
         self.post_init()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As NemotronHForCausalLM."""
+        if self._recurrent and kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
+            kwargs["past_key_values"] = RecurrentCache(self.config)
+        return super().generate(*args, **kwargs)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """As NemotronHForCausalLM."""
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self._recurrent and use_cache and past_key_values is None:
+            past_key_values = RecurrentCache(self.config)
+        output = super().forward(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, use_cache, logits_to_keep,
+            **kwargs,
+        )  # fmt: skip
+        if isinstance(past_key_values, RecurrentCache):
+            given: Any = input_ids if inputs_embeds is None else inputs_embeds
+            past_key_values.seen += given.shape[1]
+        return output
+
+    @property
+    def _recurrent(self) -> bool:
+        return "full_attention" not in self.config.layers_block_type
 
 
 # transformers renames weights of Nemotron-H when it reads them, and goes by the model's type.

@@ -82,6 +82,35 @@ class _Untied(Tied):
         return super().write(arch, like)
 
 
+class _SmallSteps:
+    """transformers clamps the steps of this class at `time_step_min`, by default 0.001; Megatron does not."""
+
+    def read(self, config: Config) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
+        """No limit for a model that was trained here; what the original says for any other."""
+        return {} if like or MAMBA not in arch.pattern else {"time_step_min": 1e-30}  # it takes the logarithm
+
+
+class _WithAttention:
+    """transformers asks an attention layer of this class how long a text is, in every forward pass with a cache."""
+
+    def read(self, config: Config) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
+        """Nothing; refuses a model without attention."""
+        if ATTENTION not in arch.pattern:
+            raise CheckpointError(
+                "NemotronHForCausalLM needs attention to run with a cache", got=arch.pattern,
+                legal="HybridForCausalLM does not: --hf-class HybridForCausalLM",
+            )  # fmt: skip
+        return {}
+
+
 class _Mixture:
     """The experts, where the pattern has some."""
 
@@ -148,6 +177,6 @@ SHARED: list[Any] = [
 NEMOTRON_H = Family(
     "NemotronHForCausalLM", "nemotron_h", "backbone.layers.{}", "",
     [*OUTER, *MIXER, *ATTENTION_ROWS, *_MLP, *EXPERTS],
-    [*SHARED, _Untied(), Only("mlp_hidden_act", "relu2"),
+    [*SHARED, _Untied(), _WithAttention(), _SmallSteps(), Only("mlp_hidden_act", "relu2"),
      Always(activation="squared_relu", gated_linear_unit=False, position_embedding_type="none")],
 )  # fmt: skip

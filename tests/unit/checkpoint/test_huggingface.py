@@ -32,6 +32,7 @@ MAMBA = replace(
     ARCH, pattern="MM", position_embedding_type="none", mamba_num_heads=4, mamba_head_dim=8, mamba_state_dim=4,
     mamba_num_groups=2,
 )  # fmt: skip
+HYBRID = replace(MAMBA, pattern="M*")
 
 
 def checkpoint(path: Path, arch: Architecture = ARCH, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -253,9 +254,10 @@ def test_configurations_that_our_models_cannot_be(hf: Path, tmp_path: Path, entr
          "zero_centered_norm=True"),
         (replace(ARCH, hidden_size=18), "LlamaForCausalLM", "MistralForCausalLM has no such condition"),
         (replace(MAMBA, hidden_size=24), "Mamba2ForCausalLM", "whole multiple of the hidden size"),
-        (replace(MAMBA, untie_embeddings_and_output_weights=False), "NemotronHForCausalLM", "tied embeddings"),
-        (replace(MAMBA, norm_epsilon=1e-6), "NemotronHForCausalLM", "norm_epsilon=1e-06"),
-        (replace(MAMBA, pattern="M-"), "NemotronHForCausalLM", "activation='silu'"),
+        (replace(HYBRID, untie_embeddings_and_output_weights=False), "NemotronHForCausalLM", "tied embeddings"),
+        (replace(HYBRID, norm_epsilon=1e-6), "NemotronHForCausalLM", "norm_epsilon=1e-06"),
+        (replace(HYBRID, pattern="M*-"), "NemotronHForCausalLM", "activation='silu'"),
+        (MAMBA, "NemotronHForCausalLM", "--hf-class HybridForCausalLM"),
     ],
 )  # fmt: skip
 def test_models_that_a_family_cannot_express(tmp_path: Path, arch, name, message: str) -> None:
@@ -268,14 +270,14 @@ def test_models_that_a_family_cannot_express(tmp_path: Path, arch, name, message
 
 def test_a_family_without_a_stand_in_gives_its_own_reason(tmp_path: Path) -> None:
     to_hf(checkpoint(tmp_path / "whole", MAMBA), tmp_path / "hf")
-    with pytest.raises(CheckpointError, match="--hf-class NemotronHForCausalLM"):
+    with pytest.raises(CheckpointError, match="--hf-class HybridForCausalLM"):
         to_hf(checkpoint(tmp_path / "cut", replace(MAMBA, hidden_size=24)), tmp_path / "out", like=tmp_path / "hf")
 
 
 def test_a_relative_that_can_is_chosen(tmp_path: Path) -> None:
     assert to_hf(checkpoint(tmp_path / "a", replace(ARCH, hidden_size=18)), tmp_path / "b").name == "MistralForCausalLM"
     mamba = checkpoint(tmp_path / "c", replace(MAMBA, hidden_size=24))
-    assert to_hf(mamba, tmp_path / "d").name == "NemotronHForCausalLM"
+    assert to_hf(mamba, tmp_path / "d").name == "HybridForCausalLM"
     uneven = checkpoint(tmp_path / "f", replace(ARCH, pattern="*-*--"))
     assert to_hf(uneven, tmp_path / "g").name == "PrunedLlamaForCausalLM"
     with pytest.raises(ConfigError, match="did you mean 'LlamaForCausalLM'"):
