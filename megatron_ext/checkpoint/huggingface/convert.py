@@ -21,6 +21,7 @@ from megatron_ext.checkpoint.huggingface.selection import weights_of
 from megatron_ext.checkpoint.huggingface.shards import SHARD_BYTES, Shards, writing_shards
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.scratch import Scratch
+from megatron_ext.checkpoint.tokenizer import check as check_tokenizer
 from megatron_ext.checkpoint.writer import Progress, check_shapes, silent, writing
 from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.models import axes
@@ -193,7 +194,8 @@ def to_hf(
 
     Raises:
         CheckpointError: The source is missing or damaged, the family cannot express it, or the destination exists.
-        ConfigError: The tokenizer is not there, or has more words than the model; the vocabulary is said wrongly.
+        ConfigError: The tokenizer is not there, is another, or has more words than the model; the vocabulary is said
+            wrongly.
     """
     destination = Path(destination)
     refuse_existing(destination)
@@ -281,6 +283,7 @@ def _tokenizer(step: Path, given: str | Path | None, folder: Path | None, wanted
     if given is not None:
         if not (Path(given) / companions.TOKENIZER).is_file():
             raise ConfigError("--tokenizer: no such tokenizer", got=given, legal=f"a place of {companions.TOKENIZER}")
+        check_tokenizer(step, Path(given), "the model")
         return Path(given)
     if folder is not None:
         return None

@@ -92,7 +92,7 @@ class Attention(NemotronHAttention):
 class RecurrentCache(DynamicCache):
     """The cache of a model without attention, which counts tokens itself: transformers asks an attention layer."""
 
-    def __init__(self, config: HybridConfig) -> None:
+    def __init__(self, config: NemotronHConfig) -> None:
         super().__init__(config=config)
         self.seen = 0
 
@@ -137,18 +137,19 @@ class HybridForCausalLM(NemotronHForCausalLM):
         """As NemotronHForCausalLM."""
         if self._recurrent and kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
             kwargs["past_key_values"] = RecurrentCache(self.config)
-        return super().generate(*args, **kwargs)
+        inherited: Any = super()
+        return inherited.generate(*args, **kwargs)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
         past_key_values: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: Any = 0,
         **kwargs: Any,
     ) -> Any:
         """As NemotronHForCausalLM."""
@@ -160,13 +161,14 @@ class HybridForCausalLM(NemotronHForCausalLM):
             **kwargs,
         )  # fmt: skip
         if isinstance(past_key_values, RecurrentCache):
-            given: Any = input_ids if inputs_embeds is None else inputs_embeds
+            given = input_ids if inputs_embeds is None else inputs_embeds
             past_key_values.seen += given.shape[1]
         return output
 
     @property
     def _recurrent(self) -> bool:
-        return "full_attention" not in self.config.layers_block_type
+        kinds: Any = self.config.layers_block_type
+        return "full_attention" not in kinds
 
 
 # transformers renames weights of Nemotron-H when it reads them, and goes by the model's type.

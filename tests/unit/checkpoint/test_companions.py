@@ -10,6 +10,7 @@ from random_models import random_weights
 from megatron_ext.checkpoint import gpt
 from megatron_ext.checkpoint.huggingface import companions
 from megatron_ext.checkpoint.huggingface.convert import to_hf
+from megatron_ext.checkpoint.tokenizer import fingerprint
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.errors import ConfigError
 from megatron_ext.models.config import Architecture
@@ -61,6 +62,12 @@ def test_the_tokenizer_lies_with_the_run_or_is_asked_for(run: Path, tmp_path: Pa
         assert (tmp_path / name / "tokenizer.json").read_bytes() == (own / "tokenizer.json").read_bytes()
     with pytest.raises(ConfigError, match="more words than the model"):
         to_hf(run, tmp_path / "no", tokenizer=tokenizer(tmp_path / "large", 41))
+    other = run.with_name("fingerprinted")
+    with writing(other, ARCH, Namespace(tokenizer_fingerprint=fingerprint(own))) as writer:
+        for key, tensor in random_weights(ARCH).items():
+            writer.write(key, tensor.bfloat16())
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        to_hf(other, tmp_path / "no", tokenizer=tokenizer(tmp_path / "small", 20))
     with pytest.raises(ConfigError, match="no such tokenizer"):
         to_hf(run, tmp_path / "no", tokenizer=tmp_path)
     assert not (tmp_path / "no").exists()
