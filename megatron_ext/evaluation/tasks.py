@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,12 +154,16 @@ class Tasks:
 
 @contextlib.contextmanager
 def _first_rank_speaks() -> Iterator[None]:
-    """Without the progress bars that the harness would show on each rank, a world of its own."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    """Without the progress bars that the harness would show on each rank, a world of its own.
+
+    Standard output belongs to what is measured.
+    """
+    speaks = int(os.environ.get("RANK", "0")) == 0
+    with contextlib.ExitStack() as stack:
+        if not speaks:
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         yield
-    else:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
 
 
 def _metrics(found: Mapping[str, Any]) -> dict[str, Any]:
