@@ -10,6 +10,7 @@ import collections
 import io
 import pathlib
 import pickle
+import re
 import signal
 import types
 from collections.abc import Iterator, Mapping
@@ -115,7 +116,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _INDEX:
-            raise _refusal(f"{module}.{name}", self._path)
+            raise refusal(f"{module}.{name}", self._path)
         return _INDEX[module, name]
 
 
@@ -140,10 +141,16 @@ def read_objects(file: BinaryIO, path: str | Path, what: str = "the file") -> An
             unknown = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(content))
         for name in unknown:
             if name.split(".")[0] not in _FOREIGN:
-                raise _refusal(name, path)
+                raise refusal(name, path)
         content.seek(0)
         with torch.serialization.safe_globals([*allowed, *((Unknown, name) for name in unknown)]):
             return torch.load(content, map_location="cpu", weights_only=True)
+
+
+def asked_for(error: Exception) -> str | None:
+    """The name that `torch.load(weights_only=True)` has refused, as its error says; None if it has not."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return found[1] if found else None
 
 
 def inside(directory: Path, name: str) -> Path:
@@ -169,7 +176,8 @@ def inside(directory: Path, name: str) -> Path:
     return path
 
 
-def _refusal(name: str, path: str | Path) -> UntrustedError:
+def refusal(name: str, path: str | Path) -> UntrustedError:
+    """The error about a file that names something that it has no need of."""
     return UntrustedError(
         f"the file asks for {name}, which a checkpoint has no need of; it was not loaded", got=path,
         legal="checkpoints that Megatron wrote, from somebody you trust",

@@ -55,7 +55,7 @@ def steps(directory: str | Path) -> list[Step]:
     found = [
         Step(path, 0 if path.name == RELEASE else int(path.name.removeprefix("iter_")))
         for path in Path(directory).glob("*")
-        if path.is_dir() and (path.name == RELEASE or path.name.removeprefix("iter_").isdigit())
+        if path.is_dir() and (path.name == RELEASE or path.name.removeprefix("iter_").isdecimal())
     ]
     return sorted(found, key=lambda step: (not step.is_release, step.iteration))
 
@@ -122,7 +122,7 @@ def find(path: str | Path) -> Step:
         return newest(path)
     verify(path)
     number = path.name.removeprefix("iter_")
-    return Step(path, int(number) if number.isdigit() else 0)
+    return Step(path, int(number) if number.isdecimal() else 0)
 
 
 def verify(step: str | Path) -> Metadata:
@@ -230,7 +230,7 @@ def architecture(step: str | Path) -> Architecture:
         if not isinstance(args, Namespace):
             raise AttributeError("no args")
         return Architecture.from_args(args)
-    except AttributeError as error:
+    except (AttributeError, TypeError) as error:
         raise CheckpointError(f"the checkpoint does not say which model it holds: {error}", got=step) from error
 
 

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.scratch import Scratch
 from megatron_ext.errors import CheckpointError
+from megatron_ext.untrusted import asked_for, refusal
 
 if TYPE_CHECKING:
     from megatron_ext.checkpoint.writer import Writer
@@ -173,6 +174,8 @@ class Reader:
         try:
             yield
         except Exception as error:  # the unpickler raises nearly anything on damaged bytes
+            if name := asked_for(error):
+                raise refusal(name, self.step.path) from error
             what = f"the checkpoint is damaged: {key!r} cannot be read"
             raise CheckpointError(what, got=self.step.path) from error
 

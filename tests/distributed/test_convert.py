@@ -27,7 +27,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Te
     """A folder with `NAME` and, converted, `NAME-megatron`; and the logits of transformers' models."""
     path = tmp_path_factory.mktemp("convert")
     logits = {name: make(name, path / name) for name in MODELS}
-    for name in MODELS:
+    logits |= {name: make(base, path / name, "3KB", **changes) for name, (base, changes) in ODD.items()}
+    for name in (*MODELS, *ODD):
         to_megatron(path / name, path / f"{name}-megatron")
     for name, targets in PRUNED.items():
         small = path / f"{name}-pruned"
@@ -37,6 +38,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Te
     return path, logits
 
 
+# What few models have, and classes of transformers can.
+WINDOW: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 8}
+ODD: dict[str, tuple[str, dict[str, Any]]] = {
+    "one-group": ("llama-biases", {"num_key_value_heads": 1, "head_dim": 24, "tie_word_embeddings": False}),
+    "no-layer-has-the-window": ("qwen2", WINDOW | {"max_window_layers": 2, "head_dim": 24, "num_key_value_heads": 1}),
+    "a-quarter-is-rotated": (
+        "nemotron",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25},
+         "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "head_dim": 24},
+    ),
+    "one-expert-for-each-token": ("nemotron-h-experts", {"num_experts_per_tok": 1, "norm_topk_prob": False}),
+}  # fmt: skip
 PRUNED = {
     "llama3": Targets(hidden_size=16, ffn_hidden_size=24, num_query_groups=1, num_layers=1),
     "qwen3": Targets(hidden_size=24, num_attention_heads=2),

@@ -112,13 +112,13 @@ class Family:
         try:
             for setting in self.settings:
                 fields |= setting.read(config)
+            return Architecture(**_DEFAULTS | fields)
         except MegatronExtError:
             raise
         except KeyError as error:
             raise CheckpointError(f"config.json has no {error}") from error
         except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
             raise CheckpointError(f"config.json has an entry of a wrong kind: {error}") from error
-        return Architecture(**_DEFAULTS | fields)
 
     def write(self, arch: Architecture, like: Config | None = None) -> dict[str, Any]:
         """`config.json` for a model, with everything else that `like` says; `like` itself if it describes the model.

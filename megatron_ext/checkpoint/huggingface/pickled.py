@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from megatron_ext.checkpoint.huggingface.shards import Entry, read_index
-from megatron_ext.errors import CheckpointError, UntrustedError
-from megatron_ext.untrusted import inside
+from megatron_ext.errors import CheckpointError
+from megatron_ext.untrusted import asked_for, inside, refusal
 
 NAME = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
@@ -54,8 +54,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             raise TypeError("not a dictionary of tensors")
         return {str(name): tensor.detach() for name, tensor in held.items()}
     except Exception as error:  # the unpickler raises nearly anything on damaged bytes
-        if "GLOBAL " in str(error):
-            asked = str(error).split("GLOBAL ")[1].split()[0]
-            raise UntrustedError(f"{path.name} asks for {asked}, which is not run", got=path) from error
+        if name := asked_for(error):
+            raise refusal(name, path) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path.name} is damaged, or not a dictionary of tensors ({reason})", got=path) from error

@@ -22,6 +22,7 @@ from megatron_ext.untrusted import inside
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
+HEADER_BYTES = 10**8  # safetensors' own limit
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -107,8 +108,8 @@ def _header(directory: Path, name: str) -> dict[str, Entry]:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if length > size - 8:
-                raise ValueError("the header is cut short")
+            if length > min(size - 8, HEADER_BYTES):
+                raise ValueError("the header is cut short, or too long")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         entries = {}

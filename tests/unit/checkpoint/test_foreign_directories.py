@@ -169,7 +169,7 @@ class Bomb:
 @pytest.mark.parametrize("archive", [True, False])
 def test_a_pickled_file_runs_nothing(hf: Path, tmp_path: Path, archive: bool) -> None:
     bin_of(hf, {KEY: Bomb(tmp_path / "hit")}, _use_new_zipfile_serialization=archive)
-    with pytest.raises(UntrustedError, match=r"pytorch_model\.bin asks for posix\.mkdir"):
+    with pytest.raises(UntrustedError, match=r"asks for posix\.mkdir(.|\n)*pytorch_model\.bin"):
         to_megatron(hf, tmp_path / "out")
     assert not (tmp_path / "hit").exists()
 

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.writer import writing
-from megatron_ext.errors import CheckpointError, UntrustedError
+from megatron_ext.errors import CheckpointError, MegatronExtError, UntrustedError
 from megatron_ext.models import axes
 from megatron_ext.models.presets import PRESETS
 
@@ -174,6 +174,24 @@ def test_arguments_among_the_tensors_run_nothing(step: Path, tmp_path: Path) -> 
     with pytest.raises(UntrustedError, match=r"asks for posix\.mkdir"):
         layout.common(step)
     assert not (tmp_path / "hit").exists()
+
+
+def test_a_tensor_runs_nothing(step: Path, tmp_path: Path) -> None:
+    place = layout.read_metadata(step)
+    archive(step / "evil.distcp", calls_in_2("posix", "mkdir", str(tmp_path / "hit")))
+    size = (step / "evil.distcp").stat().st_size
+    key = next(key for key in place.storage_data if key.fqn == axes.EMBEDDING)
+    place.storage_data[key] = _StorageInfo("evil.distcp", 0, size)
+    (step / ".metadata").write_bytes(pickle.dumps(place))
+    with pytest.raises(UntrustedError, match=r"asks for posix\.mkdir"):
+        Reader(step).read(axes.EMBEDDING)
+    assert not (tmp_path / "hit").exists()
+
+
+def test_arguments_of_wrong_types_are_told(step: Path) -> None:
+    torch.save({"args": Namespace(**{**vars(layout.common(step)["args"]), "hidden_size": "16"})}, step / "common.pt")
+    with pytest.raises(MegatronExtError):
+        layout.architecture(step)
 
 
 def test_a_class_of_megatrons_is_neither_imported_nor_made(tmp_path: Path) -> None:
