@@ -6,10 +6,12 @@ Forward KL at temperature 1, from hidden states and output weights of student an
 student's. Plain: two matrix products, fp32 log-softmaxes, `kl_div`, autograd. Ours: `distillation_losses`, with logits
 compared in torch, and on a GPU also by Triton's kernels. Liger-Kernel's fused JSD (beta 0 is the forward KL) joins on
 a GPU where it is installed (`pip install liger-kernel`). Each case runs in processes of its own, in turns; the time is
-the median over all of them. The peak is what is allocated beyond the inputs, the gradients included. A case that fails
-is reported as failed, and the others run on.
-On a GPU bf16 and 8,192 tokens x 128,256 words x hidden 4,096; on a CPU fp32 and a size that fits. On a GPU one chunk of
-logits is compared alone, too, which must read both models' logits twice and write the student's once.
+the median over all of them. The gradient of the weights is added to an fp32 buffer, as in Megatron's data parallelism.
+The peak is what is allocated beyond the inputs and that buffer. A case that fails is reported as failed, and the others
+run on.
+On a GPU bf16 and 8,192 tokens x 128,256 words x hidden 4,096; on a CPU fp32 and a size that fits, and of so large a
+vocabulary in bf16 the bytes of all tensors (`peak.py`), which are the same on any machine. On a GPU one chunk of logits
+is compared alone, too, which must read both models' logits twice and write the student's once.
 """
 
 import argparse
@@ -23,14 +25,17 @@ from typing import Any
 
 import machine
 import torch
+from peak import PeakMeter
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from megatron_ext.distillation.losses import CHUNK, Compare, Head, compare_in_torch, distillation_losses
+from megatron_ext.distillation.chunked import CHUNK, Compare, Head
+from megatron_ext.distillation.losses import compare_in_torch, distillation_losses
 from megatron_ext.distillation.objective import Objective
 from megatron_ext.models.vocabulary import Vocabulary
 
 SIZES = {"cuda": (8192, 128256, 4096), "cpu": (4096, 32000, 512)}
+LARGE = (16, 128256, 1024)
 PATIENCE = 900  # seconds: a process that was killed never answers
 Case = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -71,6 +76,43 @@ def liger(x: Tensor, w: Tensor, xt: Tensor, wt: Tensor) -> Tensor:
     return LigerFusedLinearJSD(jsd_beta=0.0, temperature=1.0)(x, w, xt, wt)
 
 
+class Weight(torch.nn.Parameter):
+    """A weight of Megatron's data parallelism."""
+
+    main_grad: Tensor
+    grad_added_to_main_grad: bool
+
+
+def weight_of(values: Tensor) -> Weight:
+    """A weight whose gradient is collected in fp32."""
+    weight = Weight(values)
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(values, dtype=torch.float32), False
+    return weight
+
+
+def collect(weight: Weight) -> None:
+    """What Megatron's hook does when a gradient has arrived."""
+    if weight.grad is not None and not weight.grad_added_to_main_grad:
+        weight.main_grad.add_(weight.grad)
+    weight.grad = None
+
+
+def measure_large(name: str, size: tuple[int, int, int]) -> dict[str, Any]:
+    """Bytes of tensors beyond inputs and gradient buffer, on a CPU: at the most, and between the two passes."""
+    case: Case = plain if name == "plain" else ours(compare_in_torch)
+    tokens, vocabulary, hidden = size
+    with PeakMeter() as meter:
+        x, xt = (torch.randn(tokens, hidden).bfloat16() for _ in range(2))
+        w, wt = weight_of(torch.zeros(vocabulary, hidden, dtype=torch.bfloat16)), torch.zeros(vocabulary, hidden)
+        wt, x = wt.bfloat16(), x.requires_grad_()
+        before = meter.peak = meter.alive
+        value = case(x, w, xt, wt)
+        held = meter.alive - before
+        value.backward()
+        collect(w)
+    return {"peak": meter.peak - before, "held": held}
+
+
 def measure(name: str, size: tuple[int, int, int], repeats: int) -> dict[str, Any]:
     """Times of each repeat after a first one, seconds, and the peak beyond the inputs, bytes."""
     case: Case = {"plain": plain, "liger": liger}.get(name) or ours(comparison(name))
@@ -79,21 +121,22 @@ def measure(name: str, size: tuple[int, int, int], repeats: int) -> dict[str, An
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
     x, xt = (torch.randn(tokens, hidden, dtype=dtype, device=device) for _ in range(2))
-    w, wt = (torch.randn(vocabulary, hidden, dtype=dtype, device=device) / hidden**0.5 for _ in range(2))
-    small = slice(0, 2)
-    case(x[small], w.requires_grad_(), xt[small], wt).backward()  # what is set up once is no cost of the loss
-    w.grad = None
+    values, wt = (torch.randn(vocabulary, hidden, dtype=dtype, device=device) / hidden**0.5 for _ in range(2))
+    w, small = weight_of(values), slice(0, 2)
+    case(x[small], w, xt[small], wt).backward()  # what is set up once is no cost of the loss
+    collect(w)
     x.requires_grad_()
     before = torch.cuda.memory_allocated() if device == "cuda" else _resident()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds, loss = [], 0.0
     for _ in range(repeats + 1):
-        x.grad = w.grad = None
+        x.grad = None
         _wait(device)
         start = time.perf_counter()
         value = case(x, w, xt, wt)
         value.backward()
+        collect(w)
         _wait(device)
         seconds.append(time.perf_counter() - start)
         loss = float(value.detach())
@@ -103,7 +146,7 @@ def measure(name: str, size: tuple[int, int, int], repeats: int) -> dict[str, An
 
 def measure_chunk(name: str, vocabulary: int, repeats: int) -> dict[str, Any]:
     """The comparison of one chunk of logits alone, on a GPU: seconds, and bytes per second of what must be moved."""
-    compare, n = comparison(name), CHUNK["cuda"] // vocabulary
+    compare, n = comparison(name), CHUNK["cuda"] // (4 * vocabulary)  # of both models, in 16 bits
     logits, target = (torch.randn(n, vocabulary, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     labels, mask = torch.zeros(n, dtype=torch.long, device="cuda"), torch.ones(n, device="cuda")
     seconds = []
@@ -163,15 +206,17 @@ def main() -> None:
         for name, runs in found.items()
         if name not in failed
     }
-    chunks = {}
+    chunks, large = {}, {}
+    if device == "cpu":
+        large = {name: _attempt(context, measure_large, name, LARGE) for name in names}
     if device == "cuda":
         chunks = {name: _attempt(context, measure_chunk, name, args.vocabulary, 20) for name in ("ours", "triton")}
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     report = {
         **machine.describe(), "device": where, "dtype": "bfloat16" if device == "cuda" else "float32",
         "tokens": args.tokens, "vocabulary": args.vocabulary, "hidden": args.hidden, "cases": cases, "runs": found,
-        "chunks": chunks,
-        "gradients_bytes": (args.tokens + args.vocabulary) * args.hidden * (2 if device == "cuda" else 4),
+        "chunks": chunks, "large": {"size": LARGE, "dtype": "bfloat16", **large},
+        "gradients_bytes": args.tokens * args.hidden * (2 if device == "cuda" else 4),
     }  # fmt: skip
     base = cases.get("plain", {"seconds": float("nan"), "peak_bytes": float("nan")})
     rows = [
@@ -185,6 +230,13 @@ def main() -> None:
         f"{chunk['bytes_per_second'] / 1e12:.2f} TB/s."
         for name, chunk in chunks.items()
         if "error" not in chunk
+    ]
+    sizes = f"{LARGE[0]} tokens x {LARGE[1]:,} words x hidden {LARGE[2]:,}, bf16"
+    rows += [
+        f"\n{sizes} ({name}): {case['peak'] / 1e6:,.0f} MB of tensors at most, {case['held'] / 1e6:,.1f} MB between "
+        "the forward and the backward pass."
+        for name, case in large.items()
+        if "error" not in case
     ]
     text = (
         f"Distillation loss and gradients, {args.tokens:,} tokens x {args.vocabulary:,} words x hidden "

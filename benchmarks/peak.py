@@ -27,7 +27,7 @@ class PeakMeter(TorchDispatchMode):
         """Run the operation and look at what it returns."""
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves(out):
-            if isinstance(value, torch.Tensor) and value.device.type != "meta":
+            if isinstance(value, torch.Tensor) and value.device.type != "meta" and value.layout == torch.strided:
                 self._see(value.untyped_storage())
         return out
 

@@ -123,9 +123,9 @@ def squared_error(
 ) -> Divergence:
     """Mean squared difference of the logits over the vocabulary; gradient 2 (student - teacher) / tokens."""
     difference = student - teacher
-    (value,) = vocabulary.sum(_dot(difference, difference)) / vocabulary.size
-    finite = value.isfinite() | ~_dot(student, student).isfinite()
-    return Divergence(value, difference.mul_(2 / vocabulary.size) if gradient else None, finite)
+    value, total = vocabulary.sum(_dot(difference, difference), teacher.sum(-1))
+    slope = difference.mul_(2 / vocabulary.size) if gradient else None
+    return Divergence(value / vocabulary.size, slope, total.isfinite())
 
 
 def cosine(

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from megatron_ext.distillation.chunked import CHUNK
 from megatron_ext.distillation.divergences import TopK, softmax, top_k
-from megatron_ext.distillation.losses import CHUNK, SLICE, Head
+from megatron_ext.distillation.losses import SLICE, Head
 from megatron_ext.models.vocabulary import Vocabulary
 
 
@@ -36,7 +37,8 @@ def likeliest(teacher: Head, vocabulary: Vocabulary, k: int, temperature: float)
         temperature: Of the distribution.
     """
     hidden, device = teacher.hidden.flatten(0, 1), teacher.hidden.device.type
-    chunk, slice_ = (max(1, size[device] // vocabulary.columns) for size in (CHUNK, SLICE))
+    chunk = max(1, CHUNK[device] // (vocabulary.columns * teacher.weight.element_size()))
+    slice_ = max(1, SLICE[device] // vocabulary.columns)
     parts = []
     for rows in hidden.split(chunk):
         logits = (rows @ teacher.weight.T)[:, : vocabulary.tokens]

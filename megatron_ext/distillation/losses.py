@@ -1,15 +1,13 @@
 """From hidden states and output weights to the distillation loss and its gradients, without ever holding the logits.
 
-Logits are made for a chunk of tokens at a time, in the model's type, and compared in fp32: by two kernels on CUDA
-(`triton_kl`), in torch a slice at a time. The loss is the last node of the graph, so the gradients are made with it, in
-the forward pass, and no logits are made twice. What is held beyond them does not grow with tokens x vocabulary: `CHUNK`
+Logits are made for a chunk of tokens at a time (`chunked`), in the model's type, and compared in fp32: by two kernels
+on CUDA (`triton_kl`), in torch a slice at a time. What is held does not grow with tokens x vocabulary: a chunk of
 logits of each model, and in torch about six fp32 temporaries of `SLICE`.
 
 Shapes: s sequence, b micro-batch, n = s b tokens, h hidden, v this rank's columns of the padded vocabulary.
 """
 
 import importlib.util
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,27 +15,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from megatron_ext.distillation import divergences
+from megatron_ext.distillation.chunked import ChunkedLoss, Compare, Comparison, Head
 from megatron_ext.distillation.divergences import Divergence, TopK, softmax
 from megatron_ext.distillation.objective import Objective
 from megatron_ext.models.vocabulary import Vocabulary, row_max
 
-CHUNK = {"cpu": 2**23, "cuda": 2**26}
-"""Logits of each model that are held at a time, in the model's type."""
-
-SLICE = {"cpu": 2**18, "cuda": 2**23}
+SLICE = {"cpu": 2**18, "cuda": 2**22}
 """Logits that are compared at a time in fp32; on a CPU the temporaries must stay in the cache."""
-
-
-class Head(NamedTuple):
-    """The end of a model: what its logits are made of.
-
-    Attributes:
-        hidden: States after the final norm, whole in the sequence.
-        weight: This rank's rows of the output layer.
-    """
-
-    hidden: Float[Tensor, "s b h"]
-    weight: Float[Tensor, "v h"]
 
 
 class Losses(NamedTuple):
@@ -54,10 +38,6 @@ class Losses(NamedTuple):
     kd: Float[Tensor, "s b"]
     ce: Float[Tensor, "s b"]
     finite: Tensor
-
-
-Compare = Callable[..., tuple[Tensor, Tensor, Tensor]]
-"""Of a chunk of logits; see `compare_in_torch`."""
 
 
 def distillation_losses(
@@ -84,13 +64,9 @@ def distillation_losses(
         compare: What compares a chunk of logits; by default the fastest that can (`comparison`).
     """
     compare = compare or comparison(student.hidden.device, teacher, objective)
-    gradient = torch.is_grad_enabled() and (student.hidden.requires_grad or student.weight.requires_grad)
     flat: Any = teacher if isinstance(teacher, TopK) else Head(teacher.hidden.detach().flatten(0, 1), teacher.weight)
-    total, kd, ce, finite = _Distillation.apply(
-        student.hidden.flatten(0, 1), student.weight, flat, labels.flatten(), mask.flatten(), objective, vocabulary,
-        gradient, compare,
-    )  # fmt: skip
-    return Losses(total, kd.view(labels.shape), ce.view(labels.shape), finite.view(labels.shape))
+    total, kd, ce, finite = _chunked(student, flat, labels, mask, objective, vocabulary, compare)
+    return Losses(total, kd, ce, finite)
 
 
 class CrossEntropy(NamedTuple):
@@ -116,13 +92,9 @@ def cross_entropy(
         mask: The weight of each token.
         vocabulary: This rank's columns.
     """
-    gradient = torch.is_grad_enabled() and (model.hidden.requires_grad or model.weight.requires_grad)
     alone = Objective(kd_weight=0.0, ce_weight=1.0)
-    total, _, ce, _ = _Distillation.apply(
-        model.hidden.flatten(0, 1), model.weight, None, labels.flatten(), mask.flatten(), alone, vocabulary, gradient,
-        compare_in_torch,
-    )  # fmt: skip
-    return CrossEntropy(total, ce.view(labels.shape))
+    total, _, ce, _ = _chunked(model, None, labels, mask, alone, vocabulary, compare_in_torch)
+    return CrossEntropy(total, ce)
 
 
 def comparison(device: torch.device, teacher: Head | TopK | None, objective: Objective) -> Compare:
@@ -135,47 +107,19 @@ def comparison(device: torch.device, teacher: Head | TopK | None, objective: Obj
     return compare_in_torch
 
 
-class _Distillation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden, weight, teacher, labels, mask, objective, vocabulary, gradient, compare):
-        n, v = hidden.shape[0], weight.shape[0]
-        kd, ce = (hidden.new_empty(n, dtype=torch.float32) for _ in range(2))
-        finite = torch.empty(n, dtype=torch.bool, device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if gradient else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if gradient else None
-        step = min(n, max(1, CHUNK[hidden.device.type] // v))
-        buffers = [hidden.new_empty(step, v) for _ in range(2 if isinstance(teacher, Head) else 1)]
-        for start in range(0, n, step):
-            rows = slice(start, min(start + step, n))
-            logits = torch.mm(hidden[rows], weight.T, out=buffers[0][: rows.stop - start])
-            target = _rows(teacher, rows, buffers[-1])
-            kd[rows], ce[rows], finite[rows] = compare(
-                logits, target, labels[rows], mask[rows], objective, vocabulary, gradient
-            )
-            if d_hidden is not None and d_weight is not None:  # `logits` have become their gradient
-                torch.mm(logits, weight, out=d_hidden[rows])
-                _add_product(d_weight, logits, hidden[rows])
-        if gradient:
-            ctx.save_for_backward(d_hidden, d_weight)
-            ctx.weight_type = weight.dtype
-        ctx.mark_non_differentiable(kd, ce, finite)
-        total = torch.dot(mask.float(), objective.kd_weight * kd + objective.ce_weight * ce)
-        return total, kd, ce, finite
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs):
-        d_hidden, d_weight = ctx.saved_tensors
-        scale = grad_outputs[0]
-        return d_hidden.mul_(scale), d_weight.mul_(scale).to(ctx.weight_type), *[None] * 7
-
-
-def _rows(teacher: Head | TopK | None, rows: slice, buffer: Float[Tensor, "c v"]) -> Float[Tensor, "n v"] | TopK | None:
-    """The teacher's logits, or likeliest entries, of some tokens."""
-    if not isinstance(teacher, Head):
-        return None if teacher is None else teacher[rows]
-    columns = teacher.weight.shape[0]
-    out = buffer.view(-1)[: (rows.stop - rows.start) * columns].view(-1, columns)
-    return torch.mm(teacher.hidden[rows], teacher.weight.T, out=out)
+def _chunked(
+    model: Head,
+    teacher: Head | TopK | None,
+    labels: Int[Tensor, "s b"],
+    mask: Float[Tensor, "s b"],
+    objective: Objective,
+    vocabulary: Vocabulary,
+    compare: Compare,
+) -> tuple[Tensor, ...]:
+    gradient = torch.is_grad_enabled() and (model.hidden.requires_grad or model.weight.requires_grad)
+    what = Comparison(teacher, labels.flatten(), objective, vocabulary, compare)
+    total, *each = ChunkedLoss.apply(model.hidden.flatten(0, 1), model.weight, mask.flatten().float(), what, gradient)
+    return total, *(value.view(labels.shape) for value in each)
 
 
 def compare_in_torch(
@@ -277,13 +221,3 @@ def _log_sum_exp(logits: Float[Tensor, "n p"], vocabulary: Vocabulary) -> Float[
     (top,) = vocabulary.max(row_max(logits))
     (total,) = vocabulary.sum((logits - top.unsqueeze(-1)).exp().sum(-1))
     return top + total.log()
-
-
-def _add_product(total: Float[Tensor, "v h"], slope: Float[Tensor, "n v"], hidden: Float[Tensor, "n h"]) -> None:
-    """`total += slope.T @ hidden`, in fp32 whatever their type, and without another tensor of its size."""
-    if slope.dtype == torch.float32:
-        total.addmm_(slope.T, hidden)
-        return
-    step = -(-slope.shape[1] // 8)
-    for start in range(0, slope.shape[1], step):
-        total[start : start + step] += slope[:, start : start + step].T @ hidden

@@ -1,5 +1,7 @@
 """The losses of a vocabulary that is split over ranks are those of the whole one, and so are their gradients."""
 
+from itertools import product
+
 import distillation_oracle as oracle
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch.distributed as dist
 from distributed.runner import run_ranks
 from torch import Tensor
 
+from megatron_ext.distillation import chunked
 from megatron_ext.distillation.divergences import NAMES
 from megatron_ext.distillation.likeliest import likeliest
 from megatron_ext.distillation.losses import Head, distillation_losses
@@ -35,7 +38,8 @@ def losses_of_a_part(tokens: int) -> list[tuple[Tensor, ...]]:
     rank, size = dist.get_rank(), dist.get_world_size()
     rows = slice(rank * COLUMNS // size, (rank + 1) * COLUMNS // size)
     found = []
-    for name in NAMES:
+    for name, kept in product(NAMES, (True, False)):
+        chunked.KEPT["cpu"] = 2**20 * kept
         hidden, weight, other, other_weight = tensors()
         own = Head(hidden.requires_grad_(), weight[rows].clone().requires_grad_())
         vocabulary = Vocabulary(COLUMNS // size, tokens, dist.group.WORLD if size > 1 else None)
@@ -51,7 +55,7 @@ def losses_of_a_part(tokens: int) -> list[tuple[Tensor, ...]]:
 def test_a_split_vocabulary_changes_nothing(ranks: int, tokens: int) -> None:
     """Of 11 tokens the last of four ranks has none: its columns are padding. Each part agrees with float64, too."""
     parts = run_ranks(losses_of_a_part, ranks, tokens)
-    for i, name in enumerate(NAMES):
+    for i, (name, _) in enumerate(product(NAMES, (True, False))):
         hidden, weight, *teacher = (x.double() for x in tensors())
         hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
         expected = oracle.losses((hidden, weight), (teacher[0], teacher[1]), LABELS, MASK, objective(name), tokens)
@@ -62,6 +66,25 @@ def test_a_split_vocabulary_changes_nothing(ranks: int, tokens: int) -> None:
         gradients = sum(part[i][3] for part in parts), torch.cat([part[i][4] for part in parts])
         torch.testing.assert_close(gradients[0].double(), hidden.grad, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(gradients[1].double(), weight.grad, rtol=1e-5, atol=1e-6)
+
+
+def finite_of_a_part(who: str) -> list[Tensor]:
+    """Of each divergence, which tokens one rank finds finite; the last rank's rows of one model are not all."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    rows = slice(rank * COLUMNS // size, (rank + 1) * COLUMNS // size)
+    hidden, weight, other, other_weight = tensors()
+    (weight if who == "student" else other_weight)[-1, 0] = torch.nan
+    vocabulary, heads = Vocabulary(COLUMNS // size, COLUMNS, dist.group.WORLD), (Head(hidden, weight[rows]),)
+    heads += (Head(other, other_weight[rows]),)
+    return [distillation_losses(*heads, LABELS, MASK, objective(name), vocabulary).finite for name in NAMES]
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_all_ranks_agree_on_whether_a_teacher_is_finite(who: str) -> None:
+    """Or one would stop while the others wait for it."""
+    for name, first, second in zip(NAMES, *run_ranks(finite_of_a_part, 2, who), strict=True):
+        assert first.equal(second), name
+        assert first.any() == (who == "student"), name
 
 
 def likeliest_of_a_part(tokens: int) -> list[Tensor]:

@@ -20,7 +20,7 @@ def heads() -> Head:
 @pytest.mark.parametrize("chunk", [1, 3 * COLUMNS])
 def test_agrees_with_float64(monkeypatch: pytest.MonkeyPatch, k: int, chunk: int) -> None:
     """Whatever the chunks, and without the padding of the vocabulary."""
-    monkeypatch.setattr(module, "CHUNK", {"cpu": chunk})
+    monkeypatch.setattr(module, "CHUNK", {"cpu": 4 * chunk})
     monkeypatch.setattr(module, "SLICE", {"cpu": 2 * COLUMNS})
     teacher = heads()
     got = likeliest(teacher, Vocabulary(COLUMNS, TOKENS), k, temperature=1.5)

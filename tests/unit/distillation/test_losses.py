@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_ext.distillation import losses
+from megatron_ext.distillation import chunked, losses
 from megatron_ext.distillation.divergences import NAMES, TopK
 from megatron_ext.distillation.losses import Head, Losses, distillation_losses
 from megatron_ext.distillation.objective import Objective
@@ -56,11 +56,12 @@ def data(length: int, tokens: int) -> tuple[Tensor, Tensor]:
     k=st.integers(1, 11),
     beta=st.sampled_from([0.1, 0.5, 0.8]),
     chunk=st.sampled_from([1, 3, 100]),
+    kept=st.booleans(),
     rows=st.sampled_from([1, 2, 100]),
 )
 def test_agrees_with_torch(
     length: int, tokens: int, padding: int, name: str, temperature: float, weights: tuple[float, float], k: int,
-    beta: float, chunk: int, rows: int,
+    beta: float, chunk: int, kept: bool, rows: int,
 ) -> None:  # fmt: skip
     columns = tokens + padding
     objective = Objective(name, temperature, *weights, beta, min(k, tokens))
@@ -71,16 +72,17 @@ def test_agrees_with_torch(
     total, kd, ce = oracle.losses(student, teacher, labels, mask, objective, tokens)
     total.backward()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "CHUNK", {"cpu": chunk * columns})
+        patch.setattr(chunked, "CHUNK", {"cpu": chunk * columns * 8})
+        patch.setattr(chunked, "KEPT", {"cpu": 2**20 * kept})
         patch.setattr(losses, "SLICE", {"cpu": rows * columns})
         got, own = run(student, teacher, labels, mask, objective, tokens)
-    got.total.backward()
+        (0.5 * got.total).backward()
     torch.testing.assert_close(got.kd.double(), kd, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got.ce.double(), ce, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got.total.double(), total, rtol=1e-5, atol=1e-4)
     assert bool(got.finite.all())
     for ours, theirs in zip(own, student, strict=True):
-        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(2 * ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5)
     assert not own.hidden.grad[mask == 0].any()  # type: ignore[index]
 
 
