@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_ext.distillation.states import EMBEDDING, FINAL, Point
 from megatron_ext.models.pattern import MOE, Pattern, parse
+from megatron_ext.platform.gathering import gathered
 from megatron_ext.pruning.importance import FUSED_NORM, pre_norm
 
 
@@ -57,7 +58,8 @@ class Taps:
             if self._kinds[point.layer] == MOE:
                 normed = layer.pre_mlp_layernorm(hidden)
             else:  # the norm is part of the projection behind it
-                normed = pre_norm(layer.get_submodule(FUSED_NORM[self._kinds[point.layer]]), hidden, self._config)
+                projection = gathered(layer.get_submodule(FUSED_NORM[self._kinds[point.layer]]))
+                normed = pre_norm(projection, hidden, self._config)
             self._states[point] = normed.to(hidden.dtype)
 
         return see

@@ -6,6 +6,8 @@ from jaxtyping import Float
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor
 
+from megatron_ext.platform.gathering import gathered
+
 
 def hidden_states(model: HybridModel, *inputs: Any) -> Float[Tensor, "s b h"]:
     """What a chunk hands on: on the last stage the states after the final norm, instead of logits."""
@@ -18,7 +20,8 @@ def hidden_states(model: HybridModel, *inputs: Any) -> Float[Tensor, "s b h"]:
 
 
 def output_weight(model: HybridModel) -> Float[Tensor, "v h"]:
-    """This rank's rows of the output layer, which may be those of the embedding; of the last stage."""
-    shared = model.share_embeddings_and_output_weights
-    weight: Any = model.shared_embedding_or_output_weight() if shared else model.output_layer.weight
+    """This rank's rows of the output layer or of the embedding that it shares; after `hidden_states`."""
+    if model.share_embeddings_and_output_weights and model.pre_process:
+        return gathered(model.embedding.word_embeddings).weight
+    weight: Any = gathered(model.output_layer).weight
     return weight

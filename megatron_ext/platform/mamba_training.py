@@ -10,9 +10,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from megatron_ext.platform.gathering import gathered
 from megatron_ext.platform.replacements import replace
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class TrainingKernels(Protocol):
@@ -24,7 +25,8 @@ class TrainingKernels(Protocol):
 def install(kernels: TrainingKernels) -> None:
     """Have the norm done by `kernels`, unless documents are packed, ranks share the sequence, or a hook is on the norm.
 
-    (Megatron's `--overlap-param-gather` puts one there, which waits for the weight.)
+    One that runs before the norm does not count: `--overlap-param-gather` puts it there, to wait for the weight, in
+    some steps and not in others, and a run that goes on would have other last bits than one without interruption.
     """
     import megatron.core.ssm.mamba_mixer as module
 
@@ -45,7 +47,7 @@ def install(kernels: TrainingKernels) -> None:
             D.float().view(-1, self.headdim) if self.D_has_hdim else D,
             self.chunk_size,
             activation=self.activation,
-            rmsnorm_weight=self.norm.weight,
+            rmsnorm_weight=gathered(self.norm).weight,
             rmsnorm_eps=self.norm.eps,
             headdim=self.headdim,
             ngroups=self.cp.ngroups_local_tpcp,

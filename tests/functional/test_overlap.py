@@ -1,0 +1,52 @@
+"""Weights that are gathered while the forward pass runs: whoever reads one waits for it, and nothing else changes."""
+
+import fork_server
+import pytest
+import torch
+from functional.test_distill import STATES, STUDENT
+from workspace import MODEL, ROOT, TRAIN, Workspace
+
+from megatron_ext.checkpoint.reader import Reader
+
+# The output layer has a bucket of its own, as that of a large vocabulary has.
+SHARDED = ["--use-distributed-optimizer", "--ddp-bucket-size", "1000", "--untie-embeddings-and-output-weights"]
+OVERLAPPED = ["--overlap-grad-reduce", "--overlap-param-gather"]
+# As for an output layer whose gradient is too large to be kept until the backward pass.
+LARGE = """
+import runpy, sys
+from megatron_ext.distillation import chunked
+chunked.KEPT["cpu"] = 0
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("program", ["distill_gpt.py", "pretrain_hybrid.py"])
+def test_overlapping_changes_nothing(workspace: Workspace, teacher: str, program: str) -> None:
+    (workspace.path / "large.py").write_text(LARGE)
+    model = [*STUDENT, *STATES, "--distill-teacher", teacher] if program == "distill_gpt.py" else MODEL
+    runs = [f"{program} {'together' if flags else 'in turn'}" for flags in ([], OVERLAPPED)]
+    for save, flags in zip(runs, ([], OVERLAPPED), strict=True):
+        command = [workspace.path / "large.py", ROOT / program, *model, *workspace.data, *TRAIN, "--train-iters", "3"]
+        done = fork_server.run([*command, *SHARDED, *flags, "--save", save], 2, workspace.path)
+        assert done.returncode == 0, done.stderr[-4000:]
+    in_turn, together = (workspace.metrics(save) for save in runs)
+    assert len(together) == 3
+    for before, after in zip(in_turn, together, strict=True):
+        for key in {"loss", "grad_norm", "val_loss", "kd_loss", "states_loss"} & before.keys():
+            assert after[key] == pytest.approx(before[key], rel=1e-6), key
+    left, right = (Reader(workspace.path / save) for save in runs)
+    for key in left.shapes:
+        torch.testing.assert_close(right.read(key), left.read(key), rtol=1e-4, atol=1e-5)
+
+
+def test_resume_is_bit_exact(workspace: Workspace) -> None:
+    """In the first step of a process nothing is gathered meanwhile; it computes what every other step does."""
+    flags = [*MODEL, *workspace.data, *TRAIN, "--use-distributed-optimizer", *OVERLAPPED, "--train-iters", "3"]
+    workspace.run("pretrain_hybrid.py", *flags, "--save", "overlap straight", ranks=2)
+    halves = [*flags, "--save", "overlap halves", "--load", "overlap halves"]
+    workspace.run("pretrain_hybrid.py", *halves, "--exit-interval", "2", ranks=2)
+    workspace.run("pretrain_hybrid.py", *halves, ranks=2)
+    left, right = (Reader(workspace.path / name) for name in ("overlap straight", "overlap halves"))
+    for key in left.shapes:
+        assert torch.equal(left.read(key), right.read(key)), key
