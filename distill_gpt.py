@@ -13,7 +13,7 @@ def run() -> None:
     started = launch(distill.JOB, cache.command_line(sys.argv[1:]))
     source = distill.check(started)
     if started.dry_run:
-        dry_run.show(started)
+        dry_run.show(started, lesson=distill.lesson(started, source))
     elif isinstance(source, cache.Writing):
         cache_write.write(started, source)
     else:

@@ -27,6 +27,9 @@ ROOT = Path(__file__).parents[1]
 PATTERNS = {"Transformer": "*-*-*-*-", "Mamba-2": "MMMMMM", "hybrid": "M-M-*-M-"}
 RECOMPUTED = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
 HALVES = ["--tensor-model-parallel-size", "2"]
+CORRECTED = ["--distill-correct-teacher", "together", "--save", "corrected"]
+# The output weights' gradient is too large to be kept.
+LARGE = ["--vocab-size", "128255", "--hidden-size", "320", "--micro-batch-size", "1"]
 # Name: model, flags, processes.
 CASES: dict[str, tuple[str, list[str], int]] = {
     **{f"{name}, one process": (name, [], 1) for name in PATTERNS},
@@ -38,13 +41,15 @@ CASES: dict[str, tuple[str, list[str], int]] = {
     "hybrid, data 2, distributed optimizer": ("hybrid", ["--use-distributed-optimizer"], 2),
     "hybrid, context 2": ("hybrid", ["--context-parallel-size", "2"], 2),
     "hybrid, distilled from one of twice its layers": ("hybrid", ["--distill-teacher"], 1),
+    "hybrid, the same while the teacher is corrected": ("hybrid", [*CORRECTED, "--distill-teacher"], 1),
+    "hybrid, distilled with a vocabulary of 128K": ("hybrid", [*LARGE, "--distill-teacher"], 1),
 }  # fmt: skip
 
 
 def flags_of(case: str, tokens: int, hidden: int, teacher: Path) -> list[str]:
     """The command line of a case, or of its teacher, which is made at `teacher`."""
     name, flags, _ = CASES[case]
-    if flags == ["--distill-teacher"]:
+    if flags[-1:] == ["--distill-teacher"]:
         flags = [*flags, str(teacher)]
     return [
         f"--hybrid-layer-pattern={PATTERNS[name]}", "--hidden-size", str(hidden), "--ffn-hidden-size", str(3 * hidden),
@@ -62,13 +67,13 @@ def child(out: Path, flags: list[str]) -> None:
     """Train in this process; its peak and the estimate into a file of its rank."""
     from megatron_ext.training.launch import STOPPABLE, Job, launch
 
-    teacher = None
+    lesson = None
     if "--distill-teacher" in flags:
         from megatron_ext.training import distill
 
         started = launch(distill.JOB, flags)
         source: Any = distill.check(started)
-        train, teacher = partial(distill.distill, started, source), source.architecture
+        train, lesson = partial(distill.distill, started, source), distill.lesson(started, source)
     else:
         from megatron_ext.training import run
 
@@ -85,15 +90,15 @@ def child(out: Path, flags: list[str]) -> None:
             train()
         peak = meter.peak
     layout = replace(layout_of(started), fused=device_type() == "cuda")
-    found = {"peak": peak, "estimate": memory(started.architecture, layout, teacher)}
+    found = {"peak": peak, "estimate": memory(started.architecture, layout, lesson)}
     (out / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
 
 
-def make_teacher(path: Path, tokens: int, hidden: int) -> None:
-    """A hybrid with twice the layers, after one step."""
-    name = "hybrid, one process"
+def teacher_flags(case: str, tokens: int, hidden: int, path: Path) -> list[str]:
+    """The command line that makes the teacher of a case: twice the layers, after one step."""
+    flags = [word for word in CASES[case][1] if word not in ("--distill-teacher", *CORRECTED)]
     twice = [f"--hybrid-layer-pattern={PATTERNS['hybrid'] * 2}", "--train-iters", "1", "--save", str(path)]
-    machine.torchrun(1, str(ROOT / "pretrain_hybrid.py"), *flags_of(name, tokens, hidden, path), *twice)
+    return [*flags_of("hybrid, one process", tokens, hidden, path), *flags, *twice]
 
 
 def measure(case: str, tokens: int, hidden: int) -> dict[str, Any]:
@@ -102,7 +107,8 @@ def measure(case: str, tokens: int, hidden: int) -> dict[str, Any]:
         out = Path(folder) / "out"
         out.mkdir()
         if "--distill-teacher" in CASES[case][1]:
-            make_teacher(Path(folder) / "teacher", tokens, hidden)
+            made = teacher_flags(case, tokens, hidden, Path(folder) / "teacher")
+            machine.torchrun(1, str(ROOT / "pretrain_hybrid.py"), *made)
         machine.torchrun(CASES[case][2], __file__, "--child", str(out), case, str(tokens), str(hidden))
         ranks = [json.loads(path.read_text()) for path in sorted(out.iterdir())]
     peak, estimate = max(rank["peak"] for rank in ranks), ranks[0]["estimate"]

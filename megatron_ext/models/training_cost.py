@@ -13,8 +13,9 @@ from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE, parse
 
 # Tokens after which a state is kept for the backward (`ssm/triton/scan.py`, `ssm/chunk.py`).
 STATE_EVERY, STATE_EVERY_IN_TORCH = 128, 32
-# Logits of each model that the distillation loss holds at a time (`distillation/losses.py`).
-LOGITS_AT_A_TIME = 2**26
+# Bytes of both models' logits that the distillation loss holds at a time, and of the output weights' gradient up to
+# which it keeps that from the forward to the backward pass (`distillation/chunked.py`).
+LOGITS_AT_A_TIME, LOGITS_IN_TORCH, GRADIENT_KEPT = 13 * 2**25, 2**26, 2**27
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,23 @@ class Layout:
         return self.global_batch * self.seq_length
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """Whom a model learns from, and where that is.
+
+    Attributes:
+        teacher: The teacher's model; None if a cache stands for it.
+        layout: Of a teacher with a layout of its own: its tensor- and pipeline-parallel size.
+        apart: Whether it runs on ranks of its own.
+        trained: Whether it is corrected while it teaches.
+    """
+
+    teacher: Architecture | None
+    layout: tuple[int, int] | None = None
+    apart: bool = False
+    trained: bool = False
+
+
 def forward_flops_per_token(arch: Architecture, seq_length: int) -> float:
     """Operations of a forward pass per token, as Megatron counts them.
 
@@ -126,33 +144,39 @@ def training_flops_per_token(arch: Architecture, seq_length: int) -> float:
     return 3 * forward_flops_per_token(arch, seq_length)
 
 
-def memory(arch: Architecture, layout: Layout, teacher: Architecture | None = None) -> dict[str, float]:
+def memory(arch: Architecture, layout: Layout, lesson: Lesson | None = None) -> dict[str, float]:
     """Bytes of the fullest pipeline stage's GPU, by component.
 
     Adam keeps two fp32 moments and, beside 16-bit weights, an fp32 copy. Activations are what each kind of layer keeps
     for its backward (see `kept_per_token`) for the micro-batches that are under way at once (1F1B: as many as stages
     follow), and the logits with their fp32 softmax on the last stage. With a teacher logits are only ever made in
-    chunks, and it adds its weights, its widest layer at work, and such a chunk of both models. `working` is the
-    gradient of the largest weight before it is added to the others. Neither the CUDA context nor what an allocator
-    loses in gaps is counted.
+    chunks: `distillation` is such a chunk of both models, the gradients of the states and, where it is small, of the
+    output weights, which the loss makes; and of the teacher its weights and its widest layer at work, or all that is
+    counted of a model if it is trained. `working` is the gradient of the largest weight before it is added to the
+    others. Neither the CUDA context nor what an allocator loses in gaps is counted.
     """
-    parameters = axes.parameters_per_rank(arch, tp=layout.tp, pp=layout.pp, ep=layout.ep, etp=layout.etp)
-    states = 8 + (4 if layout.width == 2 else 0)
-    shards = layout.dp * layout.cp if layout.shard_optimizer else 1
     stages = []
-    for stage, count in enumerate(parameters):
-        parts = {
-            "weights": float(count * layout.width),
-            "gradients": float(count * layout.gradient_width),
-            "optimizer": count * states / shards,
-            "activations": _activations(arch, layout, stage, logits=teacher is None),
-        }
+    for stage in range(layout.pp):
+        parts = _trained(arch, layout, stage, logits=lesson is None)
         if not layout.fused_gradients:
             parts["working"] = float(_largest(arch, layout, stage) * layout.width)
-        if teacher is not None:
-            parts["distillation"] = _distillation(arch, teacher, layout, stage)
+        if lesson is not None:
+            parts["distillation"] = _distillation(arch, lesson, layout, stage)
         stages.append(parts)
     return max(stages, key=lambda parts: sum(parts.values()))
+
+
+def _trained(arch: Architecture, layout: Layout, stage: int, logits: bool) -> dict[str, float]:
+    """What a model that is trained takes on the GPU of a stage."""
+    counts = axes.parameters_per_rank(arch, tp=layout.tp, pp=layout.pp, ep=layout.ep, etp=layout.etp)
+    states = 8 + (4 if layout.width == 2 else 0)
+    shards = layout.dp * layout.cp if layout.shard_optimizer else 1
+    return {
+        "weights": float(counts[stage] * layout.width),
+        "gradients": float(counts[stage] * layout.gradient_width),
+        "optimizer": counts[stage] * states / shards,
+        "activations": _activations(arch, layout, stage, logits),
+    }
 
 
 def kept_per_token(arch: Architecture, layer: int, layout: Layout) -> float:
@@ -241,15 +265,41 @@ def _largest(arch: Architecture, layout: Layout, stage: int) -> float:
     return max(sizes)
 
 
-def _distillation(arch: Architecture, teacher: Architecture, layout: Layout, stage: int) -> float:
+def _distillation(arch: Architecture, lesson: Lesson, layout: Layout, stage: int) -> float:
+    """On the GPU of a student's stage."""
+    total, teacher = 0.0, lesson.teacher
+    if stage == layout.pp - 1:
+        total += _loss(arch, lesson, layout)
+    if teacher is None:
+        return total
+    if lesson.trained:
+        return total + sum(_trained(teacher, layout, stage, logits=False).values())
+    if lesson.layout is None:
+        return total + _forward_only(teacher, layout, stage)
+    tp, pp = lesson.layout
+    own = replace(layout, tp=tp, pp=pp, cp=1, sequence_parallel=False)
+    if stage == layout.pp - 1:  # its states of a whole step, and its output rows
+        tokens = layout.micro_batches * layout.micro_batch * layout.seq_length / layout.cp
+        total += (tokens + arch.vocab_size / layout.tp) * teacher.hidden_size * layout.width
+    return total if lesson.apart else total + max(_forward_only(teacher, own, each) for each in range(pp))
+
+
+def _forward_only(teacher: Architecture, layout: Layout, stage: int) -> float:
+    """A frozen model's weights, and its widest layer at work."""
     counts = axes.parameters_per_rank(teacher, tp=layout.tp, pp=layout.pp, ep=layout.ep, etp=layout.etp)
     tokens = layout.micro_batch * layout.seq_length / layout.cp
     working = max(kept_per_token(teacher, layer, layout) for layer in range(len(teacher.pattern))) * tokens
-    logits = 0.0
-    if stage == layout.pp - 1:
-        words = (arch.vocab_size / layout.tp, teacher.vocab_size / layout.tp)
-        logits = sum(min(tokens * each, LOGITS_AT_A_TIME) for each in words) * layout.width
-    return counts[stage] * layout.width + working + logits
+    return counts[stage] * layout.width + working
+
+
+def _loss(arch: Architecture, lesson: Lesson, layout: Layout) -> float:
+    """A chunk of logits of both models, and what is made of the gradients before it is where it belongs."""
+    tokens, columns = layout.micro_batch * layout.seq_length / layout.cp, arch.vocab_size / layout.tp
+    models = 1 if lesson.teacher is None else 2
+    most = LOGITS_AT_A_TIME if layout.fused else LOGITS_IN_TORCH
+    kept = 4 * columns * arch.hidden_size
+    logits, states = models * tokens * columns * layout.width, tokens * arch.hidden_size * layout.width
+    return min(logits, most) + states + (kept if kept <= GRADIENT_KEPT else 0.0)
 
 
 def step_seconds(

@@ -12,6 +12,7 @@ from megatron_ext.distillation.cache import Cache
 from megatron_ext.distillation.teacher import Teacher
 from megatron_ext.errors import ConfigError
 from megatron_ext.models.pattern import MOE
+from megatron_ext.models.training_cost import Lesson
 from megatron_ext.training.cache import Writing, check_cache, check_writing, compared
 from megatron_ext.training.distill_options import (
     DistillOptions,
@@ -68,6 +69,17 @@ def check(launch: Launch) -> Teacher | Cache | Writing:
     pairs(launch, options, source)
     remember(launch, source)
     return source
+
+
+def lesson(launch: Launch, source: Teacher | Cache | Writing) -> Lesson | None:
+    """What a student learns from, for an estimate; None where a cache is written, which trains nothing."""
+    options: DistillOptions = launch.options["distill"]
+    if not isinstance(source, Teacher):
+        return Lesson(None) if isinstance(source, Cache) else None
+    together = options.correct_teacher == "together"
+    grid = grid_of(launch, options)
+    own = source.beside(launch.architecture) if grid is None else source.architecture
+    return Lesson(own, None if grid is None else (grid.tp, grid.pp), options.teacher_ranks is not None, together)
 
 
 def distill(launch: Launch, source: Teacher | Cache, apart: Apart | None = None) -> None:

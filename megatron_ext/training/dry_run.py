@@ -3,8 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ext.models.config import Architecture
-from megatron_ext.models.training_cost import Layout, memory
+from megatron_ext.models.training_cost import Layout, Lesson, memory
 from megatron_ext.training.launch import Launch
 
 GIB = 2**30
@@ -35,9 +34,9 @@ def layout_of(launch: Launch) -> Layout:
     )
 
 
-def memory_per_gpu(launch: Launch, teacher: Architecture | None = None) -> dict[str, float]:
+def memory_per_gpu(launch: Launch, lesson: Lesson | None = None) -> dict[str, float]:
     """Bytes on the fullest rank, by component; see `training_cost.memory`."""
-    return memory(launch.architecture, layout_of(launch), teacher)
+    return memory(launch.architecture, layout_of(launch), lesson)
 
 
 def shown(parts: dict[str, float]) -> str:
@@ -46,8 +45,25 @@ def shown(parts: dict[str, float]) -> str:
     return f"{sum(parts.values()) / GIB:.2f} GiB: {each} (estimated)"
 
 
-def show(launch: Launch, *more: Table) -> None:
-    """Print model, parameters, memory per GPU and layout, and `more` that a job has to say."""
+def teacher_row(lesson: Lesson) -> str:
+    """A teacher and where it runs, in words."""
+    if lesson.teacher is None:
+        return "a cache"
+    words = [f"{lesson.teacher.num_parameters():,} parameters, pattern {lesson.teacher.pattern}"]
+    if lesson.layout is not None:
+        words.append(f"tensor {lesson.layout[0]} x pipeline {lesson.layout[1]}")
+    words += ["on ranks of its own"] * lesson.apart + ["corrected while it teaches"] * lesson.trained
+    return ", ".join(words)
+
+
+def show(launch: Launch, *more: Table, lesson: Lesson | None = None) -> None:
+    """Print model, parameters, memory per GPU and layout, and `more` that a job has to say.
+
+    Args:
+        launch: The validated command line.
+        more: Tables to print below.
+        lesson: Whom the model learns from, if a distillation is to be shown.
+    """
     args, architecture = launch.args, launch.architecture
     table = Table(title=f"{launch.job.name}: dry run, nothing started, nothing written", show_header=False)
     table.add_column(style="bold")
@@ -62,7 +78,9 @@ def show(launch: Launch, *more: Table) -> None:
     total, body = architecture.num_parameters(), architecture.num_parameters(embedding=False)
     active = f", of which a token uses {architecture.num_active_parameters():,}" if architecture.num_experts else ""
     table.add_row("parameters", f"{total:,} ({total / 1e9:.2f}B), without embeddings {body:,}{active}")
-    table.add_row("memory per GPU", shown(memory_per_gpu(launch)))
+    if lesson is not None:
+        table.add_row("teacher", teacher_row(lesson))
+    table.add_row("memory per GPU", shown(memory_per_gpu(launch, lesson)))
     table.add_row(
         "layout",
         f"{args.world_size} ranks = tensor {args.tensor_model_parallel_size} x pipeline "

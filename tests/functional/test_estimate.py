@@ -9,6 +9,7 @@ from pathlib import Path
 
 import fork_server
 import pytest
+from memory import teacher_flags
 from workspace import HAS_GPU, ROOT
 
 from megatron_ext.errors import ConfigError
@@ -67,6 +68,21 @@ def test_memory_is_within_a_tenth_of_the_measured_peak(tmp_path: Path, case: str
     ratio = sum(ranks[0]["estimate"].values()) / max(rank["peak"] for rank in ranks)
     print(f"{case}: {ratio:.3f}")
     assert 0.9 < ratio < 1.1
+
+
+@pytest.mark.skipif(HAS_GPU, reason="the meter counts the bytes of tensors on a CPU")
+def test_the_memory_of_a_distillation_is_within_a_tenth_of_the_measured_peak(tmp_path: Path) -> None:
+    """With a teacher that is trained, too."""
+    case, sizes, out = "hybrid, the same while the teacher is corrected", (256, 128), tmp_path / "out"
+    out.mkdir()
+    made = teacher_flags(case, *sizes, tmp_path / "teacher")
+    done = fork_server.run([ROOT / "pretrain_hybrid.py", *made], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    command = [ROOT / "benchmarks" / "memory.py", "--child", out, case, *map(str, sizes)]
+    done = fork_server.run(command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((out / "0.json").read_text())
+    assert 0.9 < sum(found["estimate"].values()) / found["peak"] < 1.1
 
 
 def test_a_wrong_number_is_refused() -> None:

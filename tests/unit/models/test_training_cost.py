@@ -16,6 +16,7 @@ from megatron_ext.models.presets import PRESETS  # noqa: E402
 from megatron_ext.models.training_cost import (  # noqa: E402
     GPUS,
     Layout,
+    Lesson,
     forward_flops_per_token,
     kept_per_token,
     memory,
@@ -94,13 +95,46 @@ def test_layouts_divide_memory() -> None:
 
 def test_a_teacher_adds_its_weights_and_takes_the_logits() -> None:
     layout = Layout(seq_length=8192)
-    alone, taught = memory(HYBRID, layout), memory(HYBRID, layout, TRANSFORMER)
-    assert taught["distillation"] > 2 * TRANSFORMER.num_parameters()
+    alone, taught = memory(HYBRID, layout), memory(HYBRID, layout, Lesson(TRANSFORMER))
+    logits, states = 13 * 2**25, 2 * 8192 * HYBRID.hidden_size  # the weights' gradient is too large to be kept
+    widest = max(kept_per_token(TRANSFORMER, layer, layout) for layer in range(2)) * 8192
+    weights = 2 * TRANSFORMER.num_parameters()
+    assert taught["distillation"] == pytest.approx(weights + widest + logits + states)
     assert alone["activations"] - taught["activations"] == pytest.approx(8192 * 6 * HYBRID.vocab_size)
     gpu = GPUS["h200"]
     more = step_seconds(HYBRID, layout, gpu, 0.5, TRANSFORMER)["compute"]
     share = forward_flops_per_token(TRANSFORMER, 8192) / training_flops_per_token(HYBRID, 8192)
     assert more == pytest.approx(step_seconds(HYBRID, layout, gpu, 0.5)["compute"] * (1 + share))
+
+
+def test_what_a_model_learns_from_takes_by_hand() -> None:
+    layout = Layout(tp=2, pp=2, dp=2, micro_batch=2, global_batch=8, seq_length=100)
+    small = replace(HYBRID, pattern="M*-M", vocab_size=4096, hidden_size=64, untie_embeddings_and_output_weights=True)
+    teacher = replace(TRANSFORMER, pattern="*-*-", vocab_size=4096)
+    distillation = {
+        name: memory(small, layout, lesson)["distillation"]
+        for name, lesson in {
+            "cache": Lesson(None),
+            "beside": Lesson(teacher),
+            "trained": Lesson(teacher, trained=True),
+            "elsewhere": Lesson(teacher, (1, 1)),
+            "apart": Lesson(teacher, (1, 1), apart=True),
+        }.items()
+    }
+    # The last stage is the fullest: a rank's half of the logits and of the output weights' gradient.
+    tokens, half = 200, 2048
+    loss = 2 * tokens * half + 2 * tokens * 64 + 4 * half * 64
+    assert distillation["cache"] == pytest.approx(loss)
+    loss += 2 * tokens * half  # the teacher's logits
+    parameters = axes.parameters_per_rank(teacher, tp=2, pp=2)[1]
+    widest = max(kept_per_token(teacher, layer, layout) for layer in (0, 1)) * tokens
+    assert distillation["beside"] == pytest.approx(loss + 2 * parameters + widest)
+    alone = memory(teacher, layout, Lesson(None))
+    assert distillation["trained"] == pytest.approx(loss + sum(alone.values()) - alone["distillation"], rel=0.02)
+    states = (2 * tokens + half) * 2 * teacher.hidden_size  # of two micro-batches, and the output rows
+    assert distillation["apart"] == pytest.approx(loss + states)
+    whole = 2 * teacher.num_parameters() + max(kept_per_token(teacher, i, Layout()) for i in (0, 1)) * tokens
+    assert distillation["elsewhere"] == pytest.approx(loss + states + whole)
 
 
 def test_seconds_by_hand() -> None:
