@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from megatron.core import dist_checkpointing
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_ext.distillation.losses import Head, cross_entropy
@@ -59,11 +60,15 @@ class TrainedTeacherBeside(TeacherBeside):
     """
 
     def __init__(self, chunk: HybridModel, points: Sequence[Point], tokens: int) -> None:
-        self.chunk = chunk.eval()  # no dropout: it teaches
+        self.chunk = chunk
         self._taps, self._tokens = Taps(chunk, points), tokens
+        for module in chunk.modules():
+            if isinstance(module, TopKRouter):
+                module.layer_number = None  # Megatron logs the balance of one model's experts: the student's
 
     def run(self, arrived: dict[str, Tensor], inputs: tuple[Any, ...]) -> dict[str, Tensor]:
-        """The teacher's states after this stage, with their graph."""
+        """The teacher's states after this stage, with their graph; its experts are balanced as those of any model."""
+        self.chunk.train(torch.is_grad_enabled())
         return self._run(arrived, inputs)
 
     def loss(self, found: dict[str, Tensor], labels: Int[Tensor, "s b"], mask: Float[Tensor, "s b"]) -> StepLosses:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.distillation import states
-from megatron_ext.distillation.handover import Bridge, Grid, Place, exchange, transfers
+from megatron_ext.distillation.handover import Bridge, Grid, Place, exchange, requests, transfers
 from megatron_ext.distillation.losses import Head
 from megatron_ext.distillation.model import StepLosses
 from megatron_ext.distillation.runner import Runner, by_stage, empty
@@ -144,6 +144,8 @@ def step(
 ) -> dict[int, Float[Tensor, "l w"]]:
     """One step of the teacher, on every rank: tokens from the student's readers, states to the student's last stage.
 
+    No rank gets more than it runs or needs.
+
     Args:
         bridge: All ranks.
         places: Where they are in both layouts.
@@ -156,17 +158,24 @@ def step(
     Returns:
         Of each sequence that this rank needs, its part.
     """
-    own = torch.zeros(sizes.per_replica, sizes.length, dtype=torch.int32, device=torch.cuda.current_device())
+    device = torch.cuda.current_device()
+    students = [place.replica for place in places[0] if place is not None]
+    samples = sizes.per_replica * (max(students) + 1)
+    own: dict[int, Tensor] = {}
     if tokens is not None:
-        own.copy_(tokens)
-    everywhere = bridge.gather(own)
-    readers = sorted((p.replica, rank) for rank, p in enumerate(places[0]) if p is not None and p[1:] == (0, 0, 0))
-    whole = torch.cat([everywhere[rank] for _, rank in readers]).long()
+        first = places[0][bridge.rank].replica * sizes.per_replica  # type: ignore[union-attr] - it reads the data
+        own = {first + i: row.to(device, torch.int32).unsqueeze(-1) for i, row in enumerate(tokens)}
+    row = torch.empty(sizes.length, 1, dtype=torch.int32, device=device)
+    arrived = exchange(bridge, requests(*places, samples), own, row, parts=1)
     known: dict[int, Tensor] = {}
     if runner is not None:
-        run = runner.share(len(whole))
-        known = dict(zip(run, runner.run(whole[run.start : run.stop], sizes.micro_batch), strict=False))
-    return exchange(bridge, transfers(*places, len(whole)), known, like, parts)
+        run = runner.share(samples)
+        wanted = [arrived[i].squeeze(-1).long() for i in run] if arrived else []
+        # Behind its first stage only their number counts.
+        inputs = torch.stack(wanted) if wanted else torch.zeros((), dtype=torch.long, device=device)
+        outputs = runner.run(inputs.expand(len(run), sizes.length), sizes.micro_batch) if run else []
+        known = dict(zip(run, outputs, strict=False))
+    return exchange(bridge, transfers(*places, samples), known, like, parts)
 
 
 class TeacherElsewhere:

@@ -69,11 +69,11 @@ class Bridge:
 
 
 class Transfer(NamedTuple):
-    """What one rank hands to another in a step.
+    """What one rank hands to another in a step: tokens to the teacher, or states to the student.
 
     Attributes:
-        source: A rank of the teacher's last stage.
-        destination: A rank of the student's last stage.
+        source: A rank that reads the student's data, or one of the teacher's last stage.
+        destination: A rank of the teacher's first stage, or one of the student's last.
         samples: Numbers of sequences in the global batch, ascending.
         part: Which part of each sequence.
     """
@@ -90,8 +90,29 @@ def shares(samples: int, replicas: int) -> list[range]:
     return [range(start, stop) for start, stop in pairwise(edges)]
 
 
+def requests(students: Sequence[Place | None], teachers: Sequence[Place | None], samples: int) -> list[Transfer]:
+    """The transfers of a step's tokens, which a replica's first rank reads, to the teacher's first stage; ordered.
+
+    Args:
+        students: The place of each rank in the student's layout.
+        teachers: The place of each rank in the teacher's.
+        samples: Sequences in the global batch, ordered by the student's replicas.
+    """
+    readers = {p.replica: rank for rank, p in enumerate(students) if p is not None and p[1:] == (0, 0, 0)}
+    known = shares(samples, len(readers))
+    runs = shares(samples, max(place.replica for place in teachers if place is not None) + 1)
+    result = []
+    for destination, place in enumerate(teachers):
+        if place is None or place.stage:
+            continue
+        for replica, source in readers.items():
+            if both := _both(runs[place.replica], known[replica]):
+                result.append(Transfer(source, destination, both, 0))
+    return sorted(result)
+
+
 def transfers(students: Sequence[Place | None], teachers: Sequence[Place | None], samples: int) -> list[Transfer]:
-    """All transfers of a step, in the order of the sources, then of the destinations.
+    """All transfers of a step's states, in the order of the sources, then of the destinations.
 
     Args:
         students: The place of each rank in the student's layout.
@@ -110,12 +131,15 @@ def transfers(students: Sequence[Place | None], teachers: Sequence[Place | None]
         if place.stage != last_stages[0]:
             continue
         for replica, run in enumerate(shares(samples, len(ends))):
-            both = tuple(sorted(set(run) & set(wanted[place.replica])))
-            if both:
+            if both := _both(run, wanted[place.replica]):
                 known = ends[replica]
                 source = destination if destination in known else known[destination % len(known)]
                 result.append(Transfer(source, destination, both, place.part))
     return sorted(result)
+
+
+def _both(a: range, b: range) -> tuple[int, ...]:
+    return tuple(range(max(a.start, b.start), min(a.stop, b.stop)))
 
 
 def part_of_sequence(states: Float[Tensor, "s b w"], part: int, parts: int) -> Float[Tensor, "l b w"]:
@@ -138,7 +162,7 @@ def exchange(
     Args:
         bridge: The ranks.
         plan: All of them.
-        states: Of each sequence that this rank has run, whole.
+        states: Of each sequence that this rank has, what it hands on, whole.
         like: An empty tensor of the shape that arrives for one sequence.
         parts: The student's context-parallel size.
 

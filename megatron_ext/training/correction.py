@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from megatron_ext.distillation.teacher import Teacher
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.builder import model_config, with_architecture
 from megatron_ext.models.config import Architecture
+from megatron_ext.platform.process_groups import new_meeting_place
 from megatron_ext.training import run
 from megatron_ext.training.directory import claim
 from megatron_ext.training.launch import Launch
@@ -72,6 +74,7 @@ class CorrectedTeacher:
             self._args.load, self._args.ckpt_step = str(folder), step
         # The student's schedule does not know of this model: no communication may wait for it.
         self._args.overlap_grad_reduce = self._args.overlap_param_gather = False
+        self._args.hidden_dropout = self._args.attention_dropout = 0.0  # it teaches
         with self._in_charge():
             config = model_config(self._args, architecture)
             config.transformer.perform_initialization = False  # every weight is read
@@ -156,7 +159,8 @@ def corrected_first(launch: Launch, teacher: Teacher, steps: int) -> Teacher:
     folder = Path(launch.args.save) / FOLDER
     if not _is_done(folder, steps):
         claim(launch)
-        status = _run_again("--distill-correct-teacher", "only", "--distill-teacher", str(teacher.step))
+        minutes = launch.args.distributed_timeout_minutes
+        status = _run_again(minutes, "--distill-correct-teacher", "only", "--distill-teacher", str(teacher.step))
         if status or not _is_done(folder, steps):
             raise SystemExit(status)
     return Teacher.find(folder)
@@ -167,12 +171,18 @@ def _is_done(folder: Path, steps: int) -> bool:
     return step is not None and step.iteration >= steps
 
 
-def _run_again(*flags: str) -> int:
+def _meeting_place(minutes: float) -> dict[str, str]:
+    """The environment in which the new processes of all ranks meet: what they say must not meet what ours say."""
+    port, rank = int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
+    if port == 0:  # one process
+        return {}
+    port = new_meeting_place("correction", os.environ["MASTER_ADDR"], port, rank, timedelta(minutes=minutes))
+    return {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
+def _run_again(minutes: float, *flags: str) -> int:
     """This rank's command once more, with other flags at its end, in a new process; its exit status."""
-    # Its ranks meet at the next port, in a store of their own: what they tell each other must not meet ours.
-    port = int(os.environ["MASTER_PORT"])  # 0 for one process: any
-    environment = os.environ | {"MASTER_PORT": str(port and port + 1)}
-    environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    environment = os.environ | _meeting_place(minutes)
     child = subprocess.Popen([sys.executable, *sys.argv, *flags], env=environment)
     # Ctrl-C on a terminal reaches the child by itself.
     handlers = {signal.SIGTERM: lambda number, _: child.send_signal(number), signal.SIGINT: signal.SIG_IGN}

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import fork_server
 import pytest
 import torch
 import yaml
+from distributed.test_meeting_place import two_free_ports
 from workspace import ROOT, TRAIN, Workspace
 
 from megatron_ext.checkpoint import layout
@@ -202,7 +204,13 @@ def test_a_teacher_is_corrected_first(workspace: Workspace, teacher: str, studen
     flags = [*workspace.data, *TRAIN, "--train-iters", "1"]
     first = ["--distill-correct-teacher", "first", "--distill-correction-iters", "4", "--save", "first"]
     command = ["--pretrained-checkpoint", student, "--distill-teacher", teacher, *flags, *first]
-    workspace.start("distill_gpt.py", *command, ranks=2)
+    port = two_free_ports()
+    with socket.socket() as taken:  # whoever takes the port after the one where ranks meet
+        taken.bind(("0.0.0.0", port + 1))
+        taken.listen()
+        run = [ROOT / "distill_gpt.py", *command]
+        done = fork_server.run(run, 2, workspace.path, {"MASTER_PORT": str(port)})
+    assert done.returncode == 0, done.stderr[-4000:]
     losses = [step["loss"] for step in workspace.metrics("first/teacher")]
     assert losses == pytest.approx([step["teacher_loss"] for step in workspace.metrics(corrected)], rel=1e-6)
     command = ["--pretrained-checkpoint", student, "--distill-teacher", "first/teacher", *flags]
@@ -289,6 +297,17 @@ def test_padding_of_the_vocabulary_does_not_matter(workspace: Workspace, teacher
         steps += workspace.metrics(f"padded-{ranks}")
     for key in ("loss", "kd_loss", "grad_norm"):
         assert steps[1][key] == pytest.approx(steps[0][key], rel=1e-5)
+
+
+def test_a_dry_run_counts_the_teacher(workspace: Workspace, teacher: str) -> None:
+    shown = []
+    for flags in ([], ["--distill-correct-teacher", "together", "--save", "dry"]):
+        common = ["--distill-teacher", teacher, *STUDENT, *workspace.data, *TWO_STEPS, "--dry-run"]
+        shown.append(workspace.run("distill_gpt.py", *common, *flags).stdout)
+    parameters = layout.architecture(layout.find(workspace.path / teacher).path).num_parameters()
+    assert all(f"{parameters:,} parameters" in text and "distillation" in text for text in shown)
+    assert "corrected while it teaches" in shown[1]
+    assert not (workspace.path / "dry").exists()
 
 
 @pytest.mark.parametrize(

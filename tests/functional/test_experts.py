@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from functional.test_distill import STUDENT
 from safetensors.torch import load_file
 from workspace import MODEL, TRAIN, Workspace
 
@@ -105,6 +106,21 @@ def test_a_pruned_mixture_trains_on(workspace: Workspace, pruned: str) -> None:
     assert len(workspace.metrics("fewer-on")) == 2
     reader = Reader(workspace.path / "fewer-on")
     assert reader.shapes["decoder.layers.3.mlp.experts.experts.linear_fc1.weight"] == (4, 48, 48)
+
+
+def test_a_mixture_is_corrected_as_it_is_trained(workspace: Workspace, mixture: str) -> None:
+    """While it teaches a shallower model, too, its experts are balanced: by the auxiliary loss and by their biases."""
+    common = [*workspace.data, *TRAIN, *BALANCED, "--train-iters", "2", "--eval-iters", "0"]
+    alone = ["--pretrained-checkpoint", mixture, "--lr", "4e-4", "--lr-warmup-iters", "1", "--save", "mixture-alone"]
+    workspace.run("pretrain_hybrid.py", *common, *alone)
+    together = ["--distill-teacher", mixture, "--distill-correct-teacher", "together", "--save", "mixture-together"]
+    workspace.run("distill_gpt.py", *STUDENT, *common, *together)
+    left, right = (Reader(workspace.path / name) for name in ("mixture-alone", "mixture-together/teacher"))
+    assert left.shapes.keys() == right.shapes.keys()
+    for key in left.shapes:
+        torch.testing.assert_close(
+            right.read(key), left.read(key), rtol=1e-4, atol=1e-6, msg=lambda m, key=key: key + m
+        )
 
 
 def test_weights_alone_can_choose_experts(workspace: Workspace, mixture: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.distillation.handover import Place, part_of_sequence, shares, transfers
+from megatron_ext.distillation.handover import Place, part_of_sequence, requests, shares, transfers
 
 
 def places(replicas: int, parts: int, shards: int, stages: int) -> list[Place]:
@@ -51,6 +51,15 @@ def test_everyone_gets_what_it_needs(
         got = sorted(sample for t in plan if t.destination == rank for sample in t.samples)
         last = place.stage == student[3] - 1
         assert got == ([place.replica * per_replica + i for i in range(per_replica)] if last else [])
+    asked = requests(students, teachers, samples)
+    for rank, place in enumerate(teachers):
+        got = sorted(sample for t in asked if t.destination == rank for sample in t.samples)
+        assert got == (list(runs[place.replica]) if place is not None and place.stage == 0 else [])
+    for t in asked:
+        reader = students[t.source]
+        assert reader is not None
+        assert reader[1:] == (0, 0, 0)
+        assert {sample // per_replica for sample in t.samples} == {reader.replica}
     for t in plan:
         source, destination = teachers[t.source], students[t.destination]
         assert source is not None
