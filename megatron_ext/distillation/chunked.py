@@ -143,7 +143,7 @@ def _tokens_at_a_time(n: int, bytes_per_token: int, device: torch.device) -> int
 
 
 def _add_product(total: Float[Tensor, "v h"], slope: Float[Tensor, "n v"], hidden: Float[Tensor, "n h"]) -> None:
-    """`total += slope.T @ hidden`, summed in fp32 whatever their type, and without another tensor of its size."""
+    """`total += slope.T @ hidden`, products in fp32 whatever their type, and without another tensor of its size."""
     if total.dtype == slope.dtype:
         total.addmm_(slope.T, hidden)
     elif slope.device.type == "cuda" and total.dtype == torch.float32:
