@@ -8,13 +8,14 @@ from megatron_ext.training.program import main
 
 def run() -> None:
     from megatron_ext.training import dry_run, prune
+    from megatron_ext.training.prune_check import check
 
     started = launch(prune.JOB)
-    target = prune.check(started)
+    request = check(started)
     if started.dry_run:
-        dry_run.show(started, prune.changes(started, target))
+        dry_run.show(started, prune.changes(started, request.target), prune.costs(started))
     else:
-        prune.prune(started)
+        prune.prune(started, request)
 
 
 if __name__ == "__main__":

@@ -25,15 +25,16 @@ import small_model
 import torch
 from machine import describe, write
 from pruning_metrics_report import markdown
-from small_model import ASKED, BATCH, LIST, SEQUENCE, SHOWN
+from small_model import BATCH, SEQUENCE
 from torch import Tensor
 
 from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.inference.passage import Passage
 from megatron_ext.models.config import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP
 from megatron_ext.pruning import leave_out
 from megatron_ext.pruning import scores as score_names
-from megatron_ext.pruning.ablation import Ablation
+from megatron_ext.pruning.ablation import Ablation, Passes
 from megatron_ext.pruning.apply import apply
 from megatron_ext.pruning.budget import Targets
 from megatron_ext.pruning.depth import Influence
@@ -41,9 +42,8 @@ from megatron_ext.pruning.importance import Importance, WidthMetric
 from megatron_ext.pruning.magnitude import magnitudes
 from megatron_ext.pruning.scores import DEPTH_METRICS, Scores
 from megatron_ext.pruning.select import keep_units, make_plan
-from megatron_ext.pruning.tasks import batches
 from megatron_ext.training import prune
-from megatron_ext.training.evaluate import forward_all, load_model, load_other, micro_batches
+from megatron_ext.training.evaluate import forward_all, forward_sums, load_model, load_other, micro_batches
 from megatron_ext.training.launch import Job, launch
 from megatron_ext.training.log import read_metrics
 
@@ -58,6 +58,8 @@ class Bench:
     def __init__(self, out: Path, model: Path, arguments: argparse.Namespace) -> None:
         from megatron.core.utils import unwrap_model
 
+        from megatron_ext.inference.sharded import ShardedModel
+
         flags = [
             *small_model.data_flags(out, BATCH),
             "--data-path",
@@ -71,46 +73,52 @@ class Bench:
         self.chunks = unwrap_model(self.model)
         tokenizer = out / "text" / "tokenizer"
         self.text = {split: micro_batches(self.launch, self.model, split, self.samples) for split in ("train", "valid")}
-        asked = {
-            split: small_model.questions(tokenizer, arguments.questions, seed)
+        self.asked = {
+            split: [
+                Passage([*sample.prompt, *sample.answer], len(sample.prompt))
+                for sample in small_model.questions(tokenizer, arguments.questions, seed)
+            ]
             for split, seed in (("train", 2), ("valid", 3))
         }
-        self.steps = -(-arguments.questions // BATCH)
-        self.asked = {
-            split: [batches(samples, LIST + SHOWN + ASKED - 1, BATCH)] for split, samples in asked.items()
-        }  # fmt: skip
+        self.sharded = ShardedModel(self.chunks, self.arch, self.arch.vocab_size)
 
     def loss(self, split: str) -> float:
         """Nats per token of text."""
         return forward_all(self.launch, self.model, [iter(self.text[split][0])], self.samples // BATCH)
 
-    def answer_loss(self, split: str) -> float:
-        """Nats per token of the answers."""
-        return forward_all(self.launch, self.model, [iter(self.asked[split][0])], self.steps)
+    def passes(self, split: str) -> Passes:
+        """Text for `Ablation`."""
+
+        def run(begin: int, end: int) -> tuple[float, float]:
+            return forward_sums(self.launch, self.model, [iter(self.text[split][0][begin:end])], end - begin)
+
+        return Passes(run, len(self.text[split][0]), self.launch.args.micro_batch_size * SEQUENCE)
+
+    def answers(self, split: str) -> tuple[float, float]:
+        """The share of the questions that are answered right, and nats per token of the answers."""
+        from megatron_ext.inference.score import score as scored
+
+        found = [score for _, score in scored(self.sharded, self.asked[split], BATCH * SEQUENCE)]
+        right = statistics.fmean(score.all_greedy for score in found)
+        return right, -sum(score.total for score in found) / sum(len(score.greedy) for score in found)
 
 
 class Left:
-    """What is left without some sub-layers: `Ablation`, and the loss of the answers."""
+    """What is left without some sub-layers, on text and on questions."""
 
     def __init__(self, bench: Bench, split: str) -> None:
-        self._answer = 0.0
-        self._answers: dict[frozenset[int], float] = {}
-
-        def ask() -> float:
-            self._answer = bench.answer_loss(split)
-            return self._answer
-
-        self.ablation = Ablation(
-            bench.chunks, bench.arch, lambda: bench.loss(split), tokens=bench.samples * SEQUENCE, run_task=ask
-        )
-        self.without(())
+        self.ablation = Ablation(bench.chunks, bench.arch, bench.passes(split), logits=True)
+        self._ask = lambda: bench.answers(split)
+        self._answers: dict[frozenset[int], tuple[float, float]] = {}
 
     def without(self, units: Iterable[int]) -> dict[str, float]:
         """Loss on text, share of the questions answered right, loss of the answers."""
         dropped = frozenset(units)
-        outcome = self.ablation.without(dropped)
-        answer = self._answers.setdefault(dropped, self._answer)
-        return {"loss": outcome.loss, "right": outcome.task, "answer_loss": answer}
+        if dropped not in self._answers:
+            with self.ablation.without(dropped):
+                self._answers[dropped] = self._ask()
+        right, answer_loss = self._answers[dropped]
+        return {"loss": self.ablation.outcome(dropped).loss, "right": right, "answer_loss": answer_loss}
 
 
 def score(bench: Bench, arguments: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
@@ -132,15 +140,19 @@ def score(bench: Bench, arguments: argparse.Namespace) -> tuple[dict[str, Tensor
 
     left = Left(bench, "train")
     count = len(bench.arch.layers.blocks)
-    wanted = [("loss", True, 0)]
+    wanted = [("logit_mse", blocks, 0) for blocks in (True, False)]
     wanted += [(f"scan_{value}", True, run) for value in ("loss", "task") for run in runs(count)]
     wanted += [(f"shapley_{value}", blocks, 0) for blocks in (True, False) for value in ("loss", "logit_distance")]
     for metric, blocks, run in wanted:
         started = time.monotonic()
-        depth |= leave_out.measure(
-            left.ablation, bench.arch, metric, blocks=blocks, run=run,
-            sampling=leave_out.Sampling(max_samples=arguments.shapley_samples),
-        )  # fmt: skip
+        if metric == "scan_task":
+            judge = lambda: bench.answers("train")[0]  # noqa: E731
+            depth |= leave_out.scan_task(left.ablation, bench.arch, judge, judge(), blocks=blocks, run=run)
+        else:
+            depth |= leave_out.measure(
+                left.ablation, bench.arch, metric, blocks=blocks, run=run,
+                sampling=leave_out.Sampling(max_samples=arguments.shapley_samples),
+            )  # fmt: skip
         what = "blocks" if blocks else "sub-layers"
         print(f"scored {metric} of {what} {run or ''}: {time.monotonic() - started:.0f} s", flush=True)
     left.ablation.remove()

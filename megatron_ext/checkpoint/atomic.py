@@ -54,6 +54,20 @@ def fresh_directory(path: str | Path) -> Iterator[Path]:
     _flush(path.parent)
 
 
+def publish(directory: Path, path: str | Path) -> None:
+    """Give a directory in which everything is there the name `path`; it takes the place of an empty one.
+
+    Raises:
+        CheckpointError: `path` exists already and is not an empty directory.
+    """
+    path = Path(path)
+    for file in directory.iterdir():
+        _flush(file)
+    refuse_existing(path)
+    directory.rename(path)
+    _flush(path.parent)
+
+
 def refuse_existing(path: Path) -> None:
     """Raise `CheckpointError` if there is anything at `path` that would be overwritten."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):

@@ -1,24 +1,31 @@
 """What a model loses when sub-layers are left out, on any parallel layout, without running the untouched prefix again.
 
-A sub-layer that is left out is the identity on the residual stream. One pass over the calibration data keeps what goes
-into the sub-layers; every later evaluation passes over the layers before the first one left out and takes that one's
-input from there. The model is loaded once. All of it runs through Megatron's own schedule: a stage before the resume
-point hands on a tensor of the right shape, which the resume point then replaces.
+One pass over the calibration data keeps what goes into the sub-layers; every later evaluation passes over the layers
+before the first one left out and takes that one's input from there. The model is loaded once. All of it runs through
+Megatron's own schedule: a stage before the resume point hands on a tensor of the right shape, which the resume point
+then replaces.
+
+Where logits are compared, the states that the whole model's logits are made of are kept, too. If there is no room for
+them, each evaluation runs the whole model again, some micro-batches at a time, right before the smaller one.
 
 Shapes: s sequence, b micro-batch, h hidden, v vocabulary (this rank's part of each).
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ext.models.config import Architecture
+from megatron_ext.models.hidden import output_weight
+from megatron_ext.pruning.left_out import LeftOut
 
 GIB = 2**30
+LOGITS_AT_A_TIME = 2**24  # compared in float32; of a micro-batch there may be a hundred times as many
 
 
 @dataclass(frozen=True)
@@ -28,197 +35,189 @@ class Outcome:
     Attributes:
         loss: Cross entropy, nats per token.
         logit_mse: `sum ||z' - z||^2 / sum ||z||^2` against the whole model's logits `z`, as Nemotron Elastic normalises
-            it (arXiv 2511.16664).
-        logit_distance: `||z' - z||_2`, averaged over tokens (arXiv 2407.16286).
-        task: Share of the task's samples that are answered right; 0 without a task.
+            it (arXiv 2511.16664). 0 if logits are not compared.
+        logit_distance: `||z' - z||_2`, averaged over tokens (arXiv 2407.16286). 0 if logits are not compared.
     """
 
     loss: float
-    logit_mse: float
-    logit_distance: float
-    task: float = 0.0
+    logit_mse: float = 0.0
+    logit_distance: float = 0.0
 
 
-@dataclass
-class _Chunk:
-    """One chunk of the model on this rank, with its micro-batches counted."""
+@dataclass(frozen=True)
+class Passes:
+    """Forward passes over the calibration data.
 
-    module: Any
-    labels: Tensor | None = None
-    micro_batch: int = -1
-    inputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    final: list[Tensor] = field(default_factory=list)
+    Attributes:
+        run: Runs this rank's micro-batches from the first number up to the second through the schedule, the same ones
+            each time; gives the sum of the losses and the number of tokens, over all ranks.
+        micro_batches: How many there are.
+        tokens: Of a micro-batch that go through this rank (its part of each sequence).
+        step: Micro-batches that the schedule takes at a time, or multiples of it.
+    """
+
+    run: Callable[[int, int], tuple[float, float]]
+    micro_batches: int
+    tokens: int
+    step: int = 1
 
 
-class Ablation:
+class Ablation(LeftOut):
     """The model on this rank, of which sub-layers can be left out.
 
     Args:
         chunks: This rank's `HybridModel`s, unwrapped, in evaluation mode.
         architecture: The whole model.
-        run: Runs all calibration micro-batches forward through the schedule, the same ones in the same order each time,
-            and gives the mean loss over all ranks.
-        tokens: Tokens that one run takes through this rank (its part of each sequence).
+        passes: Run the data.
         memory: Bytes that kept activations may take on a rank. If the inputs of all its sub-layers do not fit, those of
-            every k-th are kept, for the smallest k that fits, and evaluations start from the nearest before.
-        run_task: Runs the task's micro-batches forward; their labels are negative where nothing is to be answered.
+            every k-th are kept, for the smallest k that fits, and evaluations start from the nearest before. If not
+            even what the comparison of logits needs fits, the whole model is run anew for as many micro-batches at a
+            time as do fit, one at least.
+        logits: Whether logits are compared with the whole model's; otherwise only losses are measured.
 
-    What is left behind: wrappers on the layers, which `remove` takes off.
+    Attributes:
+        stride: k; as many as there are sub-layers if no input is kept.
+        at_a_time: Micro-batches of a pass.
+
+    What is left behind: wrappers and hooks on the model, which `remove` takes off.
     """
 
     def __init__(
         self,
         chunks: Iterable[Any],
         architecture: Architecture,
-        run: Callable[[], float],
+        passes: Passes,
         *,
-        tokens: int,
         memory: int = 8 * GIB,
-        run_task: Callable[[], float] | None = None,
+        logits: bool = False,
     ) -> None:
-        self.architecture = architecture
-        self._run, self._run_task = run, run_task
-        self._chunks = [_Chunk(chunk) for chunk in chunks]
-        self._groups = self._chunks[0].module.pg_collection
-        self._dropped: frozenset[int] = frozenset()
-        self._resume = 0
+        super().__init__(chunks, architecture)
+        self._data, self._logits = passes, logits
+        self._groups = self._chunks[0].pg_collection
         self._mode = "off"
+        self._resume = 0
+        self._micro_batch = {id(chunk): -1 for chunk in self._chunks}
+        self._inputs: dict[tuple[int, int], Tensor] = {}  # of a sub-layer, in a micro-batch
+        self._final: list[Tensor] = []  # what the whole model's logits are made of, by micro-batch
         self._distances = torch.zeros(4, dtype=torch.float64)
-        self._answers = torch.zeros(2, dtype=torch.float64)
-        self._undo: list[Callable[[], None]] = []
         self._known: dict[frozenset[int], Outcome] = {}
-        self.calls: dict[int, int] = dict.fromkeys(range(len(architecture.pattern)), 0)
-        self.stride = self._choose_stride(tokens, memory)
+        self.stride, self.at_a_time = self._plan_memory(memory)
         for chunk in self._chunks:
-            self._wrap(chunk)
+            self._undo.append(chunk.register_forward_pre_hook(self._count).remove)
+            if logits and chunk.post_process:
+                hook = chunk.output_layer.register_forward_hook(self._output(chunk))
+                self._undo.append(hook.remove)
 
     @property
     def whole(self) -> Outcome:
         """The outcome of the whole model; the first request runs the base pass. A collective of all ranks."""
-        return self.without(())
+        return self.outcome(())
 
-    def without(self, units: Iterable[int]) -> Outcome:
+    def outcome(self, units: Iterable[int]) -> Outcome:
         """The outcome without these sub-layers, remembered from an earlier request. A collective of all ranks."""
         dropped = frozenset(units)
         if frozenset() not in self._known:
-            self._known[frozenset()] = self._measure(frozenset(), "base")
+            self._known[frozenset()] = self._measure_whole()
         if dropped not in self._known:
-            self._known[dropped] = self._measure(dropped, "ablate")
+            self._known[dropped] = self._measure(dropped)
         return self._known[dropped]
 
     def remove(self) -> None:
         """Take the wrappers off the model, and free the kept activations."""
-        for undo in self._undo:
-            undo()
-        self._undo.clear()
-        for chunk in self._chunks:
-            chunk.inputs.clear()
-            chunk.final.clear()
+        super().remove()
+        self._inputs.clear()
+        self._final.clear()
 
-    def _choose_stride(self, tokens: int, memory: int) -> int:
-        """The same on all ranks, for the one that has the most to keep."""
-        config = self._chunks[0].module.config
+    def _plan_memory(self, memory: int) -> tuple[int, int]:
+        """Stride and micro-batches at a time, the same on all ranks, for the one that has the most to keep."""
+        config, count = self._chunks[0].config, self._data.micro_batches
         width = 4 if config.fp32_residual_connection else torch.finfo(config.params_dtype).bits // 8
         share = config.tensor_model_parallel_size if config.sequence_parallel else 1
-        each = tokens * config.hidden_size * width // share
-        layers = torch.tensor([sum(len(chunk.module.decoder.layers) for chunk in self._chunks)])
-        layers = layers.to(torch.cuda.current_device())
-        dist.all_reduce(layers, op=dist.ReduceOp.MAX)
-        room = max(0, memory // max(each, 1) - 1)  # the input of the output layer is kept too
-        none = len(self.architecture.pattern) + 1
-        return next((k for k in range(1, int(layers) + 1) if -(-int(layers) // k) <= room), none)
+        room = memory // max(self._data.tokens * config.hidden_size * width // share, 1)  # states of micro-batches
+        own = [layer.layer_number - 1 for chunk in self._chunks for layer in chunk.decoder.layers]
+        final = int(self._logits and any(chunk.post_process for chunk in self._chunks))
+        none = len(self.architecture.pattern)
+        kept = [final + sum(_keeps(index, stride) for index in own) for stride in range(1, none + 1)]
+        most = torch.tensor(kept, device=torch.cuda.current_device())
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        for stride, states in enumerate(most.tolist(), start=1):
+            if states * count <= room:
+                return stride, count
+        step = self._data.step
+        return none, min(count, max(1, room // step) * step)
 
-    def _keeps(self, index: int) -> bool:
-        return index > 0 and index % self.stride == 0
+    def _measure_whole(self) -> Outcome:
+        """The base pass, which keeps what there is room for."""
+        keeps = self.at_a_time == self._data.micro_batches
+        total, count = self._run("base" if keeps else "off", 0, self._data.micro_batches)
+        return Outcome(total / count)
 
-    def _measure(self, dropped: frozenset[int], mode: str) -> Outcome:
-        self._mode, self._dropped = mode, dropped
-        first = min(dropped, default=0)
-        self._resume = first // self.stride * self.stride if mode == "ablate" else 0
+    def _measure(self, dropped: frozenset[int]) -> Outcome:
+        first = min(dropped)
+        self._resume = first // self.stride * self.stride
         self._distances.zero_()
+        total = count = 0.0
+        for begin in range(0, self._data.micro_batches, self.at_a_time):
+            end = min(begin + self.at_a_time, self._data.micro_batches)
+            if self.at_a_time < self._data.micro_batches:
+                self._final.clear()
+                self._run("base", begin, end)
+            with self.without(dropped):
+                some, tokens = self._run("ablate", begin, end)
+            total, count = total + some, count + tokens
+        if not self._logits:
+            return Outcome(total / count)
+        everywhere = self._distances.to(torch.cuda.current_device())
+        dist.all_reduce(everywhere)  # tensor-parallel ranks repeat each other, which cancels in every ratio
+        difference, size, norm, compared = everywhere.tolist()
+        return Outcome(total / count, difference / size, norm / compared)
+
+    def _run(self, mode: str, begin: int, end: int) -> tuple[float, float]:
+        self._mode = mode
+        self._micro_batch = dict.fromkeys(self._micro_batch, -1)
         try:
             with torch.no_grad():
-                self._restart()
-                loss = self._run()
-                distances = self._summed(self._distances)
-                task = self._measure_task() if self._run_task is not None else 0.0
+                return self._data.run(begin, end)
         finally:
-            self._mode, self._dropped = "off", frozenset()
-        if mode == "base":
-            return Outcome(loss, 0.0, 0.0, task)
-        difference, size, norm, count = distances.tolist()
-        return Outcome(loss, difference / size, norm / count, task)
+            self._mode = "off"
 
-    def _measure_task(self) -> float:
-        """The task is run from the start: its activations are not kept."""
-        assert self._run_task is not None
-        self._mode, self._resume = "task", 0
-        self._answers.zero_()
-        self._restart()
-        self._run_task()
-        right, count = self._summed(self._answers).tolist()
-        return right / count
+    def _count(self, chunk: Any, _: Any) -> None:
+        self._micro_batch[id(chunk)] += 1
 
-    def _restart(self) -> None:
-        for chunk in self._chunks:
-            chunk.micro_batch = -1
+    def _enter(self, chunk: Any, index: int, hidden_states: Tensor) -> Tensor:
+        place = index, self._micro_batch[id(chunk)]
+        if self._mode == "base" and _keeps(index, self.stride):
+            self._inputs[place] = hidden_states.detach()
+        if self._mode == "ablate" and self._resume and index == self._resume:
+            # A tensor of its own: virtual pipelines empty what they have handed on.
+            return self._inputs[place].detach()
+        return hidden_states
 
-    def _summed(self, sums: Tensor) -> Tensor:
-        """Over all ranks; tensor-parallel ranks repeat each other, which cancels in every ratio."""
-        everywhere = sums.to(torch.cuda.current_device())
-        dist.all_reduce(everywhere)
-        return everywhere.cpu()
+    def _passes(self, index: int) -> bool:
+        return super()._passes(index) or (self._mode == "ablate" and index < self._resume)
 
-    def _wrap(self, chunk: _Chunk) -> None:
-        def begin(_: Any, __: Any, kwargs: Any) -> None:
-            if self._mode != "off":
-                chunk.micro_batch += 1
-                chunk.labels = kwargs.get("labels")
-
-        self._undo.append(chunk.module.register_forward_pre_hook(begin, with_kwargs=True).remove)
-        for layer in chunk.module.decoder.layers:
-            self._wrap_layer(chunk, layer)
-        if chunk.module.post_process:
-            hook = chunk.module.output_layer.register_forward_hook(self._output(chunk), with_kwargs=True)
-            self._undo.append(hook.remove)
-
-    def _wrap_layer(self, chunk: _Chunk, layer: Any) -> None:
-        from megatron.core.transformer.transformer_layer import TransformerLayer
-
-        index, plain = layer.layer_number - 1, layer.forward
-        paired = isinstance(layer, TransformerLayer)  # returns (hidden states, context)
-
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self._mode == "base" and self._keeps(index):
-                chunk.inputs[index, chunk.micro_batch] = hidden_states.detach()
-            if self._mode == "ablate" and self._resume and index == self._resume:
-                # A tensor of its own: virtual pipelines empty what they have handed on.
-                hidden_states = chunk.inputs[index, chunk.micro_batch].detach()
-            if self._mode in ("ablate", "task") and (index < self._resume or index in self._dropped):
-                return (hidden_states, None) if paired else hidden_states
-            self.calls[index] += 1
-            return plain(hidden_states, *args, **kwargs)
-
-        layer.forward = forward
-        self._undo.append(lambda: delattr(layer, "forward"))
-
-    def _output(self, chunk: _Chunk) -> Callable[..., None]:
-        def see(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+    def _output(self, chunk: Any) -> Callable[..., None]:
+        def see(module: Any, args: Any, output: Any) -> None:
             if self._mode == "base":
-                chunk.final.append(args[0].detach())
+                self._final.append(args[0].detach())
             elif self._mode == "ablate":
-                # The whole model's logits are computed again: kept, they would be as large as all activations.
-                whole, _ = module.forward(chunk.final[chunk.micro_batch], *args[1:], **kwargs)
-                self._add_distance(output[0], whole)
-            elif self._mode == "task":
-                assert chunk.labels is not None
-                self._add_answers(output[0], chunk.labels)
+                self._add_distance(chunk, output[0], self._final[self._micro_batch[id(chunk)]])
 
         return see
 
-    def _add_distance(self, logits: Tensor, whole: Tensor) -> None:
-        """Both (s, b, v)."""
-        squares = torch.stack([(logits.float() - whole.float()).square().sum(-1), whole.float().square().sum(-1)])
+    def _add_distance(self, chunk: Any, logits: Tensor, whole: Tensor) -> None:
+        """Compare logits (s, b, v) with those that the whole model's last states make, some rows at a time."""
+        from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+        if chunk.config.sequence_parallel:
+            whole = gather_from_sequence_parallel_region(whole, group=self._groups.tp)
+        weight, rows = output_weight(chunk), max(1, LOGITS_AT_A_TIME // logits[0].numel())
+        parts = []
+        for part, states in zip(logits.split(rows), whole.split(rows), strict=True):
+            expected = F.linear(states, weight).float()
+            norms = [torch.linalg.vector_norm(value, dim=-1) for value in (part.float() - expected, expected)]
+            parts.append(torch.stack(norms).square())
+        squares = torch.cat(parts, dim=1)
         if self._groups.tp.size() > 1:
             dist.all_reduce(squares, group=self._groups.tp)
         squares = squares.double().cpu()
@@ -226,19 +225,6 @@ class Ablation:
             [squares[0].sum(), squares[1].sum(), squares[0].sqrt().sum(), torch.tensor(float(squares[0].numel()))]
         )
 
-    def _add_answers(self, logits: Tensor, labels: Tensor) -> None:
-        """Whether the argmax of `logits` (s, b, v) is the label (b, s) wherever that is not negative."""
-        best, place = logits.float().max(dim=-1)
-        place += self._groups.tp.rank() * logits.shape[-1]
-        if self._groups.tp.size() > 1:
-            highest = best.clone()
-            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self._groups.tp)
-            place[best < highest] = torch.iinfo(place.dtype).max
-            dist.all_reduce(place, op=dist.ReduceOp.MIN, group=self._groups.tp)  # of equals the first, as argmax
-        asked = labels >= 0
-        counts = torch.stack([(asked & (place.mT != labels)).sum(1), asked.sum(1)])
-        if self._groups.cp.size() > 1:
-            dist.all_reduce(counts, group=self._groups.cp)
-        wrong, answers = counts.cpu()
-        real = answers > 0  # samples that fill the last micro-batch ask for nothing
-        self._answers += torch.tensor([(real & (wrong == 0)).sum(), real.sum()], dtype=torch.float64)
+
+def _keeps(index: int, stride: int) -> bool:
+    return index > 0 and index % stride == 0

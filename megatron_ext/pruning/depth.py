@@ -39,14 +39,20 @@ def check_borders(pattern: Pattern) -> None:
 
 
 def change(before: Float[Tensor, "s b h"], after: Float[Tensor, "s b h"]) -> Float[Tensor, "4"]:
-    """The sums over tokens of the three measures, in the order of `STATIC`, and the number of tokens, in float64."""
+    """The sums over tokens of the three measures, in the order of `STATIC`, and the number of tokens, in float64.
+
+    A token whose stream is zero (an embedding row that was never trained) has no direction and no size to compare with:
+    it is not counted. One whose stream becomes zero has turned by 1, as cosines with a zero vector count as 0.
+    """
     before, after = before.float(), after.float()
     update = after - before
     length, new_length = before.norm(dim=-1), after.norm(dim=-1)
+    there = length > 0
     # 1 - cos(x, y) without its cancellation: half the squared distance of the two unit vectors.
-    turn = (after / new_length[..., None]).sub_(before / length[..., None])
-    sums = [turn.square().sum(-1) / 2, update.abs().sum(-1) / before.abs().sum(-1), update.norm(dim=-1) / length]
-    return torch.stack([*(s.double().sum() for s in sums), torch.tensor(sums[0].numel(), device=before.device)])
+    turn = (after / new_length[..., None]).sub_(before / length[..., None]).square().sum(-1) / 2
+    turn = torch.where(new_length > 0, turn, 1.0)
+    each = [turn, update.abs().sum(-1) / before.abs().sum(-1), update.norm(dim=-1) / length]
+    return torch.stack([*(torch.where(there, e, 0.0).double().sum() for e in each), there.double().sum()])
 
 
 class Influence:
@@ -125,7 +131,8 @@ class Influence:
             ("unit", len(self.architecture.pattern), False),
             ("block", len(self.architecture.layers.blocks), True),
         ):
-            means = torch.stack([whole[f"{prefix}.{i}"] / whole[f"{prefix}.{i}"][-1] for i in range(count)])
+            sums = torch.stack([whole[f"{prefix}.{i}"] for i in range(count)])
+            means = sums / sums[:, -1:].clamp_min(1)  # of no token at all: nothing has changed
             for place, metric in enumerate(STATIC):
                 result[names.depth(metric, blocks=blocks)] = means[:, place].float()
         return result

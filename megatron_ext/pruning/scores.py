@@ -19,9 +19,9 @@ Higher is more important. The names, with their shapes:
 """
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -132,6 +132,10 @@ class Scores:
         seed: The seed that chose the samples.
         samples: How many sequences were seen.
         metric: How activations became numbers, such as `"l2 over the batch, mean over the sequence"`.
+        loss: The model's mean loss on the samples, nats per token, if it was run on any.
+        task: The model's score at the task of a `scan_task`, if there is one.
+        settings: All that the scores depend on beside the weights, by the names of the pruning job's options; empty if
+            that is not known.
 
     Raises:
         PlanError: A name or a shape does not belong to this architecture, or a value is not finite.
@@ -146,6 +150,9 @@ class Scores:
     seed: int = 0
     samples: int = 0
     metric: str = ""
+    loss: float | None = None
+    task: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         legal = shapes(self.architecture)
@@ -173,7 +180,7 @@ class Scores:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, all or nothing; the metadata is in its header, each entry as JSON."""
-        metadata = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "values"}
+        metadata = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "values"}
         metadata["architecture"] = self.architecture.to_dict()
         header = {"format": FORMAT} | {name: json.dumps(value) for name, value in metadata.items()}
         with replacing(path) as temporary:

@@ -166,6 +166,11 @@ def _keep(scores: Scores, targets: Targets, size: int, count: int, *, blocks: bo
     if targets.depth_metric.startswith("scan_"):
         run = size - count
         lost = scores[names.scan(targets.depth_metric.removeprefix("scan_"), run, blocks=blocks)]
+        if len(lost) > 1 and lost.min() == lost.max():
+            raise PlanError(
+                f"{targets.depth_metric} tells no run from another", got=f"each of them costs {float(lost[0]):.4g}",
+                legal="a task that the model is better at, or another --prune-depth-metric",
+            )  # fmt: skip
         first = int(lost.argmin())
         return tuple(i for i in range(size) if not first <= i < first + run)
     return top(scores[names.depth(targets.depth_metric, blocks=blocks)], count)
@@ -223,7 +228,8 @@ def _spread(
             width = divisor // values.shape[0]
             ranked = values.sort(dim=1, descending=True).values
             whole = ranked[:, : ranked.shape[1] // width * width]
-            slices.append(whole.unflatten(1, (-1, width)).sum(dim=(0, 2)) / values.sum())
+            share = values.sum().clamp_min(torch.finfo(values.dtype).tiny)  # a layer that never did anything has none
+            slices.append(whole.unflatten(1, (-1, width)).sum(dim=(0, 2)) / share)
         total = getattr(target, name) * len(layers) // divisor
         if total < len(layers):
             raise PlanError(f"{name} is too small to spread", got=getattr(target, name), legal=f"at least {divisor}")

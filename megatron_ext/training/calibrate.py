@@ -1,18 +1,23 @@
 """The calibration pass: a model runs over data, hooks measure, nothing is trained."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_ext.pruning import tasks
-from megatron_ext.pruning.ablation import Ablation
+from megatron_ext.errors import ConfigError
+from megatron_ext.pruning.ablation import Ablation, Passes
 from megatron_ext.pruning.depth import STATIC, Influence
 from megatron_ext.pruning.importance import Importance, WidthMetric
-from megatron_ext.pruning.leave_out import Sampling, measure
-from megatron_ext.training.evaluate import forward_all, micro_batches
+from megatron_ext.pruning.leave_out import Sampling, compares_logits, measure, scan_task
+from megatron_ext.pruning.left_out import LeftOut
+from megatron_ext.training.evaluate import forward_all, forward_sums, micro_batches
 from megatron_ext.training.launch import Launch
+
+if TYPE_CHECKING:
+    from megatron_ext.inference.sharded import ShardedModel
 
 REPORT_SECONDS = 5.0
 
@@ -23,73 +28,128 @@ class Calibration:
 
     Attributes:
         samples: Sequences of the training split; a multiple of `--global-batch-size`.
-        width: How width is measured.
+        width: How width is measured; None if it is not.
         depth: A metric of `budget.DEPTH_CHOICES`; the static ones are measured in any case.
         blocks: Whether whole blocks will be chosen, or sub-layers.
         run: For a scan, how many of them it leaves out.
         sampling: For Shapley values.
+        depth_samples: Sequences that a model without some layers is run on: of `samples` the first, in whole batches.
         memory: Bytes of activations that a rank may keep, so that nothing is run twice.
-        task: `package.module:function`, or nothing.
     """
 
     samples: int
-    width: WidthMetric = field(default_factory=WidthMetric)
+    width: WidthMetric | None = field(default_factory=WidthMetric)
     depth: str = "block_influence"
     blocks: bool = True
     run: int = 0
     sampling: Sampling = field(default_factory=Sampling)
+    depth_samples: int = 0
     memory: int = 8 * 2**30
-    task: str | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What calibration found.
+
+    Attributes:
+        values: The scores by name, on rank 0; None elsewhere.
+        loss: The model's mean loss on the samples, nats per token; None if it was not run.
+        task: Its score at the task, if there is one.
+    """
+
+    values: dict[str, torch.Tensor] | None
+    loss: float | None
+    task: float | None = None
 
 
 def calibrate(
-    launch: Launch, model: list[Any], calibration: Calibration
-) -> tuple[dict[str, torch.Tensor] | None, float]:
+    launch: Launch,
+    model: list[Any],
+    calibration: Calibration,
+    judge: "Callable[[ShardedModel], Callable[[], float]] | None" = None,
+) -> Measured:
     """Score a model.
 
     Args:
         launch: The validated command line.
         model: From `evaluate.load_model`.
         calibration: What to measure.
+        judge: For `scan_task`: makes of the model what measures its score.
 
-    Returns:
-        The scores on rank 0 (None elsewhere), and the model's mean loss on the samples, nats per token.
+    Raises:
+        ConfigError: The model never answers the task, which can then say nothing about its layers.
     """
     from megatron.core.utils import unwrap_model
 
     args = launch.args
     chunks = unwrap_model(model)
+    asked, task = None, None
+    if judge is not None:
+        asked, task = _whole_score(launch, chunks, judge)  # before an hour of other work
     batches = micro_batches(launch, model, "train", calibration.samples)
     steps = calibration.samples // args.global_batch_size
-    importance = Importance(chunks, launch.architecture, calibration.width)
-    influence = Influence(chunks, launch.architecture)
+    hooks: list[Any] = [Influence(chunks, launch.architecture)]
+    if calibration.width is not None:
+        hooks.append(Importance(chunks, launch.architecture, calibration.width))
     loss = forward_all(launch, model, _iterators(batches), steps, _scored(args.rank))
-    importance.remove()
-    influence.remove()
-    width, depth = importance.gather(), influence.gather()
-    left_out: dict[str, torch.Tensor] = {}
-    if calibration.depth not in STATIC:
-        left_out = _leave_out(launch, calibration, model, chunks, batches)
-    if width is None or depth is None:
-        return None, loss
-    return width | depth | left_out, loss
+    for hook in hooks:
+        hook.remove()
+    parts = [hook.gather() for hook in hooks]
+    if asked is not None and task is not None:
+        left_out = LeftOut(chunks, launch.architecture)
+        try:
+            parts.append(
+                scan_task(
+                    left_out, launch.architecture, asked, task, blocks=calibration.blocks, run=calibration.run,
+                    progress=_Lines(args.rank),
+                )
+            )  # fmt: skip
+        finally:
+            left_out.remove()
+    elif calibration.depth not in STATIC:
+        parts.append(_leave_out(launch, calibration, model, chunks, batches))
+    values = {name: value for part in parts for name, value in (part or {}).items()}
+    return Measured(None if args.rank else values, loss, task)
+
+
+def _whole_score(
+    launch: Launch, chunks: list[Any], judge: "Callable[[ShardedModel], Callable[[], float]]"
+) -> tuple[Callable[[], float], float]:
+    """What measures a score, and the whole model's."""
+    from megatron_ext.inference.sharded import ShardedModel
+    from megatron_ext.training.prune_task import words
+
+    asked = judge(ShardedModel(chunks, launch.architecture, words(launch)))
+    score = asked()
+    if score == 0:
+        raise ConfigError(
+            "the model never answers the task, which then cannot choose layers", got="a score of 0",
+            legal="an easier task, such as a choice (megatron_ext.evaluation.synthetic:phonebook_choice), or another "
+            "--prune-depth-metric",
+        )  # fmt: skip
+    return asked, score
 
 
 def _leave_out(
     launch: Launch, calibration: Calibration, model: list[Any], chunks: list[Any], batches: list[Any]
 ) -> dict[str, torch.Tensor]:
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
     args = launch.args
-    run_task = None
-    if calibration.task is not None:
-        asked, asked_steps = _task_batches(launch, calibration.task, len(model))
-        run_task = lambda: forward_all(launch, model, _iterators(asked), asked_steps)  # noqa: E731
-    steps = calibration.samples // args.global_batch_size
+
+    def run(begin: int, end: int) -> tuple[float, float]:
+        some = [own[begin:end] if own is not None else None for own in batches]
+        return forward_sums(launch, model, _iterators(some), end - begin)
+
+    passes = Passes(
+        run,
+        micro_batches=calibration.depth_samples // args.global_batch_size * get_num_microbatches(),
+        tokens=args.micro_batch_size * args.seq_length // args.context_parallel_size,
+        step=args.pipeline_model_parallel_size if len(model) > 1 else 1,
+    )
     ablation = Ablation(
-        chunks, launch.architecture,
-        lambda: forward_all(launch, model, _iterators(batches), steps),
-        tokens=calibration.samples // args.data_parallel_size * args.seq_length // args.context_parallel_size,
-        memory=calibration.memory, run_task=run_task,
-    )  # fmt: skip
+        chunks, launch.architecture, passes, memory=calibration.memory, logits=compares_logits(calibration.depth)
+    )
     try:
         return measure(
             ablation, launch.architecture, calibration.depth, blocks=calibration.blocks, run=calibration.run,
@@ -97,24 +157,6 @@ def _leave_out(
         )  # fmt: skip
     finally:
         ablation.remove()
-
-
-def _task_batches(launch: Launch, name: str, num_chunks: int) -> tuple[list[Any], int]:
-    """The task's samples as this rank's micro-batches for each chunk, and how many global batches they fill."""
-    from megatron.core import mpu
-    from megatron.training import get_tokenizer
-
-    args = launch.args
-    samples = list(tasks.load_task(name)(get_tokenizer(), args.seq_length, args.seed))
-    steps = -(-len(samples) // args.global_batch_size)
-    micro = args.micro_batch_size
-    padded = tasks.batches(samples, args.seq_length, args.global_batch_size)
-    rank, size = mpu.get_data_parallel_rank(), args.data_parallel_size
-    own = []
-    for batch in padded:
-        for first in range(rank * micro, args.global_batch_size, micro * size):
-            own.append({key: value[first : first + micro].contiguous() for key, value in batch.items()})
-    return [own] * num_chunks, steps
 
 
 def _iterators(batches: list[Any]) -> list[Any]:

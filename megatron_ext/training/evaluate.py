@@ -172,30 +172,48 @@ def forward_all(
         progress: Called with sequences done and in all.
     """
     from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+    args = launch.args
+    total = count = 0.0
+    for step in range(steps):
+        some, tokens = forward_sums(launch, model, iterators, get_num_microbatches())
+        total, count = total + some, count + tokens
+        progress((step + 1) * args.global_batch_size, steps * args.global_batch_size)
+    return total / count
+
+
+@torch.no_grad()
+def forward_sums(launch: Launch, model: list[Any], iterators: Sequence[Any], micro_batches: int) -> tuple[float, float]:
+    """The sum of the losses of so many micro-batches of each rank, in nats, and their tokens; on all ranks.
+
+    Tensor-parallel ranks repeat the same sums, and count as often: only the ratio of the two is a mean.
+
+    Args:
+        launch: The validated command line.
+        model: From `load_model`.
+        iterators: Of micro-batches, one for each chunk of the model; None where it reads none.
+        micro_batches: With a virtual pipeline, a multiple of its ranks.
+    """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_ext.training.step import forward_step
 
-    args = launch.args
-    run = get_forward_backward_func()
+    losses: list[dict[str, torch.Tensor]] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=list(iterators) if len(model) > 1 else iterators[0],
+        model=model,
+        num_microbatches=micro_batches,
+        seq_length=launch.args.seq_length,
+        micro_batch_size=launch.args.micro_batch_size,
+        forward_only=True,
+    )
     sums = torch.zeros(2, dtype=torch.float64)
-    for step in range(steps):
-        losses: list[dict[str, torch.Tensor]] = run(
-            forward_step_func=forward_step,
-            data_iterator=list(iterators) if len(model) > 1 else iterators[0],
-            model=model,
-            num_microbatches=get_num_microbatches(),
-            seq_length=args.seq_length,
-            micro_batch_size=args.micro_batch_size,
-            forward_only=True,
-        )
-        for loss in losses:
-            sums += loss["lm loss"].double().cpu()
-        progress((step + 1) * args.global_batch_size, steps * args.global_batch_size)
+    for loss in losses:
+        sums += loss["lm loss"].double().cpu()
     # Tensor-parallel ranks repeat the same sums, which cancels in the ratio; other pipeline stages add nothing.
     everywhere = sums.to(torch.cuda.current_device())
     torch.distributed.all_reduce(everywhere)
-    return float(everywhere[0] / everywhere[1])
+    return float(everywhere[0]), float(everywhere[1])
 
 
 def _loader(split: str, samples: int | None, stage: int) -> tuple[Any, int]:

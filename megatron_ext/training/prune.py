@@ -1,34 +1,44 @@
-"""The pruning job: score, plan, apply, and say what was cut."""
+"""The pruning job: score, plan, apply, and say what was cut.
+
+Scores are written as soon as they are there, beside `--save`: whatever fails afterwards, the same command goes on from
+them. The run directory gets its name last, when all that belongs into it is there.
+"""
 
 import os
 import shutil
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint import ranks
+from megatron_ext.checkpoint.atomic import publish
+from megatron_ext.checkpoint.layout import Step
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation.report import plot_losses
 from megatron_ext.models.config import Architecture
-from megatron_ext.pruning import tasks
+from megatron_ext.models.training_cost import forward_flops_per_token
 from megatron_ext.pruning.apply import apply
-from megatron_ext.pruning.budget import Targets, resolve
-from megatron_ext.pruning.depth import check_borders
+from megatron_ext.pruning.budget import Targets
+from megatron_ext.pruning.depth import STATIC
+from megatron_ext.pruning.depth_cost import depth_cost
+from megatron_ext.pruning.leave_out import units_of
 from megatron_ext.pruning.magnitude import magnitudes
 from megatron_ext.pruning.plan import Plan
 from megatron_ext.pruning.scores import Scores
 from megatron_ext.pruning.select import make_plan
-from megatron_ext.pruning.weights import check_weights
 from megatron_ext.training import prune_report
 from megatron_ext.training.directory import CONFIG, describe, write_atomically
+from megatron_ext.training.dry_run import layout_of
 from megatron_ext.training.launch import Job, Launch
-from megatron_ext.training.prune_options import PruneOptions
+from megatron_ext.training.prune_check import Request, check_layout, read_scores, source_step
+from megatron_ext.training.prune_options import GIB, PruneOptions
 from megatron_ext.training.prune_report import Loss
+from megatron_ext.training.prune_scores import Kept, described
 
 SCORES = "scores.safetensors"
 REPORT = "report.md"
@@ -45,75 +55,6 @@ JOB = Job(
 )  # fmt: skip
 
 
-def check(launch: Launch) -> Architecture:
-    """Find what is wrong with the options before any work is done.
-
-    Returns:
-        What the model will become; which of its layers stay is not known before it is scored.
-
-    Raises:
-        ConfigError, PlanError, CheckpointError: Says what.
-    """
-    args, options = launch.args, launch.options["prune"]
-    for name in ("load", "save"):
-        if getattr(args, name) is None:
-            raise ConfigError(f"--{name} is missing", legal="--load MODEL --save NEW_DIRECTORY")
-    if options.plan is not None:
-        plan = Plan.load(options.plan)
-        plan.check(launch.architecture)
-        made = plan.provenance
-        check_weights("a plan", made.fingerprint, made.iteration, source_step(args).path)
-        return plan.target
-    targets = options.targets()
-    if options.scores is not None:
-        plan = make_plan(_scores(launch), launch.architecture, targets, merge_heads=options.merge_heads)
-        return plan.target
-    targets.check(launch.architecture)
-    target = resolve(launch.architecture, targets, _some_layers(launch.architecture, targets))
-    check_borders(launch.pattern)
-    _check_rounds(launch, options)
-    if (options.depth_metric == "scan_task") != (options.task is not None):
-        raise ConfigError("--prune-depth-metric scan_task goes with --prune-task", got=options.task)
-    if options.task is not None:
-        tasks.load_task(options.task)
-    if options.samples < 1 or options.samples % args.global_batch_size:
-        raise ConfigError(
-            "--prune-samples must be a multiple of --global-batch-size", got=options.samples,
-            legal=f"multiples of {args.global_batch_size}",
-        )  # fmt: skip
-    return target
-
-
-def source_step(args: Namespace) -> layout.Step:
-    """The step that is cut: the one that Megatron loads, which `--ckpt-step` may say."""
-    return layout.find(Path(args.load) / (f"iter_{args.ckpt_step:07d}" if args.ckpt_step else ""))
-
-
-def _check_rounds(launch: Launch, options: PruneOptions) -> None:
-    if options.iterations < 1:
-        raise ConfigError("--prune-iterations must be positive", got=options.iterations)
-    if options.iterations > 1 and options.merge_heads:
-        raise ConfigError("query heads are merged once: --prune-merge-heads goes with --prune-iterations 1")
-    for targets in options.rounds(launch.architecture)[:-1]:
-        small = resolve(launch.architecture, targets, _some_layers(launch.architecture, targets))
-        try:
-            _check_layout(launch, small)
-        except ConfigError as error:
-            raise ConfigError(f"a model between two rounds does not fit this layout: {error}") from error
-
-
-def _some_layers(arch: Architecture, targets: Targets) -> str:
-    """A pattern with as many layers as are asked for; which ones stay is not known before they are scored."""
-    if targets.num_layers is not None:
-        return "".join(arch.pattern[i] for block in arch.layers.blocks[: targets.num_layers] for i in block)
-    left = targets.kinds(arch)
-    pattern = ""
-    for unit in arch.pattern[: targets.num_sublayers]:
-        left[unit] = left.get(unit, len(arch.pattern)) - 1
-        pattern += unit if left[unit] >= 0 else ""
-    return pattern
-
-
 def changes(launch: Launch, target: Architecture) -> Table:
     """The table before and after, for `--dry-run`; which layers stay is known only once they are scored."""
     workload = launch.options["prune"].served
@@ -125,161 +66,195 @@ def changes(launch: Launch, target: Architecture) -> Table:
     return table
 
 
-def prune(launch: Launch) -> None:
-    """Score (unless scores or a plan are given), plan and apply; rank 0 writes the run directory, all at once."""
-    args, options = launch.args, launch.options["prune"]
-    source = source_step(args)
-    if options.plan is not None:
-        measured = Measured(Plan.load(options.plan))
-    elif options.scores is not None:
-        scores = _scores(launch)
-        plan = make_plan(
-            scores, launch.architecture, options.targets(), scores_path=options.scores, merge_heads=options.merge_heads
+def costs(launch: Launch) -> Table:
+    """What measuring takes at most, for `--dry-run`; by the product's model of costs."""
+    options, arch, layout = launch.options["prune"], launch.architecture, layout_of(launch)
+    table = Table("", "", title="what measuring costs at most (estimated)", show_header=False)
+    if options.plan is not None or options.scores is not None or not options.calibrates:
+        table.add_row("calibration", "none")
+        return table
+    flops = options.samples * layout.seq_length * forward_flops_per_token(arch, layout.seq_length)
+    table.add_row("calibration", f"{options.samples:,} sequences, {flops:.3g} operations")
+    asked = options.calibration(arch, options.targets(), launch.args.seed, launch.args.global_batch_size)
+    if asked.depth == "scan_task":
+        units = len(units_of(arch, asked.blocks))
+        table.add_row("the task", f"asked {units - asked.run + 2:,} times")
+    elif asked.depth not in STATIC:
+        cost = depth_cost(
+            arch, asked.depth, asked.depth_samples, layout, blocks=asked.blocks, run=asked.run, sampling=asked.sampling
         )
-        measured = Measured(plan, [scores])
-    else:
-        measured = measure(launch)
-    plan, losses = measured.plan, measured.losses
-    attachments: dict[str, Any] = {
-        CONFIG: lambda path: path.write_text(describe(launch)),
-        REPORT: lambda path: path.write_text(prune_report.markdown(plan, options.served, losses)),
-    }
-    for number, scores in enumerate(measured.scores):
-        name = SCORES if number == 0 else f"{Path(SCORES).stem}.round-{number + 1}.safetensors"
-        attachments[name] = scores.save
-    if measured.scores:
-        attachments["importance.png"] = lambda path: prune_report.plot_scores(measured.scores[0], plan, path)
-    _join_processes()
-    apply(plan, source.path, args.save, attachments)
-    if losses:
-        remark = _measure_pruned(launch, measured)
-        if args.rank == 0:
-            write_atomically(Path(args.save) / REPORT, prune_report.markdown(plan, options.served, losses, remark))
-            plot_losses([(loss.name, loss.parameters, loss.nats) for loss in losses], Path(args.save) / "loss.png")
-    if args.rank == 0:
-        print((Path(args.save) / REPORT).read_text())
-        print(f"written to {args.save}", flush=True)
-    _wait()
+        each = f"{cost.evaluations:,} evaluations of {asked.depth_samples:,} sequences, {cost.flops:.3g} operations"
+        table.add_row(asked.depth, each)
+        table.add_row("kept per rank", f"{min(cost.states, asked.memory) / GIB:.2f} of {cost.states / GIB:.2f} GiB")
+    return table
 
 
 @dataclass
-class Measured:
-    """What calibration found out.
+class Found:
+    """What is to be cut, and what was measured on the way.
 
     Attributes:
         plan: From the original to the pruned model.
         scores: Of each round, on rank 0.
         losses: Of the original, and of what each round left.
+        kept: Where the scores wait until the run directory is there.
     """
 
     plan: Plan
     scores: list[Scores] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
 
 
-def measure(launch: Launch) -> Measured:
+def prune(launch: Launch, request: Request) -> None:
+    """Score (unless scores or a plan are given), plan and apply.
+
+    Args:
+        launch: The validated command line.
+        request: From `prune_check.check`.
+    """
+    args, options = launch.args, launch.options["prune"]
+    source = source_step(args)
+    if options.plan is not None:
+        found = Found(Plan.load(options.plan))
+    elif options.scores is not None:
+        scores = read_scores(options, source.path)
+        targets, merge = options.targets(), options.merge_heads
+        plan = make_plan(scores, launch.architecture, targets, scores_path=options.scores, merge_heads=merge)
+        found = Found(plan, [scores])
+    else:
+        found = measure(launch, request, source)
+    _join_processes()
+    _write(launch, source, found)
+    if args.rank == 0:
+        for kept in found.kept:
+            kept.path.unlink(missing_ok=True)
+        print((Path(args.save) / REPORT).read_text())
+        print(f"written to {args.save}", flush=True)
+    _wait()
+
+
+def _write(launch: Launch, source: Step, found: Found) -> None:
+    """Make the run directory beside its place, whole, and then give it its name."""
+    args, options = launch.args, launch.options["prune"]
+    plan, losses = found.plan, found.losses
+    report = partial(prune_report.markdown, plan, options.served, found.scores)
+    attachments: dict[str, Any] = {
+        CONFIG: lambda path: path.write_text(describe(launch)),
+        REPORT: lambda path: path.write_text(report(losses)),
+    }
+    for number, scores in enumerate(found.scores):
+        name = SCORES if number == 0 else f"{Path(SCORES).stem}.round-{number + 1}.safetensors"
+        attachments[name] = scores.save
+    if found.scores:
+        attachments["importance.png"] = lambda path: prune_report.plot_scores(found.scores[0], plan, path)
+    whole = _beside(args, "pruned")
+    _remove(whole)  # an earlier attempt's
+    apply(plan, source.path, whole, attachments)
+    if losses:
+        remark = _measure_pruned(launch, found, whole)
+        if args.rank == 0:
+            write_atomically(whole / REPORT, report(losses, remark))
+            plot_losses([(loss.name, loss.parameters, loss.nats) for loss in losses], whole / "loss.png")
+    if args.rank == 0:
+        publish(whole, args.save)
+
+
+def measure(launch: Launch, request: Request, source: Step) -> Found:
     """Score and plan in `--prune-iterations` rounds, each on what the one before left; the plans become one.
 
-    Between rounds the model that is left is written beside `--save`, and removed again.
+    Between rounds the model that is left is written beside `--save`, and removed again. What an earlier start has
+    scored is not scored again.
     """
-    from megatron_ext.training.calibrate import calibrate
-    from megatron_ext.training.evaluate import load_model, load_other
+    from megatron_ext.training.evaluate import start
+
+    options = launch.options["prune"]
+    if options.calibrates:
+        start(launch)
+    _join_processes()
+    whole: Plan | None = None
+    every: list[Scores] = []
+    losses: list[Loss] = []
+    waiting: list[Kept] = []
+    for number, targets in enumerate(options.rounds(launch.architecture)):
+        arch = launch.architecture if whole is None else whole.target
+        kept = Kept.of(launch, arch, targets, source, whole)
+        scores = kept.found()
+        if not ranks.gather(scores is not None)[0]:
+            scores = _score(launch, request, source, whole, number, targets)
+            if scores is not None:
+                kept.save(scores)
+                scores = Scores.load(kept.path)  # as a later start would find them
+        waiting.append(kept)
+        plan, loss = None, None
+        if scores is not None:
+            every.append(scores)
+            plan = make_plan(scores, arch, targets, scores_path=SCORES, merge_heads=options.merge_heads).to_dict()
+            loss = scores.loss
+        plan, loss = ranks.gather((plan, loss))[0]
+        assert plan is not None
+        if loss is not None:
+            losses.append(Loss(f"after round {number}" if number else "original", arch.num_parameters(), loss))
+        whole = Plan.from_dict(plan) if whole is None else whole.then(Plan.from_dict(plan))
+    assert whole is not None
+    return Found(whole, every, losses, waiting)
+
+
+def _score(
+    launch: Launch, request: Request, source: Step, plan: Plan | None, number: int, targets: Targets
+) -> Scores | None:
+    """The scores of the model that so many rounds left, on rank 0."""
+    from megatron_ext.training.calibrate import Measured, calibrate
+    from megatron_ext.training.evaluate import build_model, load_other
 
     args, options = launch.args, launch.options["prune"]
-    rounds = options.rounds(launch.architecture)
-    step = source_step(args)
-    current, model = launch, load_model(launch)
-    whole: Plan | None = None
-    found: list[Scores] = []
-    losses: list[Loss] = []
-    for number, targets in enumerate(rounds):
-        if whole is not None:
-            del model  # before the next one takes its place
-            current, model = _between(launch, whole, step.path, number, load_other)
-        name = "original" if whole is None else f"after round {number}"
-        values, loss = calibrate(current, model, options.calibration(current.architecture, targets, args.seed))
-        losses.append(Loss(name, current.architecture.num_parameters(), loss))
-        plan = None
-        if values is not None:
-            scores = _as_scores(current, values, step)
-            found.append(scores)
-            plan = make_plan(scores, current.architecture, targets, scores_path=SCORES, merge_heads=options.merge_heads)
-        plan = _from_rank_0(plan)
-        whole = plan if whole is None else whole.then(plan)
-        if args.rank == 0 and number:
-            shutil.rmtree(_round_directory(args, number))
-    assert whole is not None
-    return Measured(whole, found, losses)
+    current, step, between = launch, source.path, None
+    if plan is not None:
+        between = _beside(args, f"round-{number}")
+        _remove(between)  # an earlier attempt's
+        apply(plan, source.path, between)
+        step = between
+    measured = Measured({}, None)
+    if options.calibrates:
+        current, model = (
+            (launch, build_model(launch)) if between is None or plan is None
+            else load_other(launch, plan.target, between)
+        )  # fmt: skip
+        calibration = options.calibration(current.architecture, targets, args.seed, args.global_batch_size)
+        measured = calibrate(current, model, calibration, request.task.judge if request.task is not None else None)
+    arch = launch.architecture if plan is None else plan.target
+    values = dict(measured.values or {})
+    if options.width_metric == "magnitude":
+        values |= magnitudes(Reader(step), arch)
+    if between is not None:
+        _remove(between)
+    return described(launch, arch, targets, source, plan, values, measured) if ranks.rank() == 0 else None
 
 
-def _between(
-    launch: Launch, plan: Plan, step: Path, number: int, load_other: Callable[..., tuple[Launch, list[Any]]]
-) -> tuple[Launch, list[Any]]:
-    """The model that so many rounds left."""
-    import torch
-
-    checkpoint = _round_directory(launch.args, number)
-    if launch.args.rank == 0:
-        shutil.rmtree(checkpoint, ignore_errors=True)  # an earlier attempt's
-    torch.distributed.barrier()
-    apply(plan, step, checkpoint)
-    return load_other(launch, plan.target, checkpoint)
-
-
-def _round_directory(args: Namespace, number: int) -> Path:
-    return Path(args.save).parent / f".{Path(args.save).name}.round-{number}"
-
-
-def _measure_pruned(launch: Launch, measured: Measured) -> str:
+def _measure_pruned(launch: Launch, found: Found, checkpoint: Path) -> str:
     """Add the pruned model's loss on the calibration data, or say why this layout cannot run it."""
-
     from megatron_ext.training.evaluate import load_other, mean_loss
 
-    target = measured.plan.target
+    target = found.plan.target
     try:
-        _check_layout(launch, target)
+        check_layout(launch, target)
     except ConfigError as error:
         return f"The pruned model's loss was not measured, because it does not fit this run's layout: {error}"
-    pruned, model = load_other(launch, target, Path(launch.args.save))
+    pruned, model = load_other(launch, target, checkpoint)
     loss, _ = mean_loss(pruned, model, "train", launch.options["prune"].samples)
-    measured.losses.append(Loss("pruned", target.num_parameters(), loss))
+    found.losses.append(Loss("pruned", target.num_parameters(), loss))
     return ""
 
 
-def _check_layout(launch: Launch, arch: Architecture) -> None:
-    args = launch.args
-    stages = args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)
-    arch.validate(
-        tp=args.tensor_model_parallel_size, pp=stages, ep=args.expert_model_parallel_size,
-        etp=args.expert_tensor_parallel_size,
-    )  # fmt: skip
-    check_borders(arch.layers.split(stages))
+def _beside(args: Namespace, what: str) -> Path:
+    return Path(args.save).parent / f".{Path(args.save).name}.{what}"
 
 
-def _as_scores(launch: Launch, values: dict[str, Any], step: layout.Step) -> Scores:
-    args, options = launch.args, launch.options["prune"]
-    if options.width_metric == "magnitude":
-        values |= magnitudes(Reader(step.path), launch.architecture)
-    return Scores(
-        values=values, architecture=launch.architecture, model=str(launch.args.load), iteration=step.iteration,
-        fingerprint=layout.fingerprint(step.path), data=" ".join(args.data_path or args.train_data_path or ["mock"]),
-        seed=args.seed, samples=options.samples, metric=options.metric(),
-    )  # fmt: skip
-
-
-def _from_rank_0(plan: Plan | None) -> Plan:
-    import torch
-
-    values = [None if plan is None else plan.to_dict()]
-    torch.distributed.broadcast_object_list(values, src=0)
-    assert values[0] is not None
-    return Plan.from_dict(values[0])
-
-
-def _scores(launch: Launch) -> Scores:
-    scores = Scores.load(launch.options["prune"].scores)
-    check_weights("scores", scores.fingerprint, scores.iteration, source_step(launch.args).path)
-    return scores
+def _remove(directory: Path) -> None:
+    """On all ranks: none goes on before it is gone."""
+    if ranks.rank() == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+    ranks.gather(None)
 
 
 def _join_processes() -> None:

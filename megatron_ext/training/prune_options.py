@@ -18,6 +18,16 @@ DepthMetric = Literal[
     "shapley_logit_distance", "scan_loss", "scan_task",
 ]  # fmt: skip
 
+# Options of one name here and in `Targets`.
+SAME_IN_TARGETS = (
+    "hidden_size", "ffn_hidden_size", "num_query_groups", "num_attention_heads", "mamba_num_groups", "mamba_num_heads",
+    "mamba_head_dim", "mamba_state_dim", "num_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
+    "num_layers", "num_sublayers", "attention_layers", "mamba_layers", "mlp_layers", "moe_layers", "depth_metric",
+    "hidden_divisor", "ffn_divisor", "mamba_heads_divisor",
+)  # fmt: skip
+SPREAD = {"ffn": "ffn_hidden_size", "mamba": "mamba_num_heads"}
+DEPTH_SAMPLES = 128
+
 
 @dataclass(frozen=True)
 class PruneOptions:
@@ -66,7 +76,13 @@ class PruneOptions:
         "Importance of layers and sub-layers. The first three come for free; loss and logit metrics leave each out in "
         "turn, shapley averages over sub-networks, scan drops the one contiguous run that costs least.",
     )
-    task: str | None = option(None, "What scan_task is scored by: package.module:function.")
+    depth_samples: int | None = option(
+        None, "Calibration sequences for what leaves layers out; 128, or --prune-samples if that is less, if not given."
+    )
+    task: str | None = option(None, "What scan_task is scored by: package.module:function, or lm_eval:NAME.")
+    task_metric: str = option("acc", "Which number of the task counts: acc, acc_norm, or one of the harness's.")
+    task_samples: int | None = option(None, "Questions of the task at most.")
+    task_folder: list[str] | None = option(None, "Where else tasks for lm_eval:NAME are described.")
     shapley_samples: int = option(16, "Samples at most: each is a permutation and its reverse, a draw for every unit.")
     shapley_tolerance: float = option(
         0.1, "Stop, after 8 samples or more, when 95% intervals reach no further than this share of the values' range."
@@ -80,16 +96,19 @@ class PruneOptions:
 
     def targets(self) -> Targets:
         """What is asked for."""
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(Targets) if hasattr(self, f.name)}
-        spread = {"ffn": "ffn_hidden_size", "mamba": "mamba_num_heads"}
-        given["per_layer"] = tuple(spread[name] for name in self.per_layer or ())
         return Targets(
-            **given,
+            **{name: getattr(self, name) for name in SAME_IN_TARGETS},
             params=self.target_params,
             embedding=not self.target_non_embedding,
             memory=None if self.target_memory is None else self.target_memory * GIB,
             workload=self.served,
+            per_layer=tuple(SPREAD[name] for name in self.per_layer or ()),
         )
+
+    def given(self) -> dict[str, object]:
+        """The options that are not at their defaults."""
+        every = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
+        return {name: value for name, (value, default) in every.items() if value != default}
 
     @property
     def served(self) -> Workload:
@@ -103,7 +122,24 @@ class PruneOptions:
             return [last]
         return [last.toward(arch, (number + 1) / self.iterations) for number in range(self.iterations)]
 
-    def calibration(self, arch: Architecture, targets: Targets, seed: int) -> Calibration:
+    @property
+    def cuts_depth(self) -> bool:
+        """Whether layers or sub-layers are to go."""
+        kinds = (self.attention_layers, self.mamba_layers, self.mlp_layers, self.moe_layers)
+        return any(asked is not None for asked in (self.num_layers, self.num_sublayers, *kinds))
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the model must see data to be scored."""
+        return self.width_metric != "magnitude" or self.cuts_depth
+
+    def depth_sequences(self, global_batch_size: int) -> int:
+        """Calibration sequences for what leaves layers out."""
+        if self.depth_samples is not None:
+            return self.depth_samples
+        return min(self.samples, -(-DEPTH_SAMPLES // global_batch_size) * global_batch_size)
+
+    def calibration(self, arch: Architecture, targets: Targets, seed: int, global_batch_size: int) -> Calibration:
         """What the calibration pass measures of a model for these targets."""
         blocks = targets.num_layers is not None
         run = 0
@@ -111,17 +147,17 @@ class PruneOptions:
             run = len(arch.layers.blocks) - targets.num_layers
         elif targets.num_sublayers is not None:
             run = len(arch.pattern) - targets.num_sublayers
-        deep = blocks or targets.num_sublayers is not None or bool(targets.kinds(arch))
         kind = "wanda" if self.width_metric == "wanda" else "activation"
+        width = WidthMetric(kind, self.batch_aggregation, self.sequence_aggregation)
         return Calibration(
             samples=self.samples,
-            width=WidthMetric(kind, self.batch_aggregation, self.sequence_aggregation),
-            depth=self.depth_metric if deep else "block_influence",
+            width=None if self.width_metric == "magnitude" else width,
+            depth=self.depth_metric if self.cuts_depth else "block_influence",
             blocks=blocks,
             run=run,
             sampling=Sampling(self.shapley_samples, self.shapley_tolerance, self.shapley_keep, seed),
+            depth_samples=self.depth_sequences(global_batch_size),
             memory=round(self.cache_gib * GIB),
-            task=self.task,
         )
 
     def metric(self) -> str:
@@ -131,7 +167,7 @@ class PruneOptions:
             width = {"wanda": str(WidthMetric("wanda")), "magnitude": "l2 norms of weights"}[self.width_metric]
         depth = self.depth_metric
         if depth == "scan_task":
-            depth += f" of {self.task}"
+            depth += f" of {self.task}, {self.task_metric}"
         elif depth.startswith("shapley"):
             depth += f", {self.shapley_keep:g} of the layers always there"
         return f"{width}; depth by {depth}"

@@ -12,7 +12,7 @@ from megatron_ext.models.config import Architecture
 from megatron_ext.models.cost import Workload
 from megatron_ext.models.pattern import ATTENTION, KINDS, MAMBA, MLP, MOE
 from megatron_ext.pruning.plan import Plan
-from megatron_ext.pruning.scores import BLOCKS, INTERVAL, STDERR, Scores, mamba
+from megatron_ext.pruning.scores import BLOCKS, INTERVAL, STDERR, Scores, mamba, scan
 
 PANELS = 36
 _OF_A_LAYER = re.compile(r"layers\.(\d+)\.")
@@ -84,7 +84,9 @@ def compare(source: Architecture, target: Architecture, workload: Workload) -> l
     return [entry for entry in rows if entry.before]
 
 
-def markdown(plan: Plan, workload: Workload, losses: Sequence[Loss] = (), remark: str = "") -> str:
+def markdown(
+    plan: Plan, workload: Workload, scores: Sequence[Scores] = (), losses: Sequence[Loss] = (), remark: str = ""
+) -> str:
     """`report.md`."""
     lines = ["# Pruned", "", "| | before | after | kept |", "|---|---:|---:|---:|"]
     lines += ["| " + " | ".join(row.cells()) + " |" for row in compare(plan.source, plan.target, workload)]
@@ -95,9 +97,30 @@ def markdown(plan: Plan, workload: Workload, losses: Sequence[Loss] = (), remark
         lines += ["", "Loss on the calibration data, before any retraining:", ""]
         lines += ["| | parameters | nats per token |", "|---|---:|---:|"]
         lines += [f"| {loss.name} | {loss.parameters:,} | {loss.nats:.4f} |" for loss in losses]
+    for number, each in enumerate(scores, start=1):
+        if each.task is not None:
+            lines += _task(each, f" in round {number}" if len(scores) > 1 else "")
     if remark:
         lines += ["", remark]
     return "\n".join(lines) + "\n"
+
+
+def _task(scores: Scores, when: str) -> list[str]:
+    """What each contiguous run of layers or sub-layers is worth in the task's score."""
+    assert scores.task is not None
+    settings, run = scores.settings, int(scores.settings["run"])
+    lost = scores[scan("task", run, blocks=settings["blocks"])].tolist()
+    what, best = "layers" if settings["blocks"] else "sub-layers", lost.index(min(lost))
+    lines = [
+        "",
+        f"Score ({settings['task_metric']}) at the task `{settings['task']}`{when}, before any retraining:",
+        "",
+    ]
+    lines += [f"| without {what} | score |", "|---|---:|", f"| none | {scores.task:.4f} |"]
+    for first, loss in enumerate(lost):
+        gone = f"{first} to {first + run - 1}" if run > 1 else f"{first}"
+        lines += [f"| {gone}{' (the least lost)' if first == best else ''} | {scores.task - loss:.4f} |"]
+    return lines
 
 
 def plot_scores(scores: Scores, plan: Plan, path: Path) -> None:

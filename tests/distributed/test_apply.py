@@ -17,6 +17,7 @@ from megatron_ext.errors import CheckpointError
 from megatron_ext.models.presets import PRESETS
 from megatron_ext.pruning.apply import apply
 from megatron_ext.pruning.budget import Targets
+from megatron_ext.pruning.magnitude import magnitudes
 from megatron_ext.pruning.plan import Plan
 from megatron_ext.pruning.select import make_plan
 
@@ -53,6 +54,18 @@ def test_processes_share_the_work(source: Path, tmp_path: Path, count: int) -> N
     sizes = [(together / "release" / f"__{rank}_0.distcp").stat().st_size for rank in range(count)]
     assert max(sizes) < 1.5 * min(sizes)
     assert (together / "note.txt").read_text() == "0"
+
+
+def measure_together(source: Path) -> dict[str, torch.Tensor]:
+    return magnitudes(Reader(source), ARCH)
+
+
+def test_processes_measure_magnitudes_together(source: Path) -> None:
+    """Bit for bit what one does, on each of them."""
+    alone = measure_together(source)
+    for found in run_ranks(measure_together, 2, source):
+        assert found.keys() == alone.keys()
+        assert all(torch.equal(found[name], value) for name, value in alone.items())
 
 
 def fail_together(source: Path, destination: Path) -> str:

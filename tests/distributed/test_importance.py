@@ -1,5 +1,6 @@
 """The model and the scores against formulas in float64 that know nothing of Megatron, hooks or ranks."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +52,20 @@ def measured(checkpoint: str, save: str) -> dict[str, Any]:
     started = launch(JOB, [*flags, "--micro-batch-size", "2"])
     from megatron.core.utils import unwrap_model
 
-    from megatron_ext.pruning.ablation import Ablation
+    from megatron_ext.pruning.ablation import Ablation, Passes
     from megatron_ext.pruning.depth import Influence
     from megatron_ext.pruning.importance import Importance
+    from megatron_ext.pruning.left_out import LeftOut
     from megatron_ext.training.evaluate import load_model
 
     (model,) = unwrap_model(load_model(started))
     positions = torch.arange(SEQUENCE)[None]
 
     @torch.no_grad()
-    def run(labels: Tensor) -> float:
-        pairs = zip(tokens().split(2), labels.split(2), strict=True)
-        losses = [model(micro, positions, None, labels=label).double().mean() for micro, label in pairs]
-        return float(torch.stack(losses).mean())
+    def run(begin: int, end: int) -> tuple[float, float]:
+        pairs = zip(tokens().split(2)[begin:end], targets().split(2)[begin:end], strict=True)
+        losses = [model(micro, positions, None, labels=label).double() for micro, label in pairs]
+        return float(sum(loss.sum() for loss in losses)), float(sum(loss.numel() for loss in losses))
 
     widths = [Importance([model], ARCH, metric) for metric in METRICS]
     influence = Influence([model], ARCH)
@@ -74,19 +76,23 @@ def measured(checkpoint: str, save: str) -> dict[str, Any]:
     for hooks in (*widths, influence):
         hooks.remove()
 
-    each = SAMPLES * SEQUENCE * ARCH.hidden_size * 4
-    for budget in (100 * each, 5 * each, 0):
-        ablation = Ablation(
-            [model], ARCH, lambda: run(targets()), tokens=SAMPLES * SEQUENCE, memory=budget,
-            run_task=lambda: run(questions()),
-        )  # fmt: skip
-        outcomes = {units: ablation.without(units) for units in ((), *SETS)}
-        before = dict(ablation.calls)
-        ablation.without((5,))  # remembered
-        ablation.without((5, 3, 6))
-        steps = {i: ablation.calls[i] - before[i] for i in before}
-        found[f"ablation {budget // each}"] = (ablation.stride, outcomes, steps)
-        ablation.remove()
+    state = 2 * SEQUENCE * ARCH.hidden_size * 4  # of a micro-batch
+    passes = Passes(run, SAMPLES // 2, 2 * SEQUENCE)
+    for compared in (True, False):
+        for room in (100, 8, 1, 0):
+            ablation = Ablation([model], ARCH, passes, memory=room * state, logits=compared)
+            outcomes = {units: ablation.outcome(units) for units in ((), *SETS)}
+            before = dict(ablation.calls)
+            ablation.outcome((5,))  # remembered
+            ablation.outcome((5, 3, 6))
+            steps = [ablation.calls[i] - before[i] for i in before]
+            kept = len(ablation._inputs) + len(ablation._final)
+            found[f"ablation {compared} {room}"] = (ablation.stride, ablation.at_a_time, outcomes, steps, kept)
+            ablation.remove()
+    left_out = LeftOut([model], ARCH)
+    with left_out.without((1, 4)), torch.no_grad():
+        found["left out"] = torch.cat([model(micro, positions, None) for micro in tokens().split(2)])
+    left_out.remove()
     with torch.no_grad():
         after = torch.cat([model(micro, positions, None) for micro in tokens().split(2)])
     found["untouched"] = torch.equal(after, logits)
@@ -95,14 +101,6 @@ def measured(checkpoint: str, save: str) -> dict[str, Any]:
 
 def targets() -> Tensor:
     return tokens().roll(-1, dims=1)
-
-
-def questions() -> Tensor:
-    """Labels of a task: two tokens to be answered in each of the first three samples, none in the last."""
-    labels = torch.full((SAMPLES, SEQUENCE), -1)
-    # What the whole model says, so that some are right; the second sample's is wrong.
-    labels[0, 3:5], labels[1, 7:9], labels[2, 20:22] = (torch.tensor(a) for a in ([21, 15], [23, 8], [27, 21]))
-    return labels
 
 
 @pytest.fixture(scope="module")
@@ -195,33 +193,40 @@ def test_static_depth_scores_are_their_formulas(results, reference) -> None:
             torch.testing.assert_close(scores[names.depth(metric, blocks=whole)].double(), value, rtol=1e-4, atol=1e-6)
 
 
+ROOMS = (100, 8, 1, 0)
+
+
 def test_leaving_out_is_its_formula(results, reference) -> None:
-    """Loss, logit distances and the task, for single sub-layers, blocks and other sets, on any memory budget."""
+    """Losses and logit distances, for single sub-layers, blocks and other sets, on any memory budget."""
     found, weights = results
     whole = reference[0]
-    asked = questions()
-    answers = asked[:3] >= 0
-    strides = []
-    for budget in (100, 5, 0):
-        stride, outcomes, _ = found[f"ablation {budget}"]
-        strides.append(stride)
-        for units, outcome in outcomes.items():
-            logits, _ = forward(ARCH, weights, tokens(), skip=units)
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets().flatten())
-            assert outcome.loss == pytest.approx(float(loss), rel=1e-5)
-            difference = (logits - whole).square().sum(-1)
-            assert outcome.logit_mse == pytest.approx(float(difference.sum() / whole.square().sum()), rel=1e-4)
-            assert outcome.logit_distance == pytest.approx(float(difference.sqrt().mean()), rel=1e-4)
-            right = ((logits.argmax(-1) == asked)[:3] | ~answers).all(1)
-            assert outcome.task == pytest.approx(float(right.double().mean()))
-    assert strides == [1, 2, len(ARCH.pattern) + 1]
-    assert 0 < found["ablation 100"][1][()].task < 1
+    for units in ((), *SETS):
+        logits, _ = forward(ARCH, weights, tokens(), skip=units)
+        loss = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets().flatten()))
+        difference = (logits - whole).square().sum(-1)
+        for compared, room in product((True, False), ROOMS):
+            outcome = found[f"ablation {compared} {room}"][2][units]
+            assert outcome.loss == pytest.approx(loss, rel=1e-5)
+            mse, distance = difference.sum() / whole.square().sum(), difference.sqrt().mean()
+            assert outcome.logit_mse == pytest.approx(compared * float(mse), rel=1e-4)
+            assert outcome.logit_distance == pytest.approx(compared * float(distance), rel=1e-4)
+    expected, _ = forward(ARCH, weights, tokens(), skip=(1, 4))
+    torch.testing.assert_close(found["left out"].double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_untouched_prefix_is_not_run_again(results) -> None:
+def test_the_untouched_prefix_is_not_run_again_where_there_is_room(results) -> None:
+    """Without 3, 5 and 6, in two micro-batches; and no more states of a micro-batch are kept than there is room for."""
     found, _ = results
-    calls = {budget: found[f"ablation {budget}"][2] for budget in (100, 5, 0)}
-    per_layer = [[calls[budget][i] for i in range(7)] for budget in (100, 5, 0)]
-    # Without 3, 5, 6, in two micro-batches. The task begins at the embedding, the loss where the budget allows.
-    assert per_layer == [[2, 2, 2, 0, 4, 0, 0], [2, 2, 4, 0, 4, 0, 0], [4, 4, 4, 0, 4, 0, 0]]
+    none = len(ARCH.pattern)
+    expected = {
+        # stride, micro-batches at a time, layers run for the set, states kept at the end
+        (True, 100): (1, 2, [0, 0, 0, 0, 2, 0, 0], 14), (True, 8): (2, 2, [0, 0, 2, 0, 2, 0, 0], 8),
+        # The whole model again, a micro-batch at a time.
+        (True, 1): (none, 1, [4, 4, 4, 2, 4, 2, 2], 1), (True, 0): (none, 1, [4, 4, 4, 2, 4, 2, 2], 1),
+        (False, 100): (1, 2, [0, 0, 0, 0, 2, 0, 0], 12), (False, 8): (2, 2, [0, 0, 2, 0, 2, 0, 0], 6),
+        (False, 1): (none, 2, [2, 2, 2, 0, 2, 0, 0], 0), (False, 0): (none, 2, [2, 2, 2, 0, 2, 0, 0], 0),
+    }  # fmt: skip
+    for (logits, room), (stride, at_a_time, steps, kept) in expected.items():
+        got = found[f"ablation {logits} {room}"]
+        assert (got[0], got[1], got[3], got[4]) == (stride, at_a_time, steps, kept)
     assert found["untouched"]

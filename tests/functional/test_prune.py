@@ -53,6 +53,34 @@ def test_the_layout_changes_no_score_and_no_plan(workspace: Workspace, teacher: 
     assert plans[0].fingerprint == plans[1].fingerprint
 
 
+@pytest.mark.parametrize("name", ["one", "tp2", "pp2"])
+def test_sixteen_bits_measure_nearly_the_same(workspace: Workspace, teacher: str, pruned: str, name: str) -> None:
+    """Within 3% of fp32 on average, also where logits are compared; and what is cut is evaluated."""
+    ranks, flags = LAYOUTS.get(name, (1, []))
+    save, flags = f"pruned-bf16-{name}", [*flags, "--bf16", "--prune-samples", "16", "--prune-cache-gib", "0"]
+    metric = ["--prune-depth-metric", "logit_mse"]
+    workspace.run(
+        "prune_gpt.py", "--load", teacher, "--save", save, *workspace.data, *SMALLER, *flags, *metric, ranks=ranks
+    )
+    expected = load_file(workspace.path / pruned / "scores.safetensors")
+    scores = load_file(workspace.path / save / "scores.safetensors")
+    assert scores.keys() - expected.keys() == {"depth.logit_mse.blocks", "depth.logit_distance.blocks"}
+    for key, value in expected.items():
+        error = (scores[key] - value).norm() / value.norm()
+        assert error < (0.15 if key.startswith("depth.loss") else 0.03), key
+    alone = load_file(workspace.path / "pruned-bf16-one" / "scores.safetensors")
+    for key in ("depth.logit_mse.blocks", "depth.logit_distance.blocks", "hidden"):
+        torch.testing.assert_close(scores[key], alone[key], rtol=0.02, atol=0)
+    losses = [
+        [float(line.split("|")[-2]) for line in (workspace.path / run / "report.md").read_text().splitlines()
+         if line.startswith(("| original", "| pruned"))]
+        for run in (save, pruned)
+    ]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+    dtypes = layout.tensors(layout.find(workspace.path / save).path).values()
+    assert {dtype for _, dtype in dtypes} == {torch.float32}  # weights are copied as they lie
+
+
 def test_virtual_pipelines_and_sampled_values(workspace: Workspace, teacher: str) -> None:
     """A deeper model, two chunks on each rank; Shapley values draw the same sub-networks everywhere."""
     step = layout.find(workspace.path / teacher).path
@@ -83,6 +111,15 @@ def test_virtual_pipelines_and_sampled_values(workspace: Workspace, teacher: str
     split = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
     workspace.run("pretrain_hybrid.py", "--pretrained-checkpoint", "deep-1", *workspace.data, *more, *split, ranks=2)
     assert layout.architecture(layout.find(workspace.path / "uneven").path) == plans[0].target
+
+
+def test_a_dry_run_says_what_measuring_costs(workspace: Workspace, teacher: str) -> None:
+    """Three layers, each left out once, and the whole model."""
+    flags = ["--load", teacher, "--save", "dry", *workspace.data, *CALIBRATE, *SMALLER, "--dry-run"]
+    done = workspace.run("prune_gpt.py", *flags, "--prune-cache-gib", "0.0009765625")
+    assert "4 evaluations of 16 sequences" in done.stdout
+    assert "0.00 of 0.00 GiB" in done.stdout
+    assert not list(workspace.path.glob("*dry"))
 
 
 def test_the_run_directory_is_complete(workspace: Workspace, pruned: str) -> None:

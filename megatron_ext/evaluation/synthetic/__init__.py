@@ -1,9 +1,11 @@
 """Questions about long contexts, made from a seed: nothing is downloaded, any tokenizer serves, any length fits.
 
 Each suite is a task in the sense of `megatron_ext.pruning.tasks` too: `megatron_ext.evaluation.synthetic:phonebook`.
+Some are there as choices as well, compared by likelihood: `megatron_ext.evaluation.synthetic:phonebook_choice`.
 """
 
 from megatron_ext.evaluation.synthetic.aggregation import common_words, variable_tracking
+from megatron_ext.evaluation.synthetic.choice import Choices
 from megatron_ext.evaluation.synthetic.recall import copying, induction
 from megatron_ext.evaluation.synthetic.retrieval import (
     multi_key,
@@ -22,7 +24,12 @@ SUITES: dict[str, Suite] = {
     )
 }  # fmt: skip
 
+phonebook_choice, needle_choice, copying_choice, induction_choice = map(
+    Choices, (phonebook, needle, copying, induction)
+)
+
 __all__ = [
-    "SUITES", "Suite", "common_words", "copying", "induction", "multi_key", "multi_value", "needle", "phonebook",
-    "phonebook_reversed", "variable_tracking",
+    "SUITES", "Choices", "Suite", "common_words", "copying", "copying_choice", "induction", "induction_choice",
+    "multi_key", "multi_value", "needle", "needle_choice", "phonebook", "phonebook_choice", "phonebook_reversed",
+    "variable_tracking",
 ]  # fmt: skip

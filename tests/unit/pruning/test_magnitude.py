@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from random_models import random_weights
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.models.presets import PRESETS
+from megatron_ext.pruning import magnitude
 from megatron_ext.pruning.magnitude import magnitudes
 
 HIDDEN, FFN, HEADS, GROUPS, CHANNELS = 14, 10, 4, 2, 3
@@ -35,12 +37,17 @@ def squares():
 
 
 @pytest.fixture(scope="module")
-def scores(tmp_path_factory):
+def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("magnitude") / "model"
     with writing(path, ARCH) as writer:
         for key, tensor in random_weights(ARCH).items():
             writer.write(key, tensor)
-    return magnitudes(Reader(path), ARCH)
+    return path
+
+
+@pytest.fixture(scope="module")
+def scores(model):
+    return magnitudes(Reader(model), ARCH)
 
 
 def check(score, squares):
@@ -85,3 +92,40 @@ def test_hidden_channels_count_all_that_reads_and_writes_them(scores, squares):
 def test_every_score_is_there(scores):
     names = {"hidden", "layers.0.ffn", "layers.1.query_head", "layers.2.mamba", "layers.2.state"}
     assert scores.keys() == names
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a float64 tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_memory_holds_some_rows_of_a_weight_in_float64(tmp_path, monkeypatch):
+    """Of experts, too, whatever their size; the sums are the same."""
+    arch = replace(
+        ARCH, pattern="-E", num_experts=3, moe_ffn_hidden_size=8, moe_shared_expert_intermediate_size=4,
+        moe_router_topk=2, vocab_size=64,
+    )  # fmt: skip
+    weights = {key: tensor.bfloat16() for key, tensor in random_weights(arch).items()}
+    with writing(tmp_path / "model", arch) as writer:
+        for key, tensor in weights.items():
+            writer.write(key, tensor)
+    expected = magnitudes(Reader(tmp_path / "model"), arch)
+    monkeypatch.setattr(magnitude, "ELEMENTS", 5 * HIDDEN)
+    with Largest() as largest:
+        found = magnitudes(Reader(tmp_path / "model"), arch)
+    assert largest.elements <= 5 * HIDDEN
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=0)
+    down = weights["decoder.layers.1.mlp.experts.experts.linear_fc2.weight"].double().square().sum(1)
+    up = (
+        weights["decoder.layers.1.mlp.experts.experts.linear_fc1.weight"].double().square().sum(2).view(3, -1, 8).sum(1)
+    )
+    check(expected["layers.1.expert_ffn"], up + down)

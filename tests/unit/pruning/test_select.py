@@ -263,3 +263,27 @@ def test_targets_are_reached_in_equal_steps():
     assert half.mlp_layers == math.ceil((ARCH.pattern.count("-") + 2) / 2)
     params = Targets(params=0.5).toward(ARCH, 0.5).params
     assert params == pytest.approx(0.75 * ARCH.num_parameters(), abs=1)
+
+
+def test_a_scan_that_tells_no_run_from_another_is_refused():
+    """A task that the model fails without any of them would have the first layers go."""
+    blocks = len(ARCH.layers.blocks)
+    targets = Targets(num_layers=blocks - 2, depth_metric="scan_task")
+    same = random_scores(ARCH, **{"depth.scan_task.blocks.2": torch.full((blocks - 1,), 0.25)})
+    with pytest.raises(PlanError, match="tells no run from another") as error:
+        make_plan(same, ARCH, targets)
+    assert "costs 0.25" in str(error.value)
+
+
+def test_a_layer_that_never_did_anything_takes_part_in_sharing_out():
+    """Its shares are 0 of 0, which are no reason to keep it whole."""
+    sizes = dict.fromkeys(ARCH.layers.indices("-"), torch.rand(512))
+    dead = ARCH.layers.indices("-")[1]
+    scores = {f"layers.{i}.ffn": value for i, value in sizes.items()} | {f"layers.{dead}.ffn": torch.zeros(512)}
+    plan = make_plan(
+        random_scores(ARCH, **scores), ARCH,
+        Targets(ffn_hidden_size=256, per_layer=("ffn_hidden_size",), ffn_divisor=16),
+    )  # fmt: skip
+    kept = plan.target.layer_sizes["ffn_hidden_size"]
+    assert kept[1] == min(kept) == 16
+    assert sum(kept) == 256 * len(kept)
