@@ -115,6 +115,39 @@ def changed_settings(step: layout.Step, args: Namespace) -> dict[str, tuple[Any,
     return told
 
 
+def check_sharding(step: layout.Step, args: Namespace) -> None:
+    """Check that the optimizer's state of a step can be loaded by a run with these (Megatron's) arguments.
+
+    The distributed optimizer's state has a form of its own. It goes on on any layout if it was saved as Megatron's
+    `fully_reshardable`; as `dp_reshardable` only on as many tensor- and pipeline-parallel ranks.
+
+    Raises:
+        CheckpointError: It cannot; names what was saved, and what can.
+    """
+    saved = layout.common(step.path).get("args")
+    if not isinstance(saved, Namespace) or getattr(saved, "no_save_optim", None):
+        return  # `check_optimizer` says so
+    was, now = (bool(getattr(own, "use_distributed_optimizer", False)) for own in (saved, args))
+    fresh = "or a new optimizer: --no-load-optim"
+    if was != now:
+        told = "with" if was else "without"
+        raise CheckpointError(
+            "the optimizer's state cannot move between the distributed optimizer and the plain one",
+            got=f"{step.path}, saved {told} --use-distributed-optimizer",
+            legal=f"a run {told} --use-distributed-optimizer, {fresh}",
+        )  # fmt: skip
+    if not was or getattr(saved, "dist_ckpt_optim_fully_reshardable", False):
+        return
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    before, after = ([getattr(own, name) for name in names] for own in (saved, args))
+    if before != after:
+        raise CheckpointError(
+            "the distributed optimizer's state was saved in a form that stays on its layout (dp_reshardable)",
+            got=f"{step.path}: TP {before[0]}, PP {before[1]}; this run: TP {after[0]}, PP {after[1]}",
+            legal=f"the layout it was saved on, whose next save is for any (fully_reshardable); {fresh}",
+        )  # fmt: skip
+
+
 def check_same_model(step: layout.Step, args: Namespace) -> None:
     """Check that a run with these (Megatron's) arguments goes on with the model that a step holds.
 

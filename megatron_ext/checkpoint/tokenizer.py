@@ -58,6 +58,19 @@ def of_step(step: Path) -> str | None:
     return fingerprint(named) if named is not None and named.is_absolute() else None
 
 
+def check_rows(tokens: int, rows: int) -> None:
+    """Check that a model has a row of its embedding for every token of a tokenizer.
+
+    Raises:
+        ConfigError: It has not.
+    """
+    if tokens > rows:
+        raise ConfigError(
+            "the tokenizer has more tokens than the model has rows for", got=f"a tokenizer of {tokens:,} tokens",
+            legal=f"{rows:,} tokens at most: the tokenizer that the model was trained with",
+        )  # fmt: skip
+
+
 def check(step: Path, named: Path | None, whose: str) -> bool:
     """Whether a step is sure to speak the tokenizer that a command line names.
 

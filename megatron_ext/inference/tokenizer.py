@@ -5,8 +5,8 @@ from typing import Any
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.huggingface import companions
-from megatron_ext.checkpoint.tokenizer import check, fingerprint
-from megatron_ext.errors import ConfigError, DataError
+from megatron_ext.checkpoint.tokenizer import check, check_rows, fingerprint
+from megatron_ext.errors import DataError
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -39,13 +39,9 @@ def tokenizer_of(checkpoint: Path, given: Path | None) -> Any:
         raise DataError(
             "the checkpoint has no tokenizer", got=checkpoint, legal=f"--tokenizer DIR, with {companions.TOKENIZER}"
         )
-    tokenizer, rows = load_tokenizer(found), layout.architecture(step).vocab_size
-    if given and len(tokenizer) > rows:
-        raise ConfigError(
-            "the tokenizer has more tokens than the model",
-            got=f"{given}: {len(tokenizer):,}",
-            legal=f"{rows:,} at most",
-        )
+    tokenizer = load_tokenizer(found)
+    if given:
+        check_rows(len(tokenizer), layout.architecture(step).vocab_size)
     return tokenizer
 
 

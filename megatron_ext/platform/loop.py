@@ -1,7 +1,9 @@
-"""The two places of Megatron's loop that have no door: before it saves, and before a step's first micro-batch."""
+"""The places of Megatron's loop that have no door: before it saves, before a step's micro-batches, around its data."""
 
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from megatron_ext.platform.replacements import replace
 
@@ -47,3 +49,23 @@ def before_schedule(action: Callable[[Any, int, int], Any]) -> None:
 
     reason = "a teacher on another layout runs before its student (distillation with one)"
     replace(training, "get_forward_backward_func", get_forward_backward_func, reason)
+
+
+def keep_random_state() -> None:
+    """Let the making of data iterators draw nothing from torch's generator.
+
+    Each draws a seed, after a checkpoint's random state has been loaded. Where the host stands in for a GPU, dropout
+    draws from the same generator, and a run that goes on would have other masks than one that was never stopped.
+    """
+    import megatron.training.training as training
+
+    build: Any = training.build_train_valid_test_data_iterators
+
+    def build_train_valid_test_data_iterators(*args: Any, **kwargs: Any) -> Any:
+        state = torch.get_rng_state()
+        iterators = build(*args, **kwargs)
+        torch.set_rng_state(state)
+        return iterators
+
+    reason = "a run that goes on has the dropout of one that was never stopped (everywhere)"
+    replace(training, "build_train_valid_test_data_iterators", build_train_valid_test_data_iterators, reason)

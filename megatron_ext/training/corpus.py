@@ -27,7 +27,9 @@ from typing import Any, Protocol
 
 from megatron_ext import platform
 from megatron_ext.checkpoint.atomic import fresh_directory
+from megatron_ext.checkpoint.tokenizer import fingerprint
 from megatron_ext.data.documents import find_documents, size_of, texts_of
+from megatron_ext.data.manifest import MANIFEST, verify
 from megatron_ext.errors import ConfigError, DataError
 
 EOD = "<|endoftext|>"
@@ -161,7 +163,8 @@ def build_dataset(
             seconds=time.perf_counter() - start,
         )
         manifest = {key: value for key, value in asdict(summary).items() if key not in ("out", "seconds")}
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        manifest["tokenizer_fingerprint"] = fingerprint(partial / "tokenizer")
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return summary
 
 
@@ -183,7 +186,9 @@ def vocab_divisor(vocab_size: int) -> tuple[int, int]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `megatron-ext data`."""
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory for the dataset")
+    job = parser.add_mutually_exclusive_group(required=True)
+    job.add_argument("--out", type=Path, metavar="DIR", help="new directory for the dataset")
+    job.add_argument("--verify", type=Path, metavar="DIR", help="compare a dataset with its manifest, byte for byte")
     parser.add_argument(
         "--input",
         type=Path,
@@ -202,7 +207,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run `megatron-ext data`: build, then print what was built and the flags to pass on."""
+    """Run `megatron-ext data`: build, then print what was built and the flags to pass on; or verify."""
+    if args.verify is not None:
+        print(f"{args.verify}: {verify(args.verify)['tokens']:,} tokens, as they were written")
+        return
     summary = build_dataset(
         args.out,
         args.input,

@@ -13,6 +13,7 @@ from megatron.training import get_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_ext.distillation.identity import identify
+from megatron_ext.errors import DataError
 
 # The keys that Megatron's batch functions expect; those of packed sequences stay None.
 KEYS = (
@@ -38,6 +39,9 @@ def build_datasets(num_samples: Sequence[int | None], vp_stage: int | None = Non
     """
     args: Any = get_args()
     config = GPTDatasetConfig(**dataset_settings(args))
+    if num_samples[1] == 0 and args.eval_iters and not args.skip_train:
+        # With --start-eval-at-iter past the end Megatron plans no validation, and validates after the last step.
+        num_samples = (num_samples[0], args.eval_iters * args.global_batch_size, num_samples[2])
     return build(MockGPTDataset if args.mock_data else GPTDataset, config, num_samples, vp_stage)
 
 
@@ -59,6 +63,10 @@ def dataset_settings(args: Any) -> dict[str, Any]:
         "reset_position_ids": args.reset_position_ids,
         "reset_attention_mask": args.reset_attention_mask,
         "eod_mask_loss": args.eod_mask_loss,
+        "num_dataset_builder_threads": args.num_dataset_builder_threads,
+        "object_storage_cache_path": args.object_storage_cache_path,
+        "mid_level_dataset_surplus": args.mid_level_dataset_surplus,
+        "allow_ambiguous_pad_tokens": args.allow_ambiguous_pad_tokens,
         "create_attention_mask": args.create_attention_mask_in_dataloader,
         "context_parallel_size": args.context_parallel_size,
         "data_parallel_size": args.data_parallel_size,
@@ -110,6 +118,7 @@ def get_batch(data: Iterator[dict[str, Any]] | None, vp_stage: int | None) -> di
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert data is not None
         sample = next(data)
+        _check_ids(sample, args.padded_vocab_size)
         batch = {k: sample[k].cuda(non_blocking=True) if sample.get(k) is not None else None for k in KEYS}
     batch = get_batch_on_this_tp_rank(
         batch,
@@ -128,6 +137,19 @@ def get_batch(data: Iterator[dict[str, Any]] | None, vp_stage: int | None) -> di
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=cp_group)
+
+
+def _check_ids(sample: dict[str, Any], rows: int) -> None:
+    """Check that every token has a row of the embedding, while they are on the host.
+
+    Split over tensor-parallel ranks, an embedding takes any number; on a GPU it ends in an assertion of the device.
+
+    Raises:
+        DataError: One has not.
+    """
+    largest = max(int(sample["tokens"].max()), int(sample["labels"].max()))
+    if largest >= rows:
+        raise DataError("the data have a token that the model does not", got=largest, legal=f"0 to {rows - 1:,}")
 
 
 def get_identified_batch(data: Iterator[dict[str, Any]] | None, vp_stage: int | None) -> dict[str, Any]:

@@ -27,7 +27,8 @@ from megatron_ext.models.pattern import parse as parse_pattern
 from megatron_ext.ssm.dispatch import NAMES as SSM_BACKENDS
 from megatron_ext.training import flags, refusals
 from megatron_ext.training.directory import check_save
-from megatron_ext.training.splits import check_splits
+from megatron_ext.training.refused import check_flags
+from megatron_ext.training.splits import check_splits, check_vocabulary
 from megatron_ext.training.start import Start, check_continues, find_start, tell_megatron
 
 STOPPABLE = ("--exit-signal-handler",)
@@ -106,6 +107,7 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
         ConfigError, DataError, CheckpointError: Something is wrong with it; nothing has been written.
     """
     given = flags.equals_form(sys.argv[1:] if argv is None else argv)
+    check_flags(given)
     early, _ = flags.early_parser().parse_known_args(given)
     if early.hybrid_layer_pattern is not None:
         parse_pattern(early.hybrid_layer_pattern)
@@ -124,7 +126,9 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
     # Where nothing is started, no kernels are timed.
     prepare(early.ext_ssm_backend, None if early.dry_run else flags.layer_shape([*model_flags, *given]))
     from megatron.training.arguments import parse_args, validate_args
-    from megatron.training.global_vars import set_global_variables
+    from megatron.training.global_vars import get_tokenizer, set_global_variables
+
+    from megatron_ext.models.builder import model_config
 
     words = [*flags.default_flags(), *flags.vocab_flags(early), *job.defaults, *model_flags, *given]
 
@@ -138,6 +142,9 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
         group.add_argument("--ext-layer-sizes", metavar="SIZES", help=sizes)
         kernels = "state-space kernels; auto: by device, dtype and shape, and where mamba_ssm runs too, the faster"
         group.add_argument("--ext-ssm-backend", choices=SSM_BACKENDS, default="auto", help=kernels)
+        saved = "form in which the distributed optimizer is saved; dp_reshardable stays on its TP and PP"
+        forms = ("fully_reshardable", "dp_reshardable")
+        group.add_argument("--ext-optim-sharding", choices=forms, default=forms[0], help=saved)
         for prefix, options in job.options.items():
             add_options(parser, options, prefix)
         refusals.mend(parser)
@@ -149,6 +156,7 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
         args = parse_args(extra)
     finally:
         sys.argv = program
+    args.dist_ckpt_optim_fully_reshardable |= args.ext_optim_sharding == "fully_reshardable"
     _check_model(args)
     if not (args.skip_train or early.dry_run or args.train_samples or (args.train_iters or 0) > 0):
         raise ConfigError("nothing to train", got=f"--train-iters {args.train_iters}", legal="a positive number")
@@ -166,7 +174,12 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
     # The tokenizer may have decided the vocabulary.
     architecture = Architecture.from_args(args)
     _check_layout(args, architecture)
+    if not offline:
+        in_use: Any = get_tokenizer()
+        check_vocabulary(args, in_use.vocab_size, architecture.vocab_size)
     check_continues(begins, args)
+    with refusals.readable(args, parsers[0]), silenced(args):
+        model_config(args, architecture)  # whose fields refuse one another, too
     options = {prefix: read_options(args, options, prefix) for prefix, options in job.options.items()}
     return Launch(job, args, architecture, early.dry_run, options, source, begins)
 
@@ -179,6 +192,9 @@ def _check_model(args: Namespace) -> None:
             "no model given", got=empty, legal="--preset NAME, --preset CHECKPOINT, or --hybrid-layer-pattern"
         )
     args.hybrid_layer_pattern = _pipeline(args.hybrid_layer_pattern, args.pipeline_model_parallel_size)
+    layers = len(parse_pattern(args.hybrid_layer_pattern).units)
+    if args.num_layers not in (None, layers):
+        raise ConfigError("--num-layers is not the pattern's", got=args.num_layers, legal=f"{layers}, or none")
     if args.padded_vocab_size is None and args.vocab_size is None:
         return  # the tokenizer will say
     _check_layout(args, Architecture.from_args(args))

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation.report import plot_training
-from megatron_ext.platform.loop import before_saving
+from megatron_ext.platform.loop import before_saving, keep_random_state
 from megatron_ext.platform.scalars import divert_scalars
 from megatron_ext.platform.write_results import keep_write_results
 from megatron_ext.training import stop
@@ -48,6 +48,7 @@ def train(
         return
     if not args.async_save:
         keep_write_results()
+    keep_random_state()
     log: Any = None
 
     def begin(chunks: list[Any]) -> list[Any]:

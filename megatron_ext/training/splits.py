@@ -6,6 +6,8 @@ Megatron repeats a split until it is long enough; one without a token is repeate
 from argparse import Namespace
 from pathlib import Path
 
+from megatron_ext.checkpoint.tokenizer import check_rows
+from megatron_ext.data import manifest
 from megatron_ext.data.index import Index
 from megatron_ext.errors import ConfigError, DataError
 
@@ -43,6 +45,23 @@ def check_splits(args: Namespace, measured: int) -> None:
             )  # fmt: skip
         own = [indices[prefix] for prefix in prefixes if prefix in indices]
         _check_lengths(own, split, share, args)
+
+
+def check_vocabulary(args: Namespace, tokens: int, rows: int) -> None:
+    """Check that the model has a row for every token of the tokenizer, and that the data were made with that tokenizer.
+
+    Args:
+        args: Validated, with the tokenizer's fingerprint.
+        tokens: Of the tokenizer.
+        rows: Of the model's embedding.
+
+    Raises:
+        ConfigError, DataError: Says what does not fit.
+    """
+    check_rows(tokens, rows)
+    if not args.mock_data:
+        for prefix in dict.fromkeys(prefix for _, prefixes, _ in _blends(args) for prefix in prefixes):
+            manifest.check(prefix, args.tokenizer_fingerprint, rows)
 
 
 def _read(args: Namespace, blends: list[tuple[str, list[str], tuple[float, float] | None]]) -> list[int]:

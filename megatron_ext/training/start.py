@@ -11,6 +11,7 @@ from megatron_ext.checkpoint.resume import (
     check_experts,
     check_optimizer,
     check_same_model,
+    check_sharding,
     has_moments,
     own_resume_point,
     resume_point,
@@ -100,6 +101,7 @@ def tell_megatron(start: Start | None, args: Namespace) -> None:
     if _loads_optimizer(start, args):
         check_experts(start.step, args)
         check_optimizer(start.step, args)
+        check_sharding(start.step, args)
         stepped = has_moments(start.step)
         args.override_opt_param_scheduler = not args.use_checkpoint_opt_param_scheduler
     prepare_resume(args.use_checkpoint_opt_param_scheduler, stepped)

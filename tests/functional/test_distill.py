@@ -52,9 +52,15 @@ TWO_STEPS = [*TRAIN, "--train-iters", "2"]
 STATES = ["--distill-states", "embedding", "final", "0:3", "2:0", "norm3:norm5", "*", "--distill-states-loss", "mse"]
 
 
+SWAPPED = ["--tokenizer-model", "swapped", "--data-path", "bare/text_document"]
+
+
 @pytest.fixture(scope="module")
 def swapped(workspace: Workspace) -> None:
-    """A tokenizer as large as the workspace's, in which two tokens have changed their numbers."""
+    """A tokenizer as large as the workspace's but for two tokens that changed numbers, and data of unknown origin."""
+    (workspace.path / "bare").mkdir()
+    for ending in ("bin", "idx"):
+        shutil.copy(workspace.path / f"data/text_document.{ending}", workspace.path / "bare")
     shutil.copytree(workspace.path / "data" / "tokenizer", workspace.path / "swapped")
     file = workspace.path / "swapped" / "tokenizer.json"
     content = json.loads(file.read_text())
@@ -320,9 +326,10 @@ def test_a_dry_run_counts_the_teacher(workspace: Workspace, teacher: str) -> Non
         (["--distill-teacher", "teacher", "--distill-ce-weight", "1:half"], "FIRST:LAST"),
         (["--distill-teacher", "teacher", "--distill-loss", "kl"], "unknown divergence"),
         (["--distill-teacher", "teacher", "--distill-loss", "top-k", "--distill-top-k", "600"], "1 to 512"),
-        (["--distill-teacher", "teacher", "--tokenizer-model", "swapped"], "the teacher has another tokenizer"),
+        (["--distill-teacher", "teacher", *SWAPPED], "the teacher has another tokenizer"),
+        (["--distill-teacher", "teacher", *SWAPPED[:2]], "the data were made with another tokenizer"),
         (
-            ["--distill-teacher", "teacher", "--pretrained-checkpoint", "teacher", "--tokenizer-model", "swapped"],
+            ["--distill-teacher", "teacher", "--pretrained-checkpoint", "teacher", *SWAPPED],
             "the checkpoint has another tokenizer",
         ),
         (

@@ -57,10 +57,29 @@ def test_the_layout_changes_no_loss(
     assert metrics[-1]["val_loss"] == pytest.approx(reference[-1]["val_loss"], rel=1e-6)
 
 
+def test_the_distributed_optimizer_goes_on_on_another_layout(workspace: Workspace, teacher: str) -> None:
+    """With its moments: two steps more are those on the layout that it was saved on."""
+    common = [*workspace.data, *TRAIN, "--eval-iters", "0", "--save-interval", "9"]
+    distributed = [*common, "--use-distributed-optimizer"]
+    first = ["--pretrained-checkpoint", teacher, "--train-iters", "4", "--exit-interval", "2", "--save", "moved"]
+    workspace.run("pretrain_hybrid.py", *first, *distributed, ranks=2)
+    shutil.copytree(workspace.path / "moved", workspace.path / "stayed")
+    go_on = {name: ["--load", name, "--save", name, "--train-iters", "4"] for name in ("moved", "stayed")}
+    done = workspace.run("pretrain_hybrid.py", *go_on["moved"], *common, ok=False)
+    assert done.returncode == 2
+    assert "saved with --use-distributed-optimizer" in done.stderr
+    workspace.run("pretrain_hybrid.py", *go_on["stayed"], *distributed, ranks=2)
+    workspace.run("pretrain_hybrid.py", *go_on["moved"], *distributed, "--tensor-model-parallel-size", "2", ranks=2)
+    moved, stayed = (workspace.metrics(name) for name in ("moved", "stayed"))
+    assert [step["step"] for step in moved] == [1, 2, 3, 4]
+    for step, expected in zip(moved, stayed, strict=True):
+        assert [step["loss"], step["grad_norm"]] == pytest.approx([expected["loss"], expected["grad_norm"]], rel=1e-5)
+
+
 def test_masked_tokens_change_no_gradient_with_the_micro_batch(workspace: Workspace, teacher: str) -> None:
     """The tokens that are masked, here the likeliest, are unevenly spread: a mean of means is not the mean."""
     tokens = np.fromfile(workspace.path / "data/text_document.bin", dtype=np.uint16)
-    masked = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "512", "--eod-mask-loss"]
+    masked = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "511", "--eod-mask-loss"]
     masked += ["--null-tokenizer-eod-id", str(np.bincount(tokens).argmax())]
     flags = [*workspace.data, *TRAIN, *masked, "--train-iters", "1", "--eval-iters", "0"]
     jobs = {
@@ -91,6 +110,22 @@ def test_resume_is_bit_exact(workspace: Workspace, teacher: str) -> None:
     assert left.shapes.keys() == right.shapes.keys()
     for key in left.shapes:
         assert torch.equal(left.read(key), right.read(key)), key
+
+
+def test_resume_with_dropout_is_bit_exact(workspace: Workspace, teacher: str) -> None:
+    """Going on draws nothing from the generator that the masks come from."""
+    flags = [*workspace.data, *TRAIN, "--eval-iters", "0", "--hidden-dropout", "0.2", "--attention-dropout", "0.2"]
+    flags += ["--train-iters", "3", "--save-interval", "2"]
+    workspace.run("pretrain_hybrid.py", "--pretrained-checkpoint", teacher, *flags, "--save", "dropped")
+    straight = workspace.metrics("dropped")
+    shutil.rmtree(workspace.path / "dropped/iter_0000003")
+    (workspace.path / "dropped/latest_checkpointed_iteration.txt").write_text("2")
+    workspace.run("pretrain_hybrid.py", *flags, "--load", "dropped", "--save", "dropped")
+    resumed = workspace.metrics("dropped")
+    assert [step["step"] for step in resumed] == [1, 2, 3]
+    assert [(step["loss"], step["grad_norm"]) for step in resumed] == [
+        (step["loss"], step["grad_norm"]) for step in straight
+    ]
 
 
 def test_a_damaged_last_step_falls_back_to_the_one_before(workspace: Workspace, teacher: str) -> None:

@@ -10,6 +10,7 @@ from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.resume import (
     architecture_on_disk,
     check_experts,
+    check_sharding,
     has_checkpoint,
     own_resume_point,
     resume_point,
@@ -177,3 +178,31 @@ def test_experts_with_an_optimizer_of_their_own_keep_it(tmp_path):
     check_experts(step, arguments(1, etp=1, tp=2))
     with pytest.raises(CheckpointError, match="expert parallel size 1 and larger"):
         check_experts(step, arguments(1))
+
+
+def optimizer(distributed, tp=1, pp=1, **more):
+    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    return Namespace(use_distributed_optimizer=distributed, **sizes, **more)
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "said"),
+    [
+        (optimizer(False), optimizer(True), "without --use-distributed-optimizer"),
+        (optimizer(True, dist_ckpt_optim_fully_reshardable=True), optimizer(False), "saved with --use-distributed"),
+        (optimizer(True, dist_ckpt_optim_fully_reshardable=False), optimizer(True, tp=2), "TP 1, PP 1; this run: TP 2"),
+        (optimizer(True), optimizer(True, pp=2), "this run: TP 1, PP 2"),
+        (optimizer(False), optimizer(False, tp=2, pp=2), None),
+        (optimizer(True), optimizer(True), None),
+        (optimizer(True, dist_ckpt_optim_fully_reshardable=True), optimizer(True, tp=2, pp=2), None),
+        (optimizer(False, no_save_optim=True), optimizer(True), None),
+    ],
+)
+def test_an_optimizer_state_that_cannot_be_loaded_is_refused(monkeypatch, tmp_path, saved, now, said):
+    monkeypatch.setattr(layout, "common", lambda step: {"args": saved})
+    step = layout.Step(tmp_path / "iter_0000002", 2)
+    if said is None:
+        check_sharding(step, now)
+        return
+    with pytest.raises(CheckpointError, match=f"(?s){said}.*--no-load-optim"):
+        check_sharding(step, now)

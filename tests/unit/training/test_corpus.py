@@ -338,3 +338,40 @@ def test_a_jsonl_file_is_opened_once_and_not_for_each_line(tmp_path: Path, monke
     straight = [f"{name}{i} \u2028 \u0085" for name in "ab" for i in range(50)]
     assert texts == [straight[i * 37 % 100] for i in range(100)]
     assert sorted(opened) == sorted(files * 2)
+
+
+def test_a_dataset_agrees_with_its_manifest_and_with_the_run(source: Path, tmp_path: Path):
+    """A run with another tokenizer, a smaller vocabulary or changed bytes is refused; without a manifest, taken."""
+    from megatron_ext.checkpoint.tokenizer import fingerprint
+    from megatron_ext.data import manifest
+
+    for name, size in (("one", 300), ("two", 310)):
+        corpus.build_dataset(tmp_path / name, [source], vocab_size=size)
+    one, two = (fingerprint(tmp_path / name / "tokenizer") for name in ("one", "two"))
+    prefix = str(tmp_path / "one/text_document")
+    manifest.check(prefix, one, 300)
+    manifest.check(prefix, None, 320)
+    with pytest.raises(DataError, match=r"(?s)another tokenizer.*--tokenizer-model .*one/tokenizer"):
+        manifest.check(prefix, two, 320)
+    with pytest.raises(DataError, match=r"(?s)300 tokens.*299 at most"):
+        manifest.check(prefix, None, 299)
+    assert manifest.verify(tmp_path / "one")["vocab_size"] == 300
+    content = (tmp_path / "one/text_document.bin").read_bytes()
+    (tmp_path / "one/text_document.bin").write_bytes(bytes(len(content)))
+    for check in (lambda: manifest.check(prefix, one, 300), lambda: manifest.verify(tmp_path / "one")):
+        with pytest.raises(DataError, match="not what `megatron-ext data` wrote"):
+            check()
+    (tmp_path / "one/manifest.json").unlink()
+    manifest.check(prefix, two, 1)
+    with pytest.raises(DataError, match="no dataset of"):
+        manifest.verify(tmp_path / "one")
+
+
+def test_the_command_verifies(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    parser = argparse.ArgumentParser()
+    corpus.add_arguments(parser)
+    corpus.build_dataset(tmp_path / "out", [source], vocab_size=300)
+    corpus.main(parser.parse_args(["--verify", str(tmp_path / "out")]))
+    assert "tokens, as they were written" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--verify", "a", "--out", "b"])

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.models.backend import prepare
-from megatron_ext.training.splits import check_splits
+from megatron_ext.training.splits import check_splits, check_vocabulary
 
 prepare()  # before Megatron is imported
 
@@ -104,3 +104,21 @@ def test_data_that_was_cut_off(two: str) -> None:
     said = refusal(arguments(data_path=[two], split="100,0,0", eval_iters=0))
     assert "do not belong together" in said
     assert "two.bin: 300 bytes" in said
+
+
+def test_every_token_needs_a_row(two: str) -> None:
+    args = arguments(data_path=[two], split="100,0,0", tokenizer_fingerprint=None)
+    check_vocabulary(args, 100, 100)
+    with pytest.raises(ConfigError, match=r"(?s)a tokenizer of 101 tokens.*100 tokens at most"):
+        check_vocabulary(args, 101, 100)
+
+
+def test_a_token_beyond_the_vocabulary_is_found_in_the_batch() -> None:
+    import torch
+
+    from megatron_ext.training.data import _check_ids
+
+    sample = {"tokens": torch.tensor([[3, 7]]), "labels": torch.tensor([[7, 8]])}
+    _check_ids(sample, 9)
+    with pytest.raises(DataError, match=r"(?s)got:   8.*0 to 7"):
+        _check_ids(sample, 8)
