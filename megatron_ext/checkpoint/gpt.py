@@ -23,6 +23,7 @@ from megatron_ext.models.pattern import ATTENTION, MLP, MOE
 _OURS, _THEIRS = "decoder.final_norm.", "decoder.final_layernorm."
 # Megatron's own modules (`--transformer-impl local`) call the norm before experts as that before an MLP.
 _LOCAL_NORM = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
+ROPE_FACTOR = 8.0  # `gpt_config_from_args` hands on no other
 # What arguments that older versions did not have mean.
 _DEFAULTS: dict[str, Any] = {
     "quick_geglu": False, "squared_relu": False, "swiglu": False, "group_query_attention": False,
@@ -74,7 +75,7 @@ def check(arch: Architecture) -> None:
     """Check that a GPTModel can be this model.
 
     Raises:
-        CheckpointError: Its pattern is another, or its sizes differ from layer to layer.
+        CheckpointError: Its pattern or RoPE scaling is another, or its sizes differ from layer to layer.
     """
     if set(arch.pattern[::2]) != {ATTENTION} or not set(arch.pattern[1::2]) <= {MLP, MOE} or len(arch.pattern) % 2:
         raise CheckpointError(
@@ -82,6 +83,11 @@ def check(arch: Architecture) -> None:
         )
     if arch.layer_sizes:
         raise CheckpointError("a GPTModel's sizes cannot differ from layer to layer", got=arch.layer_sizes_text)
+    if arch.rope_scaling_factor not in (None, ROPE_FACTOR):
+        raise CheckpointError(
+            "Megatron builds a GPTModel with its default RoPE scaling, whatever --rope-scaling-factor says",
+            got=arch.rope_scaling_factor, legal=ROPE_FACTOR,
+        )  # fmt: skip
 
 
 def place(arch: Architecture, key: str, stacked: bool) -> tuple[str, int | None]:

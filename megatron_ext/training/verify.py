@@ -116,11 +116,25 @@ def _random(words: int, length: int) -> Tensor:
 
 
 def _text(directory: Path) -> Tensor | None:
+    """Tokens of a text (1, s); says so if transformers makes others of it."""
     if not (directory / companions.TOKENIZER).is_file():
         return None
     from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
 
-    return torch.tensor([Tokenizer.from_file(str(directory / companions.TOKENIZER)).encode(TEXT).ids])
+    own = Tokenizer.from_file(str(directory / companions.TOKENIZER))
+    ids = own.encode(TEXT, add_special_tokens=False).ids
+    told = ""
+    try:
+        read: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        if read.encode(TEXT, add_special_tokens=False) != ids:
+            told = f"takes it for a {type(read).__name__} and makes other tokens of a text"
+    except Exception as error:  # whatever the first file that it does not like makes transformers raise
+        told = f"cannot read it: {error}"
+    if told:
+        right = f"PreTrainedTokenizerFast.from_pretrained({str(directory)!r})"
+        print(f"warning: the model's tokenizer is {right}; AutoTokenizer {told}", flush=True)
+    return torch.tensor([own.encode(TEXT).ids])
 
 
 def _compared(names: list[str], theirs: list[Tensor], ours: list[Tensor], tolerance: float) -> float:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from distributed.runner import run_ranks
 from hf_models import make
 from random_models import random_weights
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from megatron_ext.checkpoint.huggingface.convert import to_hf, to_megatron
 from megatron_ext.checkpoint.writer import writing
@@ -112,3 +113,20 @@ def test_the_length_reaches_past_what_the_configuration_names(context, config, v
     arch = replace(LLAMA, max_position_embeddings=context, vocab_size=vocab)
     assert verify._length(arch, config) == length
     assert told in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_transformers_reads_otherwise_is_told(tmp_path: Path, capsys) -> None:
+    """Qwen2's class splits numbers into digits, whatever tokenizer.json says."""
+    own = Tokenizer(models.BPE())
+    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    own.train_from_iterator([verify.TEXT] * 3, trainers.BpeTrainer(vocab_size=400, show_progress=False))
+    own.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    for model_type, told in (("llama", ""), ("qwen2", "takes it for a Qwen2Tokenizer")):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        text = verify._text(tmp_path)
+        assert text is not None
+        assert text.tolist() == [own.encode(verify.TEXT).ids]
+        printed = capsys.readouterr().out
+        assert told in printed
+        assert bool(printed) == bool(told)

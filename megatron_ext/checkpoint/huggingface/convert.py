@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 from argparse import Namespace
 from dataclasses import replace
+from functools import reduce
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def _read_theirs(shards: Shards | Pickled, piece: Piece, place: Tensor, part: Sc
         return
     rows = part.tensor((piece.stop - piece.first, *entry.shape[1:]), entry.dtype)
     shards.read(piece.theirs, rows, piece.first)
-    place.copy_(rows.view(place.shape))
+    _copy(rows.view(place.shape), place, piece.theirs)
 
 
 def _type(key: str, own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
@@ -220,7 +221,7 @@ def to_hf(
     for piece in pieces:
         sources.setdefault(piece.theirs, []).append(piece)
     targets = {
-        name: (shape, _type(name, types[sources[name][0].ours], dtype))
+        name: (shape, _type(name, reduce(torch.promote_types, (types[piece.ours] for piece in sources[name])), dtype))
         for name, shape in _their_shapes(arch, pieces).items()
     }
     total = sum(torch.empty(shape, dtype=kind, device="meta").nbytes for shape, kind in targets.values())
@@ -260,8 +261,22 @@ def _assembled(
     tensor = whole.tensor(shape, dtype)
     for piece in pieces:
         view = piece.view(latest.read(piece.ours))
-        tensor[piece.first : piece.stop].view(view.shape).copy_(view)
+        _copy(view, tensor[piece.first : piece.stop].view(view.shape), piece.theirs)
     return tensor
+
+
+def _copy(tensor: Tensor, place: Tensor, name: str) -> None:
+    """Copy into another type.
+
+    Raises:
+        CheckpointError: It cannot hold the values.
+    """
+    place.copy_(tensor)
+    if place.dtype == torch.float16 != tensor.dtype and not bool(place.isfinite().all()):
+        raise CheckpointError(
+            f"{name} does not fit into float16", got=f"values up to {float(tensor.abs().max()):.3g}",
+            legal="--dtype bfloat16 or float32",
+        )  # fmt: skip
 
 
 class _Latest:

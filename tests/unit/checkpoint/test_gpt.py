@@ -45,6 +45,7 @@ def rewrite(step: Path, args: dict[str, object]) -> None:
         ({"num_layers": None}, "does not say which model"),
         ({"hybrid_layer_pattern": "*-"}, "pattern form already"),
         ({"position_embedding_type": "learned_absolute"}, "position_embedding_type"),
+        ({"use_rope_scaling": True, "rope_scaling_factor": 32.0, "position_embedding_type": "rope"}, "default RoPE"),
         ({"num_layers": 2}, r"\(3, .*\) instead of \(2, "),
     ],
 )
@@ -61,6 +62,7 @@ def test_other_models_are_refused_by_the_argument(tmp_path: Path, args: dict[str
         ({"pattern": "M-*-"}, "layer pattern"),
         ({"pattern": "*-*"}, "layer pattern"),
         ({"layer_sizes": {"ffn_hidden_size": (8, 16, 24)}}, "differ from layer to layer"),
+        ({"rope_scaling_factor": 32.0}, "default RoPE scaling"),
     ],
 )
 def test_what_no_gpt_model_is(tmp_path: Path, changes: dict[str, object], message: str) -> None:
