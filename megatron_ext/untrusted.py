@@ -15,6 +15,7 @@ import signal
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from enum import EnumType
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,6 +32,16 @@ def _layout(name: str) -> torch.layout:
     return {str(known): known for known in (torch.strided, torch.sparse_coo)}[name]
 
 
+def _member(kind: Any, name: str = "") -> Any:
+    """`getattr`, by which Python 3.11 pickles members of an enumeration, and for nothing else."""
+    if kind is Unknown:
+        return Unknown()
+    if not (isinstance(kind, EnumType) and name in kind.__members__):
+        raise refusal("builtins.getattr", "a pickle")
+    return kind[name]
+
+
+_OLDER = "torch.distributed._shard.sharded_tensor.metadata"
 _INDEX: dict[tuple[str, str], Any] = {
     **{(kind.__module__, kind.__name__): kind for kind in (
         index.Metadata, index.MetadataIndex, index.TensorStorageMetadata, index.BytesStorageMetadata,
@@ -39,6 +50,9 @@ _INDEX: dict[tuple[str, str], Any] = {
         planner.WriteItemType, planner.TensorWriteData, planner.BytesIOWriteData, collections.OrderedDict,
     )},
     **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype | torch.layout)},
+    # Where torch before 2.3 had them.
+    (_OLDER, "TensorProperties"): index.TensorProperties, (_OLDER, "MEM_FORMAT_ENCODING"): index._MEM_FORMAT_ENCODING,
+    **{(module, "getattr"): _member for module in ("builtins", "__builtin__")},
     ("torch", "Size"): torch.Size, ("torch", "device"): torch.device, ("torch.serialization", "_get_layout"): _layout,
     **{(module, name): pathlib.PurePosixPath for module in ("pathlib", "pathlib._local")
        for name in ("PosixPath", "PurePosixPath")},
@@ -46,8 +60,8 @@ _INDEX: dict[tuple[str, str], Any] = {
 """What `torch.distributed.checkpoint` and Megatron write into `.metadata`."""
 
 _OBJECTS: tuple[Any, ...] = (
-    argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath, signal.Signals, io.BytesIO,
-    numpy.ndarray, numpy.dtype, (numpy.array(0).__reduce__()[0], "numpy.core.multiarray._reconstruct"),
+    argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath, signal.Signals, (_member, "builtins.getattr"),
+    io.BytesIO, numpy.ndarray, numpy.dtype, (numpy.array(0).__reduce__()[0], "numpy.core.multiarray._reconstruct"),
     (numpy.array(0).__reduce__()[0], "numpy._core.multiarray._reconstruct"),
     (numpy.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
     (numpy.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),

@@ -7,11 +7,13 @@ import zipfile
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from signal import Signals
 
 import pytest
 import torch
+from torch.distributed._shard.sharded_tensor import metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, MetadataIndex, StorageMeta
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.reader import Reader
@@ -174,6 +176,24 @@ def test_arguments_among_the_tensors_run_nothing(step: Path, tmp_path: Path) -> 
     with pytest.raises(UntrustedError, match=r"asks for posix\.mkdir"):
         layout.common(step)
     assert not (tmp_path / "hit").exists()
+
+
+def test_members_of_enumerations_may_be_pickled_by_name(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python 3.11 does it, and torch before 2.3 under another name."""
+    before = layout.read_metadata(step)
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name)))
+    monkeypatch.setattr(Signals, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name)))
+    older = metadata.MEM_FORMAT_ENCODING.__module__.encode()
+    text = pickle.dumps(before, 2)
+    newer = _MEM_FORMAT_ENCODING.__module__.encode()
+    for name in (b"TensorProperties", b"_MEM_FORMAT_ENCODING"):
+        text = text.replace(b"c%s\n%s" % (newer, name), b"c%s\n%s" % (older, name.lstrip(b"_")))
+    assert text.count(older) == 2
+    assert text.count(b"getattr") == 1
+    (step / ".metadata").write_bytes(text)
+    assert layout.read_metadata(step).state_dict_metadata == before.state_dict_metadata
+    torch.save({"args": Namespace(exit_signal=Signals.SIGTERM)}, step / "common.pt")
+    assert layout.common(step)["args"].exit_signal is Signals.SIGTERM
 
 
 def test_a_tensor_runs_nothing(step: Path, tmp_path: Path) -> None:
