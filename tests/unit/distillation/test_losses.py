@@ -51,7 +51,7 @@ def data(length: int, tokens: int) -> tuple[Tensor, Tensor]:
     tokens=st.integers(2, 11),
     padding=st.integers(0, 5),
     name=st.sampled_from(NAMES),
-    temperature=st.sampled_from([1.0, 0.7, 3.0]),
+    temperature=st.sampled_from([1.0, 0.05, 0.7, 3.0, 10.0]),
     weights=st.sampled_from([(1.0, 0.0), (0.0, 1.0), (0.7, 0.4)]),
     k=st.integers(1, 11),
     beta=st.sampled_from([0.1, 0.5, 0.8]),
