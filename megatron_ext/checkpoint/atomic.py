@@ -61,7 +61,7 @@ def publish(directory: Path, path: str | Path) -> None:
         CheckpointError: `path` exists already and is not an empty directory.
     """
     path = Path(path)
-    for file in directory.iterdir():
+    for file in directory.rglob("*"):
         _flush(file)
     refuse_existing(path)
     directory.rename(path)

@@ -72,6 +72,17 @@ def test_a_cut_is_made(workspace: Workspace, teacher: str, recipe, tmp_path: Pat
     assert (made.hidden_size, made.ffn_hidden_size, made.mamba_num_heads) == (48, 64, 4 if heads else 8)
 
 
+def test_layers_go_by_a_task(workspace: Workspace, teacher: str, recipe, tmp_path: Path) -> None:
+    """By choices instead of Winogrande, which is downloaded."""
+    task = ["--prune-task", "megatron_ext.evaluation.synthetic:copying_choice"]
+    program, flags = recipe("prune", "llama3.1-minitron-4b-depth", *task, LOAD=teacher, SAVE=str(tmp_path / "depth"))
+    assert flags[flags.index("--prune-task") + 1] == "lm_eval:winogrande"
+    cut = ["--prune-num-layers", "2", "--prune-samples", "8"]
+    workspace.run(program, *flags, *SIZES, *VOCABULARY, *cut, ranks=2)
+    assert len(architecture_on_disk(tmp_path / "depth").layers.blocks) == 2
+    assert f"at the task `{task[1]}`" in (tmp_path / "depth" / "report.md").read_text()
+
+
 @pytest.mark.parametrize(("name", "context_parallel"), [("16k", "1"), ("32k", "2")])
 def test_a_model_learns_longer_contexts(
     workspace: Workspace, teacher: str, recipe, tmp_path: Path, name: str, context_parallel: str
