@@ -40,8 +40,10 @@ def read_config(directory: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"no {CONFIG}", got=directory, legal="the directory of a Hugging Face model") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{CONFIG} is not JSON: {error}", got=path) from error
+    except OSError as error:
+        raise CheckpointError(f"{CONFIG} cannot be read: {error.strerror}", got=path) from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{CONFIG} is not an object", got=path)
     return config
@@ -74,16 +76,27 @@ def attach(writer: Writer, paths: Sequence[Path]) -> None:
 
 
 def beside(step: Path) -> Path | None:
-    """Where a converted checkpoint keeps them: beside its steps; None if it was not converted."""
-    folder = step.parent / FOLDER
+    """Where a converted checkpoint keeps them: beside its steps; None if it was not converted.
+
+    Raises:
+        UntrustedError: It is a link that leads out of the checkpoint.
+    """
+    folder = inside(step.parent, FOLDER)
     return folder if (folder / CONFIG).is_file() else None
 
 
 def tokenizer(step: Path) -> Path | None:
-    """The directory of the tokenizer that a step was converted or trained with; None if it is not there."""
+    """The directory of the tokenizer that a step was converted or trained with; None if it is not there.
+
+    Raises:
+        UntrustedError: It is the checkpoint's own, and a link that leads out of it.
+    """
     named = trained_with(step)
     for found in (beside(step), step.parent / TOKENIZER_FOLDER, Path(named) if named else None):
         if found is not None and (found / TOKENIZER).is_file():
+            if found.parent == step.parent:
+                for path in tokenizer_files(found):
+                    inside(step.parent, f"{found.name}/{path.name}")
             return found
     return None
 

@@ -118,6 +118,36 @@ def test_nothing_outside_is_read_or_copied(hf: Path, tmp_path: Path, change: Any
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["huggingface", "huggingface/config.json", "tokenizer", "tokenizer/tokenizer.json"])
+def test_a_checkpoint_hands_nothing_on_from_outside(hf: Path, tmp_path: Path, name: str) -> None:
+    to_megatron(hf, tmp_path / "m")
+    if name.startswith("tokenizer"):
+        shutil.rmtree(tmp_path / "m" / "huggingface")
+        (tmp_path / "m" / "tokenizer").mkdir()
+        (tmp_path / "m" / "tokenizer" / "tokenizer.json").write_text("{}")
+    (tmp_path / "m" / name).rename(tmp_path / "elsewhere")
+    (tmp_path / "m" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UntrustedError, match="leads out"):
+        to_hf(tmp_path / "m", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def no_object(hf: Path) -> None:
+    (hf / "config.json").write_text("[" * 100_000)
+
+
+def no_file(hf: Path) -> None:
+    (hf / "config.json").unlink()
+    (hf / "config.json").mkdir()
+
+
+@pytest.mark.parametrize("change", [no_object, no_file])
+def test_a_configuration_that_is_none_is_named(hf: Path, tmp_path: Path, change: Any) -> None:
+    change(hf)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        to_megatron(hf, tmp_path / "out")
+
+
 def test_a_snapshot_of_the_hub_is_read(hf: Path, tmp_path: Path) -> None:
     repository = tmp_path / "models--somebody--llama"
     snapshot, blobs = repository / "snapshots" / "abc", repository / "blobs"
