@@ -11,6 +11,13 @@ from megatron_ext.training.refused import CUDA, REFUSED, TRANSFORMER_ENGINE, che
 prepare()  # before Megatron is imported
 
 
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch, megatron: dict[str, argparse.Action]) -> None:
+    """A machine without GPUs and optional packages, wherever the test runs."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("megatron_ext.platform.device_type", lambda: "cpu")
+
+
 @pytest.fixture(scope="module")
 def megatron() -> dict[str, argparse.Action]:
     """Megatron's flags, without their hyphens."""
@@ -20,6 +27,7 @@ def megatron() -> dict[str, argparse.Action]:
     return {name.removeprefix("--"): action for action in parser._actions for name in action.option_strings}
 
 
+@pytest.mark.usefixtures("bare")
 def test_every_entry_is_a_flag_of_the_installed_megatron(megatron: dict[str, argparse.Action]) -> None:
     from fnmatch import fnmatchcase
 
@@ -32,6 +40,7 @@ def test_every_entry_is_a_flag_of_the_installed_megatron(megatron: dict[str, arg
                 assert refusal([f"--{name}=1"]) is not None, name
 
 
+@pytest.mark.usefixtures("bare")
 def test_a_refusal_says_why_and_what_instead() -> None:
     for words, said in (
         (["--reset-attention-mask"], "across the documents.*--eod-mask-loss"),
