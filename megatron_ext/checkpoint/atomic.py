@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_ext.errors import CheckpointError, ConfigError
+from megatron_ext.checkpoint.outputs import PARTIAL, check_writable, hold_new, release_new
+from megatron_ext.errors import CheckpointError
 
 
 @contextmanager
@@ -15,7 +16,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary file beside `path`, which takes its place when the block ends well and is removed otherwise."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -34,12 +35,13 @@ def fresh_directory(path: str | Path) -> Iterator[Path]:
 
     Raises:
         CheckpointError: `path` exists already and is not an empty directory, or cannot be created.
+        ConfigError: Another job is making it.
     """
     path = Path(path)
     refuse_existing(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        hold_new(path)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent))
     except OSError as error:
         raise CheckpointError("the output cannot be created", got=f"{path}: {error.strerror}") from error
     try:
@@ -51,6 +53,7 @@ def fresh_directory(path: str | Path) -> Iterator[Path]:
         temporary.rename(path)  # replaces an empty directory, and nothing else
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        release_new(path)
     _flush(path.parent)
 
 
@@ -74,26 +77,6 @@ def refuse_existing(path: Path) -> None:
         raise CheckpointError("the output exists already and is not overwritten", got=path, legal="a new directory")
 
 
-def check_writable(directory: Path, flag: str) -> None:
-    """Find out before hours of work whether there will be a place for what comes of it.
-
-    Args:
-        directory: Where it goes; it need not be there yet.
-        flag: What says so on the command line.
-
-    Raises:
-        ConfigError: Nothing can be written there.
-    """
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            "nothing can be written there", got=f"{directory}: {error.strerror}", legal=f"{flag} another place"
-        ) from error
-
-
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -106,3 +89,14 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def check_new(path: Path, name: str = "--save") -> None:
+    """Check that a directory can be made at `path`, before the work is done that is to go into it.
+
+    Raises:
+        CheckpointError: It exists already and is not empty.
+        ConfigError: Nothing can be written there.
+    """
+    refuse_existing(path)
+    check_writable(path, name)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.checkpoint.outputs import contents
 from megatron_ext.distillation.manifest import MANIFEST, Manifest
 from megatron_ext.distillation.objective import Objective
 from megatron_ext.distillation.shards import Reader
@@ -81,7 +82,7 @@ def begin(directory: Path, manifest: Manifest) -> Manifest:
         DataError: Its manifest is damaged.
     """
     if not (directory / MANIFEST).is_file():
-        if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        if directory.exists() and not (directory.is_dir() and not contents(directory)):
             raise ConfigError("--distill-cache-write: this is no cache", got=directory, legal="a new directory")
         return manifest
     there = Manifest.read(directory)

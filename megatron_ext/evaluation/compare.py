@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.checkpoint.atomic import replacing
+from megatron_ext.checkpoint.outputs import check_writable
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation.compare_rows import Row, rows
 from megatron_ext.evaluation.results import finite
@@ -59,8 +60,8 @@ def main(args: argparse.Namespace) -> None:
     """Print the table, and write it with the picture."""
     runs = [Run.read(path, name) for path, name in zip(args.runs, names(args.runs), strict=True)]
     out: Path | None = args.out
-    if out is not None and out.exists() and not out.is_dir():
-        raise ConfigError("--out is no directory", got=out)
+    if out is not None:
+        check_writable(out, "--out")
     found = rows(runs)
     _print(runs, found)
     if out is None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.atomic import check_writable, replacing
+from megatron_ext.checkpoint.atomic import replacing
+from megatron_ext.checkpoint.outputs import check_writable, contents
 from megatron_ext.errors import ConfigError, DataError
 
 FILE = "results.json"
@@ -84,7 +85,7 @@ class Results:
                 got=f"{self.directory}: {(there or {}).get('path')}",
                 legal="--save another directory",
             )
-        if there is None and not (own or claimed) and self.directory.is_dir() and any(self.directory.iterdir()):
+        if there is None and not (own or claimed) and self.directory.is_dir() and contents(self.directory):
             raise ConfigError(
                 "the directory is not empty and holds no results", got=self.directory, legal="a new directory"
             )

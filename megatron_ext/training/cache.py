@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ext.checkpoint import layout, tokenizer
+from megatron_ext.checkpoint.outputs import check_writable
 from megatron_ext.distillation.cache import Cache, begin
 from megatron_ext.distillation.manifest import Manifest
 from megatron_ext.distillation.objective import Objective
@@ -104,6 +105,7 @@ def check_writing(launch: Launch, tokens: int) -> Writing:
         DataError: What the directory holds already is damaged.
     """
     args, given = launch.args, launch.options["distill"]
+    check_writable(Path(given.cache_write), "--distill-cache-write")
     teacher, directory = Teacher.find(given.teacher), Path(given.cache_write)
     wanted = replace(compared(given, teacher), divergence="top-k-rest")
     wanted.check(tokens)

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
+from megatron_ext.checkpoint.outputs import hold_run
 from megatron_ext.checkpoint.ranks import gather
 from megatron_ext.distillation.divergences import TopK
 from megatron_ext.distillation.identity import identify, name
@@ -47,6 +48,8 @@ def write(launch: Launch, writing: Writing) -> None:
     from megatron_ext.training.evaluate import build_model, start
 
     args, manifest, directory, known = launch.args, writing.manifest, writing.directory, writing.known
+    if args.rank == 0:
+        hold_run(directory)
     start(launch)
     stages = range(args.virtual_pipeline_model_parallel_size or 1)
     shares = [_Share(manifest.seed, stage, known) for stage in stages]

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from megatron_ext.checkpoint import gpt
+from megatron_ext.checkpoint.atomic import check_new
 from megatron_ext.checkpoint.huggingface import companions, families
 from megatron_ext.checkpoint.huggingface.coded import CodedFamily
 from megatron_ext.checkpoint.huggingface.convert import TYPES, to_hf, to_megatron
@@ -81,6 +82,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--pad-vocab-to goes with --to megatron", legal="--vocab-size N cuts padding off")
     if args.pad_vocab_to < 1 or args.shard_gb <= 0:
         raise ConfigError("--pad-vocab-to and --shard-gb must be positive", got=f"{args.pad_vocab_to}, {args.shard_gb}")
+    check_new(args.output, "the output")
 
 
 class _Progress:

@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 from megatron_ext import platform
 from megatron_ext.checkpoint.atomic import fresh_directory
+from megatron_ext.checkpoint.outputs import check_writable
 from megatron_ext.checkpoint.tokenizer import fingerprint
 from megatron_ext.data.documents import find_documents, size_of, texts_of
 from megatron_ext.data.manifest import MANIFEST, verify
@@ -235,6 +236,7 @@ def _check(out: Path, tokenizer: Path | None, vocab_size: int, max_bytes: int | 
     """What can be refused before a byte is read."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError("the output exists, and nothing is overwritten", got=f"--out {out}", legal="a new directory")
+    check_writable(out, "--out")
     if tokenizer is not None and not tokenizer.is_dir():
         raise DataError(
             "no such tokenizer directory", got=f"--tokenizer {tokenizer}", legal="a directory with a tokenizer.json"

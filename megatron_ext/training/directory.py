@@ -10,6 +10,7 @@ import yaml
 
 from megatron_ext.checkpoint.atomic import replacing
 from megatron_ext.checkpoint.huggingface import companions
+from megatron_ext.checkpoint.outputs import check_writable, contents, hold_run
 from megatron_ext.checkpoint.resume import has_checkpoint
 from megatron_ext.errors import ConfigError
 
@@ -33,9 +34,12 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the source tree this package runs from; None outside a checkout."""
+    """The commit of the source tree this package runs from; None outside a checkout, or without git."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
@@ -49,9 +53,11 @@ def check_save(save: Path, job: str, load: Path | None) -> None:
     """Refuse a directory that belongs to something else.
 
     Raises:
-        ConfigError: It holds another kind of job, a checkpoint this run does not continue, or foreign files.
+        ConfigError: It holds another kind of job, a checkpoint this run does not continue, or foreign files; or nothing
+            can be written there.
     """
-    if not save.exists() or not any(save.iterdir()):
+    check_writable(save)
+    if not save.exists() or not contents(save):
         return
     config = save / CONFIG
     continues = load is not None and load.resolve() == save.resolve()
@@ -78,6 +84,16 @@ def _owner(config: Path) -> str | None:
     if not isinstance(content, dict):
         raise ConfigError(f"--save: the run's {CONFIG} is damaged: no settings", got=config, legal=AFRESH)
     return content.get("job")
+
+
+def hold(launch: "Launch") -> None:
+    """Let no other job write into the run directory while this one works (rank 0), before anything is started.
+
+    Raises:
+        ConfigError: Another job writes there.
+    """
+    if launch.args.save and launch.args.rank == 0:
+        hold_run(Path(launch.args.save))
 
 
 def claim(launch: "Launch") -> None:

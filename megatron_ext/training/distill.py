@@ -14,6 +14,7 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.models.pattern import MOE
 from megatron_ext.models.training_cost import Lesson
 from megatron_ext.training.cache import Writing, check_cache, check_writing, compared
+from megatron_ext.training.directory import hold
 from megatron_ext.training.distill_options import (
     DistillOptions,
     check_weights,
@@ -99,6 +100,8 @@ def distill(launch: Launch, source: Teacher | Cache, apart: Apart | None = None)
     options: DistillOptions = launch.options["distill"]
     if options.correct_teacher != "only" and run.finished(launch):
         return
+    if options.correct_teacher != "only" and (apart is None or not apart.teaches):
+        hold(launch)  # also while a teacher is corrected first
     steps = options.correction_iters or launch.args.train_iters
     if launch.args.rank == 0:
         print(f"learning from {launch.args.distill_source['flag']}", flush=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.atomic import check_writable
+from megatron_ext.checkpoint.outputs import check_writable
 from megatron_ext.checkpoint.ranks import gather, rank
 from megatron_ext.errors import ConfigError
 from megatron_ext.inference.chat import check_template, conversation, render

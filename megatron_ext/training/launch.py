@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_ext.arguments import add_options, read_options
 from megatron_ext.checkpoint import tokenizer
+from megatron_ext.checkpoint.atomic import check_new
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.models.backend import prepare
 from megatron_ext.models.config import Architecture
@@ -44,6 +45,7 @@ class Job:
         options: Our option dataclasses by flag prefix.
         defaults: Megatron flags that this job sets unless the user does.
         offline: Our flags under which the job reads no data, and so needs no tokenizer.
+        makes_new: Whether `--save` is a directory that the job makes, and not one that it works in.
         measures: Which split it reads with `--skip-train`: 0 training, 1 validation.
     """
 
@@ -51,6 +53,7 @@ class Job:
     options: dict[str, type] = field(default_factory=dict)
     defaults: tuple[str, ...] = ()
     offline: tuple[str, ...] = ()
+    makes_new: bool = False
     measures: int = 0
 
 
@@ -162,7 +165,10 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
         raise ConfigError("nothing to train", got=f"--train-iters {args.train_iters}", legal="a positive number")
     _check_saving(args)
     if args.save and not early.dry_run:
-        check_save(Path(args.save), job.name, early.load)
+        if job.makes_new:
+            check_new(Path(args.save))
+        else:
+            check_save(Path(args.save), job.name, early.load)
     tell_megatron(begins, args)
     with refusals.readable(args, parsers[0]), silenced(args):
         validate_args(args, {})

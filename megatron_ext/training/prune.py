@@ -17,6 +17,7 @@ from rich.table import Table
 from megatron_ext.checkpoint import ranks
 from megatron_ext.checkpoint.atomic import publish
 from megatron_ext.checkpoint.layout import Step
+from megatron_ext.checkpoint.outputs import hold_new
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation.report import plot_losses
@@ -52,6 +53,7 @@ JOB = Job(
         "--no-load-optim", "--no-load-rng", "--finetune",
     ),
     offline=("--prune-scores", "--prune-plan"),
+    makes_new=True,
 )  # fmt: skip
 
 
@@ -115,6 +117,8 @@ def prune(launch: Launch, request: Request) -> None:
     """
     args, options = launch.args, launch.options["prune"]
     source = source_step(args)
+    if args.rank == 0:
+        hold_new(Path(args.save))
     if options.plan is not None:
         found = Found(Plan.load(options.plan))
     elif options.scores is not None:

@@ -1,5 +1,6 @@
 """Run a validated job through `megatron.training.pretrain`: Megatron's loop, our model, our log."""
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,11 @@ from megatron_ext.platform.loop import before_saving, keep_random_state
 from megatron_ext.platform.scalars import divert_scalars
 from megatron_ext.platform.write_results import keep_write_results
 from megatron_ext.training import stop
-from megatron_ext.training.directory import claim
+from megatron_ext.training.directory import claim, hold
 from megatron_ext.training.launch import Launch
 from megatron_ext.training.log import MetricsLog, read_metrics
+
+logger = logging.getLogger(__name__)
 
 Hook = Callable[[list[Any]], list[Any]]
 
@@ -46,6 +49,9 @@ def train(
     args = launch.args
     if finished(launch):
         return
+    if not args.save:
+        logger.warning("no --save: what is trained will be gone at the end")
+    hold(launch)
     if not args.async_save:
         keep_write_results()
     keep_random_state()

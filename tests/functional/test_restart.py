@@ -2,11 +2,15 @@
 
 import math
 import shutil
+import subprocess
+import sys
 
 import pytest
 from workspace import MODEL, TRAIN, Workspace
 
+from megatron_ext import cli
 from megatron_ext.checkpoint import layout
+from megatron_ext.training import demo
 
 
 def in_two_starts(workspace: Workspace, name: str, *flags: str) -> list[str]:
@@ -31,6 +35,24 @@ def test_a_preset_with_a_tokenizer_goes_on(workspace: Workspace) -> None:
     assert [(step["step"], step["tokens"]) for step in preset.metrics("preset")] == [(1, 512), (2, 1024)]
     measured = preset.run("pretrain_hybrid.py", *small, *data, "--skip-train", "--load", "preset")
     assert "validation loss" in measured.stdout
+
+
+def test_the_demo_goes_on_in_each_of_its_trainings(workspace: Workspace) -> None:
+    """With the demo's own command lines, at a smaller size."""
+    out = workspace.path / "demo"
+    shutil.copytree(workspace.path / "data", out / "data")
+    (out / "data" / "manifest.json").write_text('{"vocab_divisor": 8}')
+    stages = {stage.directory.name: stage for stage in demo.stages(out) if stage.steps}
+    small = ["--seq-length", "32", "--micro-batch-size", "1", "--global-batch-size", "2", "--eval-iters", "0"]
+    small += ["--lr-warmup-iters", "0", "--train-iters", "2"]
+    for name in ("teacher", "distilled", "scratch"):
+        command = [stages[name].script, *stages[name].flags, *small]
+        workspace.run(*command, "--exit-interval", "1")
+        assert not stages[name].done
+        workspace.run(*command)
+        assert [step["step"] for step in workspace.metrics(f"demo/{name}")] == [1, 2]
+        if name == "teacher":  # stands for the half, too
+            shutil.copytree(out / "teacher", out / "pruned")
 
 
 def test_a_run_that_is_finished_stays_as_it_is(workspace: Workspace, teacher: str) -> None:
@@ -130,3 +152,47 @@ def test_going_back_is_branching_off(workspace: Workspace, teacher: str) -> None
     straight = workspace.metrics(teacher)[2]
     (step,) = workspace.metrics("branch")
     assert (step["step"], step["loss"]) == (3, straight["loss"])
+
+
+def test_nothing_is_trained_into_a_directory_in_which_another_job_works(workspace: Workspace, teacher: str) -> None:
+    flags = [*workspace.data, *TRAIN, "--pretrained-checkpoint", teacher, "--train-iters", "1", "--eval-iters", "0"]
+    code = "import sys; from pathlib import Path; from megatron_ext.checkpoint import outputs"
+    code += "; outputs.hold_run(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, workspace.path / "busy"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        done = workspace.run("pretrain_hybrid.py", *flags, "--save", "busy", ok=False)
+        assert "error: another job writes there" in done.stderr
+        assert [path.name for path in (workspace.path / "busy").iterdir()] == [".lock"]
+        other.kill()
+    workspace.run("pretrain_hybrid.py", *flags, "--save", "busy", ranks=2)
+    assert len(workspace.metrics("busy")) == 1
+    assert not (workspace.path / "busy" / ".lock").exists()
+    done = workspace.run("pretrain_hybrid.py", *flags)
+    assert "no --save: what is trained will be gone at the end" in done.stderr
+
+
+def test_what_cannot_be_written_is_found_before_the_work(
+    workspace: Workspace, teacher: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, nowhere = str(workspace.path / teacher), "/proc/nowhere"
+    for words in (
+        ["generate", model, "--prompt", "x", "--output", f"{nowhere}/x.jsonl"],
+        ["evaluate", model, "--speed", "8", "--save", nowhere],
+        ["convert", model, nowhere, "--from", "megatron", "--to", "hf"],
+        ["compare", model, "--out", nowhere],
+        ["data", "--out", nowhere],
+    ):
+        assert cli.main(words) == 2, words
+        out, err = capsys.readouterr()
+        assert "nothing can be written there" in err
+        assert out == ""
+    prune = [*workspace.data, "--load", teacher, "--prune-ffn-hidden-size", "48", "--prune-samples", "8"]
+    for save, message in ((teacher, "exists already"), (nowhere, "nothing can be written there")):
+        done = workspace.run("prune_gpt.py", *prune, "--save", save, ok=False)
+        assert message in done.stderr
+        assert "scored" not in done.stdout
+    cache = ["--distill-teacher", teacher, "--distill-cache-write", nowhere]
+    done = workspace.run("distill_gpt.py", *workspace.data, *cache, ok=False)
+    assert "--distill-cache-write: nothing can be written there" in done.stderr

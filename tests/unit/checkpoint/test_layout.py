@@ -107,3 +107,11 @@ def test_architecture_and_fingerprint(saved):
     torch.save({"iteration": 5}, saved / "iter_0000002" / "common.pt")
     with pytest.raises(CheckpointError, match="does not say which model"):
         layout.architecture(saved / "iter_0000002")
+
+
+def test_a_hugging_face_directory_is_known_and_says_what_to_do(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for read in (layout.find, layout.newest):
+        with pytest.raises(CheckpointError, match="a Hugging Face directory") as error:
+            read(tmp_path)
+        assert f"megatron-ext convert --from hf --to megatron {tmp_path} NEW_DIRECTORY" in str(error.value)
