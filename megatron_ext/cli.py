@@ -167,6 +167,7 @@ COMMANDS = {
         runs_model=True,
     ),
     "compare": Command("put several checkpoints side by side", _module("megatron_ext.evaluation.compare")),
+    "verify": Command("look for damage in what was written here", _module("megatron_ext.training.integrity")),
     "torchrun": Command("torchrun, with ranks that are asked to stop rather than killed", _torchrun, own_parser=True),
     "presets": Command("list the named architectures", lambda: (_presets_arguments, _presets)),
     "report": Command("draw a run directory's report again", lambda: (_report_arguments, _report)),

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.checksums import Checksums
 from megatron_ext.checkpoint.scratch import Scratch
 from megatron_ext.errors import CheckpointError
 from megatron_ext.untrusted import asked_for, refusal
@@ -29,12 +30,16 @@ WRAPPING = 2**14  # bytes that torch.save puts around a tensor's values, at most
 
 @dataclass(frozen=True)
 class Stored:
-    """A chunk on disk: its shape and type, and the place of its values in the file, None if they are not just a row."""
+    """A chunk on disk: its shape and type, and the place of its values in the file, None if they are not just a row.
+
+    Its checksum has been compared; None if there is none.
+    """
 
     path: Path
     info: _StorageInfo
     tensor: Tensor
     offset: int | None
+    checksum: str | None = None
 
 
 class Reader:
@@ -53,6 +58,9 @@ class Reader:
         self._chunks: dict[str, list[tuple[tuple[int, ...], _StorageInfo]]] = defaultdict(list)
         metadata = layout.read_metadata(self.step.path)
         self._entries = metadata.state_dict_metadata
+        self._checksums = Checksums.read(self.step.path)
+        if self._checksums:
+            self._checksums.check(".metadata")
         for index, info in metadata.storage_data.items():
             if index.offset is not None:
                 self._chunks[index.fqn].append((tuple(index.offset), info))
@@ -66,7 +74,7 @@ class Reader:
             layer: Only this entry of its first dimension, which is dropped.
 
         Raises:
-            CheckpointError: There is none of this key, or not all of it.
+            CheckpointError: There is none of this key, or not all of it, or it is not what was written (`checksums`).
         """
         entry = self._entry(key)
         shape, dtype = tuple(entry.size), entry.properties.dtype
@@ -137,6 +145,7 @@ class Reader:
     def _locate(self, key: str, info: _StorageInfo) -> Stored:
         """A chunk without its values, and where in which file these lie."""
         path = self.step.path / info.relative_path
+        told = self._checksums.check(info.relative_path, info.offset) if self._checksums else None
         with path.open("rb") as file, self._damage(key):
             part = cast(BinaryIO, _create_file_view(file, info.offset, info.length))
             with torch.serialization.skip_data():
@@ -148,7 +157,7 @@ class Reader:
             values = [name for name in records.get_all_records() if name.startswith("data/")]
             plain = len(values) == 1 and chunk.is_contiguous() and chunk.storage_offset() == 0
             offset = records.get_record_offset(values[0]) if plain else None
-        return Stored(path, info, chunk, None if offset is None else info.offset + offset)
+        return Stored(path, info, chunk, None if offset is None else info.offset + offset, told)
 
     def _load(self, key: str, stored: Stored, place: Tensor) -> None:
         """Copy the values of a chunk to where they belong."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_ext.checkpoint import layout, tokenizer
+from megatron_ext.checkpoint.checksums import verify_step
 from megatron_ext.checkpoint.writer import check_shapes
 from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.models.config import Architecture
@@ -35,6 +36,7 @@ class Teacher:
         """
         step = layout.find(path).path
         architecture = layout.architecture(step)
+        verify_step(step, weights_only=True)
         check_shapes(architecture, {key: shape for key, (shape, _) in layout.tensors(step).items()})
         return cls(step, architecture)
 

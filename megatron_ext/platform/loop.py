@@ -1,6 +1,7 @@
-"""The places of Megatron's loop that have no door: before it saves, before a step's micro-batches, around its data."""
+"""The places of Megatron's loop that have no door: around its saves, before a step's micro-batches, around its data."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,28 @@ def before_saving(action: Callable[[int], None]) -> None:
     replace(
         training, "save_checkpoint", save_checkpoint, "what is trained beside the model is saved first (everywhere)"
     )
+
+
+def around_saves(before: Callable[[Path], None], after: Callable[[Path], None]) -> None:
+    """Call `before(step)` and `after(step)` on every rank when Megatron writes a step, which then is its directory.
+
+    An asynchronous save ends when Megatron finalises it, on all ranks at once; the tracker file is written later.
+    """
+    from megatron.core import dist_checkpointing
+
+    save: Any = dist_checkpointing.save
+
+    def saving(state: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        step = Path(checkpoint_dir)
+        before(step)
+        request = save(state, checkpoint_dir, *args, **kwargs)
+        if request is None:
+            after(step)
+        else:
+            request.finalize_fns.append(lambda: after(step))
+        return request
+
+    replace(dist_checkpointing, "save", saving, "a step is saved with its checksums (everywhere)")
 
 
 def before_schedule(action: Callable[[Any, int, int], Any]) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from megatron_ext.arguments import add_options, read_options
 from megatron_ext.checkpoint import tokenizer
 from megatron_ext.checkpoint.atomic import check_new
+from megatron_ext.checkpoint.checksums import verify_start
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.models.backend import prepare
 from megatron_ext.models.config import Architecture
@@ -186,6 +187,8 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
     check_continues(begins, args)
     with refusals.readable(args, parsers[0]), silenced(args):
         model_config(args, architecture)  # whose fields refuse one another, too
+    if begins is not None:  # last, because it takes as long as reading it
+        verify_start(begins.step, args, begins.continues)
     options = {prefix: read_options(args, options, prefix) for prefix, options in job.options.items()}
     return Launch(job, args, architecture, early.dry_run, options, source, begins)
 

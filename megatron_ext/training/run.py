@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.checkpoint import checksums
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation.report import plot_training
-from megatron_ext.platform.loop import before_saving, keep_random_state
+from megatron_ext.platform.loop import around_saves, before_saving, keep_random_state
 from megatron_ext.platform.scalars import divert_scalars
 from megatron_ext.platform.write_results import keep_write_results
 from megatron_ext.training import stop
@@ -55,6 +56,7 @@ def train(
     if not args.async_save:
         keep_write_results()
     keep_random_state()
+    around_saves(checksums.forget, checksums.write_step)
     log: Any = None
 
     def begin(chunks: list[Any]) -> list[Any]:

@@ -13,6 +13,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from workspace import MODEL, ROOT, TRAIN, Workspace
 
+from megatron_ext.checkpoint import checksums
 from megatron_ext.checkpoint.layout import read_metadata
 from megatron_ext.checkpoint.reader import Reader
 
@@ -141,6 +142,40 @@ def test_a_damaged_last_step_falls_back_to_the_one_before(workspace: Workspace, 
         assert ours["loss"] == straight["loss"]
 
 
+def test_a_flipped_bit_is_named(workspace: Workspace, teacher: str) -> None:
+    """Of the optimizer when the training goes on; of a weight whoever loads it."""
+    step = workspace.path / "flipped" / "iter_0000004"
+    shutil.copytree(workspace.path / teacher, step.parent)
+    places = read_metadata(step).storage_data
+    for kind in ("optimizer", "decoder.layers"):
+        info = max((info for index, info in places.items() if index.fqn.startswith(kind)), key=lambda info: info.length)
+        file = step / info.relative_path
+        content = bytearray(file.read_bytes())
+        content[info.offset + info.length // 2] ^= 4
+        file.write_bytes(content)
+        flags = [*workspace.data, *TRAIN, "--train-iters", "6", "--load", "flipped", "--save", "flipped"]
+        done = workspace.run("pretrain_hybrid.py", *flags, ok=False)
+        assert done.returncode == 2
+        assert f"the checkpoint is damaged: {info.relative_path} is not what was written" in done.stderr
+        assert "Traceback" not in done.stderr
+        loads = ["--pretrained-checkpoint", "flipped", "--skip-train", *workspace.data]
+        done = workspace.run("pretrain_hybrid.py", *loads, ok=kind == "optimizer")
+    assert "is not what was written" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [["--use-distributed-optimizer"], ["--async-save", "--async-strategy", "mcore"]])
+def test_every_rank_notes_what_it_wrote(workspace: Workspace, teacher: str, flags: list[str]) -> None:
+    save = f"noted{flags[0]}"
+    train = [*workspace.data, *TRAIN, "--train-iters", "1", "--pretrained-checkpoint", teacher, "--save", save]
+    workspace.run("pretrain_hybrid.py", *train, *flags, ranks=2)
+    step = workspace.path / save / "iter_0000001"
+    assert checksums.verify_step(step)
+    sums = checksums.Checksums.read(step)
+    assert sums is not None
+    assert sums.files.keys() == {file.name for file in step.iterdir()} - {checksums.FILE}
+    assert {name[:5] for name in sums.files if name.endswith(".distcp")} == {"__0_0", "__1_0"}
+
+
 def test_nothing_left_to_resume_is_an_error(workspace: Workspace, teacher: str) -> None:
     run = workspace.path / "hopeless"
     shutil.copytree(workspace.path / teacher, run)
@@ -174,7 +209,9 @@ def random_state_with_a_bomb(step: Path) -> None:
 @pytest.mark.parametrize("arm", [index_with_a_bomb, random_state_with_a_bomb])
 def test_what_megatron_loads_runs_nothing(workspace: Workspace, teacher: str, tmp_path: Path, arm: Any) -> None:
     shutil.copytree(workspace.path / teacher, tmp_path / "theirs")
-    arm(tmp_path / "theirs" / "iter_0000002")  # not the step that is looked at, but the one that is asked for
+    step = tmp_path / "theirs" / "iter_0000002"  # not the step that is looked at, but the one that is asked for
+    arm(step)
+    checksums.forget(step)  # or it would end there
     flags = ["--load", str(tmp_path / "theirs"), "--ckpt-step", "2", "--save", str(tmp_path / "run")]
     done = workspace.run("pretrain_hybrid.py", *workspace.data, *TRAIN, "--train-iters", "6", *flags, ok=False)
     assert done.returncode == 2, done.stderr[-2000:]

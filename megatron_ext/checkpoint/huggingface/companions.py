@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint import checksums, layout
 from megatron_ext.checkpoint.atomic import replacing
 from megatron_ext.checkpoint.writer import Writer
 from megatron_ext.errors import CheckpointError
@@ -50,7 +50,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def files(directory: Path) -> list[Path]:
-    """Everything beside the weights, but the model card.
+    """Everything beside the weights, but the model card and the weights' checksums.
 
     Raises:
         UntrustedError: One of them is a link that leads out of the directory.
@@ -59,7 +59,7 @@ def files(directory: Path) -> list[Path]:
         inside(directory, path.name)
         for path in sorted(directory.iterdir())
         if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS)
-        and path.name != CARD and path.stat().st_size <= _LARGEST
+        and path.name not in (CARD, checksums.FILE) and path.stat().st_size <= _LARGEST
     ]  # fmt: skip
 
 

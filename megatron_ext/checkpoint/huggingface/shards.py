@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_ext.checkpoint.checksums import Checksums, Parts
 from megatron_ext.checkpoint.reader import fill
 from megatron_ext.checkpoint.writer import DiskFile
 from megatron_ext.errors import CheckpointError
@@ -58,7 +59,10 @@ class Shards:
         name = name or (INDEX if not (directory / SINGLE).is_file() and (directory / INDEX).is_file() else SINGLE)
         promised = read_index(directory, name) if name.endswith(".index.json") else {}
         self.entries: dict[str, Entry] = {}
-        for file in sorted(set(promised.values())) or [name]:
+        self._checksums = Checksums.read(directory) or Checksums(directory, {})
+        self._compared = set[str]()
+        files = sorted(set(promised.values())) or [name]
+        for file in files:
             for key, entry in _header(directory, file).items():
                 if key in self.entries:
                     raise CheckpointError(f"{key!r} is in two shards", got=f"{self.entries[key].path.name}, {file}")
@@ -66,6 +70,8 @@ class Shards:
         for key, file in promised.items():
             if key not in self.entries or self.entries[key].path != directory / file:
                 raise CheckpointError(f"{key!r} is not in the shard that the index names", got=directory / file)
+        for file in self._checksums.files.keys() & set(files):
+            self._checksums.check(file)
 
     def read(self, name: str, place: Tensor, first: int = 0) -> None:
         """Read whole rows (entries of dimension 0) of a tensor.
@@ -74,8 +80,14 @@ class Shards:
             name: The tensor.
             place: Contiguous memory, of the tensor's type, for as many rows as it holds.
             first: The first of them.
+
+        Raises:
+            CheckpointError: The tensor is not what was written (`checksums`).
         """
         entry = self.entries[name]
+        if entry.path.name in self._checksums.files and name not in self._compared:
+            self._checksums.check(entry.path.name, entry.offset)
+            self._compared.add(name)
         row = prod(entry.shape[1:]) * entry.dtype.itemsize
         with entry.path.open("rb", buffering=0) as file:
             file.seek(entry.offset + first * row)
@@ -162,6 +174,7 @@ class ShardWriter:
         self._directory, self._tensors = directory, tensors
         self._rest = list(tensors)
         self._file: DiskFile | None = None
+        self._checksums: dict[str, Parts] = {}
         groups: list[list[str]] = [[]]
         held = 0
         for name, (shape, dtype) in tensors.items():
@@ -186,6 +199,8 @@ class ShardWriter:
             self._open(self._starts[name])
         assert self._file is not None
         self._file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        if tensor.numel():
+            self._file.end_part()
 
     def _open(self, shard: str) -> None:
         self.close()
@@ -200,6 +215,8 @@ class ShardWriter:
         text += b" " * (-len(text) % 8)
         self._file = DiskFile(self._directory / shard, "wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.end_part()
+        self._checksums[shard] = self._file.parts
 
     def close(self) -> None:
         """Close the shard that is open."""
@@ -209,10 +226,11 @@ class ShardWriter:
             self._file = None
 
     def finish(self) -> None:
-        """Write the index, if there are several shards."""
+        """Write the index, if there are several shards, and the checksums."""
         assert not self._rest
         if len(self._shards) > 1:
             total = sum(prod(shape) * dtype.itemsize for shape, dtype in self._tensors.values())
             where = {name: shard for shard, group in self._shards.items() for name in group}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
             (self._directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        Checksums(self._directory, self._checksums).write()

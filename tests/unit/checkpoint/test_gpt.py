@@ -9,7 +9,7 @@ import torch
 
 from megatron_ext.checkpoint import gpt, layout
 from megatron_ext.checkpoint.reader import Reader
-from megatron_ext.checkpoint.writer import PATTERN, Writer, writing
+from megatron_ext.checkpoint.writer import PATTERN, DiskFile, Writer, writing
 from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.models import axes
 from megatron_ext.models.config import Architecture
@@ -73,7 +73,7 @@ def test_what_no_gpt_model_is(tmp_path: Path, changes: dict[str, object], messag
 
 
 def test_one_layer_is_read_of_a_stack(tmp_path: Path) -> None:
-    with (tmp_path / "__0_0.distcp").open("wb", buffering=0) as file:
+    with DiskFile(tmp_path / "__0_0.distcp") as file:
         writer = Writer(tmp_path, file)
         layers = torch.arange(24.0).view(3, 4, 2)
         for layer in (2, 0, 1):
@@ -87,7 +87,7 @@ def test_one_layer_is_read_of_a_stack(tmp_path: Path) -> None:
 
 
 def test_a_layer_that_is_missing_is_named(tmp_path: Path) -> None:
-    with (tmp_path / "__0_0.distcp").open("wb", buffering=0) as file:
+    with DiskFile(tmp_path / "__0_0.distcp") as file:
         writer = Writer(tmp_path, file)
         writer.write_layer("w", torch.ones(4), 0, 2)
         writer.finish({})

@@ -9,9 +9,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint import checksums, layout
 from megatron_ext.checkpoint.reader import Reader
-from megatron_ext.checkpoint.writer import Writer, writing
+from megatron_ext.checkpoint.writer import DiskFile, Writer, writing
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models import axes
 from megatron_ext.models.presets import PRESETS
@@ -53,7 +53,7 @@ def test_torchs_own_loader_reads_it(tmp_path):
 
 def test_a_view_does_not_drag_its_storage_along(tmp_path):
     big = torch.zeros(1000, 1000)
-    with (tmp_path / "data").open("wb") as file:
+    with DiskFile(tmp_path / "data") as file:
         Writer(tmp_path, file).write("x", big[:2, :2])
     assert (tmp_path / "data").stat().st_size < 5000
 
@@ -73,7 +73,7 @@ def test_a_copied_tensor_keeps_its_parts(tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "new").mkdir()
     write_chunks(tmp_path / "old", whole, parts)
-    with (tmp_path / "new" / "__0_0.distcp").open("wb", buffering=0) as file:
+    with DiskFile(tmp_path / "new" / "__0_0.distcp") as file:
         writer = Writer(tmp_path / "new", file)
         assert Reader(tmp_path / "old").copy("w", writer, "v")
         writer.finish({})
@@ -94,13 +94,14 @@ def test_damaged_bytes_are_an_error(tmp_path):
     write_chunks(tmp_path, torch.arange(24.0).view(6, 4), [(0, 0, 6, 4)])
     size = (tmp_path / "__0_0.distcp").stat().st_size
     (tmp_path / "__0_0.distcp").write_bytes(b"\0" * size)
+    (tmp_path / checksums.FILE).unlink()
     with pytest.raises(CheckpointError, match="'w' cannot be read"):
         Reader(tmp_path).read("w")
 
 
 def write_chunks(path, whole, parts):
     """A step with one tensor in several chunks, as several ranks save it."""
-    with (path / "__0_0.distcp").open("wb") as file:
+    with DiskFile(path / "__0_0.distcp") as file:
         writer = Writer(path, file)
         writer.write("w", whole)
         (entry, storage) = writer._metadata["w"], writer._storage
@@ -108,6 +109,7 @@ def write_chunks(path, whole, parts):
         storage.clear()
         for row, column, rows, columns in parts:
             torch.save(whole[row : row + rows, column : column + columns].clone(), file)
+            file.end_part()
             offset = torch.Size((row, column))
             entry.chunks.append(ChunkStorageMetadata(offset, torch.Size((rows, columns))))
             storage[MetadataIndex("w", offset)] = _StorageInfo("__0_0.distcp", position, file.tell() - position)
