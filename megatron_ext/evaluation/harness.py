@@ -152,7 +152,7 @@ class MegatronLM(TemplateLM):
         """Continuations, up to a stop text."""
         asked = [self._request(*request.args) for request in requests]
         questions = [
-            ("generate", list(request.prompt), request.max_new_tokens, list(writer.stops), str(sampling))
+            ("continue", list(request.prompt), request.max_new_tokens, list(writer.stops), str(sampling))
             for request, writer, sampling in asked
         ]
         # What is drawn is drawn again: a task that asks twice wants two answers.

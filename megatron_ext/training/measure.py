@@ -150,7 +150,7 @@ class TextMeasure:
 
     def say(self, found: dict[str, Any]) -> str:
         """All texts that are done."""
-        perplexity = "infinite" if found["perplexity"] is None else f"{found['perplexity']:.2f}"
+        perplexity = "not finite" if found["perplexity"] is None else f"{found['perplexity']:.2f}"
         return (
             f"text: {found['loss']:.4f} nats per token, perplexity {perplexity}, "
             f"{found['bits_per_byte']:.4f} bits per byte over {found['tokens']:,} tokens in {len(found['files'])} files"
