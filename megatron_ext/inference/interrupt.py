@@ -4,6 +4,7 @@ Ranks are told at different moments, or only some of them. So each tells the oth
 after the same batch.
 """
 
+import functools
 import os
 import signal
 import time
@@ -16,6 +17,7 @@ from megatron_ext.checkpoint.ranks import gather, rank
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 TWICE = 2.0  # seconds in which a second signal is the first once more: from the terminal and from torchrun
 _asked = 0  # the signal that asked this rank to stop, or 0
+_active = False  # whether signals ask
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing is wrong
@@ -34,14 +36,13 @@ class Interrupted(Exception):  # noqa: N818 - nothing is wrong
 @contextmanager
 def interruptible() -> Iterator[None]:
     """While the block runs, the first SIGINT or SIGTERM asks for `Interrupted`; a second ends the program at once."""
-    global _asked
-    began, owner = 0.0, os.getpid()
+    global _asked, _active
+    began = 0.0
 
     def ask(number: int, frame: FrameType | None) -> None:
         global _asked
         nonlocal began
-        # A fork, such as the harness makes of many to bootstrap errors with, ends when it is told to.
-        if os.getpid() != owner or (_asked and time.monotonic() - began > TWICE):
+        if _asked and time.monotonic() - began > TWICE:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         elif not _asked:
@@ -50,13 +51,42 @@ def interruptible() -> Iterator[None]:
                 # Not print: the signal may have come in the middle of one.
                 os.write(2, b"stopping after this batch; once more stops at once\n")
 
-    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    _spare_forks()
+    _active, before = True, {number: signal.signal(number, ask) for number in SIGNALS}
     try:
         yield
     finally:
+        _active = False
         for number, handler in before.items():
             signal.signal(number, handler)
         _asked = 0
+
+
+@functools.cache
+def _spare_forks() -> None:
+    """Let forks end when they are told to, as those that the harness bootstraps errors with.
+
+    Not by a handler of theirs, which would wait for the interpreter, which may wait for a lock that no thread has
+    any more. Nor may a signal come before they have none.
+    """
+    os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_leave)
+
+
+def _hold() -> None:
+    if _active:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _release() -> None:
+    if _active:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _leave() -> None:
+    if _active:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+    _release()
 
 
 def exchange[T](value: T) -> tuple[list[T], int]:
