@@ -192,8 +192,8 @@ class Rope:
             )
         if percent != 1 and not self.partial:
             raise CheckpointError(
-                "config.json: 'partial_rotary_factor' is ignored by transformers' class, and by no other", got=percent,
-                legal="no such entry, if whole heads are rotated, as transformers does",
+                "config.json: 'partial_rotary_factor' is ignored by transformers' class, but not everywhere", got=percent,
+                legal="1, or no such entry, if whole heads are to be rotated, as transformers does",
             )  # fmt: skip
         return {
             "position_embedding_type": "rope", "rotary_base": int(base), "rotary_percent": percent,
