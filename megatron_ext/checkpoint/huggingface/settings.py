@@ -192,7 +192,7 @@ class Rope:
             )
         if percent != 1 and not self.partial:
             raise CheckpointError(
-                "config.json: 'partial_rotary_factor' is ignored by transformers' class, but not everywhere", got=percent,
+                "config.json: 'partial_rotary_factor' is ignored by transformers' class, not by all", got=percent,
                 legal="1, or no such entry, if whole heads are to be rotated, as transformers does",
             )  # fmt: skip
         return {
