@@ -241,6 +241,10 @@ def _check_tokenizer(args: Namespace, begins: Start | None) -> None:
         raise DataError("--tokenizer-model: no such tokenizer", got=model, legal="a directory with tokenizer.json")
     if model is not None and Path(model).exists():  # what is saved must mean the same from everywhere
         args.tokenizer_model = str(Path(model).absolute())
+    if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
+        raise ConfigError(
+            "--tokenizer-type NullTokenizer knows no tokens", legal="--vocab-size N, as many as there are"
+        )
     args.tokenizer_fingerprint = tokenizer.of_run(args)
     if begins is not None:
         tokenizer.check(begins.step.path, tokenizer.given(args), "the checkpoint")

@@ -121,8 +121,14 @@ def refusal(words: Sequence[str]) -> tuple[str, str, str] | None:
             return flag, "it needs Transformer Engine, which is not installed", "none, or an installation with it"
         if name in CUDA.split() and platform.device_type() == "cpu":
             return flag, "it needs CUDA devices", "none"
+        if name == "num-workers" and value != "0" and platform.device_type() == "cpu":
+            return f"{flag} {value}", "the workers' memory is pinned for a CUDA device", "0"
         if name == "optimizer" and value in EMERGING and importlib.util.find_spec("emerging_optimizers") is None:
             return f"{flag} {value}", "the package emerging_optimizers is not installed", "adam or sgd"
+        if name == "enable-msc" and importlib.util.find_spec("multistorageclient") is None:
+            return flag, "the package multi-storage-client is not installed", "files"
+        if name == "rerun-mode" and value == "report_stats":
+            return f"{flag} {value}", "Megatron-Core 0.19.2 fails on its own name", "disabled or validate_results"
         if name == "dataloader-type" and value == "external":
             return f"{flag} {value}", "the data are Megatron's datasets", "single or cyclic"
     return None

@@ -61,6 +61,9 @@ def check_refusal(status: int, err: str, *messages: str) -> None:
             [*OK, *MOCK, "--ckpt-format", "torch"],
             ["read by no command", "got:   --ckpt-format torch", "legal: torch_dist"],
         ),
+        ([*OK, "--mock-data", "--tokenizer-type", "NullTokenizer"], ["knows no tokens", "legal: --vocab-size N"]),
+        ([*OK, *MOCK, "--num-layers", "3"], ["--num-layers is not the pattern's", "legal: 12"]),
+        ([*OK, *MOCK, "--sft"], ["--sft would have no effect"]),
         ([*OK, *MOCK, "--load", "nowhere"], ["the checkpoint directory does not exist", "got:   nowhere"]),
         (
             [*OK, "--split", "90,10,0", "--data-path", "corpus/text_document"],

@@ -54,6 +54,9 @@ def test_a_refusal_says_why_and_what_instead() -> None:
         (["--cuda-graph-impl=local"], "Transformer Engine"),
         (["--use-nccl-ub"], "CUDA devices"),
         (["--dataloader-type", "external"], "single or cyclic"),
+        (["--num-workers", "2"], "CUDA device.*legal: 0"),
+        (["--enable-msc"], "multi-storage-client is not installed"),
+        (["--rerun-mode", "report_stats"], "validate_results"),
     ):
         with pytest.raises(ConfigError, match=f"(?s){said}"):
             check_flags(words)
