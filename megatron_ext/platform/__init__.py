@@ -72,9 +72,18 @@ def quiet() -> None:
         ".*Could not determine rank.*",
         ".*No CUDA runtime is found.*",
         ".*torch.distributed.*is deprecated.*",
+        # A teacher or a model's arguments, read before the ranks have met or by each of them alone.
+        ".*assuming the intent is to load in a single process.*",
+        ".*argument order of load has been changed.*",
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     logging.getLogger("absl").setLevel(logging.WARNING)  # a line for each process group
+    logging.getLogger("transformers.configuration_utils").addFilter(_not_a_tokenizers_configuration)
     # "CPU RNG state changed within GPU RNG context": on a CPU they are one and the same.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+
+
+def _not_a_tokenizers_configuration(record: logging.LogRecord) -> bool:
+    """Whether it is not what AutoTokenizer says of a class in `auto_map`; "can yield errors" holds for models alone."""
+    return "to instantiate a model of type ``" not in record.getMessage()

@@ -57,7 +57,7 @@ def teacher_row(lesson: Lesson) -> str:
 
 
 def show(launch: Launch, *more: Table, lesson: Lesson | None = None) -> None:
-    """Print model, parameters, memory per GPU and layout, and `more` that a job has to say.
+    """Print model, parameters, memory per GPU and layout, and `more` that a job has to say; once, under torchrun too.
 
     Args:
         launch: The validated command line.
@@ -65,6 +65,8 @@ def show(launch: Launch, *more: Table, lesson: Lesson | None = None) -> None:
         lesson: Whom the model learns from, if a distillation is to be shown.
     """
     args, architecture = launch.args, launch.architecture
+    if args.rank:
+        return
     table = Table(title=f"{launch.job.name}: dry run, nothing started, nothing written", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")

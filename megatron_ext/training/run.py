@@ -80,7 +80,7 @@ def train(
         if log is not None:
             log.close()
     if isinstance(log, MetricsLog) and read_metrics(log.path):
-        plot_training(log.path, log.path.with_name("training.png"))
+        plot_training(log.path, log.path.with_name("metrics.png"))
 
 
 def finished(launch: Launch) -> bool:

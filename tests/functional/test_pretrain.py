@@ -107,6 +107,7 @@ def test_resume_is_bit_exact(workspace: Workspace, teacher: str) -> None:
         [[step[key] for key in keys] for step in workspace.metrics(name)] for name in ("half", teacher)
     )
     assert resumed == straight
+    assert (workspace.path / "half" / "metrics.png").is_file()
     left, right = (Reader(workspace.path / name) for name in ("half", teacher))
     assert left.shapes.keys() == right.shapes.keys()
     for key in left.shapes:

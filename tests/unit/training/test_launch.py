@@ -146,6 +146,9 @@ def test_a_dry_run_prints_model_parameters_memory_and_layout(run, tmp_path):
     assert "8 x 64 = 512 tokens a step, micro-batch 1, 2 steps, 1,024 tokens" in text
     assert "GiB: weights" in text
     assert list((tmp_path / "work").iterdir()) == []
+    status, out, err = run(*OK, *MOCK, "--dry-run", "--global-batch-size", "2", WORLD_SIZE="2", RANK="1")
+    assert status == 0, err
+    assert out == "", "the first rank has said it"
 
 
 def test_an_explicit_flag_wins_over_the_preset(run):
