@@ -144,13 +144,13 @@ def test_going_back_is_branching_off(workspace: Workspace, teacher: str) -> None
     flags = [*workspace.data, *TRAIN, "--train-iters", "3", "--load", teacher]
     for given, message in (
         (["--save", teacher, "--ckpt-step", "2"], "--ckpt-step goes back in the run's own directory"),
-        (["--save", "branch", "--ckpt-step", "3"], "--load: --ckpt-step 3: no such step"),
+        (["--save", "branched off", "--ckpt-step", "3"], "--load: --ckpt-step 3: no such step"),
     ):
         done = workspace.run("pretrain_hybrid.py", *flags, *given, ok=False)
         assert f"error: {message}" in done.stderr
-    workspace.run("pretrain_hybrid.py", *flags, "--save", "branch", "--ckpt-step", "2")
+    workspace.run("pretrain_hybrid.py", *flags, "--save", "branched off", "--ckpt-step", "2")
     straight = workspace.metrics(teacher)[2]
-    (step,) = workspace.metrics("branch")
+    (step,) = workspace.metrics("branched off")
     assert (step["step"], step["loss"]) == (3, straight["loss"])
 
 
