@@ -243,13 +243,13 @@ def test_a_conversation_is_what_the_harness_makes_of_it(workspace: Workspace, mo
 def test_what_was_measured_before_a_signal_is_kept(workspace: Workspace, model: str) -> None:
     """The second task sends the last rank a SIGTERM while its questions are made."""
     flags = ["--tasks", "local_choice", "local_signal", "local_until", *TASK_FOLDER, "--num-fewshot", "2"]
-    flags += ["--text", "text.txt", "--save", "stopped", "--window", str(WINDOW)]
+    flags += ["--text", "text.txt", "--save", "evaluation stopped", "--window", str(WINDOW)]
     for ranks in (1, 2):
         done = workspace.run(COMMAND, "evaluate", model, *flags, ranks=ranks, ok=False)
         assert done.returncode == 143
         assert "SIGTERM: not everything was measured; wrote" in done.stdout
         assert "Traceback" not in done.stderr
-        found = json.loads((workspace.path / "stopped" / "results.json").read_text())
+        found = json.loads((workspace.path / "evaluation stopped" / "results.json").read_text())
         assert {"local_choice"} <= set(found["tasks"]) <= {"local_choice", "local_signal"}
         assert found["text"]["files"]["text.txt"]["bytes"] == len(TEXT.encode())
 
