@@ -19,7 +19,7 @@ from megatron_ext.checkpoint.atomic import replacing
 from megatron_ext.distillation.states import Route
 from megatron_ext.errors import CheckpointError
 
-AGAIN = "the directory of the run that is resumed, with all that distill_gpt.py saved; or --finetune to begin anew"
+AGAIN = "all that distill_gpt.py saved, in the directory that is resumed; or --finetune and a new --save to begin anew"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

@@ -92,9 +92,17 @@ def tell_megatron(start: Start | None, args: Namespace) -> None:
 
     Raises:
         CheckpointError: The optimizer's state cannot be loaded by this run.
+        ConfigError: `--finetune` would begin again among the steps that the run's own directory has.
     """
     if start is None:
         return
+    own = args.save is not None and Path(args.save).resolve() == start.directory.resolve()
+    if args.finetune and own and not args.skip_train:
+        raise ConfigError(
+            "--finetune begins at step 1 in the run's own directory, over its steps, and each start would again",
+            got=f"--finetune, and step {start.step.iteration} in {start.directory}",
+            legal="--save NEW_DIRECTORY; or no --finetune, which goes on; --no-load-optim with a new optimizer",
+        )  # fmt: skip
     args.ckpt_step = None if start.step.is_release else start.step.iteration
     args.exit_on_missing_checkpoint = True
     stepped = True

@@ -145,6 +145,7 @@ def test_going_back_is_branching_off(workspace: Workspace, teacher: str) -> None
     for given, message in (
         (["--save", teacher, "--ckpt-step", "2"], "--ckpt-step goes back in the run's own directory"),
         (["--save", "branched off", "--ckpt-step", "3"], "--load: --ckpt-step 3: no such step"),
+        (["--save", teacher, "--finetune"], "--finetune begins at step 1 in the run's own directory"),
     ):
         done = workspace.run("pretrain_hybrid.py", *flags, *given, ok=False)
         assert f"error: {message}" in done.stderr
