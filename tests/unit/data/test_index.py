@@ -47,6 +47,17 @@ def test_a_bin_of_another_size_is_refused(tmp_path: Path, change: int) -> None:
         index.check_bin()
 
 
+@pytest.mark.parametrize("place", [34, 35, 37, 38, 46, 50, 54])
+def test_an_index_with_a_wrong_byte_is_refused(tmp_path: Path, place: int) -> None:
+    """A length (4 bytes each, three from 34 on) or an offset (8 bytes each, from 46 on) that is another."""
+    prefix = write(tmp_path / "text", [5, 7, 3])
+    content = bytearray((tmp_path / "text.idx").read_bytes())
+    content[place] ^= 0x80
+    (tmp_path / "text.idx").write_bytes(content)
+    with pytest.raises(DataError, match=r"the index is damaged\n.*text\.idx: sequence"):
+        Index.read(prefix).check_bin()
+
+
 def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
     prefix = write(tmp_path / "text", [5, 7])
     content = (tmp_path / "text.idx").read_bytes()
