@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from megatron_ext import platform
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.huggingface import companions
 from megatron_ext.checkpoint.tokenizer import check, check_rows, fingerprint
@@ -19,6 +20,7 @@ def load_tokenizer(directory: Path) -> Any:
 
     if not directory.is_dir():
         raise DataError("no such tokenizer", got=directory, legal=f"a directory with {companions.TOKENIZER}")
+    platform.quiet()
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the first broken file makes transformers raise

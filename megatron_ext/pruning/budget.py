@@ -113,7 +113,8 @@ class Targets:
         self._check_depth(arch)
         depth = self.num_layers is not None or self.num_sublayers is not None or self.kinds(arch)
         if not self.sizes and not depth and self.params is None and self.memory is None:
-            raise PlanError("no target given", legal="a size, a number of layers, or a budget")
+            legal = "a budget such as --prune-target-params 0.5, a size, or a number of layers"
+            raise PlanError("no target given", legal=legal)
         if self.params is not None and self.memory is not None:
             raise PlanError("two budgets given", got="params and memory", legal="one of them")
         for name, asked in self.sizes.items():

@@ -278,6 +278,7 @@ def _load_tokenizer(path: Path) -> Any:
     """The tokenizer as Megatron's `HuggingFaceTokenizer` will see it: fast, and with an EOD."""
     from transformers import AutoTokenizer
 
+    platform.quiet()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise whatever the first broken file makes them raise

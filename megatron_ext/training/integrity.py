@@ -5,6 +5,8 @@ from pathlib import Path
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.checksums import Checksums, verify_step
+from megatron_ext.data import manifest as dataset
+from megatron_ext.distillation.cache import Cache
 from megatron_ext.distillation.manifest import MANIFEST, Manifest
 from megatron_ext.distillation.shards import Shard
 from megatron_ext.errors import CheckpointError, DataError, MegatronExtError
@@ -13,7 +15,10 @@ from megatron_ext.errors import CheckpointError, DataError, MegatronExtError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's flags."""
     parser.add_argument(
-        "directory", type=Path, metavar="DIR", help="of checkpoints, one step, an exported model, or a teacher's cache"
+        "directory",
+        type=Path,
+        metavar="DIR",
+        help="of checkpoints, one step, an exported model, a teacher's cache, or a data set",
     )
 
 
@@ -43,13 +48,15 @@ def _artefacts(directory: Path):
         return [(directory, _step)]
     if steps := layout.steps(directory):
         return [(step.path, _step) for step in steps]
+    if (directory / f"{dataset.NAME}.idx").is_file():
+        return [(directory, _dataset)]
     if (directory / MANIFEST).is_file():
-        return [(path, _shard) for path in sorted(directory.glob("*.safetensors"))]
+        return [*((path, _shard) for path in sorted(directory.glob("*.safetensors"))), (directory, _cache)]
     if Checksums.read(directory) is not None:
         return [(directory, _export)]
     raise DataError(
         "nothing that can be verified", got=directory,
-        legal="checkpoints, a model that megatron-ext convert has written, or a cache of --distill-cache-write",
+        legal="checkpoints, what `megatron-ext convert` or `data` wrote, or a cache of --distill-cache-write",
     )  # fmt: skip
 
 
@@ -74,3 +81,11 @@ def _shard(path: Path) -> str:
     for row in range(len(shard.sample_id)):
         shard.read(row)
     return f"all checksums of {len(shard.sample_id):,} sequences are right"
+
+
+def _cache(path: Path) -> str:
+    return f"whole, {Cache.find(path).manifest.sequences:,} sequences"
+
+
+def _dataset(path: Path) -> str:
+    return f"{dataset.verify(path)['tokens']:,} tokens, as they were written"

@@ -161,7 +161,7 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
     finally:
         sys.argv = program
     args.dist_ckpt_optim_fully_reshardable |= args.ext_optim_sharding == "fully_reshardable"
-    _check_model(args)
+    _check_model(args, job)
     if not (args.skip_train or early.dry_run or args.train_samples or (args.train_iters or 0) > 0):
         raise ConfigError("nothing to train", got=f"--train-iters {args.train_iters}", legal="a positive number")
     _check_saving(args)
@@ -193,13 +193,12 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
     return Launch(job, args, architecture, early.dry_run, options, source, begins)
 
 
-def _check_model(args: Namespace) -> None:
+def _check_model(args: Namespace, job: Job) -> None:
     """Find what is wrong with the model before Megatron does, in words that help."""
     if args.hybrid_layer_pattern is None:
         empty = f"--load {args.load}, where no checkpoint is" if args.load else "none of the flags"
-        raise ConfigError(
-            "no model given", got=empty, legal="--preset NAME, --preset CHECKPOINT, or --hybrid-layer-pattern"
-        )
+        named = "--preset NAME, --preset CHECKPOINT, or --hybrid-layer-pattern"
+        raise ConfigError("no model given", got=empty, legal="--load CHECKPOINT" if job.makes_new else named)
     args.hybrid_layer_pattern = _pipeline(args.hybrid_layer_pattern, args.pipeline_model_parallel_size)
     layers = len(parse_pattern(args.hybrid_layer_pattern).units)
     if args.num_layers not in (None, layers):

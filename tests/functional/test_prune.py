@@ -229,13 +229,20 @@ def test_a_pruned_model_trains_on(workspace: Workspace, pruned: str) -> None:
     assert len(workspace.metrics("retrained")) == 2
 
 
+def test_what_is_to_be_pruned_is_asked_for(workspace: Workspace) -> None:
+    """By the one flag that says it; warnings of other packages do not stand before it."""
+    done = workspace.run("prune_gpt.py", *SMALLER, ok=False)
+    assert done.stderr.startswith("error: no model given")
+    assert done.stderr.endswith("legal: --load CHECKPOINT\n")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--prune-target-params", "1e-6"], "no plan reaches the target"),
         (["--prune-num-attention-heads", "3"], "cannot be cut to 3"),
         (["--prune-samples", "3", "--prune-hidden-size", "48"], "--prune-samples must be a multiple"),
-        ([], "no target given"),
+        ([], "--prune-target-params"),
         (["--prune-plan", "foreign.json"], "the plan belongs to another model"),
         # The teacher was saved after two steps as well: the same model with other weights.
         (["--prune-plan", "pruned/plan.json", "--ckpt-step", "2"], "a plan of other weights of this model"),

@@ -26,6 +26,15 @@ def test_help_answers_without_importing_anything_heavy():
         assert command.summary[:20] in done.stdout
 
 
+def test_what_the_programs_load_first_imports_no_megatron():
+    """The platform is installed in `launch`, before anything of Megatron is imported."""
+    code = "import sys; from megatron_ext.training import dry_run, evaluate, program, prune, prune_check, run\n"
+    code += "from megatron_ext.training import cache, cache_write, distill, inference, teacher_ranks, verify\n"
+    code += "print('imported:', [name for name in ('megatron.core', 'megatron.training') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("imported: []\n")
+
+
 @pytest.mark.parametrize("name", list(cli.COMMANDS))
 def test_every_subcommand_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as end:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import Tensor
 
+from megatron_ext import cli
 from megatron_ext.distillation import shards
 from megatron_ext.distillation.cache import Cache, begin
 from megatron_ext.distillation.divergences import TopK
@@ -255,8 +256,10 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
 
 
-def test_only_a_finished_cache_is_read(tmp_path: Path) -> None:
+def test_only_a_finished_cache_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path)
+    assert cli.main(["verify", str(tmp_path)]) == 0
+    assert f"{tmp_path}: whole, {B} sequences" in capsys.readouterr().out
     assert Cache.find(tmp_path).manifest == OWN
     assert Cache.find(tmp_path).manifest.sequences == B
     OWN.write(tmp_path)
@@ -268,6 +271,11 @@ def test_only_a_finished_cache_is_read(tmp_path: Path) -> None:
             Cache.find(tmp_path)
     with pytest.raises(DataError, match=r"manifest\.json is missing"):
         Cache.find(tmp_path / "nowhere")
+    write(tmp_path)
+    for shard in tmp_path.glob("*.safetensors"):
+        shard.unlink()
+    assert cli.main(["verify", str(tmp_path)]) == 2
+    assert "has lost samples" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

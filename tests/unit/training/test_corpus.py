@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from megatron_ext import cli
 from megatron_ext.data.documents import find_documents
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.training import corpus
@@ -340,7 +341,9 @@ def test_a_jsonl_file_is_opened_once_and_not_for_each_line(tmp_path: Path, monke
     assert sorted(opened) == sorted(files * 2)
 
 
-def test_a_dataset_agrees_with_its_manifest_and_with_the_run(source: Path, tmp_path: Path):
+def test_a_dataset_agrees_with_its_manifest_and_with_the_run(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     """A run with another tokenizer, a smaller vocabulary or changed bytes is refused; without a manifest, taken."""
     from megatron_ext.checkpoint.tokenizer import fingerprint
     from megatron_ext.data import manifest
@@ -356,11 +359,14 @@ def test_a_dataset_agrees_with_its_manifest_and_with_the_run(source: Path, tmp_p
     with pytest.raises(DataError, match=r"(?s)300 tokens.*299 at most"):
         manifest.check(prefix, None, 299)
     assert manifest.verify(tmp_path / "one")["vocab_size"] == 300
+    assert cli.main(["verify", str(tmp_path / "one")]) == 0
+    assert f"{tmp_path / 'one'}: " in capsys.readouterr().out
     content = (tmp_path / "one/text_document.bin").read_bytes()
     (tmp_path / "one/text_document.bin").write_bytes(bytes(len(content)))
     for check in (lambda: manifest.check(prefix, one, 300), lambda: manifest.verify(tmp_path / "one")):
         with pytest.raises(DataError, match="not what `megatron-ext data` wrote"):
             check()
+    assert cli.main(["verify", str(tmp_path / "one")]) == 2
     (tmp_path / "one/manifest.json").unlink()
     manifest.check(prefix, two, 1)
     with pytest.raises(DataError, match="no dataset of"):
