@@ -80,6 +80,9 @@ def build(
     """Three datasets on the ranks that read data, None on the others and where no sequence is wanted.
 
     A collective of all ranks.
+
+    Raises:
+        DataError: The caches of its indices cannot be written.
     """
     _leave_out(config, num_samples)
 
@@ -87,7 +90,15 @@ def build(
         return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
 
     builder: Any = BlendedMegatronDatasetBuilder  # its annotation denies the None that it documents
-    return builder(dataset, list(num_samples), built_here, config).build()
+    try:
+        return builder(dataset, list(num_samples), built_here, config).build()
+    except Exception as error:  # Megatron's own, without a type
+        if not isinstance(cause := error.__cause__, OSError):
+            raise
+        raise DataError(
+            f"the caches of the data's indices cannot be written: {cause.strerror}", got=cause.filename,
+            legal="--data-cache-path DIR, a directory that can be written",
+        ) from error  # fmt: skip
 
 
 def _leave_out(config: GPTDatasetConfig, num_samples: Sequence[int | None]) -> None:

@@ -197,3 +197,12 @@ def test_what_cannot_be_written_is_found_before_the_work(
     cache = ["--distill-teacher", teacher, "--distill-cache-write", nowhere]
     done = workspace.run("distill_gpt.py", *workspace.data, *cache, ok=False)
     assert "--distill-cache-write: nothing can be written there" in done.stderr
+    (workspace.path / "sealed").mkdir()
+    for ending in ("bin", "idx"):
+        shutil.copy(workspace.path / "data" / f"text_document.{ending}", workspace.path / "sealed")
+    (workspace.path / "sealed" / "text_document").touch()  # where the caches would be
+    sealed = ["sealed/text_document" if word == "data/text_document" else word for word in workspace.data]
+    flags = [*sealed, *TRAIN, "--pretrained-checkpoint", teacher, "--train-iters", "1", "--eval-iters", "0"]
+    done = workspace.run("pretrain_hybrid.py", *flags, ok=False)
+    assert "error: the caches of the data's indices cannot be written: Not a directory" in done.stderr
+    assert "--data-cache-path" in done.stderr
