@@ -103,6 +103,11 @@ def fields_of(args: Namespace) -> dict[str, Any]:
     for name in ("hidden_size", "num_attention_heads", "max_position_embeddings"):
         if getattr(args, name) is None:
             raise ConfigError(f"--{name.replace('_', '-')} is missing", legal="a positive whole number")
+    if args.position_embedding_type == "learned_absolute":
+        raise ConfigError(
+            "--position-embedding-type: learned positions are not supported",
+            got="learned_absolute, Megatron's default", legal="none, rope",
+        )  # fmt: skip
     hidden, heads = args.hidden_size, args.num_attention_heads
     if args.kv_channels is None and hidden % heads:
         raise ConfigError(f"hidden size {hidden} does not divide by {heads} heads", legal="give --kv-channels")

@@ -176,6 +176,9 @@ def launch(job: Job, argv: Sequence[str] | None = None) -> Launch:
     _check_tokenizer(args, begins)
     if not offline:
         check_splits(args, job.measures)
+    if args.tokenizer_type is None:
+        given_by_data = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model DIR/tokenizer"
+        raise ConfigError("no tokenizer given", legal=f"{given_by_data}, as `megatron-ext data` prints")
     with refusals.readable(args, parsers[0]), silenced(args):
         set_global_variables(args)
     # The tokenizer may have decided the vocabulary.

@@ -92,13 +92,14 @@ def finished(launch: Launch) -> bool:
     args, done = launch.args, launch.resumed
     if not done or done < (args.train_iters or args.train_samples // args.global_batch_size):
         return False
+    flag, last = ("--train-samples", args.train_samples) if args.train_samples else ("--train-iters", args.train_iters)
     if args.save and Path(args.save).resolve() != Path(args.load).resolve():
         raise ConfigError(
-            "nothing is left to train", got=f"--train-iters {args.train_iters}, and step {done} in --load {args.load}",
-            legal="more --train-iters, or --pretrained-checkpoint, which begins again from the weights",
+            "nothing is left to train", got=f"{flag} {last}, and step {done} in --load {args.load}",
+            legal=f"more {flag}, or --pretrained-checkpoint, which begins again from the weights",
         )  # fmt: skip
     if args.rank == 0:
-        print(f"nothing is left to train: {args.load} holds step {done}; more --train-iters go on", flush=True)
+        print(f"nothing is left to train: {args.load} holds step {done}; more {flag} go on", flush=True)
     return True
 
 
