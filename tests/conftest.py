@@ -23,6 +23,10 @@ CHECKED = [
 ]
 install_import_hook(CHECKED, "beartype.beartype")
 
+# What says which of how many processes this is. A command line that is validated in the test's own process sets it.
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANKS = {name: os.environ.get(name) for name in NAMES}
+
 HAS_GPU = torch.cuda.is_available()  # asked once, before a test makes the CPU look like one
 
 # What tests start (torchrun workers, our own programs) inherits this: two busy thread pools on one core are slow.
@@ -51,3 +55,14 @@ def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
     """Say why they are deselected."""
     count = config.stash.get(DESELECTED, 0)
     return [f"deselected {count} tests marked gpu or triton: torch sees no CUDA device"] if count else []
+
+
+@pytest.fixture(autouse=True)
+def _no_ranks_left_over():
+    """Programs that later tests start must not take themselves for ranks of a job that was only validated."""
+    yield
+    for name, value in RANKS.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
