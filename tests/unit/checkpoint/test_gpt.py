@@ -44,7 +44,7 @@ def rewrite(step: Path, args: dict[str, object]) -> None:
         ({"softmax_type": "off-by-one"}, "--softmax-type"),
         ({"num_layers": None}, "does not say which model"),
         ({"hybrid_layer_pattern": "*-"}, "pattern form already"),
-        ({"position_embedding_type": "learned_absolute"}, "position_embedding_type"),
+        ({"position_embedding_type": "learned_absolute"}, "--position-embedding-type: learned positions"),
         ({"use_rope_scaling": True, "rope_scaling_factor": 32.0, "position_embedding_type": "rope"}, "default RoPE"),
         ({"num_layers": 2}, r"\(3, .*\) instead of \(2, "),
     ],
