@@ -227,7 +227,7 @@ def _run(stage: Stage, console: Console) -> float:
     log = stage.directory.parent / "logs" / f"{stage.title.replace(' ', '-')}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     console.print(
-        f"\n$ torchrun --nproc-per-node {PROCESSES} {stage.script} {shlex.join(stage.flags)}",
+        f"\n$ megatron-ext torchrun --nproc-per-node {PROCESSES} {stage.script} {shlex.join(stage.flags)}",
         highlight=False,
         soft_wrap=True,
     )
