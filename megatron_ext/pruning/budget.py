@@ -104,6 +104,10 @@ class Targets:
                 counts[kind] = int(asked * arch.pattern.count(kind) + 0.5) if asked < 1 else int(asked)
         return counts
 
+    def chosen_kinds(self, arch: Architecture) -> str:
+        """The letters of the kinds of which some sub-layers are asked for: neither all nor none."""
+        return "".join(kind for kind, count in self.kinds(arch).items() if 0 < count < arch.pattern.count(kind))
+
     def check(self, arch: Architecture) -> None:
         """Check that each size can be cut out of `arch`.
 

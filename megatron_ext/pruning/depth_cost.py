@@ -32,8 +32,8 @@ class DepthCost:
 
 
 def depth_cost(
-    arch: Architecture, metric: str, samples: int, layout: Layout, *, blocks: bool, run: int = 0,
-    sampling: Sampling | None = None,
+    arch: Architecture, metric: str, samples: int, layout: Layout, *, blocks: bool, kinds: str = "",
+    run: int = 0, sampling: Sampling | None = None,
 ) -> DepthCost:  # fmt: skip
     """The cost of a depth metric of `budget.DEPTH_CHOICES` on calibration sequences (a task's are its own).
 
@@ -43,12 +43,13 @@ def depth_cost(
         samples: Sequences of each evaluation.
         layout: How many tokens a sequence has, and how they and the layers are divided over ranks.
         blocks: Whether blocks are left out, or sub-layers.
+        kinds: Of these kinds only; by default of all.
         run: How long a run a scan leaves out.
         sampling: For Shapley values.
     """
     if metric in STATIC:
         return DepthCost(0, 0.0, 0, 0)
-    evaluations = 1 + _without(metric, len(units_of(arch, blocks)), run, sampling or Sampling())
+    evaluations = 1 + _without(metric, len(units_of(arch, blocks, kinds)), run, sampling or Sampling())
     flops = evaluations * samples * layout.seq_length * forward_flops_per_token(arch, layout.seq_length)
     tokens = samples // layout.dp * layout.seq_length // layout.cp
     state = tokens * arch.hidden_size * layout.width // (layout.tp if layout.sequence_parallel else 1)

@@ -37,6 +37,7 @@ def measure(
     metric: str,
     *,
     blocks: bool,
+    kinds: str = "",
     run: int = 0,
     sampling: Sampling | None = None,
     progress: Progress = lambda line: None,
@@ -48,6 +49,7 @@ def measure(
         architecture: The same.
         metric: As in `budget.DEPTH_CHOICES`, but for `scan_task`; nothing is measured for a static one.
         blocks: Whether blocks are to be chosen, or sub-layers; the others are not measured.
+        kinds: Of these kinds only, not for scans; by default of all.
         run: How long a run a scan leaves out.
         sampling: For Shapley values.
         progress: Called with a line after each evaluation.
@@ -57,7 +59,7 @@ def measure(
     """
     if metric in STATIC:
         return {}
-    units = units_of(architecture, blocks)
+    units = units_of(architecture, blocks, kinds)
     if metric == "scan_loss":
 
         def lost(gone: Sequence[int]) -> float:
@@ -68,16 +70,24 @@ def measure(
         return {names.scan("loss", run, blocks=blocks): _scan(units, run, lost)}
     if metric.startswith("shapley_"):
         options = sampling or Sampling()
-        return _shapley(ablation, units, metric.removeprefix("shapley_"), blocks, options, progress)
+        details = _shapley(ablation, units, metric.removeprefix("shapley_"), options, progress)
+        return {
+            name + detail: part
+            for detail, values in details.items()
+            for name, part in _named(architecture, metric, values, blocks, kinds).items()
+        }
     outcomes = []
     for place, unit in enumerate(units):
         outcomes.append(ablation.outcome(unit))
         progress(f"without {'block' if blocks else 'sub-layer'} {place} of {len(units)}: loss {outcomes[-1].loss:.4f}")
     whole = ablation.whole.loss
-    result = {names.depth("loss", blocks=blocks): torch.tensor([o.loss - whole for o in outcomes])}
+    found = {"loss": [o.loss - whole for o in outcomes]}
     if compares_logits(metric):
-        result[names.depth("logit_mse", blocks=blocks)] = torch.tensor([o.logit_mse for o in outcomes])
-        result[names.depth("logit_distance", blocks=blocks)] = torch.tensor([o.logit_distance for o in outcomes])
+        found["logit_mse"] = [o.logit_mse for o in outcomes]
+        found["logit_distance"] = [o.logit_distance for o in outcomes]
+    result: dict[str, Tensor] = {}
+    for name, values in found.items():
+        result |= _named(architecture, name, torch.tensor(values), blocks, kinds)
     return result
 
 
@@ -112,9 +122,20 @@ def scan_task(
     return {names.scan("task", run, blocks=blocks): _scan(units_of(architecture, blocks), run, lost)}
 
 
-def units_of(architecture: Architecture, blocks: bool) -> Sequence[Sequence[int]]:
-    """The sub-layers of each block, or each sub-layer."""
-    return architecture.layers.blocks if blocks else [(i,) for i in range(len(architecture.pattern))]
+def units_of(architecture: Architecture, blocks: bool, kinds: str = "") -> Sequence[Sequence[int]]:
+    """The sub-layers of each block, or each sub-layer, of these kinds or of all."""
+    if blocks:
+        return architecture.layers.blocks
+    return [(i,) for i, kind in enumerate(architecture.pattern) if kind in (kinds or architecture.pattern)]
+
+
+def _named(architecture: Architecture, metric: str, values: Tensor, blocks: bool, kinds: str) -> dict[str, Tensor]:
+    """The values of `units_of` by the names of their scores."""
+    if not kinds:
+        return {names.depth(metric, blocks=blocks): values}
+    own = [architecture.pattern[i] for (i,) in units_of(architecture, blocks, kinds)]
+    places = {kind: [place for place, each in enumerate(own) if each == kind] for kind in kinds}
+    return {names.depth(metric, kind=kind): values[place] for kind, place in places.items()}
 
 
 def _scan(units: Sequence[Sequence[int]], run: int, lost: Callable[[Sequence[int]], float]) -> Tensor:
@@ -126,10 +147,10 @@ def _shapley(
     ablation: Ablation,
     units: Sequence[Sequence[int]],
     value: str,
-    blocks: bool,
     sampling: Sampling,
     progress: Progress,
 ) -> dict[str, Tensor]:
+    """The values, and with what their names end in, what else is known of them."""
     worth: Callable[[Outcome], float] = lambda outcome: -getattr(outcome, value)  # noqa: E731
     found = shapley(
         lambda gone: worth(ablation.outcome(i for unit in gone for i in units[unit])),
@@ -137,9 +158,8 @@ def _shapley(
         seed=sampling.seed, max_samples=sampling.max_samples, tolerance=sampling.tolerance, keep=sampling.keep,
         progress=lambda samples, width: progress(f"{samples} samples: widest 95% interval +-{width:.4g}"),
     )  # fmt: skip
-    name = names.depth(f"shapley_{value}", blocks=blocks)
     return {
-        name: torch.tensor(found.values),
-        name + names.STDERR: torch.tensor(found.errors),
-        name + names.INTERVAL: torch.tensor(found.intervals),
+        "": torch.tensor(found.values),
+        names.STDERR: torch.tensor(found.errors),
+        names.INTERVAL: torch.tensor(found.intervals),
     }

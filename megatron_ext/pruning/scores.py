@@ -12,8 +12,10 @@ Higher is more important. The names, with their shapes:
 - `layers.{i}.shared_ffn`: `(moe_shared_expert_intermediate_size,)`, for each mixture that has a shared expert
 - `depth.{metric}`: `(number of sub-layers,)`, for a metric of `DEPTH_METRICS`
 - `depth.{metric}.blocks`: `(number of blocks,)`, blocks as in `megatron_ext.models.pattern`
-- `depth.shapley_{value}.stderr`, `depth.shapley_{value}.blocks.stderr`: the standard errors of Shapley values
-- `depth.shapley_{value}.ci95`, `depth.shapley_{value}.blocks.ci95`: half-widths of their 95% confidence intervals
+- `depth.{metric}.{kind}`: `(number of sub-layers of this kind,)`, where only some kinds were left out: `mamba`,
+  `attention`, `mlp`, `moe`
+- with `.stderr` after the name of a Shapley value: its standard error; with `.ci95`: the half-width of its 95%
+  confidence interval
 - `depth.scan_{loss,task}.{n}`, `depth.scan_{loss,task}.blocks.{n}`: what is lost without the n sub-layers, or blocks,
   that begin at each position
 """
@@ -36,6 +38,7 @@ from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
 FORMAT = "megatron_ext.scores/1"
 HIDDEN = "hidden"
 BLOCKS = ".blocks"
+OF_KIND = {MAMBA: ".mamba", ATTENTION: ".attention", MLP: ".mlp", MOE: ".moe"}
 STDERR = ".stderr"
 INTERVAL = ".ci95"
 # What can be measured of a sub-layer or block: how it changes the residual stream, what leaving it out alone does, and
@@ -81,9 +84,9 @@ def shared_ffn(layer: int) -> str:
     return f"layers.{layer}.shared_ffn"
 
 
-def depth(metric: str, *, blocks: bool = False) -> str:
-    """The name of the depth scores of sub-layers, or of blocks."""
-    return f"depth.{metric}{BLOCKS if blocks else ''}"
+def depth(metric: str, *, blocks: bool = False, kind: str = "") -> str:
+    """The name of the depth scores of sub-layers, of blocks, or of the sub-layers of one kind."""
+    return f"depth.{metric}{BLOCKS if blocks else OF_KIND.get(kind, '')}"
 
 
 def scan(value: str, length: int, *, blocks: bool = False) -> str:
@@ -108,11 +111,13 @@ def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
             layers[expert_ffn(i)] = (own.num_experts, own.moe_ffn_hidden_size)
             if own.moe_shared_expert_intermediate_size:
                 layers[shared_ffn(i)] = (own.moe_shared_expert_intermediate_size,)
+    for metric in DEPTH_METRICS:
+        counts = {depth(metric): len(arch.pattern), depth(metric, blocks=True): len(arch.layers.blocks)}
+        counts |= {depth(metric, kind=kind): arch.pattern.count(kind) for kind in set(arch.pattern)}
+        for name, count in counts.items():
+            details = (STDERR, INTERVAL) if metric.startswith("shapley") else ()
+            layers |= {name + detail: (count,) for detail in ("", *details)}
     for blocks, count in ((False, len(arch.pattern)), (True, len(arch.layers.blocks))):
-        for metric in DEPTH_METRICS:
-            layers[depth(metric, blocks=blocks)] = (count,)
-            if metric.startswith("shapley"):
-                layers |= {depth(metric, blocks=blocks) + detail: (count,) for detail in (STDERR, INTERVAL)}
         for value in ("loss", "task"):
             layers |= {scan(value, n, blocks=blocks): (count - n + 1,) for n in range(1, count)}
     return {HIDDEN: (arch.hidden_size,), **layers}

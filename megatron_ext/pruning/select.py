@@ -154,8 +154,11 @@ def keep_units(scores: Scores, arch: Architecture, targets: Targets) -> tuple[in
     dropped: set[int] = set()
     for kind, count in targets.kinds(arch).items():
         units = arch.layers.indices(kind)
-        if count < len(units):
-            importance = scores[names.depth(targets.depth_metric)][units]
+        if not count:
+            dropped |= set(units)
+        elif count < len(units):
+            own = names.depth(targets.depth_metric, kind=kind)
+            importance = scores[own] if own in scores.values else scores[names.depth(targets.depth_metric)][units]
             dropped |= set(units) - {units[place] for place in top(importance, count)}
     return tuple(i for i in everything if i not in dropped)
 

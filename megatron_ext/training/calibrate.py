@@ -31,6 +31,7 @@ class Calibration:
         width: How width is measured; None if it is not.
         depth: A metric of `budget.DEPTH_CHOICES`; the static ones are measured in any case.
         blocks: Whether whole blocks will be chosen, or sub-layers.
+        kinds: The kinds of sub-layers of which some will be chosen; empty for all.
         run: For a scan, how many of them it leaves out.
         sampling: For Shapley values.
         depth_samples: Sequences that a model without some layers is run on: of `samples` the first, in whole batches.
@@ -41,6 +42,7 @@ class Calibration:
     width: WidthMetric | None = field(default_factory=WidthMetric)
     depth: str = "block_influence"
     blocks: bool = True
+    kinds: str = ""
     run: int = 0
     sampling: Sampling = field(default_factory=Sampling)
     depth_samples: int = 0
@@ -152,8 +154,8 @@ def _leave_out(
     )
     try:
         return measure(
-            ablation, launch.architecture, calibration.depth, blocks=calibration.blocks, run=calibration.run,
-            sampling=calibration.sampling, progress=_Lines(args.rank),
+            ablation, launch.architecture, calibration.depth, blocks=calibration.blocks, kinds=calibration.kinds,
+            run=calibration.run, sampling=calibration.sampling, progress=_Lines(args.rank),
         )  # fmt: skip
     finally:
         ablation.remove()

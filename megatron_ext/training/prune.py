@@ -83,8 +83,9 @@ def costs(launch: Launch) -> Table:
         table.add_row("the task", f"asked {units - asked.run + 2:,} times")
     elif asked.depth not in STATIC:
         cost = depth_cost(
-            arch, asked.depth, asked.depth_samples, layout, blocks=asked.blocks, run=asked.run, sampling=asked.sampling
-        )
+            arch, asked.depth, asked.depth_samples, layout, blocks=asked.blocks, kinds=asked.kinds, run=asked.run,
+            sampling=asked.sampling,
+        )  # fmt: skip
         each = f"{cost.evaluations:,} evaluations of {asked.depth_samples:,} sequences, {cost.flops:.3g} operations"
         table.add_row(asked.depth, each)
         table.add_row("kept per rank", f"{min(cost.states, asked.memory) / GIB:.2f} of {cost.states / GIB:.2f} GiB")

@@ -147,13 +147,16 @@ class PruneOptions:
             run = len(arch.layers.blocks) - targets.num_layers
         elif targets.num_sublayers is not None:
             run = len(arch.pattern) - targets.num_sublayers
+        kinds = targets.chosen_kinds(arch)
+        chooses = bool(kinds) if targets.kinds(arch) else self.cuts_depth
         kind = "wanda" if self.width_metric == "wanda" else "activation"
         width = WidthMetric(kind, self.batch_aggregation, self.sequence_aggregation)
         return Calibration(
             samples=self.samples,
             width=None if self.width_metric == "magnitude" else width,
-            depth=self.depth_metric if self.cuts_depth else "block_influence",
+            depth=self.depth_metric if chooses else "block_influence",
             blocks=blocks,
+            kinds=kinds,
             run=run,
             sampling=Sampling(self.shapley_samples, self.shapley_tolerance, self.shapley_keep, seed),
             depth_samples=self.depth_sequences(global_batch_size),

@@ -12,7 +12,7 @@ from megatron_ext.models.config import Architecture
 from megatron_ext.models.cost import Workload
 from megatron_ext.models.pattern import ATTENTION, KINDS, MAMBA, MLP, MOE
 from megatron_ext.pruning.plan import Plan
-from megatron_ext.pruning.scores import BLOCKS, INTERVAL, STDERR, Scores, mamba, scan
+from megatron_ext.pruning.scores import BLOCKS, INTERVAL, OF_KIND, STDERR, Scores, mamba, scan
 
 PANELS = 36
 _OF_A_LAYER = re.compile(r"layers\.(\d+)\.")
@@ -133,6 +133,9 @@ def plot_scores(scores: Scores, plan: Plan, path: Path) -> None:
     for name in shown:
         if name.startswith("depth."):
             kept[name] = staying if name.endswith(BLOCKS) else list(plan.units)
+            for kind, ending in OF_KIND.items():
+                if name.endswith(ending):
+                    kept[name] = [p for p, i in enumerate(plan.source.layers.indices(kind)) if i in plan.units]
     for axis, values in (
         ("ffn", plan.ffn), ("query_head", plan.query_heads), ("mamba_head", plan.mamba_heads),
         ("expert", plan.experts), ("shared_ffn", plan.shared_ffn),

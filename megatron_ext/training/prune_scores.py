@@ -104,6 +104,8 @@ def _settings(launch: Launch, arch: Architecture, targets: Targets, plan: Plan |
         "data": [_size(word) for word in _data(args)], "type": str(args.params_dtype),
         "depth_metric": calibration.depth, "blocks": calibration.blocks,
     }  # fmt: skip
+    if calibration.kinds:
+        settings["kinds"] = calibration.kinds
     depth = calibration.depth
     if depth.startswith("scan"):
         settings["run"] = calibration.run

@@ -53,6 +53,16 @@ def test_the_layout_changes_no_score_and_no_plan(workspace: Workspace, teacher: 
     assert plans[0].fingerprint == plans[1].fingerprint
 
 
+def test_only_the_kind_that_is_cut_is_left_out(workspace: Workspace, teacher: str) -> None:
+    flags = [*CALIBRATE, "--prune-mlp-layers", "1", "--prune-attention-layers", "0"]
+    workspace.run("prune_gpt.py", "--load", teacher, "--save", "by-kind", *workspace.data, *flags)
+    depth = {key for key in load_file(workspace.path / "by-kind" / "scores.safetensors") if "loss" in key}
+    assert depth == {"depth.loss.mlp"}
+    plan = Plan.load(workspace.path / "by-kind" / "plan.json")
+    assert sorted(plan.target.pattern) == ["-", "M", "M"]
+    assert (workspace.path / "by-kind" / "importance.png").is_file()
+
+
 @pytest.mark.parametrize("name", ["one", "tp2", "pp2"])
 def test_sixteen_bits_measure_nearly_the_same(workspace: Workspace, teacher: str, pruned: str, name: str) -> None:
     """Within 3% of fp32 on average, also where logits are compared; and what is cut is evaluated."""

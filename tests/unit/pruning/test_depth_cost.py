@@ -11,7 +11,11 @@ import pytest
 from megatron_ext.models.presets import PRESETS
 from megatron_ext.models.training_cost import GPUS, Layout
 from megatron_ext.pruning import leave_out
+from megatron_ext.pruning import scores as names
+from megatron_ext.pruning.budget import Targets
 from megatron_ext.pruning.depth_cost import depth_cost
+from megatron_ext.pruning.scores import Scores
+from megatron_ext.pruning.select import keep_units
 
 ARCH = PRESETS["tiny-hybrid"].architecture
 LLAMA = PRESETS["llama3.1-8b"].architecture
@@ -50,6 +54,31 @@ def test_evaluations_are_as_many_as_are_run(metric: str, blocks: bool) -> None:
         assert said == exact[metric] == len(counted.asked)
     else:
         assert len(counted.asked) <= said < 2 * len(counted.asked)
+
+
+@pytest.mark.parametrize("metric", ["loss", "logit_mse", "shapley_loss"])
+def test_of_chosen_kinds_only_those_are_left_out(metric: str) -> None:
+    """Their scores have names of their own, and are those of the same sub-layers among all."""
+    counted: Any = Counted()
+    sampling = leave_out.Sampling(max_samples=2, tolerance=0.0)
+    found = leave_out.measure(counted, ARCH, metric, blocks=False, kinds="-*", sampling=sampling)
+    cut = {i for i, kind in enumerate(ARCH.pattern) if kind in "-*"}
+    assert set().union(*counted.asked) == cut
+    said = depth_cost(ARCH, metric, 128, NODE, blocks=False, kinds="-*", sampling=sampling).evaluations
+    assert len(counted.asked) <= said <= depth_cost(ARCH, metric, 128, NODE, blocks=False).evaluations
+    scores = Scores(values=found, architecture=ARCH)
+    assert f"depth.{metric}.attention" in scores.values
+    if not metric.startswith("shapley"):
+        assert said == len(counted.asked) == len(cut) + 1
+        every = leave_out.measure(counted, ARCH, metric, blocks=False)[f"depth.{metric}"]
+        for kind in "-*":
+            own = scores[names.depth(metric, kind=kind)]
+            assert own.tolist() == every[ARCH.layers.indices(kind)].tolist()
+        targets = Targets(mlp_layers=2, attention_layers=0, depth_metric=metric)
+        by_kind = keep_units(scores, ARCH, targets)
+        assert by_kind == keep_units(Scores(values={names.depth(metric): every}, architecture=ARCH), ARCH, targets)
+        assert {ARCH.pattern[i] for i in by_kind} == {"M", "-"}
+        assert len(by_kind) == ARCH.pattern.count("M") + 2
 
 
 def test_the_page_says_what_the_model_of_costs_says() -> None:
