@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ext.errors import DataError, MegatronExtError
+from megatron_ext.errors import DataError, MegatronExtError, nearest
 
 if TYPE_CHECKING:
     from megatron_ext.models.presets import Preset
@@ -182,6 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = words[0] if words else None
     run: Callable[[argparse.Namespace], None] | None = None
     own: list[str] = []
+    if chosen is not None and chosen[:1] != "-" and chosen not in COMMANDS:
+        parser.error(f"no such command: {nearest(chosen, COMMANDS)}")
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
             name, help=command.summary, description=command.summary[0].upper() + command.summary[1:],

@@ -15,7 +15,8 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_ext.errors import ConfigError
@@ -63,7 +64,9 @@ def check_writable(path: Path, name: str = "--save") -> None:
 
 def contents(directory: Path) -> list[Path]:
     """What lies in a directory, without what jobs that work there keep in it for themselves."""
-    return [path for path in directory.iterdir() if path.name != LOCK and not path.name.endswith(PARTIAL)]
+    names = {path: path.name for path in directory.iterdir()}
+    locks = {path for path, name in names.items() if name.startswith(".") and name.endswith(LOCK)}
+    return [path for path, name in names.items() if path not in locks and not name.endswith(PARTIAL)]
 
 
 def hold_run(directory: Path) -> None:
@@ -93,6 +96,28 @@ def hold_new(path: Path) -> None:
 def release_new(path: Path) -> None:
     """Give up what `hold_new` holds, once the directory is there, or is not to be."""
     _release(path.absolute().with_name(f".{path.name}{LOCK}"))
+
+
+@contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """Let no other job read and rewrite a file while this block does; waits until it is its turn."""
+    lock = file.absolute().with_name(f".{file.name}{LOCK}")
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            logger.warning("%s: this file system has no locks (%s)", lock, error.strerror)
+            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(descriptor).st_ino == lock.stat().st_ino:  # not one that its holder has just removed
+                break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def _hold(lock: Path, what: Path) -> None:

@@ -13,6 +13,9 @@ from megatron_ext.evaluation.compare_rows import Row, rows
 from megatron_ext.evaluation.results import finite
 from megatron_ext.evaluation.run import Run
 
+PAGE, NUMBERS, PICTURE = "comparison.md", "comparison.json", "comparison.png"
+TITLE = "# Comparison\n"
+
 
 def names(paths: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that tell them apart."""
@@ -26,13 +29,13 @@ def names(paths: Sequence[Path]) -> list[str]:
 
 def markdown(runs: Sequence[Run], found: Sequence[Row]) -> str:
     """The page."""
-    lines = ["# Comparison", "", "| | " + " | ".join(run.name for run in runs) + " |"]
+    lines = [TITLE, "| | " + " | ".join(run.name for run in runs) + " |"]
     lines += ["|---|" + "---:|" * len(runs)]
     lines += [
         f"| {_cell(row.label)} | " + " | ".join(f"`{v}`" if row.what == "layers" else v for v in row.values) + " |"
         for row in found
     ]
-    return "\n".join([*lines, "", "![Comparison](comparison.png)", ""])
+    return "\n".join([*lines, "", f"![Comparison]({PICTURE})", ""])
 
 
 def _cell(text: str) -> str:
@@ -62,6 +65,7 @@ def main(args: argparse.Namespace) -> None:
     out: Path | None = args.out
     if out is not None:
         check_writable(out, "--out")
+        _refuse_foreign(out)
     found = rows(runs)
     _print(runs, found)
     if out is None:
@@ -69,13 +73,38 @@ def main(args: argparse.Namespace) -> None:
     from megatron_ext.evaluation.compare_plot import plot_comparison
 
     for name, text in (
-        ("comparison.md", markdown(runs, found)),
-        ("comparison.json", json.dumps(finite(as_json(runs, found)), indent=2, allow_nan=False) + "\n"),
+        (NUMBERS, json.dumps(finite(as_json(runs, found)), indent=2, allow_nan=False) + "\n"),  # by which it is known
+        (PAGE, markdown(runs, found)),
     ):
         with replacing(out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    plot_comparison(runs, out / "comparison.png")
-    print(f"wrote {out / 'comparison.md'} and {out / 'comparison.png'}")
+    plot_comparison(runs, out / PICTURE)
+    print(f"wrote {out / PAGE} and {out / PICTURE}")
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Refuse to overwrite anything but an earlier comparison.
+
+    Raises:
+        ConfigError: A file of that name is there, and not `compare`'s.
+    """
+    there = [out / name for name in (PAGE, NUMBERS, PICTURE) if (out / name).exists()]
+    if there and not _is_comparison(out):
+        raise ConfigError(
+            "--out: a file of that name is there and is no comparison of ours", got=there[0], legal="another directory"
+        )
+
+
+def _is_comparison(out: Path) -> bool:
+    """Whether the page and the numbers in a directory, if they are there, are what `compare` writes."""
+    try:
+        numbers = json.loads((out / NUMBERS).read_text(encoding="utf-8"))
+        page = (out / PAGE).read_text(encoding="utf-8") if (out / PAGE).exists() else TITLE
+    except (OSError, ValueError):
+        return False
+    runs = list(numbers.values()) if isinstance(numbers, dict) else []
+    ours = [isinstance(run, dict) and {"architecture", "unequal"} <= run.keys() for run in runs]
+    return bool(ours) and all(ours) and page.startswith(TITLE)
 
 
 def _print(runs: Sequence[Run], found: Sequence[Row]) -> None:

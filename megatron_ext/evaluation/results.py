@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.atomic import replacing
-from megatron_ext.checkpoint.outputs import check_writable, contents
+from megatron_ext.checkpoint.outputs import alone, check_writable, contents
 from megatron_ext.errors import ConfigError, DataError
 
 FILE = "results.json"
@@ -96,13 +96,17 @@ class Results:
         return self._before().get(name, {})
 
     def add(self, **sections: Any) -> None:
-        """Add what was measured to what is there.
+        """Add what was measured to what is there, which other jobs may do at the same time.
 
         Args:
             sections: By name a result, or results by their names; a result has `settings`. What is no object takes the
                 place of what has its name. A result with `unfinished` does not take the place of a finished one.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
+        with alone(self.directory / FILE):
+            self._add(sections)
+
+    def _add(self, sections: dict[str, Any]) -> None:
         results = self._before()
         there = read_results(self.directory).get(CHECKPOINT, self.about)
         if there["fingerprint"] != self.about["fingerprint"]:

@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_ext.checkpoint import gpt
+from megatron_ext.checkpoint import gpt, layout
 from megatron_ext.checkpoint.atomic import check_new
 from megatron_ext.checkpoint.huggingface import companions, families
 from megatron_ext.checkpoint.huggingface.coded import CodedFamily
@@ -82,6 +82,12 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--pad-vocab-to goes with --to megatron", legal="--vocab-size N cuts padding off")
     if args.pad_vocab_to < 1 or args.shard_gb <= 0:
         raise ConfigError("--pad-vocab-to and --shard-gb must be positive", got=f"{args.pad_vocab_to}, {args.shard_gb}")
+    is_step = (args.input / ".metadata").is_file() or bool(layout.steps(args.input))
+    if args.source == "hf" and is_step and not (args.input / companions.CONFIG).is_file():
+        raise ConfigError(
+            "a checkpoint of Megatron's, not a Hugging Face directory", got=f"--from hf {args.input}",
+            legal="--from megatron --to hf; --from gpt --to megatron if it holds a GPTModel",
+        )  # fmt: skip
     check_new(args.output, "the output")
 
 

@@ -188,7 +188,7 @@ def vocab_divisor(vocab_size: int) -> tuple[int, int]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `megatron-ext data`."""
     job = parser.add_mutually_exclusive_group(required=True)
-    job.add_argument("--out", type=Path, metavar="DIR", help="new directory for the dataset")
+    job.add_argument("--out", type=Path, metavar="DIR", help="where the dataset goes: new, or empty")
     job.add_argument("--verify", type=Path, metavar="DIR", help="compare a dataset with its manifest, byte for byte")
     parser.add_argument(
         "--input",
@@ -235,7 +235,8 @@ def main(args: argparse.Namespace) -> None:
 def _check(out: Path, tokenizer: Path | None, vocab_size: int, max_bytes: int | None) -> None:
     """What can be refused before a byte is read."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError("the output exists, and nothing is overwritten", got=f"--out {out}", legal="a new directory")
+        legal = "a directory that is new or empty"
+        raise ConfigError("the output exists, and nothing is overwritten", got=f"--out {out}", legal=legal)
     check_writable(out, "--out")
     if tokenizer is not None and not tokenizer.is_dir():
         raise DataError(

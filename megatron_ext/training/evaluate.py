@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 
 from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.outputs import alone
 from megatron_ext.checkpoint.resume import has_checkpoint
-from megatron_ext.evaluation.results import SETTINGS, Results, read_results, write_results
+from megatron_ext.evaluation.results import FILE, SETTINGS, Results, read_results, write_results
 from megatron_ext.evaluation.run import VALIDATION, WHOLE
 from megatron_ext.inference.progress import progress
 from megatron_ext.models.config import Architecture
@@ -254,7 +255,9 @@ def evaluate(launch: Launch) -> None:
             settings |= {"split": args.split, "dtype": str(args.params_dtype).removeprefix("torch.")}
             found = {"loss": loss, "sequences": sequences, "tokens": tokens, SETTINGS: settings}
             if results is None:  # of random weights
-                write_results(Path(args.save), read_results(Path(args.save)) | {"val_loss": loss, VALIDATION: found})
+                save = Path(args.save)
+                with alone(save / FILE):
+                    write_results(save, read_results(save) | {"val_loss": loss, VALIDATION: found})
             else:
                 results.add(**{"val_loss": loss, VALIDATION: found})
     torch.distributed.barrier()

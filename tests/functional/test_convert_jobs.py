@@ -11,6 +11,7 @@ from hf_models import make
 from random_models import random_weights
 from workspace import TRAIN, Workspace
 
+from megatron_ext import cli
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.huggingface import companions
 from megatron_ext.checkpoint.huggingface.convert import to_megatron
@@ -46,6 +47,22 @@ def test_a_converted_model_is_trained_on_two_ranks_and_converted_back(workspace:
     Shards(workspace.path / "hf").read(name, before)
     Shards(workspace.path / "back").read(name, after)
     assert 0 < float((before - after).abs().max()) < 0.1
+
+
+def test_the_other_format_is_named(workspace: Workspace, teacher: str, capsys: pytest.CaptureFixture[str]) -> None:
+    megatron, hf = workspace.path / teacher, workspace.path / "empty-hf"
+    hf.mkdir()
+    (hf / "config.json").write_text("{}")
+    for source, directory, hint in (
+        ("hf", megatron, "--from megatron --to hf"),
+        ("hf", layout.find(megatron).path, "--from megatron --to hf"),
+        ("gpt", megatron, "--from megatron"),
+        ("megatron", hf, "--from hf --to megatron"),
+    ):
+        formats = ["--from", source, "--to", "hf" if source == "megatron" else "megatron"]
+        assert cli.main(["convert", *formats, str(directory), str(workspace.path / "nothing")]) == 2
+        assert hint in capsys.readouterr().err
+        assert not (workspace.path / "nothing").exists()
 
 
 @pytest.mark.filterwarnings("ignore")

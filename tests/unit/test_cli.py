@@ -60,6 +60,13 @@ def test_a_wrong_command_line_ends_with_status_2(words, capsys):
     assert "usage: megatron-ext" in capsys.readouterr().err
 
 
+def test_the_command_that_was_meant_is_named(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["evalute", "runs/tiny"])
+    assert end.value.code == 2
+    assert "no such command: did you mean 'evaluate'? one of demo, data" in capsys.readouterr().err
+
+
 def test_a_users_mistake_is_one_message_and_status_2(monkeypatch, capsys):
     def fail(args):
         raise ConfigError("the sky is green", got="green", legal="blue")

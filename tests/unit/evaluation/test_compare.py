@@ -153,3 +153,24 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(DataError, match="not JSON"):
         Run.read(tmp_path, "x")
+
+
+def test_only_a_comparison_is_overwritten(tmp_path: Path, both: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    words = ["compare", *map(str, both), "--out", str(out)]
+    assert cli.main(words) == 0
+    numbers, page = (out / f"comparison.{ending}" for ending in ("json", "md"))
+    numbers.write_text(numbers.read_text().replace("0.9", "0.7"))
+    assert cli.main(words) == 0
+    assert "0.7" not in numbers.read_text()
+    ours = page.read_text()
+    for file, text in ((page, "# My notes\n"), (numbers, "{}"), (numbers, '{"mine": {}}'), (numbers, "not JSON")):
+        before = file.read_text()
+        file.write_text(text)
+        assert cli.main(words) == 2
+        assert "comparison of ours" in capsys.readouterr().err
+        assert file.read_text() == text
+        file.write_text(before)
+    numbers.unlink()
+    assert cli.main(words) == 2
+    assert page.read_text() == ours

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,3 +103,18 @@ def test_where_nothing_can_be_written_is_found_at_once(checkpoint: Path, tmp_pat
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="nothing can be written there"):
         Results(checkpoint / "iter_0000004", tmp_path / place)
+
+
+def test_jobs_that_measure_at_once_lose_nothing_of_each_other(checkpoint: Path) -> None:
+    jobs, rows = 4, 8
+    children = []
+    for job in range(jobs):
+        if (child := os.fork()) == 0:
+            results = Results(checkpoint / "iter_0000004")
+            for row in range(rows):
+                results.add(tasks={f"quiz-{job}-{row}": task(row, 0)})
+            os._exit(0)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * jobs
+    assert len(read_results(checkpoint)["tasks"]) == jobs * rows
+    assert [path.name for path in checkpoint.iterdir() if path.is_file()] == ["results.json"]
