@@ -91,7 +91,7 @@ def newest(directory: str | Path) -> Step:
         )  # fmt: skip
     raise CheckpointError(
         "no complete checkpoint",
-        got="; ".join(reasons) or f"{directory} has no steps",
+        got=f"{directory}: {'; '.join(reasons)}" if reasons else f"{directory} has no steps",
         legal="a directory with iter_* or release in Megatron's torch_dist format (--ckpt-format torch_dist)",
     )
 

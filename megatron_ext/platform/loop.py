@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_ext.errors import CheckpointError
 from megatron_ext.platform.replacements import replace
 
 
@@ -39,7 +41,10 @@ def around_saves(before: Callable[[Path], None], after: Callable[[Path], None]) 
     def saving(state: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
         step = Path(checkpoint_dir)
         before(step)
-        request = save(state, checkpoint_dir, *args, **kwargs)
+        try:
+            request = save(state, checkpoint_dir, *args, **kwargs)
+        except CheckpointException as error:
+            raise _not_saved(step, error) from error
         if request is None:
             after(step)
         else:
@@ -47,6 +52,15 @@ def around_saves(before: Callable[[Path], None], after: Callable[[Path], None]) 
         return request
 
     replace(dist_checkpointing, "save", saving, "a step is saved with its checksums (everywhere)")
+
+
+def _not_saved(step: Path, error: CheckpointException) -> CheckpointError:
+    """What rank 0 knows of the ranks that could not write their part; the others know that there is one."""
+    told = [f"rank {rank}: {str(cause).splitlines()[-1]}" for rank, (cause, _) in error.failures.items()]
+    return CheckpointError(
+        "the checkpoint cannot be saved: a rank cannot write its part", got="; ".join([str(step), *told]),
+        legal="room on that rank's disk; the same command goes on from the step before",
+    )  # fmt: skip
 
 
 def before_schedule(action: Callable[[Any, int, int], Any]) -> None:

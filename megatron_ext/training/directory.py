@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 CONFIG = "config.yaml"
 AFRESH = "another directory; or remove the file: with --load of the same directory, the run writes it anew"
+PROGRESS = ("iteration", "num_floating_point_operations_so_far")
+"""What Megatron notes among its arguments while it works, and is no flag."""
 PACKAGES = ("megatron-ext", "megatron-core", "torch", "transformer-engine", "mamba-ssm", "causal-conv1d", "triton")
 
 
@@ -114,7 +116,7 @@ def describe(launch: "Launch") -> str:
         "architecture": launch.architecture.to_dict(),
         "versions": versions(),
         "commit": git_commit(),
-        "flags": {k: _plain(v) for k, v in sorted(vars(launch.args).items()) if not k.startswith("_")},
+        "flags": {k: _plain(v) for k, v in sorted(vars(launch.args).items()) if k[0] != "_" and k not in PROGRESS},
     }
     return yaml.safe_dump(content, sort_keys=False, width=120)
 

@@ -1,6 +1,7 @@
 """A program's end: what goes wrong is said once, whichever rank it happens on, and the exit status is right."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from megatron_ext.errors import MegatronExtError
 
 LAUNCHER = "MEGATRON_EXT_LAUNCHER"  # set where `megatron-ext torchrun` has started the ranks and says what went wrong
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SECONDS_OF_RANK_0 = 2.0  # in which it says what is wrong if it knows too, and torchrun ends the other ranks
 
 
@@ -40,6 +42,10 @@ def main(run: Callable[[], None]) -> int:
             print("stopped", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            room = "room there; the same command goes on from what is complete"
+            got = error.filename or "a file of this job"
+            return report(MegatronExtError(f"nothing more can be written: {error.strerror}", got=got, legal=room))
         _leave_word(f"{type(error).__name__}: {error}", traceback.format_exc())
         raise
     _leave_process_groups()

@@ -12,7 +12,7 @@ from megatron_ext.checkpoint.ranks import gather
 from megatron_ext.checkpoint.resume import has_checkpoint
 from megatron_ext.distillation.cache import Cache
 from megatron_ext.distillation.teacher import Teacher
-from megatron_ext.errors import CheckpointError
+from megatron_ext.errors import CheckpointError, UntrustedError
 from megatron_ext.training.launch import Launch
 
 CORRECTED = "teacher"  # in the run directory
@@ -66,4 +66,9 @@ def _before(launch: Launch) -> Iterator[Path]:
     if launch.resumed and launch.start is not None:
         yield launch.start.step.path
     if launch.options["distill"].correct_teacher and has_checkpoint(folder := Path(launch.args.save) / CORRECTED):
-        yield layout.newest(folder).path
+        try:
+            yield layout.newest(folder).path
+        except UntrustedError:
+            raise
+        except CheckpointError:
+            return  # a save that was cut off before the student's first; whoever needs that teacher says so

@@ -10,7 +10,9 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from types import FrameType
+from typing import Any
 
 import psutil
 
@@ -18,6 +20,9 @@ from megatron_ext.errors import MegatronExtError
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
+ENDED = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+"""Of a rank that did not end itself."""
+AT_ONCE = 10  # seconds: less than torchrun waits before it kills a rank that goes on after another has failed
 
 
 class RankError(MegatronExtError):
@@ -53,12 +58,27 @@ def main(args: argparse.Namespace) -> None:
     try:
         run(options)
     except ChildFailedError as failure:
-        rank, first = failure.get_first_failure()
+        rank = cause(failure.failures)
+        first = failure.failures[rank]
         if came and first.exitcode == -signal.SIGTERM:
             print("stopped before the first step: nothing was there to save", file=sys.stderr, flush=True)
             raise SystemExit(128 + came[0]) from None
         status = first.exitcode if first.exitcode > 0 else 128 - first.exitcode
         raise RankError(_said(rank, first.exitcode, first.error_file_data), status) from None
+
+
+def cause(failures: Mapping[int, Any]) -> int:
+    """The rank that has failed first: torchrun's times are whole seconds, in which the others notice, too.
+
+    One that was killed or has crashed leaves no word, while those that talk to it say that the connection is lost.
+
+    Args:
+        failures: By rank torchrun's `ProcessFailure`.
+    """
+    ranks = sorted(failures, key=lambda rank: failures[rank].timestamp)
+    begun = failures[ranks[0]].timestamp
+    gone = [rank for rank in ranks if -failures[rank].exitcode in ENDED and failures[rank].timestamp - begun < AT_ONCE]
+    return (gone or ranks)[0]
 
 
 def _hand_on_signals() -> list[int]:

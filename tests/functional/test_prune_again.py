@@ -72,6 +72,8 @@ def test_a_job_that_dies_goes_on_as_if_nothing_had_been(workspace: Workspace, te
     assert "scored 8 of 8" not in done.stdout
     left, right = (workspace.path / name for name in ("undisturbed", "disturbed"))
     assert content(left) == content(right)
+    settings = [(run / "config.yaml").read_text().replace(f"save: {run.name}\n", "") for run in (left, right)]
+    assert settings[0] == settings[1]
     weights = Reader(left), Reader(right)
     assert weights[0].shapes == weights[1].shapes
     assert all(torch.equal(weights[0].read(key), weights[1].read(key)) for key in weights[0].shapes)

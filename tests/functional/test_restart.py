@@ -5,8 +5,9 @@ import shutil
 import subprocess
 import sys
 
+import fork_server
 import pytest
-from workspace import MODEL, TRAIN, Workspace
+from workspace import MODEL, ROOT, TRAIN, Workspace
 
 from megatron_ext import cli
 from megatron_ext.checkpoint import layout
@@ -79,6 +80,51 @@ def test_weights_of_a_late_step_do_not_count_as_steps_of_the_run(workspace: Work
     steps = workspace.metrics("crashed")
     assert [(step["step"], step["tokens"]) for step in steps] == [(1, 512), (2, 1024)]
     assert max(step["loss"] for step in steps) < 7
+
+
+FULL = """
+import os, resource, runpy, sys
+
+full, sys.argv = sys.argv[1], sys.argv[2:]
+if os.environ["RANK"] == full:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("full", ["0", "1"])
+def test_a_disk_that_is_full_is_told_in_one_line(workspace: Workspace, teacher: str, full: str) -> None:
+    """Of one rank; files there stop growing in the midst of a save. With room, the run goes on."""
+    script, save = workspace.path / "full.py", f"full-{full}"
+    script.write_text(FULL)
+    command = [*workspace.data, *TRAIN, "--train-iters", "1", "--eval-iters", "0", "--pretrained-checkpoint", teacher]
+    program = [ROOT / "pretrain_hybrid.py", *command, "--load", save, "--save", save]
+    done = fork_server.run([script, full, *program], 2, workspace.path)
+    assert done.returncode == 2
+    assert f"error: the checkpoint cannot be saved: a rank cannot write its part\n  got:   {save}/iter_" in done.stderr
+    assert f"rank {full}: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert fork_server.run(program, 2, workspace.path).returncode == 0
+    assert [step["step"] for step in workspace.metrics(save)] == [1]
+
+
+def test_a_corrected_teacher_may_be_cut_off_again_before_the_students_first_save(
+    workspace: Workspace, teacher: str
+) -> None:
+    """The teacher is saved before the student, so a second start writes the same step of it anew, and may die there."""
+    flags = [*MODEL, *workspace.data, *TRAIN, "--train-iters", "1", "--eval-iters", "0", "--distill-teacher", teacher]
+    command = [*flags, "--distill-correct-teacher", "together", "--load", "cut-off", "--save", "cut-off"]
+    workspace.run("distill_gpt.py", *command)
+    first = workspace.metrics("cut-off")[0]
+    run = workspace.path / "cut-off"
+    (run / layout.TRACKER).unlink()
+    for folder in (run, run / "teacher"):
+        (folder / "iter_0000001" / "metadata.json").unlink()
+    assert (run / "teacher" / layout.TRACKER).read_text() == "1"
+    workspace.run("distill_gpt.py", *command)
+    (again,) = workspace.metrics("cut-off")
+    assert (again["loss"], again["teacher_loss"]) == (first["loss"], first["teacher_loss"])
+    assert layout.find(run / "teacher").iteration == layout.find(run).iteration == 1
 
 
 @pytest.mark.parametrize("given", [["--load", "fresh"], ["--load", "new", "--pretrained-checkpoint", "nowhere"]])
