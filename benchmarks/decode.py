@@ -31,7 +31,7 @@ from megatron_ext.models.config import Architecture
 from megatron_ext.models.cost import BYTES, Workload, cache_bytes, decode_bytes_per_token
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP
 from megatron_ext.models.presets import PRESETS
-from megatron_ext.ssm import mamba_ssm_api
+from megatron_ext.ops import mamba_ssm_api
 
 PREFIX = {"cuda": ("", "-8b"), "cpu": ("tiny-", "")}
 CONV_TAPS = 4

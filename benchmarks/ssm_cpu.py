@@ -22,8 +22,8 @@ import transformers
 from transformers import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
+from megatron_ext.ops import mamba_ssm_api
 from megatron_ext.platform.linear import linear
-from megatron_ext.ssm import mamba_ssm_api
 
 WARM_UP = 6  # the first steps mostly wait for new memory from the system
 CASES = ("transformers, chunk 256", "transformers, chunk 64", "megatron_ext")

@@ -25,9 +25,9 @@ import machine
 import torch
 from torch import Tensor
 
-from megatron_ext.ssm import mamba_ssm_api
-from megatron_ext.ssm.dispatch import set_backend
-from megatron_ext.ssm.projection import Projection
+from megatron_ext.ops import mamba_ssm_api
+from megatron_ext.ops.dispatch import set_backend
+from megatron_ext.ops.mamba_mixer.projection import Projection
 
 NAMES = ("zxbcdt", "conv_weight", "conv_bias", "dt_bias", "A", "D")
 Case = Callable[[dict[str, Tensor]], Tensor]
@@ -72,7 +72,7 @@ def cases(args: argparse.Namespace) -> tuple[dict[str, Case], dict[str, str]]:
 
     def of_chunks(size: int) -> Case:
         def run(t: dict[str, Tensor]) -> Tensor:
-            from megatron_ext.ssm.triton.mixer import conv_scan_norm
+            from megatron_ext.ops.mamba_mixer.triton import conv_scan_norm
 
             projection = Projection(t["A"].shape[0], args.head_dim, args.groups)
             more = {"norm_weight": t.get("norm_weight"), "norm_before_gate": False, "chunk_size": size}

@@ -9,9 +9,12 @@ from jaxtyping import install_import_hook
 # The modules with shapes in their signatures. Before any test imports them: jaxtyping's shapes then are checked at each
 # call, and across the arguments of one call. (Not the modules of Triton kernels, whose source Triton itself reads.)
 CHECKED = [
-    *(f"megatron_ext.ssm.{name}" for name in ("_decay", "_scan", "_silu", "chunk", "conv", "decode", "mamba_ssm_api")),
-    *(f"megatron_ext.ssm.{name}" for name in ("mixer", "naive", "norm", "projection")),
-    *(f"megatron_ext.ssm.triton.{name}" for name in ("conv", "decode", "mixer", "norm", "scan")),
+    *(f"megatron_ext.ops.{name}" for name in ("mamba_ssm_api", "silu")),
+    *(f"megatron_ext.ops.causal_conv1d.{name}" for name in ("naive", "cpu", "decode", "triton")),
+    *(f"megatron_ext.ops.gated_norm.{name}" for name in ("naive", "cpu", "triton")),
+    *(f"megatron_ext.ops.mamba_mixer.{name}" for name in ("projection", "cpu", "triton")),
+    *(f"megatron_ext.ops.ssd.{name}" for name in ("naive", "step_sizes", "cpu", "cpu_chunks", "cpu_decays", "decode")),
+    *(f"megatron_ext.ops.ssd.{name}" for name in ("triton", "triton_decode")),
     "megatron_ext.platform.linear",
     "megatron_ext.distillation",
     "megatron_ext.pruning.importance",

@@ -79,9 +79,11 @@ def install(every_configuration: bool) -> None:
 def main() -> None:
     """The benchmark's layer, with all that a kernel can be asked for."""
     install("--all" in sys.argv)
-    from megatron_ext.ssm.projection import Projection
-    from megatron_ext.ssm.triton import norm
-    from megatron_ext.ssm.triton.mixer import conv_scan_norm
+    from megatron_ext.ops.causal_conv1d.triton import conv_step
+    from megatron_ext.ops.gated_norm import triton as norm
+    from megatron_ext.ops.mamba_mixer.projection import Projection
+    from megatron_ext.ops.mamba_mixer.triton import conv_scan_norm
+    from megatron_ext.ops.ssd.triton_decode import state_step
 
     heads, channels, groups, state, length = 128, 64, 8, 128, 2048
     inner = heads * channels
@@ -102,7 +104,6 @@ def main() -> None:
         torch.autograd.grad((y.sum(), final.sum()), own)
     out = norm.gated_rms_norm(y.detach(), weight, gate, group_size=inner // groups)
     torch.autograd.grad(out.sum(), [weight, gate])
-    from megatron_ext.ssm.triton.decode import conv_step, state_step
 
     with torch.no_grad():
         token, slots = torch.zeros(2, conv, **bf16), torch.zeros(2, dtype=torch.int64)

@@ -4,11 +4,15 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from ssm_oracle import assert_agree
 from torch import Tensor
 
-from megatron_ext.ssm import naive
-from megatron_ext.ssm.projection import Projection
+from megatron_ext.ops.causal_conv1d import naive as conv_naive
+from megatron_ext.ops.gated_norm import naive as norm_naive
+from megatron_ext.ops.mamba_mixer.projection import Projection
+from megatron_ext.ops.ssd import naive as ssd_naive
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of a Triton kernel
 HEADS, CHANNELS, GROUPS, STATE = 4, 4, 2, 5
 PROJECTION = Projection(HEADS, CHANNELS, GROUPS)
 INNER, CONV = HEADS * CHANNELS, HEADS * CHANNELS + 2 * GROUPS * STATE
@@ -32,6 +36,13 @@ def outcomes(f: Callable, leaves: dict[str, Tensor | None], dtype: torch.dtype, 
     gradients = torch.autograd.grad(loss, list(present.values()), allow_unused=True, materialize_grads=True)
     names = [*range(len(found)), *(f"d{name}" for name in present)]
     return {str(name): t.detach().cpu() for name, t in zip(names, (*found, *gradients), strict=True)}
+
+
+def compare(ours: Callable, definition: Callable, leaves: dict[str, Tensor | None], tolerance: float = 2e-6) -> None:
+    """Hold results and gradients in float32 on `DEVICE` against those of a definition in float64."""
+    assert_agree(
+        outcomes(ours, leaves, torch.float32, DEVICE), outcomes(definition, leaves, torch.float64, "cpu"), tolerance
+    )
 
 
 def leaves(
@@ -73,12 +84,12 @@ def by_definition(
 ) -> tuple[Tensor, Tensor]:
     """`conv_scan_norm` as one plain formula after the other."""
     z, xBC, dt = zxbcdt.split([INNER, CONV, HEADS], -1)
-    xBC, _ = naive.causal_conv1d(xBC, conv_weight, conv_bias, None, seq_idx, activation)
+    xBC, _ = conv_naive.causal_conv1d(xBC, conv_weight, conv_bias, None, seq_idx, activation)
     x, B, C = xBC.split([INNER, GROUPS * STATE, GROUPS * STATE], -1)
     x, B, C = x.unflatten(-1, (HEADS, -1)), B.unflatten(-1, (GROUPS, -1)), C.unflatten(-1, (GROUPS, -1))
     steps = F.softplus(dt + dt_bias).clamp(*dt_limit)
-    y, final = naive.ssd(x, steps, A, B, C, D, initial_states, seq_idx)
+    y, final = ssd_naive.ssd(x, steps, A, B, C, D, initial_states, seq_idx)
     y = y.flatten(2)
     if norm_weight is None:
         return y * F.silu(z), final
-    return naive.gated_rms_norm(y, norm_weight, z, norm_eps, INNER // GROUPS, norm_before_gate), final
+    return norm_naive.gated_rms_norm(y, norm_weight, z, norm_eps, INNER // GROUPS, norm_before_gate), final

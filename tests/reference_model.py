@@ -14,8 +14,9 @@ from torch import Tensor
 
 from megatron_ext.models.axes import Kept
 from megatron_ext.models.config import Architecture
+from megatron_ext.ops.causal_conv1d.naive import causal_conv1d
+from megatron_ext.ops.ssd.naive import ssd
 from megatron_ext.pruning.plan import Plan
-from megatron_ext.ssm import naive
 
 
 def mask(kept: Sequence[int] | None, size: int) -> Tensor:
@@ -112,9 +113,9 @@ def mamba(arch: Architecture, w: dict[str, Tensor], u: Tensor, kept: Kept) -> tu
     convolved = []
     for name, value in (("x", x), ("B", B), ("C", C)):
         taps, bias = w[f"mixer.conv1d.weight.{name}"].squeeze(1), w[f"mixer.conv1d.bias.{name}"]
-        convolved.append(naive.causal_conv1d(value, taps, bias, activation="silu")[0])
+        convolved.append(causal_conv1d(value, taps, bias, activation="silu")[0])
     cx, cB, cC = convolved
-    y, _ = naive.ssd(
+    y, _ = ssd(
         cx.unflatten(-1, (-1, arch.mamba_head_dim)),
         F.softplus(dt + w["mixer.dt_bias"]),
         -w["mixer.A_log"].exp(),

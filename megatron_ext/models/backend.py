@@ -3,13 +3,13 @@
 import logging
 
 from megatron_ext import platform
+from megatron_ext.ops import autotune, dispatch, mamba_ssm_api, triton_tiles
 from megatron_ext.platform import state_space
-from megatron_ext.ssm import dispatch, fastest, mamba_ssm_api
 
 logger = logging.getLogger(__name__)
 
 
-def prepare(ssm: str = "auto", shape: fastest.Shape | None = None) -> None:
+def prepare(ssm: str = "auto", shape: autotune.Shape | None = None) -> None:
     """Make Megatron usable in this process, on whatever device it has. Calling it again changes `ssm` alone.
 
     Args:
@@ -22,7 +22,7 @@ def prepare(ssm: str = "auto", shape: fastest.Shape | None = None) -> None:
     """
     ours = ssm not in ("auto", "mamba_ssm")
     if ssm == "auto" and not platform.installed() and shape is not None and _has_choice(shape):
-        ours = fastest.choose(shape) != "mamba_ssm"
+        ours = autotune.choose(shape) != "mamba_ssm"
     if ssm == "mamba_ssm":
         dispatch.require_mamba_ssm()
     else:
@@ -32,7 +32,7 @@ def prepare(ssm: str = "auto", shape: fastest.Shape | None = None) -> None:
     platform.install(mamba_ssm_api, ours)  # type: ignore[arg-type] - a module serves as the Kernels protocol
 
 
-def _has_choice(shape: fastest.Shape) -> bool:
+def _has_choice(shape: autotune.Shape) -> bool:
     """Whether mamba_ssm's kernels and ours in Triton can both run such a layer here."""
     both = platform.device_type() == "cuda" and state_space.available()
-    return both and dispatch.triton_fits(shape.head_dim, shape.state) and dispatch.triton_runs()
+    return both and triton_tiles.fits(shape.head_dim, shape.state) and dispatch.triton_runs()

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from megatron_ext.models import axes
 from megatron_ext.models.config import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE, parse
+from megatron_ext.ops.ssd import cpu as ssd_cpu
+from megatron_ext.ops.ssd import triton_tiling
 
-# Tokens after which a state is kept for the backward (`ssm/triton/scan.py`, `ssm/chunk.py`).
-STATE_EVERY, STATE_EVERY_IN_TORCH = 128, 32
 # Bytes of both models' logits that the distillation loss holds at a time, and of the output weights' gradient up to
 # which it keeps that from the forward to the backward pass (`distillation/chunked.py`).
 LOGITS_AT_A_TIME, LOGITS_IN_TORCH, GRADIENT_KEPT = 13 * 2**25, 2**26, 2**27
@@ -220,16 +220,16 @@ def _mlp(neurons: float, arch: Architecture, layout: Layout) -> float:
 def _mamba(own: Architecture, layout: Layout) -> float:
     """What the input projection made, y, what the output projection takes, states, and what is small beside them.
 
-    In plain torch (`ssm/mixer.py`) y and states are in fp32, and decays are kept (`ssm/_decay.py`).
+    In plain torch (`ops/mamba_mixer/cpu.py`) y and states are in fp32, and decays are kept (`ops/ssd/cpu_decays.py`).
     """
     tp, width = layout.tp, layout.width
     inner, heads, groups = own.mamba_inner_size / tp, own.mamba_num_heads / tp, own.mamba_num_groups / tp
     # the projection, what comes out, and under context parallelism the input of a norm by itself (`mamba_training.py`)
     outer = 3 * inner + 2 * groups * own.mamba_state_dim + heads + (inner if layout.cp > 1 else 0)
     if layout.fused:
-        states = inner * own.mamba_state_dim / STATE_EVERY
+        states = inner * own.mamba_state_dim / triton_tiling.CHUNK
         return (outer + inner + states) * width + 8 * heads + 4 * groups
-    states = inner * (own.mamba_state_dim + 1) / STATE_EVERY_IN_TORCH * 4
+    states = inner * (own.mamba_state_dim + 1) / ssd_cpu.CHUNK * 4
     return outer * width + 4 * inner + states + 28 * heads + 4 * groups
 
 

@@ -14,7 +14,7 @@ from megatron_ext.models.config import Architecture
 from megatron_ext.models.pattern import MAMBA
 from megatron_ext.models.pattern import parse as parse_pattern
 from megatron_ext.models.presets import preset
-from megatron_ext.ssm.fastest import Shape
+from megatron_ext.ops.autotune import Shape
 from megatron_ext.training.context import extension
 from megatron_ext.training.start import Start
 

@@ -26,7 +26,7 @@ from megatron_ext.models.backend import prepare
 from megatron_ext.models.config import Architecture
 from megatron_ext.models.pattern import MOE, Pattern
 from megatron_ext.models.pattern import parse as parse_pattern
-from megatron_ext.ssm.dispatch import NAMES as SSM_BACKENDS
+from megatron_ext.ops.dispatch import NAMES as SSM_BACKENDS
 from megatron_ext.training import flags, refusals
 from megatron_ext.training.directory import check_save
 from megatron_ext.training.refused import check_flags

@@ -18,7 +18,7 @@ def gradients(checkpoint: str, save: str) -> dict[str, tuple[float, dict[str, Te
     started = launch(JOB, [*flags, "--micro-batch-size", "2"])
     from megatron.core.utils import unwrap_model
 
-    from megatron_ext.ssm import mamba_ssm_api
+    from megatron_ext.ops import mamba_ssm_api
     from megatron_ext.training.evaluate import load_model
 
     (model,) = unwrap_model(load_model(started))

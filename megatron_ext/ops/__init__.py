@@ -1,0 +1,15 @@
+"""Operations of Mamba-2 layers, one folder each: its naive form, which says what is meant, beside every fast one.
+
+    ssd/             the chunked state-space scan
+    causal_conv1d/   the short causal convolution before it
+    gated_norm/      the root-mean-square norm with a gate after it
+    mamba_mixer/     all between a layer's two projections as one function: convolution, scan, norm and gate
+
+In each folder `naive.py` is the definition, `cpu.py` plain torch with a backward by hand, made for a CPU's cache and
+right on any device, `triton.py` the fused kernels' launches and `triton_*kernel*.py` the kernels.
+
+    dispatch.py        which form runs: by `--ext-ssm-backend`, or by device, dtype and sizes
+    autotune.py        ours or mamba-ssm's on a GPU that has both: measured once, remembered
+    mamba_ssm_api.py   the forms behind the signatures of mamba_ssm and causal_conv1d, which Megatron-Core calls
+    cache_blocks.py, silu.py, triton_tiles.py, triton_jit.py   what several operations need
+"""
