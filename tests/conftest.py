@@ -12,7 +12,7 @@ CHECKED = [
     *(f"megatron_ext.ops.{name}" for name in ("mamba_ssm_api", "silu")),
     *(f"megatron_ext.ops.causal_conv1d.{name}" for name in ("naive", "cpu", "decode", "triton")),
     *(f"megatron_ext.ops.gated_norm.{name}" for name in ("naive", "cpu", "triton")),
-    *(f"megatron_ext.ops.mamba_mixer.{name}" for name in ("projection", "cpu", "triton")),
+    *(f"megatron_ext.ops.mamba_mixer.{name}" for name in ("projection", "naive", "cpu", "triton")),
     *(f"megatron_ext.ops.ssd.{name}" for name in ("naive", "step_sizes", "cpu", "cpu_chunks", "cpu_decays", "decode")),
     *(f"megatron_ext.ops.ssd.{name}" for name in ("triton", "triton_decode")),
     "megatron_ext.platform.linear",

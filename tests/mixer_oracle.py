@@ -1,16 +1,12 @@
-"""All between a Mamba-2 layer's two projections by its definition, and inputs for it, for comparisons in float64."""
+"""Inputs of all between a Mamba-2 layer's two projections, and results with every gradient, to compare in float64."""
 
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from ssm_oracle import assert_agree
 from torch import Tensor
 
-from megatron_ext.ops.causal_conv1d import naive as conv_naive
-from megatron_ext.ops.gated_norm import naive as norm_naive
 from megatron_ext.ops.mamba_mixer.projection import Projection
-from megatron_ext.ops.ssd import naive as ssd_naive
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of a Triton kernel
 HEADS, CHANNELS, GROUPS, STATE = 4, 4, 2, 5
@@ -65,31 +61,3 @@ def leaves(
         "initial_states": normal(batch, HEADS, CHANNELS, STATE, seed=6) if initial else None,
         "norm_weight": normal(INNER, seed=8) if normed else None,
     }
-
-
-def by_definition(
-    zxbcdt: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    initial_states: Tensor | None,
-    norm_weight: Tensor | None,
-    seq_idx: Tensor | None = None,
-    dt_limit: tuple[float, float] = (0.0, float("inf")),
-    activation: str | None = "silu",
-    norm_eps: float = 1e-6,
-    norm_before_gate: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """`conv_scan_norm` as one plain formula after the other."""
-    z, xBC, dt = zxbcdt.split([INNER, CONV, HEADS], -1)
-    xBC, _ = conv_naive.causal_conv1d(xBC, conv_weight, conv_bias, None, seq_idx, activation)
-    x, B, C = xBC.split([INNER, GROUPS * STATE, GROUPS * STATE], -1)
-    x, B, C = x.unflatten(-1, (HEADS, -1)), B.unflatten(-1, (GROUPS, -1)), C.unflatten(-1, (GROUPS, -1))
-    steps = F.softplus(dt + dt_bias).clamp(*dt_limit)
-    y, final = ssd_naive.ssd(x, steps, A, B, C, D, initial_states, seq_idx)
-    y = y.flatten(2)
-    if norm_weight is None:
-        return y * F.silu(z), final
-    return norm_naive.gated_rms_norm(y, norm_weight, z, norm_eps, INNER // GROUPS, norm_before_gate), final

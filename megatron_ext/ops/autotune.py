@@ -21,8 +21,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 WARM_UP, REPEATS = 3, 7
-PATIENCE = 300.0  # seconds that other processes wait; kernels are compiled meanwhile
-MOST_VALUES = 128 * 64 * 16_384  # of x in one measurement; a layer takes about 40 bytes for each
+WAIT_SECONDS = 300.0  # that other processes wait; kernels are compiled meanwhile
+MAX_VALUES = 128 * 64 * 16_384  # of x in one measurement; a layer takes about 40 bytes for each
 Run = Callable[[], object]
 
 
@@ -47,11 +47,11 @@ class Shape:
     def limited(self) -> "Shape":
         """The same with fewer tokens where a layer would take more memory than a measurement should."""
         width = self.heads * self.head_dim
-        batch = max(1, min(self.batch, MOST_VALUES // (width * self.tokens)))
-        return replace(self, batch=batch, tokens=min(self.tokens, MOST_VALUES // (width * batch)))
+        batch = max(1, min(self.batch, MAX_VALUES // (width * self.tokens)))
+        return replace(self, batch=batch, tokens=min(self.tokens, MAX_VALUES // (width * batch)))
 
 
-def memory() -> Path:
+def cache_path() -> Path:
     """Where choices are remembered: `$XDG_CACHE_HOME` or `~/.cache`, /megatron_ext/state_space.json."""
     folder = os.environ.get("XDG_CACHE_HOME")
     return (Path(folder) if folder else Path.home() / ".cache") / "megatron_ext" / "state_space.json"
@@ -61,7 +61,7 @@ def choose(
     shape: Shape,
     candidates: Callable[[Shape], Mapping[str, Run]] | None = None,
     clock: Callable[[], float] | None = None,
-    remembered: Path | None = None,
+    cache: Path | None = None,
     machine: str | None = None,
 ) -> str:
     """The name of the fastest candidate: the one remembered for this machine and shape, or else measured now.
@@ -70,20 +70,20 @@ def choose(
         shape: The layer.
         candidates: Forward and backward of it by name; ours in Triton and mamba-ssm's by default.
         clock: Seconds, once everything before is done.
-        remembered: The file of choices; `memory()` by default.
+        cache: The file of choices; `cache_path()` by default.
         machine: What a choice holds for; this GPU and the versions of the kernels by default.
     """
-    path = remembered or memory()
+    path = cache or cache_path()
     key = json.dumps([machine or _machine(), asdict(shape)])
-    known = _read(path).get(key) or (None if _measures() else _awaited(path, key))
-    if known is not None:
-        logger.info("state-space kernels: %s (the fastest of %s, measured before)", known["choice"], known["seconds"])
-        return known["choice"]
+    entry = _read(path).get(key) or (None if _measures_here() else _wait_for_choice(path, key))
+    if entry is not None:
+        logger.info("state-space kernels: %s (the fastest of %s, measured before)", entry["choice"], entry["seconds"])
+        return entry["choice"]
     seconds = measure((candidates or _on_this_gpu)(shape), clock or _after_the_gpu)
     choice = min(seconds, key=lambda name: seconds[name])
-    told = {name: round(value, 6) for name, value in seconds.items()}
-    logger.info("state-space kernels: %s (the fastest of %s, measured now)", choice, told)
-    return _remember(path, key, {"choice": choice, "seconds": told})
+    rounded = {name: round(value, 6) for name, value in seconds.items()}
+    logger.info("state-space kernels: %s (the fastest of %s, measured now)", choice, rounded)
+    return _store(path, key, {"choice": choice, "seconds": rounded})
 
 
 def measure(candidates: Mapping[str, Run], clock: Callable[[], float]) -> dict[str, float]:
@@ -91,38 +91,38 @@ def measure(candidates: Mapping[str, Run], clock: Callable[[], float]) -> dict[s
 
     One that cannot run this shape drops out; if none can, the last one's exception is raised.
     """
-    able: dict[str, Run] = {}
-    problem: Exception | None = None
+    runnable: dict[str, Run] = {}
+    failure: Exception | None = None
     for name, run in candidates.items():
         try:
             for _ in range(WARM_UP):
                 run()
-            able[name] = run
+            runnable[name] = run
         except Exception as error:  # whatever a compiler or a kernel of another package raises
-            problem = error
+            failure = error
             logger.warning("state-space kernels: %s cannot run this layer: %s", name, error)
-    if problem is not None and not able:
-        raise problem
-    times: dict[str, list[float]] = {name: [] for name in able}
+    if failure is not None and not runnable:
+        raise failure
+    times: dict[str, list[float]] = {name: [] for name in runnable}
     for _ in range(REPEATS):
-        for name, run in able.items():
+        for name, run in runnable.items():
             begun = clock()
             run()
             times[name].append(clock() - begun)
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def _measures() -> bool:
+def _measures_here() -> bool:
     """Whether this is the process of its node that measures."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def _awaited(path: Path, key: str, patience: float = PATIENCE) -> dict | None:
+def _wait_for_choice(path: Path, key: str, seconds_to_wait: float = WAIT_SECONDS) -> dict | None:
     """What the first process of the node finds; None if it takes too long."""
-    until = time.monotonic() + patience
+    until = time.monotonic() + seconds_to_wait
     while time.monotonic() < until:
-        if (known := _read(path).get(key)) is not None:
-            return known
+        if (entry := _read(path).get(key)) is not None:
+            return entry
         time.sleep(0.5)
     return None
 
@@ -134,19 +134,19 @@ def _read(path: Path) -> dict[str, dict]:
         return {}
 
 
-def _remember(path: Path, key: str, found: dict) -> str:
+def _store(path: Path, key: str, entry: dict) -> str:
     """Add a choice, unless another run was first; the choice that holds."""
-    known = _read(path)
-    if key not in known:
-        known[key] = found
+    entries = _read(path)
+    if key not in entries:
+        entries[key] = entry
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-                json.dump(known, file, indent=1)
+                json.dump(entries, file, indent=1)
             Path(file.name).replace(path)
         except OSError as error:
             logger.warning("state-space kernels: the choice cannot be kept, and is made again each time: %s", error)
-    return known[key]["choice"]
+    return entries[key]["choice"]
 
 
 def _after_the_gpu() -> float:
@@ -156,10 +156,10 @@ def _after_the_gpu() -> float:
 
 def _machine() -> str:
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "triton", "mamba_ssm")]
-    return ", ".join([torch.cuda.get_device_name(), *versions, f"our kernels {own_version()}"])
+    return ", ".join([torch.cuda.get_device_name(), *versions, f"our kernels {kernel_version()}"])
 
 
-def own_version() -> str:
+def kernel_version() -> str:
     """A hash of our kernels' source, which changes more often than a version number."""
     sources = sorted(Path(__file__).parent.rglob("triton*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]

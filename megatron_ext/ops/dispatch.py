@@ -14,11 +14,14 @@ from megatron_ext.errors import ConfigError, nearest
 from megatron_ext.ops import triton_tiles
 from megatron_ext.ops.causal_conv1d import cpu as conv_cpu
 from megatron_ext.ops.causal_conv1d import naive as conv_naive
+from megatron_ext.ops.causal_conv1d.decode import conv_step
 from megatron_ext.ops.gated_norm import cpu as norm_cpu
 from megatron_ext.ops.gated_norm import naive as norm_naive
 from megatron_ext.ops.mamba_mixer import cpu as mixer_cpu
+from megatron_ext.ops.mamba_mixer import naive as mixer_naive
 from megatron_ext.ops.ssd import cpu as ssd_cpu
 from megatron_ext.ops.ssd import naive as ssd_naive
+from megatron_ext.ops.ssd.decode import state_step
 from megatron_ext.platform.device import device_type
 
 logger = logging.getLogger(__name__)
@@ -26,32 +29,38 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation: the three operations, with the signatures and the meaning of the naive ones.
+    """One implementation of the operations, with the signatures and the meaning of the naive ones.
 
     Attributes:
         name: What `--ext-ssm-backend` calls it.
         ssd: The scan.
         causal_conv1d: The convolution before it.
         gated_rms_norm: The norm after it.
-        conv_scan_norm: Convolution, scan, norm and gate at once (`mamba_mixer`), where there is such a thing.
-        conv_step: The convolution of one more token ; where it is missing `causal_conv1d.decode`.
-        state_step: The scan of one more token; where it is missing `ssd.decode`.
+        conv_scan_norm: Convolution, scan, norm and gate at once (`mamba_mixer`).
+        conv_step: The convolution of one more token.
+        state_step: The scan of one more token.
     """
 
     name: str
     ssd: Callable[..., tuple[Tensor, Tensor]]
     causal_conv1d: Callable[..., tuple[Tensor, Tensor]]
     gated_rms_norm: Callable[..., Tensor]
-    conv_scan_norm: Callable[..., tuple[Tensor, Tensor]] | None = None
-    conv_step: Callable[..., Tensor] | None = None
-    state_step: Callable[..., Tensor] | None = None
+    conv_scan_norm: Callable[..., tuple[Tensor, Tensor]]
+    conv_step: Callable[..., Tensor]
+    state_step: Callable[..., Tensor]
 
 
-_BUILT = {
-    "naive": Backend("naive", ssd_naive.ssd, conv_naive.causal_conv1d, norm_naive.gated_rms_norm),
-    "torch": Backend("torch", ssd_cpu.ssd, conv_cpu.causal_conv1d, norm_cpu.gated_rms_norm, mixer_cpu.conv_scan_norm),
-}
-NAMES = ("auto", *_BUILT, "triton", "mamba_ssm")
+_TORCH_BACKENDS = {
+    "naive": Backend(
+        "naive", ssd_naive.ssd, conv_naive.causal_conv1d, norm_naive.gated_rms_norm, mixer_naive.conv_scan_norm,
+        conv_step, state_step,
+    ),
+    "torch": Backend(
+        "torch", ssd_cpu.ssd, conv_cpu.causal_conv1d, norm_cpu.gated_rms_norm, mixer_cpu.conv_scan_norm,
+        conv_step, state_step,
+    ),
+}  # fmt: skip
+NAMES = ("auto", *_TORCH_BACKENDS, "triton", "mamba_ssm")
 _chosen: Backend | None = None
 
 
@@ -72,14 +81,14 @@ def backend(
     """
     if name == "auto":
         return _chosen or _automatic(x, channels, state, taps)
-    if name in _BUILT:
-        return _BUILT[name]
+    if name in _TORCH_BACKENDS:
+        return _TORCH_BACKENDS[name]
     if name == "triton":
         return _triton()
     if name == "mamba_ssm":
         require_mamba_ssm()
         what = "Megatron calls mamba_ssm by itself where it can run; it is not reached through this dispatch"
-        raise ConfigError(what, got=name, legal=", ".join(("auto", *_BUILT, "triton")))
+        raise ConfigError(what, got=name, legal=", ".join(("auto", *_TORCH_BACKENDS, "triton")))
     raise ConfigError("no such state-space backend", got=name, legal=nearest(name, NAMES))
 
 
@@ -111,7 +120,7 @@ def require_mamba_ssm() -> None:
         missing = ["no CUDA device"]
     if missing:
         what = "the mamba_ssm kernels cannot run: " + ", ".join(missing)
-        raise ConfigError(what, got="mamba_ssm", legal=", ".join(("auto", *_BUILT, "triton")))
+        raise ConfigError(what, got="mamba_ssm", legal=", ".join(("auto", *_TORCH_BACKENDS, "triton")))
 
 
 def _installed(package: str) -> bool:
@@ -122,14 +131,14 @@ def _automatic(x: Tensor | None, channels: int, state: int, taps: int) -> Backen
     """Triton on a GPU for every dtype and size its tiles are made for, else torch."""
     fits = x is not None and x.device.type == "cuda" and x.dtype in triton_tiles.DTYPES
     fits = fits and triton_tiles.fits(channels, state) and taps <= triton_tiles.MAX_TAPS
-    chosen = _triton() if fits and triton_runs() else _BUILT["torch"]
+    chosen = _triton() if fits and triton_runs() else _TORCH_BACKENDS["torch"]
     where = "no input" if x is None else f"{x.device.type}, {str(x.dtype).removeprefix('torch.')}"
-    _say(chosen.name, where)
+    _log_choice(chosen.name, where)
     return chosen
 
 
 @functools.cache
-def _say(name: str, why: str) -> None:
+def _log_choice(name: str, why: str) -> None:
     logger.info("state-space kernels: %s (chosen for %s)", name, why)
 
 
@@ -156,10 +165,13 @@ def _triton() -> Backend:
 
 @functools.cache
 def _import_triton() -> Backend:
-    from megatron_ext.ops.causal_conv1d.triton import causal_conv1d, conv_step
-    from megatron_ext.ops.gated_norm.triton import gated_rms_norm
-    from megatron_ext.ops.mamba_mixer.triton import conv_scan_norm
-    from megatron_ext.ops.ssd.triton import ssd
-    from megatron_ext.ops.ssd.triton_decode import state_step
+    from megatron_ext.ops.causal_conv1d import triton as conv
+    from megatron_ext.ops.gated_norm import triton as norm
+    from megatron_ext.ops.mamba_mixer import triton as mixer
+    from megatron_ext.ops.ssd import triton as ssd
+    from megatron_ext.ops.ssd import triton_decode
 
-    return Backend("triton", ssd, causal_conv1d, gated_rms_norm, conv_scan_norm, conv_step, state_step)
+    return Backend(
+        "triton", ssd.ssd, conv.causal_conv1d, norm.gated_rms_norm, mixer.conv_scan_norm,
+        conv.conv_step, triton_decode.state_step,
+    )  # fmt: skip

@@ -6,7 +6,6 @@ float32 here, at least as exact as asked).
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from megatron_ext.errors import ConfigError
 from megatron_ext.ops.causal_conv1d import decode as conv_decode
-from megatron_ext.ops.dispatch import Backend, backend
+from megatron_ext.ops.dispatch import backend
 from megatron_ext.ops.mamba_mixer.projection import Projection
 from megatron_ext.ops.ssd import decode as ssd_decode
 from megatron_ext.ops.ssd.step_sizes import NO_LIMIT, step_sizes
@@ -177,8 +176,7 @@ def mamba_split_conv1d_scan_combined(
     n = (conv - inner) // (2 * ngroups)
     ops = backend(x=zxbcdt, channels=p, state=n, taps=conv1d_weight.shape[1])
     projection, rest = Projection(heads, p, ngroups), (initial_states, seq_idx, dt_limit, activation)
-    mixer = ops.conv_scan_norm or partial(in_turn, ops)
-    y, state = mixer(
+    y, state = ops.conv_scan_norm(
         zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, projection, *rest,
         rmsnorm_weight, rmsnorm_eps, norm_before_gate,
     )  # fmt: skip
@@ -252,14 +250,8 @@ def causal_conv1d_update(
         steps = x.unbind(-1)
         rest = (conv_state, weight, bias, activation, None, conv_state_indices)
         return torch.stack([causal_conv1d_update(step, *rest) for step in steps], -1)
-    ops = backend(x=x)
-    if ops.conv_step is not None and conv_state[0].is_contiguous():
-        return ops.conv_step(x, conv_state, weight, bias, activation, conv_state_indices)
-    window = conv_state if conv_state_indices is None else conv_state[conv_state_indices]
-    y = conv_decode.conv_step(x, window, weight, bias, activation)
-    if conv_state_indices is not None:
-        conv_state[conv_state_indices] = window
-    return y
+    conv_step = backend(x=x).conv_step if conv_state[0].is_contiguous() else conv_decode.conv_step
+    return conv_step(x, conv_state, weight, bias, activation, conv_state_indices)
 
 
 def selective_state_update(
@@ -291,28 +283,5 @@ def selective_state_update(
         state_batch_indices: The slot of each row of x in `state`.
     """
     ops = backend(x=x, channels=x.shape[2], state=B.shape[2])
-    if ops.state_step is not None and state.is_contiguous():
-        return ops.state_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
-    steps = step_sizes(dt, dt_bias, dt_softplus, NO_LIMIT)
-    own = state if state_batch_indices is None else state[state_batch_indices]
-    y = ssd_decode.ssd_step(own, x, steps, A, B, C, D)
-    if state_batch_indices is not None:
-        state[state_batch_indices] = own
-    return y if z is None else (y * F.silu(z.to(steps.dtype))).to(x.dtype)
-
-
-def in_turn(
-    ops: Backend, zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, dt_bias: Tensor, A: Tensor, D: Tensor,
-    projection: Projection, initial_states: Tensor | None, seq_idx: Tensor | None, dt_limit: Sequence[float],
-    activation: str | None, norm_weight: Tensor | None, norm_eps: float, norm_before_gate: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`mixer.conv_scan_norm` as one operation after the other, for a backend that has no such function."""
-    z, xBC, dt = projection.parts(zxbcdt)
-    xBC, _ = ops.causal_conv1d(xBC, conv_weight, conv_bias, None, seq_idx, activation)
-    x, B, C = projection.inputs(xBC)
-    y, state = ops.ssd(x, step_sizes(dt, dt_bias, True, dt_limit), A, B, C, D, initial_states, seq_idx)
-    y = y.flatten(2)
-    if norm_weight is None:
-        return (y * F.silu(z.to(state.dtype))).to(y.dtype), state
-    size = projection.inner // projection.groups
-    return ops.gated_rms_norm(y, norm_weight, z, norm_eps, size, norm_before_gate), state
+    state_step = ops.state_step if state.is_contiguous() else ssd_decode.state_step
+    return state_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)

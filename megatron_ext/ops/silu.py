@@ -18,11 +18,11 @@ def is_silu(activation: str | None) -> bool:
     return activation is not None
 
 
-def silu_and_slope(
+def silu_and_derivative(
     z: Float[Tensor, "*shape"], in_place: bool = False
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
     """z sigmoid(z), written over z if `in_place`, and its derivative sigmoid(z) (1 + z - z sigmoid(z))."""
-    slope = torch.sigmoid(z)
-    value = z.mul_(slope) if in_place else z * slope
+    derivative = torch.sigmoid(z)
+    value = z.mul_(derivative) if in_place else z * derivative
     # sigmoid + silu (1 - sigmoid) in one pass
-    return value, slope.lerp_(slope.new_ones(()), value)
+    return value, derivative.lerp_(derivative.new_ones(()), value)

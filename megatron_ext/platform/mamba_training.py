@@ -31,12 +31,12 @@ def install(kernels: TrainingKernels) -> None:
     import megatron.core.ssm.mamba_mixer as module
 
     mixer: Any = module.MambaMixer
-    in_turn = mixer._ssm_training
+    unfused = mixer._ssm_training
 
     def training(self: Any, zxBCdt: Tensor, packed_seq_params: Any = None) -> Tensor:
         apart = packed_seq_params is not None or self.cp.cp_size > 1 or not self.rmsnorm
         if apart or any(getattr(self.norm, hooks) for hooks in HOOKS):
-            return in_turn(self, zxBCdt, packed_seq_params)
+            return unfused(self, zxBCdt, packed_seq_params)
         D = self.cp.get_D()
         y = kernels.mamba_split_conv1d_scan_combined(
             zxBCdt.transpose(0, 1),

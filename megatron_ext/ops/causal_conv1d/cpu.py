@@ -1,6 +1,6 @@
 """The short causal convolution before the scan: each channel by itself, in channels-last layout, backward by hand.
 
-It works in blocks of tokens that fit the cache and keeps nothing but its inputs: what is under the activation is
+It works in blocks of tokens that fit the cache and keeps nothing but its inputs: what the activation is taken of is
 computed again in the backward.
 """
 
@@ -16,7 +16,7 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.ops.cache_blocks import blocks
 from megatron_ext.ops.silu import is_silu
 
-ALL = slice(None)
+ALL_ROWS = slice(None)
 
 
 def causal_conv1d(
@@ -59,9 +59,9 @@ class _CausalConv(torch.autograd.Function):
     def forward(ctx: Any, x, past, weight, bias, same, silu):
         ctx.save_for_backward(x, past, weight, bias, same)
         ctx.silu = silu
-        y, taps = torch.empty(x.shape, dtype=x.dtype, device=x.device), Taps.of(weight, bias, wide(x))
+        y, taps = torch.empty(x.shape, dtype=x.dtype, device=x.device), Taps.of(weight, bias, accumulation_dtype(x))
         for block in blocks(x.shape[1], x.shape[0] * x.shape[2], x.device):
-            z = taps.weigh(met(x, past, weight.shape[1], block, of_block(same, ALL, block)))
+            z = taps.pre_activation(shifted_inputs(x, past, weight.shape[1], block, block_mask(same, ALL_ROWS, block)))
             y[:, block] = F.silu(z, inplace=True) if silu else z
         return y
 
@@ -69,38 +69,38 @@ class _CausalConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy):  # type: ignore[override]
         x, past, weight, bias, same = ctx.saved_tensors
-        taps, sums = Taps.of(weight, bias, wide(x)), Sums(weight, x)
+        taps, grads = Taps.of(weight, bias, accumulation_dtype(x)), ConvGradAccumulator(weight, x)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         for block in reversed(list(blocks(x.shape[1], x.shape[0] * x.shape[2], x.device))):
-            own = of_block(same, ALL, block)
-            inputs = met(x, past, weight.shape[1], block, own)
+            mask = block_mask(same, ALL_ROWS, block)
+            inputs = shifted_inputs(x, past, weight.shape[1], block, mask)
             dz = dy[:, block].to(inputs[0].dtype)
             if ctx.silu:
-                dz = torch.ops.aten.silu_backward(dz, taps.weigh(inputs))
-            dx[:, block] = sums.add(inputs, dz, taps, own, ALL)
-        dbias = None if bias is None else sums.bias.to(bias.dtype)
-        return dx, sums.past.to(x.dtype), sums.weight.T.to(weight.dtype), dbias, None, None
+                dz = torch.ops.aten.silu_backward(dz, taps.pre_activation(inputs))
+            dx[:, block] = grads.add(inputs, dz, taps, mask, ALL_ROWS)
+        dbias = None if bias is None else grads.bias.to(bias.dtype)
+        return dx, grads.past.to(x.dtype), grads.weight.T.to(weight.dtype), dbias, None, None
 
 
-def of_block(same: Bool[Tensor, "b w l 1"] | None, rows: slice, tokens: slice) -> Bool[Tensor, "k w block 1"] | None:
+def block_mask(same: Bool[Tensor, "b w l 1"] | None, rows: slice, tokens: slice) -> Bool[Tensor, "k w block 1"] | None:
     """The part of `same_document` for some rows and tokens."""
     return None if same is None else same[rows, :, tokens]
 
 
-def met(
+def shifted_inputs(
     x: Float[Tensor, "b l d"],
     past: Float[Tensor, "b k d"] | None,
     taps: int,
     block: slice,
     same: Bool[Tensor, "b w block 1"] | None,
 ) -> list[Float[Tensor, "b _ d"]]:
-    """What each tap meets for the tokens of a block, in float32 or wider: views where nothing has to be put together.
+    """The inputs of a block shifted for each tap, in float32 or wider: views where nothing has to be put together.
 
-    It belongs to the last tokens of the block: without a past the first tap meets taps - 1 tokens less.
+    They belong to the last tokens of the block: without a past those of the first tap are taps - 1 tokens less.
     """
     reach, length = taps - 1, block.stop - block.start
     first = max(0, block.start - reach)
-    inputs, missing = x[:, first : block.stop].to(wide(x)), reach - (block.start - first)
+    inputs, missing = x[:, first : block.stop].to(accumulation_dtype(x)), reach - (block.start - first)
     if missing and past is not None:
         inputs, missing = torch.cat([past[:, reach - missing :].to(inputs.dtype), inputs], 1), 0
     views = [inputs[:, max(0, k - missing) : max(0, k - missing + length)] for k in range(taps)]
@@ -108,7 +108,7 @@ def met(
 
 
 class Taps(NamedTuple):
-    """The taps and the bias, in the dtype of the sums."""
+    """The taps and the bias, in the dtype that sums are taken in."""
 
     rows: tuple[Float[Tensor, "d"], ...]
     bias: Float[Tensor, "d"] | Float[Tensor, ""]
@@ -119,8 +119,8 @@ class Taps(NamedTuple):
         rows = weight.T.to(dtype).contiguous().unbind(0)
         return Taps(rows, torch.zeros_like(rows[0]) if bias is None else bias.to(dtype))
 
-    def weigh(self, inputs: list[Float[Tensor, "b _ d"]]) -> Float[Tensor, "b block d"]:
-        """The bias plus what each tap meets times the tap: what is under the activation of a block of tokens."""
+    def pre_activation(self, inputs: list[Float[Tensor, "b _ d"]]) -> Float[Tensor, "b block d"]:
+        """The bias plus the shifted inputs times their taps, for a block of tokens."""
         z = torch.addcmul(self.bias, inputs[-1], self.rows[-1])
         for t, row in zip(inputs[:-1], self.rows[:-1], strict=True):
             _last(z, t.shape[1]).addcmul_(t, row)
@@ -131,8 +131,8 @@ def _last(t: Float[Tensor, "b block d"], count: int) -> Float[Tensor, "b count d
     return t if count == t.shape[1] else t[:, t.shape[1] - count :]
 
 
-class Sums:
-    """What the backward adds up over blocks of tokens, taken from the last to the first.
+class ConvGradAccumulator:
+    """Gradients that the backward adds up over blocks of tokens, taken from the last to the first.
 
     Attributes:
         weight: Gradient of the taps (w, d).
@@ -141,7 +141,7 @@ class Sums:
     """
 
     def __init__(self, weight: Float[Tensor, "d w"], x: Float[Tensor, "b l d"]) -> None:
-        dtype = wide(x)
+        dtype = accumulation_dtype(x)
         self.weight = torch.zeros_like(weight.T, dtype=dtype, memory_format=torch.contiguous_format)
         self.bias = torch.zeros_like(self.weight[0])
         self.past = torch.zeros(x.shape[0], weight.shape[1] - 1, x.shape[2], dtype=dtype, device=x.device)
@@ -154,7 +154,7 @@ class Sums:
         same: Bool[Tensor, "b w block 1"] | None,
         rows: slice,
     ) -> Float[Tensor, "b block d"]:
-        """Take in the gradient under the activation of a block of `rows`; return that of its inputs, then whole."""
+        """Add a block of `rows`, given its gradient before the activation; return that of its inputs, now complete."""
         past, (b, length, d) = self.past[rows], dz.shape
         reach = past.shape[1]
         dwindow = dz.new_empty(b, reach + length, d)
@@ -168,14 +168,14 @@ class Sums:
             dinputs.addcmul_(dtaken, row)
         product = torch.empty_like(dz)
         for t, dweight in zip(inputs, self.weight.unbind(0), strict=True):
-            own = _last(dz, t.shape[1])
-            dweight.add_(torch.mul(t, own, out=_last(product, t.shape[1])).sum((0, 1)))
+            dz_of_tap = _last(dz, t.shape[1])
+            dweight.add_(torch.mul(t, dz_of_tap, out=_last(product, t.shape[1])).sum((0, 1)))
         self.bias.add_(dz.sum((0, 1)))
         past.copy_(dwindow[:, :reach])
         return dwindow[:, reach:]
 
 
-def wide(t: Tensor) -> torch.dtype:
+def accumulation_dtype(t: Tensor) -> torch.dtype:
     """What sums are taken in: float32, or float64 for float64."""
     return torch.promote_types(t.dtype, torch.float32)
 

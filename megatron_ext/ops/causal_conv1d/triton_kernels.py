@@ -64,11 +64,11 @@ def conv_kernel(
     for _ in range(RUN):
         x0 = _input(x, past, x_token, t, d, in_d, length, D, WIDTH)
         if seq_idx is not None:
-            own = _document(seq_idx, t, length)
+            document = _document(seq_idx, t, length)
             value = shift + w0 * x0
-            value += tl.where(_document(seq_idx, t - 1, length) == own, w1 * x1, 0.0)
-            value += tl.where(_document(seq_idx, t - 2, length) == own, w2 * x2, 0.0)
-            value += tl.where(_document(seq_idx, t - 3, length) == own, w3 * x3, 0.0)
+            value += tl.where(_document(seq_idx, t - 1, length) == document, w1 * x1, 0.0)
+            value += tl.where(_document(seq_idx, t - 2, length) == document, w2 * x2, 0.0)
+            value += tl.where(_document(seq_idx, t - 3, length) == document, w3 * x3, 0.0)
         else:
             value = shift + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
         if SILU:
@@ -119,31 +119,31 @@ def conv_backward_kernel(
         x3 = _input(x, past, x_token, t - 3, d, in_d, length, D, WIDTH)
         y1, y2, y3 = w1 * x1, w2 * x2, w3 * x3
         if seq_idx is not None:
-            own = _document(seq_idx, t, length)
-            y1 = tl.where(_document(seq_idx, t - 1, length) == own, y1, 0.0)
-            y2 = tl.where(_document(seq_idx, t - 2, length) == own, y2, 0.0)
-            y3 = tl.where(_document(seq_idx, t - 3, length) == own, y3, 0.0)
+            document = _document(seq_idx, t, length)
+            y1 = tl.where(_document(seq_idx, t - 1, length) == document, y1, 0.0)
+            y2 = tl.where(_document(seq_idx, t - 2, length) == document, y2, 0.0)
+            y3 = tl.where(_document(seq_idx, t - 3, length) == document, y3, 0.0)
         z0 = tl.load(dy + t * dy_token + d, in_d & (t >= 0) & (t < length), 0.0).to(tl.float32)
         if SILU:
             value = shift + w0 * x0 + y1 + y2 + y3
-            open_ = sigmoid(value)
-            z0 *= open_ * (1.0 + value * (1.0 - open_))
+            value_sigmoid = sigmoid(value)
+            z0 *= value_sigmoid * (1.0 + value * (1.0 - value_sigmoid))
         to1, to2, to3 = z1, z2, z3
         by1, by2, by3 = x1, x2, x3
         if seq_idx is not None:
-            to1 = tl.where(_document(seq_idx, t + 1, length) == own, z1, 0.0)
-            to2 = tl.where(_document(seq_idx, t + 2, length) == own, z2, 0.0)
-            to3 = tl.where(_document(seq_idx, t + 3, length) == own, z3, 0.0)
-            by1 = tl.where(_document(seq_idx, t - 1, length) == own, x1, 0.0)
-            by2 = tl.where(_document(seq_idx, t - 2, length) == own, x2, 0.0)
-            by3 = tl.where(_document(seq_idx, t - 3, length) == own, x3, 0.0)
+            to1 = tl.where(_document(seq_idx, t + 1, length) == document, z1, 0.0)
+            to2 = tl.where(_document(seq_idx, t + 2, length) == document, z2, 0.0)
+            to3 = tl.where(_document(seq_idx, t + 3, length) == document, z3, 0.0)
+            by1 = tl.where(_document(seq_idx, t - 1, length) == document, x1, 0.0)
+            by2 = tl.where(_document(seq_idx, t - 2, length) == document, x2, 0.0)
+            by3 = tl.where(_document(seq_idx, t - 3, length) == document, x3, 0.0)
         dxs = w0 * z0 + w1 * to1 + w2 * to2 + w3 * to3
-        mine = (t >= start) & (t < start + RUN)
-        tl.store(dx + t * dx_token + d, dxs.to(dx.dtype.element_ty), in_d & mine & (t < length))
+        in_run = (t >= start) & (t < start + RUN)
+        tl.store(dx + t * dx_token + d, dxs.to(dx.dtype.element_ty), in_d & in_run & (t < length))
         if past is not None:
             before = (start == 0) & (t < 0) & (t + WIDTH > 0)
             tl.store(dpast + (t + WIDTH - 1) * D + d, dxs.to(dpast.dtype.element_ty), in_d & before)
-        z = tl.where(mine, z0, 0.0)
+        z = tl.where(in_run, z0, 0.0)
         sum0 += z * x0
         sum1 += z * by1
         sum2 += z * by2

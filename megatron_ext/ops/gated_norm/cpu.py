@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_ext.ops.cache_blocks import blocks
-from megatron_ext.ops.silu import silu_and_slope
+from megatron_ext.ops.silu import silu_and_derivative
 
 
 def gated_rms_norm(
@@ -58,14 +58,14 @@ class _GatedNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy):  # type: ignore[override]
         x, weight, z, scale = ctx.saved_tensors
-        xs, zs, dys, wide = _rows(x), None if z is None else _rows(z), _rows(dy), weight.to(scale.dtype)
+        xs, zs, dys, factor = _rows(x), None if z is None else _rows(z), _rows(dy), weight.to(scale.dtype)
         dx = torch.empty_like(xs, memory_format=torch.contiguous_format)
         dz = None if zs is None else torch.empty_like(zs, memory_format=torch.contiguous_format)
-        dweight = torch.zeros_like(wide)
+        dweight = torch.zeros_like(factor)
         for k in blocks(xs.shape[0], xs.shape[1], xs.device):
-            zk = None if zs is None else zs[k].to(wide.dtype)
-            dyk, dzk = dys[k].to(wide.dtype), None if dz is None else dz[k]
-            dx[k], dweight_k = backward(xs[k].to(wide.dtype), wide, zk, scale[k], dyk, ctx.norm_before_gate, dzk)
+            zk = None if zs is None else zs[k].to(factor.dtype)
+            dyk, dzk = dys[k].to(factor.dtype), None if dz is None else dz[k]
+            dx[k], dweight_k = backward(xs[k].to(factor.dtype), factor, zk, scale[k], dyk, ctx.norm_before_gate, dzk)
             dweight += dweight_k
         dz = None if dz is None else dz.view(x.shape)
         return dx.view(x.shape), dweight.to(weight.dtype), dz, None, None, None
@@ -108,7 +108,7 @@ def backward(
     which costs as little as one of reading it. What is no longer needed is written over, for memory at hand is in the
     cache.
     """
-    gate, slope = (None, None) if z is None else silu_and_slope(z)
+    gate, derivative = (None, None) if z is None else silu_and_derivative(z)
     inner, outer = (None, gate) if norm_before_gate else (gate, None)
     groups = (-1, scale.shape[-2], x.shape[-1] // scale.shape[-2])
     u, v = _times(x, inner).reshape(groups), _times(dy, outer).reshape(groups)
@@ -117,12 +117,12 @@ def backward(
     dweight = (scales.permute(1, 2, 0) @ uv.transpose(0, 1)).flatten()
     along = uv.mul_(factor).sum(-1, keepdim=True).mul_(scales.pow(3)).div_(-u.shape[-1])
     du = torch.mul(v, factor, out=uv).mul_(scales).addcmul_(u, along).view(x.shape)
-    if slope is not None and dz is not None:
+    if derivative is not None and dz is not None:
         if norm_before_gate:
-            slope = slope.reshape(u.shape).mul_(factor).mul_(scales).view(x.shape).mul_(dy)
+            derivative = derivative.reshape(u.shape).mul_(factor).mul_(scales).view(x.shape).mul_(dy)
         else:
-            slope.mul_(du)
-        torch.mul(slope, x, out=dz)
+            derivative.mul_(du)
+        torch.mul(derivative, x, out=dz)
     return du if inner is None else du.mul_(inner), dweight
 
 

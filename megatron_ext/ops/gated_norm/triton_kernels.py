@@ -45,18 +45,18 @@ def norm_backward_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     row = tl.program_id(0).to(tl.int64) * RUN
     for _ in range(RUN):
-        there = inside & (row < rows)
-        xs = tl.load(x + row * x_token + d, there, 0.0).to(tl.float32)
-        dys = tl.load(dy + row * dy_token + d, there, 0.0).to(tl.float32)
+        in_row = inside & (row < rows)
+        xs = tl.load(x + row * x_token + d, in_row, 0.0).to(tl.float32)
+        dys = tl.load(dy + row * dy_token + d, in_row, 0.0).to(tl.float32)
         reciprocal = tl.load(scale + row * groups + group, row < rows, 0.0)
         value, dout = xs, dys
         if z is not None:
-            gate = tl.load(z + row * z_token + d, there, 0.0).to(tl.float32)
-            open_ = sigmoid(gate)
+            gate = tl.load(z + row * z_token + d, in_row, 0.0).to(tl.float32)
+            gate_sigmoid = sigmoid(gate)
             if GATE_FIRST:
-                value = xs * gate * open_
+                value = xs * gate * gate_sigmoid
             else:
-                dout = dys * gate * open_
+                dout = dys * gate * gate_sigmoid
         normed = value * reciprocal
         total += dout * normed
         dnormed = dout * factor
@@ -65,11 +65,11 @@ def norm_backward_kernel(
         if z is not None:
             if GATE_FIRST:
                 dgate = dvalue * xs
-                dxs = dvalue * gate * open_
+                dxs = dvalue * gate * gate_sigmoid
             else:
                 dgate = dys * normed * factor
-            dgate *= open_ * (1.0 + gate * (1.0 - open_))
-            tl.store(dz + row * dz_token + d, dgate.to(dz.dtype.element_ty), there)
-        tl.store(dx + row * groups * SIZE + d, dxs.to(dx.dtype.element_ty), there)
+            dgate *= gate_sigmoid * (1.0 + gate * (1.0 - gate_sigmoid))
+            tl.store(dz + row * dz_token + d, dgate.to(dz.dtype.element_ty), in_row)
+        tl.store(dx + row * groups * SIZE + d, dxs.to(dx.dtype.element_ty), in_row)
         row += 1
     tl.store(dweight + tl.program_id(0).to(tl.int64) * groups * SIZE + d, total, inside)

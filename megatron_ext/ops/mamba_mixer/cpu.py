@@ -20,16 +20,16 @@ from torch.autograd.function import once_differentiable
 from megatron_ext.ops.causal_conv1d import cpu as conv
 from megatron_ext.ops.gated_norm import cpu as norm
 from megatron_ext.ops.mamba_mixer.projection import Projection
-from megatron_ext.ops.silu import is_silu, silu_and_slope
-from megatron_ext.ops.ssd.cpu import CHUNK, around, document_starts
-from megatron_ext.ops.ssd.cpu_chunks import Scan, Sums
+from megatron_ext.ops.silu import is_silu, silu_and_derivative
+from megatron_ext.ops.ssd.cpu import CHUNK, boundary_states, document_starts
+from megatron_ext.ops.ssd.cpu_chunks import Scan, ScanGradAccumulator
 from megatron_ext.ops.ssd.cpu_decays import Decays
 from megatron_ext.ops.ssd.step_sizes import NO_LIMIT, step_sizes
 
 
 @dataclass(frozen=True)
-class _How:
-    """What is no tensor."""
+class _Options:
+    """The arguments that are no tensors."""
 
     projection: Projection
     limit: Sequence[float]
@@ -84,20 +84,20 @@ def conv_scan_norm(
         ConfigError: Another activation.
     """
     size = min(chunk_size or CHUNK, zxbcdt.shape[1])
-    how = _How(projection, dt_limit, is_silu(activation), norm_eps, norm_before_gate, size)
+    options = _Options(projection, dt_limit, is_silu(activation), norm_eps, norm_before_gate, size)
     return _Mixer.apply(  # type: ignore[return-value]
-        zxbcdt, conv_weight, conv_bias, dt_bias, A, D, initial_states, norm_weight, seq_idx, how
+        zxbcdt, conv_weight, conv_bias, dt_bias, A, D, initial_states, norm_weight, seq_idx, options
     )
 
 
 class _Mixer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, zxbcdt, weight, bias, dt_bias, A, D, initial, norm_weight, seq_idx, how):
-        z, xBC, dt = how.projection.parts(zxbcdt)
-        scan, convolution = _scan(zxbcdt, how), _Convolution(xBC, weight, bias, seq_idx)
+    def forward(ctx: Any, zxbcdt, weight, bias, dt_bias, A, D, initial, norm_weight, seq_idx, options):
+        z, xBC, dt = options.projection.parts(zxbcdt)
+        scan, convolution = _new_scan(zxbcdt, options), _Convolution(xBC, weight, bias, seq_idx)
         starts = None if seq_idx is None else document_starts(seq_idx)
-        decay = scan.decays(step_sizes(dt, dt_bias, True, how.limit), A, starts)
-        states = scan.states(initial, zxbcdt, (weight.shape[0] - how.projection.inner) // (2 * scan.groups))
+        decay = scan.decays(step_sizes(dt, dt_bias, True, options.limit), A, starts)
+        states = scan.states(initial, zxbcdt, (weight.shape[0] - options.projection.inner) // (2 * scan.groups))
         skip, factor = scan.skip(D), None if norm_weight is None else norm_weight.to(scan.dtype)
         y = torch.empty(z.shape, dtype=scan.dtype, device=z.device)
         out = torch.empty_like(z)  # in the order of the input in memory, as its gradient
@@ -107,31 +107,31 @@ class _Mixer(torch.autograd.Function):
             for rows, chunks, tokens in scan.blocks(z.device):
                 k = rows, tokens
                 yk, zk, (_, _, convolved) = y[k], z[k].to(scan.dtype), convolution.of(*k)
-                convolved = F.silu(convolved, inplace=True) if how.silu else convolved
-                scan.forward(convolved, skip, decay.of(rows, chunks), around(states, rows, chunks), yk)
+                convolved = F.silu(convolved, inplace=True) if options.silu else convolved
+                scan.forward(convolved, skip, decay.of(rows, chunks), boundary_states(states, rows, chunks), yk)
                 if factor is None:
                     torch.mul(yk, F.silu(zk), out=out[k])
                 else:
-                    scale[k] = norm.forward(yk, factor, zk, how.eps, group_size, how.norm_before_gate, out[k])
+                    scale[k] = norm.forward(yk, factor, zk, options.eps, group_size, options.norm_before_gate, out[k])
         ctx.save_for_backward(zxbcdt, weight, bias, dt_bias, A, D, norm_weight, seq_idx, y, states, scale, *decay)
-        ctx.how, ctx.has_initial = how, initial is not None
+        ctx.options, ctx.has_initial = options, initial is not None
         ctx.set_materialize_grads(False)
-        return out, scan.narrow(states[:, -1])
+        return out, scan.from_layout(states[:, -1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout, dfinal):  # type: ignore[override]
         zxbcdt, weight, bias, dt_bias, A, D, norm_weight, seq_idx, y, states, scale, *decay = ctx.saved_tensors
-        how: _How = ctx.how
-        z, xBC, dt = how.projection.parts(zxbcdt)
+        options: _Options = ctx.options
+        z, xBC, dt = options.projection.parts(zxbcdt)
         dout = torch.zeros_like(y) if dout is None else dout
         dzxbcdt = torch.empty_like(zxbcdt)
-        dz, dxBC, ddt = how.projection.parts(dzxbcdt)
-        scan, convolution, decay = _scan(zxbcdt, how), _Convolution(xBC, weight, bias, seq_idx), Decays(*decay)
-        sums, taps = Sums(scan, dfinal, states, A, D), conv.Sums(weight, xBC)
+        dz, dxBC, ddt = options.projection.parts(dzxbcdt)
+        scan, convolution, decay = _new_scan(zxbcdt, options), _Convolution(xBC, weight, bias, seq_idx), Decays(*decay)
+        scan_grads, conv_grads = ScanGradAccumulator(scan, dfinal, states, A, D), conv.ConvGradAccumulator(weight, xBC)
         with torch.enable_grad():
             raw, raw_bias = dt.detach().requires_grad_(), dt_bias.detach().requires_grad_()
-            steps = step_sizes(raw, raw_bias, True, how.limit)
+            steps = step_sizes(raw, raw_bias, True, options.limit)
         dsteps, factor = torch.empty_like(steps), None if norm_weight is None else norm_weight.to(scan.dtype)
         dfactor = None if factor is None else torch.zeros_like(factor)
         with torch.inference_mode():
@@ -139,41 +139,44 @@ class _Mixer(torch.autograd.Function):
                 k = rows, tokens
                 yk, zk, dyk = y[k], z[k].to(scan.dtype), dout[k].to(scan.dtype)
                 if factor is None or dfactor is None:
-                    gate, slope = silu_and_slope(zk)
-                    torch.mul(slope.mul_(dyk), yk, out=dz[k])
+                    gate, derivative = silu_and_derivative(zk)
+                    torch.mul(derivative.mul_(dyk), yk, out=dz[k])
                     dyk = gate.mul_(dyk)
                 else:
-                    dyk, more = norm.backward(yk, factor, zk, scale[k], dyk, how.norm_before_gate, dz[k])
-                    dfactor.add_(more)
-                inputs, same, convolved = convolution.of(*k)
-                convolved, slope = silu_and_slope(convolved, in_place=True) if how.silu else (convolved, None)
-                own = decay.of(rows, chunks), around(states, rows, chunks)
-                dconvolved, dsteps[k] = scan.backward(convolved, yk, dyk, *own, sums, rows)
-                if slope is not None:
-                    dconvolved.mul_(slope)
-                dxBC[k] = taps.add(inputs, dconvolved, convolution.taps, same, rows)
+                    dyk, dfactor_block = norm.backward(yk, factor, zk, scale[k], dyk, options.norm_before_gate, dz[k])
+                    dfactor.add_(dfactor_block)
+                inputs, same_document, convolved = convolution.of(*k)
+                derivative = None
+                if options.silu:
+                    convolved, derivative = silu_and_derivative(convolved, in_place=True)
+                block_state = decay.of(rows, chunks), boundary_states(states, rows, chunks)
+                dconvolved, dsteps[k] = scan.backward(convolved, yk, dyk, *block_state, scan_grads, rows)
+                if derivative is not None:
+                    dconvolved.mul_(derivative)
+                dxBC[k] = conv_grads.add(inputs, dconvolved, convolution.taps, same_document, rows)
         ddt[:], ddt_bias = torch.autograd.grad(steps, (raw, raw_bias), dsteps)
         return (
-            dzxbcdt, taps.weight.T.to(weight.dtype), None if bias is None else taps.bias.to(bias.dtype), ddt_bias,
-            sums.dA.to(A.dtype), sums.dD.to(D.dtype), scan.narrow(sums.state) if ctx.has_initial else None,
+            dzxbcdt, conv_grads.weight.T.to(weight.dtype), None if bias is None else conv_grads.bias.to(bias.dtype),
+            ddt_bias, scan_grads.dA.to(A.dtype), scan_grads.dD.to(D.dtype),
+            scan.from_layout(scan_grads.state) if ctx.has_initial else None,
             None if dfactor is None or norm_weight is None else dfactor.to(norm_weight.dtype), None, None,
         )  # fmt: skip
 
 
-def _scan(zxbcdt: Tensor, how: _How) -> Scan:
-    p, (batch, length, _) = how.projection, zxbcdt.shape
-    return Scan(batch, length, p.heads, p.channels, p.groups, how.chunk, conv.wide(zxbcdt))
+def _new_scan(zxbcdt: Tensor, options: _Options) -> Scan:
+    p, (batch, length, _) = options.projection, zxbcdt.shape
+    return Scan(batch, length, p.heads, p.channels, p.groups, options.chunk, conv.accumulation_dtype(zxbcdt))
 
 
 class _Convolution:
     """The convolution of a sequence, block by block."""
 
     def __init__(self, xBC: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None) -> None:
-        self.xBC, self.taps = xBC, conv.Taps.of(weight, bias, conv.wide(xBC))
-        self.same = None if seq_idx is None else conv.same_document(seq_idx, weight.shape[1])
+        self.xBC, self.taps = xBC, conv.Taps.of(weight, bias, conv.accumulation_dtype(xBC))
+        self.same_document = None if seq_idx is None else conv.same_document(seq_idx, weight.shape[1])
 
     def of(self, rows: slice, tokens: slice) -> tuple[list[Tensor], Tensor | None, Tensor]:
-        """What the taps meet, whether that is the same document, and what is under the activation."""
-        same = conv.of_block(self.same, rows, tokens)
-        inputs = conv.met(self.xBC[rows], None, len(self.taps.rows), tokens, same)
-        return inputs, same, self.taps.weigh(inputs)
+        """The shifted inputs, whether they are of the same document, and what the activation is taken of."""
+        same_document = conv.block_mask(self.same_document, rows, tokens)
+        inputs = conv.shifted_inputs(self.xBC[rows], None, len(self.taps.rows), tokens, same_document)
+        return inputs, same_document, self.taps.pre_activation(inputs)

@@ -27,7 +27,7 @@ from megatron_ext.ops.mamba_mixer.projection import Projection
 from megatron_ext.ops.silu import is_silu
 from megatron_ext.ops.ssd import triton as scan
 from megatron_ext.ops.ssd.step_sizes import NO_LIMIT
-from megatron_ext.ops.ssd.triton import Gradients, Saved, Steps
+from megatron_ext.ops.ssd.triton import Gradients, Saved, StepSizes
 from megatron_ext.ops.triton_jit import packed
 
 
@@ -61,23 +61,23 @@ def conv_scan_norm(
     if norm_weight is not None:
         norm.check_groups(p.inner, p.inner // p.groups)
         zxbcdt, norm_weight = zxbcdt.contiguous(), norm_weight.contiguous()
-    how = (p, dt_limit, is_silu(activation), norm_eps, norm_before_gate, chunk_size)
+    options = (p, dt_limit, is_silu(activation), norm_eps, norm_before_gate, chunk_size)
     return _Mixer.apply(  # type: ignore[return-value]
         zxbcdt, conv_weight.contiguous(), conv_bias, dt_bias, A, D.contiguous(), initial, norm_weight,
-        numbers, how,
+        numbers, options,
     )  # fmt: skip
 
 
 class _Mixer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, zxbcdt, weight, bias, dt_bias, A, D, initial, norm_weight, seq_idx, how):
-        projection, limit, silu, eps, norm_before_gate, chunk_size = how
+    def forward(ctx: Any, zxbcdt, weight, bias, dt_bias, A, D, initial, norm_weight, seq_idx, options):
+        projection, limit, silu, eps, norm_before_gate, chunk_size = options
         z, xBC, dt = projection.parts(zxbcdt)
         x, B, C = projection.inputs(conv.forward(xBC, None, weight, bias, seq_idx, silu))
-        t, keep = scan.tiles(x, B, chunk_size), any(ctx.needs_input_grad)
+        t, needs_backward = scan.scan_tiling(x, B, chunk_size), any(ctx.needs_input_grad)
         gate = z.unflatten(-1, x.shape[2:]) if norm_weight is None else None
         y, out, final, saved = scan.forward(
-            t, x, dt, A, B, C, D, gate, Steps(dt_bias, True, limit), initial, seq_idx, keep
+            t, x, dt, A, B, C, D, gate, StepSizes(dt_bias, True, limit), initial, seq_idx, needs_backward
         )
         scale = None
         if norm_weight is not None:
@@ -85,10 +85,10 @@ class _Mixer(torch.autograd.Function):
             rows, size = norm.rows(y.flatten(2)), projection.inner // projection.groups
             out, scale = norm.forward(rows, norm_weight, norm.rows(z), eps, size, norm_before_gate)
         assert out is not None  # the scan's, for there is a gate, or the norm's
-        if keep:
+        if needs_backward:
             kept = (saved.step, saved.total, saved.states, saved.doc)
             ctx.save_for_backward(zxbcdt, weight, bias, dt_bias, A, D, norm_weight, seq_idx, y, scale, *kept)
-        ctx.tiles, ctx.how, ctx.has_initial = t, how, initial is not None
+        ctx.tiling, ctx.options, ctx.has_initial = t, options, initial is not None
         ctx.set_materialize_grads(False)
         return out.view(z.shape), final
 
@@ -96,7 +96,7 @@ class _Mixer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout, dfinal):  # type: ignore[override]
         zxbcdt, weight, bias, dt_bias, A, D, norm_weight, seq_idx, y, scale, *kept = ctx.saved_tensors
-        projection, limit, silu, _, norm_before_gate, _ = ctx.how
+        projection, limit, silu, _, norm_before_gate, _ = ctx.options
         z, xBC, dt = projection.parts(zxbcdt)
         convolved = conv.forward(xBC, None, weight, bias, seq_idx, silu)
         x, B, C = projection.inputs(convolved)
@@ -113,9 +113,9 @@ class _Mixer(torch.autograd.Function):
             )
             gate, dgate, dnorm_weight = None, None, dnorm_weight.to(norm_weight.dtype)
         dA, dD, ddt_bias, dinitial = scan.backward(
-            ctx.tiles, Saved(*kept), x, dt, A, B, C, D, gate, None if gate is None else y, Steps(dt_bias, True, limit),
-            dout.reshape(y.shape), None if dfinal is None else dfinal.contiguous(), Gradients(dx, ddt, dB, dC, dgate),
-            ctx.has_initial,
+            ctx.tiling, Saved(*kept), x, dt, A, B, C, D, gate, None if gate is None else y,
+            StepSizes(dt_bias, True, limit), dout.reshape(y.shape), None if dfinal is None else dfinal.contiguous(),
+            Gradients(dx, ddt, dB, dC, dgate), ctx.has_initial,
         )  # fmt: skip
         assert ddt_bias is not None  # there is a bias
         _, dweight, dbias = conv.backward(xBC, None, weight, bias, seq_idx, silu, dconvolved, dxBC)

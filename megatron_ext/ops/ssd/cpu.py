@@ -9,7 +9,7 @@ Inside a chunk the recurrence is a masked matrix product; between chunks the sta
 - dt is folded into the tile of decays, the causal mask into C B^T, so x is not rescaled inside a chunk;
 - chunks are worked on in blocks that fit the cache. Only y and the state before each chunk are kept for the backward,
   which builds the tiles again: memory is linear in the sequence;
-- the gradient of the log-decay is dy.y - x.dx per token, without an L x L reduction (`cpu_chunks.Sums`).
+- the gradient of the log-decay is dy.y - x.dx per token, without an L x L reduction (`cpu_chunks.ScanGradAccumulator`).
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_ext.errors import ConfigError
-from megatron_ext.ops.ssd.cpu_chunks import Scan, Sums
+from megatron_ext.ops.ssd.cpu_chunks import Scan, ScanGradAccumulator
 
 # Tokens in a chunk. States kept for the backward are one per chunk; a tile is as many numbers per token.
 CHUNK = 32
@@ -81,12 +81,13 @@ class _SSD(torch.autograd.Function):
         decay, states, skip = scan.decays(dt, A, starts), scan.states(initial, B, B.shape[3]), scan.skip(D)
         y = torch.empty(x.shape, dtype=scan.dtype, device=x.device)
         for rows, chunks, tokens in scan.blocks(x.device):
-            k, own = (rows, tokens), (decay.of(rows, chunks), around(states, rows, chunks))
-            scan.forward(_side_by_side(scan, x[k], B[k], C[k]), skip, *own, y[k].flatten(2))
+            k, block_states = (rows, tokens), boundary_states(states, rows, chunks)
+            xBC = _concatenate(scan, x[k], B[k], C[k])
+            scan.forward(xBC, skip, decay.of(rows, chunks), block_states, y[k].flatten(2))
         ctx.save_for_backward(x, dt, A, B, C, D, starts, y, states)
         ctx.scan, ctx.has_initial = scan, initial is not None
         ctx.set_materialize_grads(False)
-        return y.to(x.dtype), scan.narrow(states[:, -1])
+        return y.to(x.dtype), scan.from_layout(states[:, -1])
 
     @staticmethod
     @once_differentiable
@@ -94,24 +95,24 @@ class _SSD(torch.autograd.Function):
         x, dt, A, B, C, D, starts, y, states = ctx.saved_tensors
         scan: Scan = ctx.scan
         dy = torch.zeros_like(x) if dy is None else dy
-        decay, sums = scan.decays(dt, A, starts), Sums(scan, dfinal, states, A, D)
+        decay, grads = scan.decays(dt, A, starts), ScanGradAccumulator(scan, dfinal, states, A, D)
         dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
         for rows, chunks, tokens in reversed(list(scan.blocks(x.device))):
             k = rows, tokens
-            own = _side_by_side(scan, x[k], B[k], C[k]), y[k].flatten(2), dy[k].flatten(2).to(scan.dtype)
-            rest = decay.of(rows, chunks), around(states, rows, chunks), sums, rows
-            dxBC, ddt[k] = scan.backward(*own, *rest)
+            outputs = y[k].flatten(2), dy[k].flatten(2).to(scan.dtype)
+            block_states = decay.of(rows, chunks), boundary_states(states, rows, chunks)
+            dxBC, ddt[k] = scan.backward(_concatenate(scan, x[k], B[k], C[k]), *outputs, *block_states, grads, rows)
             dx[k], dB[k], dC[k] = scan.inputs(dxBC)
-        dinitial = scan.narrow(sums.state) if ctx.has_initial else None
-        return dx, ddt, sums.dA.to(A.dtype), dB, dC, None if D is None else sums.dD.to(D.dtype), dinitial, None, None
+        dinitial = scan.from_layout(grads.state) if ctx.has_initial else None
+        return dx, ddt, grads.dA.to(A.dtype), dB, dC, None if D is None else grads.dD.to(D.dtype), dinitial, None, None
 
 
-def around(states: Float[Tensor, "b s g n rp"], rows: slice, chunks: slice) -> Float[Tensor, "k t g n rp"]:
+def boundary_states(states: Float[Tensor, "b s g n rp"], rows: slice, chunks: slice) -> Float[Tensor, "k t g n rp"]:
     """The states before and after each of some chunks."""
     return states[rows, chunks.start : chunks.stop + 1]
 
 
-def _side_by_side(
+def _concatenate(
     scan: Scan, x: Float[Tensor, "b t h p"], B: Float[Tensor, "b t g n"], C: Float[Tensor, "b t g n"]
 ) -> Float[Tensor, "b t conv"]:
     return torch.cat([t.flatten(2) for t in (x, B, C)], -1).to(scan.dtype)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from megatron_ext.ops.cache_blocks import blocks, rows_at_once
+from megatron_ext.ops.cache_blocks import blocks, rows_per_block
 from megatron_ext.ops.ssd.cpu_decays import Decays, decays
 
 
@@ -39,7 +39,7 @@ class Scan:
 
     def blocks(self, device: torch.device) -> Iterator[tuple[slice, slice, slice]]:
         """Slices of the rows, the chunks and the tokens, in order of time: row by row on a CPU, all on a GPU."""
-        rows = rows_at_once(self.batch, device)
+        rows = rows_per_block(self.batch, device)
         elements = rows * self.heads * self.chunk * max(self.chunk, self.channels)
         for row in range(0, self.batch, rows):
             for chunks in blocks(self.chunks, elements, device):
@@ -57,7 +57,7 @@ class Scan:
         """Room for the state before each chunk and after the last, (b, s = c + 1, g, n, rp); the first is filled in."""
         shape = (self.batch, self.chunks + 1, self.groups, state, self.heads // self.groups * self.channels)
         states = torch.empty(shape, dtype=self.dtype, device=like.device)
-        states[:, 0] = 0 if initial is None else self.wide(initial)
+        states[:, 0] = 0 if initial is None else self.to_layout(initial)
         return states
 
     def skip(self, D: Float[Tensor, "h"] | Float[Tensor, "h p"] | None) -> Float[Tensor, "g r p"] | None:
@@ -67,12 +67,12 @@ class Scan:
         D = D if D.dim() == 2 else D.unsqueeze(-1).expand(-1, self.channels)
         return D.to(self.dtype).reshape(self.groups, -1, self.channels)
 
-    def wide(self, state: Float[Tensor, "b h p n"]) -> Float[Tensor, "b g n rp"]:
-        """A state as it is kept here."""
+    def to_layout(self, state: Float[Tensor, "b h p n"]) -> Float[Tensor, "b g n rp"]:
+        """A state in the layout of the scan."""
         return state.reshape(state.shape[0], self.groups, -1, state.shape[-1]).mT
 
-    def narrow(self, state: Float[Tensor, "b g n rp"]) -> Float[Tensor, "b h p n"]:
-        """A state as others keep it."""
+    def from_layout(self, state: Float[Tensor, "b g n rp"]) -> Float[Tensor, "b h p n"]:
+        """A state in the layout that callers have."""
         return state.mT.reshape(state.shape[0], self.heads, -1, state.shape[2])
 
     def forward(
@@ -84,17 +84,17 @@ class Scan:
         out: Float[Tensor, "b t hp"],
     ) -> None:
         """Write y of a block to `out`, and the states in it and after it behind the one before it in `states`."""
-        x, B, C = self._parts(self._chunked(xBC))
+        x, B, C = self._as_matrices(self._chunked(xBC))
         y = self._per_head(self._chunked(out))
-        _product(B.mT, self._together(x * decay.to_end), out=states[:, 1:])
+        _product(B.mT, self._merge_heads(x * decay.to_end), out=states[:, 1:])
         state, *later = states.unbind(1)
-        for keep, after in zip(decay.whole.unbind(1), later, strict=True):
-            state = after.addcmul_(state, keep)
+        for whole, after in zip(decay.whole.unbind(1), later, strict=True):
+            state = after.addcmul_(state, whole)
         tile = decay.tile()
         mixing = tile.mul_(torch.bmm(C, B.mT).tril_().view(*tile.shape[:3], 1, *tile.shape[4:]))
-        within = torch.bmm(_matrices(mixing), _matrices(self._heads_first(x)))
-        before = self._apart(torch.bmm(C, _matrices(states[:, :-1])), y)
-        torch.addcmul(self._tokens_first(within, y), before, decay.from_start, out=y)
+        intra = torch.bmm(_matrices(mixing), _matrices(self._heads_first(x)))
+        inter = self._split_heads(torch.bmm(C, _matrices(states[:, :-1])), y)
+        torch.addcmul(self._tokens_first(intra, y), inter, decay.from_start, out=y)
         if D is not None:
             y.addcmul_(x, D)
         if out.shape[1] % self.chunk:  # y is a padded copy
@@ -107,59 +107,59 @@ class Scan:
         dy: Float[Tensor, "b t hp"],
         decay: Decays,
         states: Float[Tensor, "b s g n rp"],
-        sums: "Sums",
+        grads: "ScanGradAccumulator",
         rows: slice,
     ) -> tuple[Float[Tensor, "b t conv"], Float[Tensor, "b t h"]]:
         """The gradients of a block's xBC and dt; the blocks behind it have been taken.
 
-        What sums over tokens is added to `sums`.
+        What is summed over tokens is added to `grads`.
         """
         tokens, xBC = xBC.shape[1], self._chunked(xBC)
         y, dy = self._per_head(self._chunked(y)), self._per_head(self._chunked(dy))
         dxBC = torch.empty(xBC.shape, dtype=xBC.dtype, device=xBC.device)
-        (x, B, C), (dx, dB, dC) = self._parts(xBC), self._split(dxBC)
-        dx, before, product = self._per_head(dx), _matrices(states[:, :-1]), dy * decay.from_start
-        dyw = self._together(product)
+        (x, B, C), (dx, dB, dC) = self._as_matrices(xBC), self._split(dxBC)
+        dx, previous, product = self._per_head(dx), _matrices(states[:, :-1]), dy * decay.from_start
+        dyw = self._merge_heads(product)
 
         # between chunks: the recurrence backwards, in place; the gradient of the state before each chunk and after all
         dstates = torch.empty(states.shape, dtype=states.dtype, device=states.device)
         _product(C.mT, dyw, out=dstates[:, :-1])
         *earlier, dstate = dstates.unbind(1)
-        dstate.copy_(sums.state[rows])
-        for keep, dbefore in zip(reversed(decay.whole.unbind(1)), reversed(earlier), strict=True):
-            dstate = dbefore.addcmul_(dstate, keep)
-        sums.state[rows] = dstate
-        ends = (dstates[:, 1:] * states[:, 1:]).sum(3).view(*x.shape[:2], self.heads, -1).sum(-1)
+        dstate.copy_(grads.state[rows])
+        for whole, dprevious in zip(reversed(decay.whole.unbind(1)), reversed(earlier), strict=True):
+            dstate = dprevious.addcmul_(dstate, whole)
+        grads.state[rows] = dstate
+        dstate_state = (dstates[:, 1:] * states[:, 1:]).sum(3).view(*x.shape[:2], self.heads, -1).sum(-1)
         dafter = _matrices(dstates[:, 1:])
 
         # within chunks; what is no longer needed is written over, for memory at hand is in the cache
         tile = decay.tile()
         mixing = tile * torch.bmm(C, B.mT).tril_().view(*tile.shape[:3], 1, *tile.shape[4:])
         xh, dyh = _matrices(self._heads_first(x)), _matrices(self._heads_first(dy))
-        within = self._tokens_first(torch.bmm(_matrices(mixing).mT, dyh), dx)
-        torch.addcmul(within, self._apart(torch.bmm(B, dafter), dx), decay.to_end, out=dx)
+        intra = self._tokens_first(torch.bmm(_matrices(mixing).mT, dyh), dx)
+        torch.addcmul(intra, self._split_heads(torch.bmm(B, dafter), dx), decay.to_end, out=dx)
         torch.bmm(dyh, xh.mT, out=_matrices(mixing))
         dCB = _matrices(mixing.mul_(tile).sum(3)).tril_()
-        dC.copy_(self._side_by_side(torch.bmm(dyw, before.mT).baddbmm_(dCB, B), dC))
-        xw = self._together(torch.mul(x, decay.to_end, out=product))
-        dB.copy_(self._side_by_side(torch.bmm(xw, dafter.mT).baddbmm_(dCB.mT, C), dB))
+        dC.copy_(self._merge_groups(torch.bmm(dyw, previous.mT).baddbmm_(dCB, B), dC))
+        xw = self._merge_heads(torch.mul(x, decay.to_end, out=product))
+        dB.copy_(self._merge_groups(torch.bmm(xw, dafter.mT).baddbmm_(dCB.mT, C), dB))
 
         x_dx = self._over_channels(torch.mul(x, dx, out=product))
         dy_y = self._over_channels(torch.mul(dy, y, out=product))
-        if sums.skip is not None:
-            dx.addcmul_(dy, sums.skip)
-            dy_y.sub_(self._skipped(torch.mul(x, dy, out=product), sums))
-        ddt = sums.steps(dy_y, x_dx, ends, decay.dt)
+        if grads.skip is not None:
+            dx.addcmul_(dy, grads.skip)
+            dy_y.sub_(self._skipped(torch.mul(x, dy, out=product), grads))
+        ddt = grads.steps(dy_y, x_dx, dstate_state, decay.dt)
         return dxBC.view(xBC.shape[0], -1, xBC.shape[-1])[:, :tokens], ddt[:, :tokens]
 
-    def _skipped(self, x_dy: Float[Tensor, "b c L g r p"], sums: "Sums") -> Float[Tensor, "b t h"]:
+    def _skipped(self, x_dy: Float[Tensor, "b c L g r p"], grads: "ScanGradAccumulator") -> Float[Tensor, "b t h"]:
         """dy.(D x) of each token; the gradient of D is added."""
-        if sums.D.dim() == 2:
-            sums.dD.add_(x_dy.sum((0, 1, 2)).view(sums.D.shape))
-            return self._over_channels(x_dy.mul_(sums.D.view(x_dy.shape[3:])))
+        if grads.D.dim() == 2:
+            grads.dD.add_(x_dy.sum((0, 1, 2)).view(grads.D.shape))
+            return self._over_channels(x_dy.mul_(grads.D.view(x_dy.shape[3:])))
         of_heads = self._over_channels(x_dy)
-        sums.dD.add_(of_heads.sum((0, 1)))
-        return of_heads.mul_(sums.D)
+        grads.dD.add_(of_heads.sum((0, 1)))
+        return of_heads.mul_(grads.D)
 
     def _chunked(self, t: Float[Tensor, "b t d"]) -> Float[Tensor, "b c L d"]:
         if pad := -t.shape[1] % self.chunk:
@@ -179,7 +179,7 @@ class Scan:
         x, B, C = xBC.split_with_sizes([inner, state, state], -1)
         return x, B, C
 
-    def _parts(
+    def _as_matrices(
         self, xBC: Float[Tensor, "b c L conv"]
     ) -> tuple[Float[Tensor, "b c L g r p"], Float[Tensor, "k L n"], Float[Tensor, "k L n"]]:
         """x, and B and C as the matrices of k = b c g chunks and groups."""
@@ -197,15 +197,15 @@ class Scan:
         b, c, length, g, r, p = like.shape
         return t.view(b, c, g, r, length, p).permute(0, 1, 4, 2, 3, 5)
 
-    def _together(self, t: Float[Tensor, "b c L g r p"]) -> Float[Tensor, "k L rp"]:
+    def _merge_heads(self, t: Float[Tensor, "b c L g r p"]) -> Float[Tensor, "k L rp"]:
         """The channels of a group's heads side by side."""
         return _matrices(t.reshape(*t.shape[:4], -1).transpose(2, 3))
 
-    def _apart(self, t: Float[Tensor, "k L rp"], like: Tensor) -> Float[Tensor, "b c L g r p"]:
+    def _split_heads(self, t: Float[Tensor, "k L rp"], like: Tensor) -> Float[Tensor, "b c L g r p"]:
         b, c, length, g, r, p = like.shape
         return t.view(b, c, g, length, r, p).transpose(2, 3)
 
-    def _side_by_side(self, t: Float[Tensor, "k L n"], like: Tensor) -> Float[Tensor, "b c L gn"]:
+    def _merge_groups(self, t: Float[Tensor, "k L n"], like: Tensor) -> Float[Tensor, "b c L gn"]:
         b, c, length, _ = like.shape
         return t.view(b, c, self.groups, length, -1).transpose(2, 3).reshape(like.shape)
 
@@ -227,8 +227,8 @@ def _product(a: Float[Tensor, "k m l"], b: Float[Tensor, "k l n"], out: Float[Te
         out.copy_(torch.bmm(a, b).view(out.shape))
 
 
-class Sums:
-    """What the backward adds up over the blocks, taken from the last to the first.
+class ScanGradAccumulator:
+    """Gradients that the backward adds up over the blocks, taken from the last to the first.
 
     The gradient of the log-decay of a token is the sum of dy.y - x.dx over the tokens from there to the end of its
     chunk and of state.dstate there: no L x L reduction. Its error is that of dy.y in float32, also where the state is
@@ -245,7 +245,7 @@ class Sums:
     ) -> None:
         self.state = torch.zeros_like(states[:, 0])
         if dfinal is not None:
-            self.state.copy_(scan.wide(dfinal))
+            self.state.copy_(scan.to_layout(dfinal))
         self.A, self.skip = A.to(scan.dtype), scan.skip(D)
         self.D = states.new_empty(0) if D is None else D.to(scan.dtype)
         self.dA, self.dD = torch.zeros_like(self.A), torch.zeros_like(self.D)
@@ -254,12 +254,12 @@ class Sums:
         self,
         dy_y: Float[Tensor, "b t h"],
         x_dx: Float[Tensor, "b t h"],
-        ends: Float[Tensor, "b c h"],
+        dstate_state: Float[Tensor, "b c h"],
         dt: Float[Tensor, "b c L h"],
     ) -> Float[Tensor, "b t h"]:
         """The gradient of a block's step sizes; that of A is added."""
         dlog = (dy_y - x_dx).view(dt.shape)
-        dlog[:, :, -1].add_(ends)
+        dlog[:, :, -1].add_(dstate_state)
         dlog, dt = (t.reshape(x_dx.shape) for t in (dlog.flip(2).cumsum(2).flip(2), dt))
         self.dA.add_((dlog * dt).sum((0, 1)))
         return (x_dx / dt).addcmul_(dlog, self.A)

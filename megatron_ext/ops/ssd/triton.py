@@ -19,14 +19,14 @@ from torch.autograd.function import once_differentiable
 
 from megatron_ext.ops.ssd import triton_backward_kernels, triton_decay_kernels, triton_forward_kernels
 from megatron_ext.ops.ssd.step_sizes import NO_LIMIT
-from megatron_ext.ops.ssd.triton_tiling import Tiles, tiles
+from megatron_ext.ops.ssd.triton_tiling import ScanTiling, scan_tiling
 from megatron_ext.ops.triton_jit import count, packed
 from megatron_ext.ops.triton_tiles import cdiv, tile_side
 
 
 @dataclass(frozen=True)
-class Steps:
-    """How a scan comes by its step sizes: clamp(softplus(raw + bias)), or raw itself."""
+class StepSizes:
+    """The step sizes of a scan: clamp(softplus(raw + bias)), or raw itself."""
 
     bias: Tensor | None = None
     softplus: bool = False
@@ -51,7 +51,7 @@ class Saved:
 
 
 def forward(
-    t: Tiles,
+    t: ScanTiling,
     x: Float[Tensor, "b l h p"],
     raw: Float[Tensor, "b l h"],
     A: Float[Tensor, "h"],
@@ -59,7 +59,7 @@ def forward(
     C: Float[Tensor, "b l g n"],
     D: Float[Tensor, "h p"] | None,
     z: Float[Tensor, "b l h p"] | None,
-    steps: Steps,
+    steps: StepSizes,
     initial: Float[Tensor, "b h p n"] | None,
     seq_idx: Int[Tensor, "b l"] | None,
     keep_y: bool,
@@ -87,12 +87,13 @@ def forward(
     )  # fmt: skip
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if keep_y or z is None else None
     out = None if z is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    together = t.together()
-    triton_forward_kernels.scan_kernel[(t.padded // t.rows, t.heads // together, t.batch)](
+    heads_per_program = t.heads_per_program()
+    triton_forward_kernels.scan_kernel[(t.padded // t.rows, t.heads // heads_per_program, t.batch)](
         x, B, C, D, z, step, total, doc, states, y, out,
         x.stride(0), x.stride(1), B.stride(0), B.stride(1), C.stride(0), C.stride(1),
         *(z.stride()[:2] if z is not None else (0, 0)), t.length, t.chunks,
-        **t.constants, TOGETHER=together, ROWS=t.rows, BLOCK_P=tile_side(t.channels), BLOCK_N=tile_side(t.state),
+        **t.constants, HEADS_PER_PROGRAM=heads_per_program, ROWS=t.rows,
+        BLOCK_P=tile_side(t.channels), BLOCK_N=tile_side(t.state),
     )  # fmt: skip
     return y, out, final, Saved(step, total, states, doc)
 
@@ -109,7 +110,7 @@ class Gradients:
 
 
 def backward(
-    t: Tiles,
+    t: ScanTiling,
     saved: Saved,
     x: Float[Tensor, "b l h p"],
     raw: Float[Tensor, "b l h"],
@@ -119,7 +120,7 @@ def backward(
     D: Float[Tensor, "h p"] | None,
     z: Float[Tensor, "b l h p"] | None,
     y: Float[Tensor, "b l h p"] | None,
-    steps: Steps,
+    steps: StepSizes,
     dout: Float[Tensor, "b l h p"],
     dfinal: Float[Tensor, "b h p n"] | None,
     into: Gradients,
@@ -201,14 +202,14 @@ def ssd(
     Raises:
         ConfigError: The heads do not divide into the groups, the sequence is empty, or the chunk is no tile.
     """
-    t = tiles(x, B, chunk_size)
+    t = scan_tiling(x, B, chunk_size)
     x, B, C = (packed(each.to(x.dtype), 2) for each in (x, B, C))
     D = _per_channel(D, t)
     initial_states = None if initial_states is None else initial_states.contiguous()
     return _SSD.apply(x, packed(dt, 1), A, B, C, D, initial_states, seq_idx, t)  # type: ignore[return-value]
 
 
-def _per_channel(D: Tensor | None, t: Tiles) -> Tensor | None:
+def _per_channel(D: Tensor | None, t: ScanTiling) -> Tensor | None:
     if D is None or D.dim() == 2:
         return None if D is None else D.contiguous()
     return D.unsqueeze(1).expand(-1, t.channels).contiguous()
@@ -217,9 +218,9 @@ def _per_channel(D: Tensor | None, t: Tiles) -> Tensor | None:
 class _SSD(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, dt, A, B, C, D, initial, seq_idx, t):
-        y, _, final, saved = forward(t, x, dt, A, B, C, D, None, Steps(), initial, seq_idx, True)
+        y, _, final, saved = forward(t, x, dt, A, B, C, D, None, StepSizes(), initial, seq_idx, True)
         ctx.save_for_backward(x, dt, A, B, C, D, saved.step, saved.total, saved.states, saved.doc)
-        ctx.tiles, ctx.has_initial = t, initial is not None
+        ctx.tiling, ctx.has_initial = t, initial is not None
         ctx.set_materialize_grads(False)
         return y, final
 
@@ -231,16 +232,7 @@ class _SSD(torch.autograd.Function):
         into = Gradients(*(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C)))
         dfinal = None if dfinal is None else dfinal.contiguous()
         dA, dD, _, dinitial = backward(
-            ctx.tiles, Saved(*saved), x, dt, A, B, C, D, None, None, Steps(), dy, dfinal, into, ctx.has_initial
+            ctx.tiling, Saved(*saved), x, dt, A, B, C, D, None, None, StepSizes(), dy, dfinal, into, ctx.has_initial
         )
-        return (
-            into.x,
-            into.raw,
-            dA.to(A.dtype),
-            into.B,
-            into.C,
-            None if dD is None else dD.to(D.dtype),
-            dinitial,
-            None,
-            None,
-        )
+        dD = None if dD is None else dD.to(D.dtype)
+        return into.x, into.raw, dA.to(A.dtype), into.B, into.C, dD, dinitial, None, None

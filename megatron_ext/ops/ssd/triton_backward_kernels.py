@@ -85,11 +85,11 @@ def states_backward_kernel(
         if z is not None:
             at = tokens[:, None] * (HEADS * P) + p[None, :]
             gate = tl.load(z + tokens[:, None] * z_token + p[None, :], inside, 0.0).to(tl.float32)
-            open_ = sigmoid(gate)
+            gate_sigmoid = sigmoid(gate)
             ys = tl.load(y + at, inside, 0.0).to(tl.float32)
-            dgate = dys * ys * open_ * (1.0 + gate * (1.0 - open_))
+            dgate = dys * ys * gate_sigmoid * (1.0 + gate * (1.0 - gate_sigmoid))
             tl.store(dz + tokens[:, None] * dz_token + p[None, :], dgate.to(dz.dtype.element_ty), inside)
-            dys *= gate * open_
+            dys *= gate * gate_sigmoid
             tl.store(dy + at, dys.to(dy.dtype.element_ty), inside)
             z -= CHUNK * z_token
             dz -= CHUNK * dz_token
@@ -187,9 +187,9 @@ def _sources(
         dBs += dot(dstate, tl.trans(xs)) * (to_end * steps)[None, :]
         dxs = tl.trans(dxs)
         if D is not None:
-            own = tl.load(dy + j[:, None] * dy_token + p[None, :], in_x, 0.0).to(tl.float32)
-            dxs += tl.load(D + p, in_p, 0.0)[None, :] * own
-            tl.store(dD + p, tl.sum(own * xs.to(tl.float32), 0), in_p)
+            dy_j = tl.load(dy + j[:, None] * dy_token + p[None, :], in_x, 0.0).to(tl.float32)
+            dxs += tl.load(D + p, in_p, 0.0)[None, :] * dy_j
+            tl.store(dD + p, tl.sum(dy_j * xs.to(tl.float32), 0), in_p)
             D += P
             dD += P
         tl.store(dx + j[:, None] * dx_token + p[None, :], dxs.to(dx.dtype.element_ty), in_x)
@@ -224,9 +224,9 @@ def scan_backward_kernel(
     group, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     start, left = (chunk * CHUNK).to(tl.int64), length - chunk * CHUNK
     first = group * GROUP
-    own, all_ = part * ROWS + tl.arange(0, ROWS), tl.arange(0, CHUNK)
+    own_tokens, all_tokens = part * ROWS + tl.arange(0, ROWS), tl.arange(0, CHUNK)
     n = tl.arange(0, BLOCK_N)
-    in_own, in_all, in_n = (own < left)[:, None], (all_ < left)[:, None], (n < N)[None, :]
+    in_own, in_all, in_n = (own_tokens < left)[:, None], (all_tokens < left)[:, None], (n < N)[None, :]
 
     x += row * x_batch + start * x_token + first * P
     dy += row * dy_batch + start * dy_token + first * P
@@ -238,12 +238,12 @@ def scan_backward_kernel(
     if doc is not None:
         doc += row * per_head + start
         before, after = tl.load(doc + tl.where(chunk > 0, -1, 0)), tl.load(doc + CHUNK - 1)
-        own_doc = tl.load(doc + own)
-        same = tl.load(doc + all_)[:, None] == own_doc[None, :]
+        own_doc = tl.load(doc + own_tokens)
+        same = tl.load(doc + all_tokens)[:, None] == own_doc[None, :]
     if role == 0:
-        own_C = tl.load(C + own[:, None] * C_token + n[None, :], in_own & in_n, 0.0)
-        all_B = tl.load(B + all_[:, None] * B_token + n[None, :], in_all & in_n, 0.0)
-        reached, carries = all_[:, None] <= own[None, :], own >= 0
+        own_C = tl.load(C + own_tokens[:, None] * C_token + n[None, :], in_own & in_n, 0.0)
+        all_B = tl.load(B + all_tokens[:, None] * B_token + n[None, :], in_all & in_n, 0.0)
+        reached, carries = all_tokens[:, None] <= own_tokens[None, :], own_tokens >= 0
         if doc is not None:
             reached &= same
             carries = own_doc == before
@@ -255,9 +255,9 @@ def scan_backward_kernel(
             P, N, GROUP, CHUNK, ROWS, BLOCK_P, BLOCK_N,
         )  # fmt: skip
     else:
-        own_B = tl.load(B + own[:, None] * B_token + n[None, :], in_own & in_n, 0.0)
-        all_C = tl.load(C + all_[:, None] * C_token + n[None, :], in_all & in_n, 0.0)
-        reached, leaves = all_[:, None] >= own[None, :], own >= 0
+        own_B = tl.load(B + own_tokens[:, None] * B_token + n[None, :], in_own & in_n, 0.0)
+        all_C = tl.load(C + all_tokens[:, None] * C_token + n[None, :], in_all & in_n, 0.0)
+        reached, leaves = all_tokens[:, None] >= own_tokens[None, :], own_tokens >= 0
         if doc is not None:
             reached &= same
             leaves = own_doc == after

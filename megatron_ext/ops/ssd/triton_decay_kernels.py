@@ -42,11 +42,11 @@ def decay_kernel(
     exists = heads < HEADS
     inside = exists[None, :] & (tokens[:, None] < length - chunk * CHUNK)
     raw += row * raw_batch + (chunk * CHUNK).to(tl.int64) * raw_token
-    given = tl.load(raw + tokens[:, None] * raw_token + heads[None, :], inside, 0.0).to(tl.float32)
+    raw_steps = tl.load(raw + tokens[:, None] * raw_token + heads[None, :], inside, 0.0).to(tl.float32)
     shift = tl.zeros([BLOCK], tl.float32)
     if bias is not None:
         shift = tl.load(bias + heads, exists, 0.0).to(tl.float32)
-    steps, _ = step_sizes(given, shift[None, :], low, high, SOFTPLUS)
+    steps, _ = step_sizes(raw_steps, shift[None, :], low, high, SOFTPLUS)
     steps = tl.where(inside, steps, 0.0)
     rate = tl.load(A + heads, exists, 0.0).to(tl.float32) * LOG2E
     sums = tl.cumsum(tl.maximum(steps * rate[None, :], FORGOTTEN), 0)
@@ -98,13 +98,13 @@ def decay_backward_kernel(
 
     inside = exists[:, None] & (tokens[None, :] < length - chunk * CHUNK)
     start = (chunk * CHUNK).to(tl.int64)
-    given = tl.load(
+    raw_steps = tl.load(
         raw + row * raw_batch + start * raw_token + tokens[None, :] * raw_token + heads[:, None], inside, 0.0
     ).to(tl.float32)
     shift = tl.zeros([BLOCK], tl.float32)
     if bias is not None:
         shift = tl.load(bias + heads, exists, 0.0).to(tl.float32)
-    _, slope = step_sizes(given, shift[:, None], low, high, SOFTPLUS)
+    _, slope = step_sizes(raw_steps, shift[:, None], low, high, SOFTPLUS)
     gradient = tl.where(inside, dstep * slope, 0.0)
     tl.store(
         draw + row * draw_batch + start * draw_token + tokens[None, :] * draw_token + heads[:, None],

@@ -27,7 +27,7 @@ def state_step(
     dt_softplus: bool = False,
     slots: Int[Tensor, "b"] | None = None,
 ) -> Float[Tensor, "b h p"]:
-    """`mamba_ssm_api.selective_state_update`: the recurrence for one more token, the state in place.
+    """`ssd.decode.state_step` in one kernel: the same arguments and results.
 
     Args:
         state: The state before the token, contiguous; afterwards the one after it. In bfloat16 it is half the traffic.

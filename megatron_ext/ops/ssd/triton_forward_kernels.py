@@ -77,7 +77,7 @@ def states_kernel(
 
 @triton.autotune(
     configs=configs((8, 2), (4, 2), (8, 1), (4, 3)),
-    key=["HEADS", "P", "N", "CHUNK", "ROWS", "TOGETHER"],
+    key=["HEADS", "P", "N", "CHUNK", "ROWS", "HEADS_PER_PROGRAM"],
     prune_configs_by=PRUNE,
 )
 @triton.jit
@@ -86,12 +86,12 @@ def scan_kernel(
     y, out,
     x_batch, x_token, B_batch, B_token, C_batch, C_token, z_batch, z_token,
     length: "i32", chunks: "i32",
-    HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, TOGETHER: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program for ROWS tokens of a chunk and TOGETHER heads of a group: y, and with a gate also y silu(z)."""
+    """One program for ROWS tokens of a chunk and some heads of a group: y, and with a gate also y silu(z)."""
     chunk, part = tl.program_id(0) // (CHUNK // ROWS), tl.program_id(0) % (CHUNK // ROWS)
-    first, row = tl.program_id(1) * TOGETHER, tl.program_id(2).to(tl.int64)
+    first, row = tl.program_id(1) * HEADS_PER_PROGRAM, tl.program_id(2).to(tl.int64)
     start = (chunk * CHUNK).to(tl.int64)
     left = length - chunk * CHUNK
     targets, sources = part * ROWS + tl.arange(0, ROWS), tl.arange(0, CHUNK)
@@ -105,9 +105,9 @@ def scan_kernel(
     reached = sources[:, None] <= targets[None, :]
     if doc is not None:
         doc += row * CHUNK * chunks + start
-        own = tl.load(doc + targets)
-        reached &= tl.load(doc + sources)[:, None] == own[None, :]
-        carries = own == tl.load(doc + tl.where(chunk > 0, -1, 0))
+        target_doc = tl.load(doc + targets)
+        reached &= tl.load(doc + sources)[:, None] == target_doc[None, :]
+        carries = target_doc == tl.load(doc + tl.where(chunk > 0, -1, 0))
     BC = tl.where(reached, dot(Bs, tl.trans(Cs)), 0.0)
 
     x += row * x_batch + start * x_token + first * P
@@ -124,7 +124,7 @@ def scan_kernel(
     if z is not None:
         z += row * z_batch + start * z_token + first * P
         out += at_row
-    for head in range(TOGETHER):
+    for head in range(HEADS_PER_PROGRAM):
         own_sums = tl.load(total + targets)
         exponents = tl.minimum(own_sums[None, :] - tl.load(total + sources)[:, None], 0.0)
         weights = BC * tl.exp2(exponents) * tl.load(step + sources)[:, None]

@@ -15,7 +15,7 @@ MANY_PROGRAMS = 512
 
 
 @dataclass(frozen=True)
-class Tiles:
+class ScanTiling:
     """The sizes of a scan and of the tiles it is done in."""
 
     batch: int
@@ -50,14 +50,14 @@ class Tiles:
         whole = tile_side(self.channels)
         return whole if self.batch * self.heads >= MANY_PROGRAMS or whole < 64 else whole // 2
 
-    def together(self) -> int:
+    def heads_per_program(self) -> int:
         """Heads of a program of the forward scan: all of a group, or fewer where that makes too few programs."""
         programs = self.batch * self.groups * self.padded // self.rows
         wanted = max(1, min(self.group, self.group * programs // MANY_PROGRAMS))
         return next(count for count in range(wanted, 0, -1) if self.group % count == 0)
 
 
-def tiles(x: Tensor, B: Tensor, chunk_size: int | None) -> Tiles:
+def scan_tiling(x: Tensor, B: Tensor, chunk_size: int | None) -> ScanTiling:
     """Sizes and tiles of a scan.
 
     `CHUNK` tokens: each chunk's state is written and read, and 64 tokens would double that, while 256 would not
@@ -77,4 +77,4 @@ def tiles(x: Tensor, B: Tensor, chunk_size: int | None) -> Tiles:
     if chunk != tile_side(chunk):
         raise ConfigError("a chunk of the Triton scan is a power of two", got=chunk_size, legal="16, 32, 64, 128, ...")
     rows = min(chunk, 32 if small else 64)
-    return Tiles(batch, length, heads, channels, groups, state, chunk, rows)
+    return ScanTiling(batch, length, heads, channels, groups, state, chunk, rows)

@@ -37,14 +37,19 @@ def test_the_functions_follow_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    names = ("ssd", "causal_conv1d", "gated_rms_norm")
+    names = ("ssd", "causal_conv1d", "gated_rms_norm", "conv_scan_norm", "conv_step", "state_step")
     spy = dispatch.Backend("spy", *(spied(name) for name in names))
-    monkeypatch.setitem(dispatch._BUILT, "spy", spy)
+    monkeypatch.setitem(dispatch._TORCH_BACKENDS, "spy", spy)
     dispatch.set_backend("spy")
     x = torch.randn(1, 4, 2, 3)
     mamba_ssm_api.mamba_chunk_scan_combined(x, x[..., 0].exp(), -torch.ones(2), x[:, :, :1], x[:, :, 1:], 4)
     mamba_ssm_api.causal_conv1d_fn(torch.randn(1, 3, 4), torch.randn(3, 4))
     mamba_ssm_api.RMSNorm(3)(x)
+    weights = torch.randn(3 + 2, 4), None, torch.zeros(1), -torch.ones(1), torch.ones(1)
+    mamba_ssm_api.mamba_split_conv1d_scan_combined(torch.randn(1, 4, 3 + 5 + 1), *weights, 4, headdim=3)
+    mamba_ssm_api.causal_conv1d_update(torch.randn(1, 3), torch.zeros(1, 3, 3), torch.randn(3, 4))
+    token, rate = torch.randn(1, 2, 3), -torch.ones(2, 3, 5)
+    mamba_ssm_api.selective_state_update(torch.zeros(1, 2, 3, 5), token, token.exp(), rate, *torch.randn(2, 1, 1, 5))
     assert calls == list(names)
 
 
@@ -56,7 +61,7 @@ def test_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
     assert [record.getMessage() for record in caplog.records] == ["state-space kernels: naive"]
     caplog.clear()
     dispatch.set_backend("auto")
-    dispatch._say.cache_clear()
+    dispatch._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger=dispatch.__name__):
         for _ in range(2):
             dispatch.backend(x=torch.zeros(1))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_ext.errors import ConfigError
-from megatron_ext.ops.cache_blocks import BUDGET
+from megatron_ext.ops.cache_blocks import BLOCK_ELEMENTS
 from megatron_ext.ops.causal_conv1d import cpu, naive
 
 
@@ -41,7 +41,7 @@ def test_agrees_with_the_definition(
         x, weight, *rest = own
         b = rest.pop(0) if bias else None
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(BUDGET, "cpu", block * batch * channels)
+            patch.setitem(BLOCK_ELEMENTS, "cpu", block * batch * channels)
             y, final = f(x, weight, b, rest[0] if rest else None, seq_idx, activation)
             loss = (y * normal(*y.shape, seed=5)).sum() + (final * normal(*final.shape, seed=6)).sum()
             outcomes.append([y, final, *torch.autograd.grad(loss, own)])

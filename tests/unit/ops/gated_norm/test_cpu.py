@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
-from megatron_ext.ops.cache_blocks import BUDGET
+from megatron_ext.ops.cache_blocks import BLOCK_ELEMENTS
 from megatron_ext.ops.gated_norm import cpu, naive
 from megatron_ext.ops.mamba_ssm_api import RMSNorm
 
@@ -20,7 +20,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def test_agrees_with_the_definition(
     monkeypatch: pytest.MonkeyPatch, group_size: int | None, norm_before_gate: bool, gated: bool
 ) -> None:
-    monkeypatch.setitem(BUDGET, "cpu", 4 * 12)  # blocks of 4 tokens and then 2
+    monkeypatch.setitem(BLOCK_ELEMENTS, "cpu", 4 * 12)  # blocks of 4 tokens and then 2
     leaves = [normal(2, 3, 12), normal(12, seed=1)] + ([normal(2, 3, 12, seed=2)] if gated else [])
     outcomes = []
     for f in (naive.gated_rms_norm, cpu.gated_rms_norm):

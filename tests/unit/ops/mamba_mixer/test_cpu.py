@@ -6,17 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mixer_oracle import CHANNELS, HEADS, INNER, PROJECTION, by_definition, leaves, outcomes
+from mixer_oracle import CHANNELS, HEADS, INNER, PROJECTION, leaves, outcomes
 from ssm_oracle import assert_agree
 from torch import Tensor
 
 from megatron_ext.errors import ConfigError
-from megatron_ext.ops import mamba_ssm_api
-from megatron_ext.ops.cache_blocks import BUDGET
-from megatron_ext.ops.dispatch import backend
+from megatron_ext.ops.cache_blocks import BLOCK_ELEMENTS
+from megatron_ext.ops.mamba_mixer import naive
 from megatron_ext.ops.mamba_mixer.cpu import conv_scan_norm
 from megatron_ext.ops.ssd import cpu_chunks
 
+by_definition = partial(naive.conv_scan_norm, projection=PROJECTION)
 ours = partial(conv_scan_norm, projection=PROJECTION)
 
 
@@ -50,9 +50,9 @@ def test_any_shape_chunk_and_block(
     }
     expected = outcomes(partial(by_definition, **how), given, torch.float64, "cpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(BUDGET, "cpu", budget)
+        patch.setitem(BLOCK_ELEMENTS, "cpu", budget)
         if whole_batch:
-            patch.setattr(cpu_chunks, "rows_at_once", lambda rows, device: rows)
+            patch.setattr(cpu_chunks, "rows_per_block", lambda rows, device: rows)
         got = outcomes(partial(ours, **how, chunk_size=chunk_size), given, torch.float64, "cpu")
     # without a past that decays there is no gradient for A to be relative to
     torch.testing.assert_close(got.pop("dA"), expected.pop("dA"), rtol=1e-8, atol=1e-8)
@@ -97,7 +97,7 @@ def test_only_the_output_or_only_the_state() -> None:
 def test_inputs_of_any_layout(monkeypatch: pytest.MonkeyPatch, norm: bool | None, whole_batch: bool) -> None:
     """A projection and a gradient that are views of something else, as Megatron's (l, b, d) made (b, l, d)."""
     if whole_batch:
-        monkeypatch.setattr(cpu_chunks, "rows_at_once", lambda rows, device: rows)
+        monkeypatch.setattr(cpu_chunks, "rows_per_block", lambda rows, device: rows)
     own = {name: t for name, t in leaves(19, batch=2, normed=norm is not None).items() if t is not None}
     own["norm_before_gate"] = bool(norm)  # type: ignore[assignment]
     zxbcdt = own.pop("zxbcdt").transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
@@ -119,18 +119,6 @@ def test_expanded_gradient() -> None:
     got = torch.autograd.grad(ours(zxbcdt, **own)[0].sum(), zxbcdt)[0]
     y = ours(zxbcdt, **own)[0]
     torch.testing.assert_close(got, torch.autograd.grad(y, zxbcdt, torch.ones_like(y))[0], rtol=1e-12, atol=1e-12)
-
-
-def test_one_after_the_other_is_the_same() -> None:
-    """What a backend without such a function falls back to."""
-    given = {name: t for name, t in leaves(13, normed=True).items() if name != "initial_states"}
-    how = (PROJECTION, None, None, (0.0, float("inf")), "silu")
-
-    def in_turn(norm_weight: Tensor, **own: Tensor) -> tuple[Tensor, Tensor]:
-        return mamba_ssm_api.in_turn(backend("naive"), *own.values(), *how, norm_weight, 1e-6, True)
-
-    expected = outcomes(lambda **own: by_definition(**own, initial_states=None), given, torch.float64, "cpu")
-    assert_agree(outcomes(in_turn, given, torch.float64, "cpu"), expected, 1e-10)
 
 
 def test_memory_is_linear_in_the_sequence() -> None:

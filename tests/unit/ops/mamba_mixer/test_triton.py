@@ -4,14 +4,16 @@ from functools import partial
 
 import pytest
 import torch
-from mixer_oracle import CHANNELS, DEVICE, GROUPS, PROJECTION, by_definition, compare, leaves
+from mixer_oracle import CHANNELS, DEVICE, GROUPS, PROJECTION, compare, leaves
 from ssm_oracle import assert_agree
 
 from megatron_ext.ops import mamba_ssm_api
 from megatron_ext.ops.dispatch import set_backend
+from megatron_ext.ops.mamba_mixer import naive
 from megatron_ext.ops.mamba_mixer.triton import conv_scan_norm
 
 pytestmark = pytest.mark.triton
+by_definition = partial(naive.conv_scan_norm, projection=PROJECTION)
 
 
 @pytest.mark.parametrize("norm", [None, True, False])

@@ -10,7 +10,7 @@ from ssm_oracle import assert_agree, inputs, results
 from torch import Tensor
 
 from megatron_ext.errors import ConfigError
-from megatron_ext.ops.cache_blocks import BUDGET
+from megatron_ext.ops.cache_blocks import BLOCK_ELEMENTS
 from megatron_ext.ops.ssd import cpu, cpu_chunks, naive
 
 
@@ -144,9 +144,9 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, budget
     """One chunk at a time or many, one row at a time (as on a CPU) or all (as on a GPU)."""
     given = inputs(37)
     expected = results(cpu.ssd, given, torch.float64, chunk_size=4)
-    monkeypatch.setitem(BUDGET, "cpu", budget)
+    monkeypatch.setitem(BLOCK_ELEMENTS, "cpu", budget)
     if whole_batch:
-        monkeypatch.setattr(cpu_chunks, "rows_at_once", lambda rows, device: rows)
+        monkeypatch.setattr(cpu_chunks, "rows_per_block", lambda rows, device: rows)
     assert_agree(results(cpu.ssd, given, torch.float64, chunk_size=4), expected, 1e-12)
 
 
