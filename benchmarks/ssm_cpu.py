@@ -57,7 +57,7 @@ class Ours(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(b, l, hidden) to (b, l, hidden)."""
         m = self.mixer
-        return mamba_ssm_api.mamba_split_conv1d_scan_combined(
+        y = mamba_ssm_api.mamba_split_conv1d_scan_combined(
             linear(x, m.in_proj.weight, m.in_proj.bias),
             m.conv1d.weight.squeeze(1),
             m.conv1d.bias,
@@ -72,6 +72,8 @@ class Ours(torch.nn.Module):
             ngroups=m.n_groups,
             norm_before_gate=False,
         )
+        assert isinstance(y, torch.Tensor)  # no final states were asked for
+        return y
 
 
 def measure(case: str, arguments: argparse.Namespace) -> dict[str, float]:
@@ -82,7 +84,7 @@ def measure(case: str, arguments: argparse.Namespace) -> dict[str, float]:
     dy = torch.randn(x.shape)
     run(x[:, :32]).sum().backward()
     start_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    steps, forwards = [], []
+    steps, forwards, y = [], [], x
     for _ in range(WARM_UP + arguments.steps):
         start = time.process_time()
         y = run(x)

@@ -59,7 +59,7 @@ def cases(args: argparse.Namespace) -> tuple[dict[str, Case], dict[str, str]]:
     """What can run here, and what is missing and why."""
     sizes = {"headdim": args.head_dim, "ngroups": args.groups}
 
-    def called(function: Callable[..., Tensor], t: dict[str, Tensor]) -> Tensor:
+    def called(function: Callable[..., Any], t: dict[str, Tensor]) -> Tensor:
         norm = {"rmsnorm_weight": t["norm_weight"], "norm_before_gate": False} if args.norm else {}
         return function(*(t[name] for name in NAMES), 256, **sizes, **norm)
 
@@ -75,8 +75,8 @@ def cases(args: argparse.Namespace) -> tuple[dict[str, Case], dict[str, str]]:
             from megatron_ext.ops.mamba_mixer.triton import conv_scan_norm
 
             projection = Projection(t["A"].shape[0], args.head_dim, args.groups)
-            more = {"norm_weight": t.get("norm_weight"), "norm_before_gate": False, "chunk_size": size}
-            return conv_scan_norm(*(t[name] for name in NAMES), projection, **more)[0]
+            more: dict[str, Any] = {"norm_weight": t.get("norm_weight"), "norm_before_gate": False, "chunk_size": size}
+            return conv_scan_norm(*(t[name] for name in NAMES), projection=projection, **more)[0]
 
         return run
 

@@ -88,8 +88,8 @@ def main() -> None:
     heads, channels, groups, state, length = 128, 64, 8, 128, 2048
     inner = heads * channels
     conv = inner + 2 * groups * state
-    bf16 = {"dtype": torch.bfloat16}
-    leaves = [
+    bf16: dict[str, Any] = {"dtype": torch.bfloat16}
+    leaves: list[Any] = [
         torch.zeros(1, length, inner + conv + heads, **bf16), torch.zeros(conv, 4, **bf16), torch.zeros(conv, **bf16),
         torch.zeros(heads), torch.zeros(heads), torch.zeros(heads),
     ]  # fmt: skip
@@ -99,7 +99,9 @@ def main() -> None:
         t.requires_grad_()
     projection, documents = Projection(heads, channels, groups), torch.zeros(1, length, dtype=torch.int32)
     for norm_weight in (None, weight):
-        y, final = conv_scan_norm(*leaves, projection, initial, documents, norm_weight=norm_weight)
+        y, final = conv_scan_norm(
+            *leaves, projection=projection, initial_states=initial, seq_idx=documents, norm_weight=norm_weight
+        )
         own = [*leaves, initial] if norm_weight is None else [*leaves, initial, weight]
         torch.autograd.grad((y.sum(), final.sum()), own)
     out = norm.gated_rms_norm(y.detach(), weight, gate, group_size=inner // groups)

@@ -1,6 +1,7 @@
 """Inputs of all between a Mamba-2 layer's two projections, and results with every gradient, to compare in float64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from ssm_oracle import assert_agree
@@ -19,7 +20,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def outcomes(f: Callable, leaves: dict[str, Tensor | None], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+def outcomes(f: Callable, leaves: Mapping[str, Tensor | None], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     """What f returns, one or two tensors, and the gradients of a fixed random functional of them, by name.
 
     The functional's weights are bfloat16 numbers, so that they are the same in every dtype.
@@ -27,14 +28,14 @@ def outcomes(f: Callable, leaves: dict[str, Tensor | None], dtype: torch.dtype, 
     own = {name: t if t is None else t.to(device, dtype).requires_grad_() for name, t in leaves.items()}
     found = f(**own)
     found = found if isinstance(found, tuple) else (found,)
-    loss = sum((t.double().cpu() * normal(*t.shape, seed=7 + i).bfloat16()).sum() for i, t in enumerate(found))
+    loss: Any = sum((t.double().cpu() * normal(*t.shape, seed=7 + i).bfloat16()).sum() for i, t in enumerate(found))
     present = {name: t for name, t in own.items() if t is not None}
     gradients = torch.autograd.grad(loss, list(present.values()), allow_unused=True, materialize_grads=True)
     names = [*range(len(found)), *(f"d{name}" for name in present)]
     return {str(name): t.detach().cpu() for name, t in zip(names, (*found, *gradients), strict=True)}
 
 
-def compare(ours: Callable, definition: Callable, leaves: dict[str, Tensor | None], tolerance: float = 2e-6) -> None:
+def compare(ours: Callable, definition: Callable, leaves: Mapping[str, Tensor | None], tolerance: float = 2e-6) -> None:
     """Hold results and gradients in float32 on `DEVICE` against those of a definition in float64."""
     assert_agree(
         outcomes(ours, leaves, torch.float32, DEVICE), outcomes(definition, leaves, torch.float64, "cpu"), tolerance
@@ -49,7 +50,7 @@ def leaves(
     initial: bool = False,
     normed: bool = False,
     biased: bool = True,
-) -> dict[str, Tensor | None]:
+) -> dict[str, Any]:
     """The differentiable arguments of `conv_scan_norm`, by name."""
     return {
         "zxbcdt": normal(batch, length, INNER + CONV + HEADS),

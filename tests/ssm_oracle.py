@@ -1,6 +1,7 @@
 """Inputs of a state-space scan, and its results with every gradient, for comparisons with `naive.ssd` in float64."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ def inputs(
     decay: float = 1.0,
     skip_per_channel: bool = False,
     seed: int = 0,
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Float64 inputs of a scan, by name. `decay` scales A."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -42,7 +43,7 @@ def results(
     *,
     narrow: torch.dtype | None = None,
     device: str = "cpu",
-    **more: object,
+    **more: Any,
 ) -> dict[str, Tensor]:
     """y, the final state and the gradients of a fixed random functional of both, by name, on the CPU.
 
@@ -53,7 +54,7 @@ def results(
     y, final = scan(**leaves, **more)
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(device) for t in (y, final)]
-    loss = sum((t.double() * w).sum() for t, w in zip((y, final), weights, strict=True))
+    loss: Any = sum((t.double() * w).sum() for t, w in zip((y, final), weights, strict=True))
     gradients = torch.autograd.grad(loss, list(leaves.values()))
     found = {"y": y, "final": final, **{f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}}
     return {name: t.detach().cpu() for name, t in found.items()}

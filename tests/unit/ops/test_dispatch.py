@@ -48,8 +48,8 @@ def test_the_functions_follow_it(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = torch.randn(3 + 2, 4), None, torch.zeros(1), -torch.ones(1), torch.ones(1)
     mamba_ssm_api.mamba_split_conv1d_scan_combined(torch.randn(1, 4, 3 + 5 + 1), *weights, 4, headdim=3)
     mamba_ssm_api.causal_conv1d_update(torch.randn(1, 3), torch.zeros(1, 3, 3), torch.randn(3, 4))
-    token, rate = torch.randn(1, 2, 3), -torch.ones(2, 3, 5)
-    mamba_ssm_api.selective_state_update(torch.zeros(1, 2, 3, 5), token, token.exp(), rate, *torch.randn(2, 1, 1, 5))
+    token, rate, B = torch.randn(1, 2, 3), -torch.ones(2, 3, 5), torch.randn(1, 1, 5)
+    mamba_ssm_api.selective_state_update(torch.zeros(1, 2, 3, 5), token, token.exp(), rate, B, B)
     assert calls == list(names)
 
 

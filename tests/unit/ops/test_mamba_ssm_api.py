@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from transformers import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from megatron_ext.errors import ConfigError
-from megatron_ext.ops import mamba_ssm_api as api
+from megatron_ext.ops import mamba_ssm_api
 from megatron_ext.ops.dispatch import set_backend
 
+api: Any = mamba_ssm_api  # an argument says whether it returns one tensor or two
 HIDDEN, HEADS, HEAD_DIM, STATE, GROUPS = 32, 8, 8, 16, 2
 INNER = HEADS * HEAD_DIM
 
@@ -25,19 +27,20 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     set_backend("auto")
 
 
-def mixer(**changes: object) -> Mamba2Mixer:
+def mixer(**changes: Any) -> Mamba2Mixer:
     """transformers' mixer with every parameter at random."""
     torch.manual_seed(0)
-    sizes = {"num_heads": HEADS, "head_dim": HEAD_DIM, "state_size": STATE, "n_groups": GROUPS}
+    sizes: dict[str, Any] = {"num_heads": HEADS, "head_dim": HEAD_DIM, "state_size": STATE, "n_groups": GROUPS}
     config = Mamba2Config(hidden_size=HIDDEN, expand=2, num_hidden_layers=1, chunk_size=16, **(sizes | changes))
     module = Mamba2Mixer(config, 0)
     with torch.no_grad():
         for parameter in (module.D, module.dt_bias, module.norm.weight, module.conv1d.bias):
+            assert parameter is not None
             parameter.add_(torch.randn_like(parameter) * 0.3)
     return module.double()
 
 
-def ours(module: Mamba2Mixer, hidden: Tensor, **more: object) -> Tensor:
+def ours(module: Mamba2Mixer, hidden: Tensor, **more: Any) -> Tensor:
     """The same mixer through our function."""
     return api.mamba_split_conv1d_scan_combined(
         module.in_proj(hidden),

@@ -1,5 +1,7 @@
 """The Triton convolution against its definition in float64, under the interpreter or on a GPU."""
 
+from typing import Any
+
 import pytest
 import torch
 from mixer_oracle import DEVICE, compare, normal
@@ -42,7 +44,7 @@ def test_one_more_token(width: int, held: int) -> None:
         x.float().to(DEVICE), single, weight.float().to(DEVICE), bias.float().to(DEVICE), "silu", slots.to(DEVICE)
     )
     own = window[slots]
-    tolerance = {"rtol": 2e-6, "atol": 2e-6}
+    tolerance: dict[str, Any] = {"rtol": 2e-6, "atol": 2e-6}
     torch.testing.assert_close(got.double().cpu(), decode.conv_step(x, own, weight, bias, "silu"), **tolerance)
     window[slots] = own
     torch.testing.assert_close(single.double().cpu(), window.float().double(), **tolerance)

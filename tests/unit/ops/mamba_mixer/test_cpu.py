@@ -1,6 +1,7 @@
 """Convolution, scan, norm and gate in one function of plain torch, against their definitions in float64."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -132,7 +133,9 @@ def test_memory_is_linear_in_the_sequence() -> None:
             found[storage.data_ptr()] = storage.nbytes()
             return t
 
-        given = {n: t if t is None else t.float().requires_grad_() for n, t in leaves(length, normed=True).items()}
+        given: dict[str, Any] = {
+            n: t if t is None else t.float().requires_grad_() for n, t in leaves(length, normed=True).items()
+        }
         with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
             ours(**given)
         return sum(found.values())

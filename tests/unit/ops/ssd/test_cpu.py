@@ -117,7 +117,8 @@ def test_the_state_carries_on() -> None:
     first = {name: t[:, :23] if name in sequence else t for name, t in given.items()}
     second = {name: t[:, 23:] if name in sequence else t for name, t in given.items()}
     y1, state = cpu.ssd(**first)
-    y2, last = cpu.ssd(**(second | {"initial_states": state}))
+    second["initial_states"] = state
+    y2, last = cpu.ssd(**second)
     torch.testing.assert_close(torch.cat([y1, y2], 1), whole)
     torch.testing.assert_close(last, final)
 
@@ -129,6 +130,7 @@ def test_documents_do_not_see_each_other() -> None:
     ends = [0, 5, 32, 33, 60]
     seq_idx = torch.cat([torch.full((1, b - a), i) for i, (a, b) in enumerate(pairwise(ends))], 1)
     y, final = cpu.ssd(**given, seq_idx=seq_idx, chunk_size=16)
+    state = final
     for i, (start, end) in enumerate(pairwise(ends)):
         own = {name: t[:, start:end] if name in ("x", "dt", "B", "C") else t for name, t in given.items()}
         if i > 0:
