@@ -4,8 +4,7 @@
 
 Kills, corruptions, resumes, reshards, payloads, memory and faults, each of some cases. A case's result goes into
 DIR/reliability.json as soon as it is there, so that a matrix that was stopped goes on with --missing;
-docs/reliability.md is written from that file. The whole takes less than an hour on two cores with --workers 2; --small
-takes a few cases of some parts, in seconds.
+kills are added up in rounds. docs/reliability.md is written from that file. --small takes a few cases of some parts.
 """
 
 import argparse
@@ -19,6 +18,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,29 @@ from benchmarks.reliability.jobs import Server
 from benchmarks.reliability.tiny import Tiny, make
 
 RESULTS = Path(__file__).parents[1] / "results"
-Run = Callable[[Tiny, str], dict[str, Any]]
+Result = dict[str, Any]
+Run = Callable[[Tiny, str, Result | None], Result]
+"""Takes the folder, the case, and what it has come to so far, if that is to be added to."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the matrix: its cases, those of the small matrix, and how one is run."""
+    """A part of the matrix: its cases, those of the small matrix, how one is run, and how many kills it has."""
 
     cases: list[str]
     small: list[str]
     run: Run
     run_small: Run | None = None
+    kills: int = 0
+
+    @property
+    def rounds(self) -> int:
+        """In how many each case is run; kills are added up."""
+        return max(1, ceil(self.kills / kills.ROUND))
+
+    def is_complete(self, found: Result | None) -> bool:
+        """Whether a case has come to its result."""
+        return found is not None and found.get("kills", 0) >= self.kills
 
 
 def parts(kill: int, flips: int, seed: int) -> dict[str, Part]:
@@ -49,42 +61,55 @@ def parts(kill: int, flips: int, seed: int) -> dict[str, Part]:
         flips: Flipped bits of a file.
         seed: Decides which moments and places; those of a job also depend on the machine.
     """
+
+    def some_kills(tiny: Tiny, case: str, before: Result | None) -> Result:
+        left = kill - (before["kills"] if before else 0)
+        return kills.run(tiny, case, min(kills.ROUND, left), seed, before)
+
     groups = {str(number): payloads.NAMES[number::4] for number in range(4)}
     return {
         "kills": Part(
-            list(kills.CATEGORIES), ["train", "data"], lambda tiny, case: kills.run(tiny, case, kill, seed),
-            lambda tiny, case: kills.run(tiny, case, 2, seed),
+            list(kills.CATEGORIES), ["train", "data"], some_kills, lambda tiny, case, _: kills.run(tiny, case, 2, seed),
+            kills=kill,
         ),
         "corruptions": Part(
-            corruptions.NAMES, ["checkpoint"], lambda tiny, case: corruptions.run(tiny, case, flips, seed),
-            lambda tiny, case: corruptions.run(tiny, case, 1, seed, ("flip",)),
+            corruptions.NAMES, ["checkpoint"], lambda tiny, case, _: corruptions.run(tiny, case, flips, seed),
+            lambda tiny, case, _: corruptions.run(tiny, case, 1, seed, ("flip",)),
         ),
-        "resumes": Part(resumes.NAMES, [], resumes.run),
-        "reshards": Part(reshards.NAMES, [], reshards.run),
+        "resumes": Part(resumes.NAMES, [], lambda tiny, case, _: resumes.run(tiny, case)),
+        "reshards": Part(reshards.NAMES, [], lambda tiny, case, _: reshards.run(tiny, case)),
         "payloads": Part(
-            list(groups), ["0"], lambda tiny, case: payloads.run(tiny, groups[case]),
-            lambda tiny, case: payloads.run(tiny, ["config.yaml"]),
+            list(groups), ["0"], lambda tiny, case, _: payloads.run(tiny, groups[case]),
+            lambda tiny, case, _: payloads.run(tiny, ["config.yaml"]),
         ),
-        "memory": Part(memory.NAMES, [], memory.run),
-        "faults": Part(faults.NAMES, [], faults.run),
+        "memory": Part(memory.NAMES, [], lambda tiny, case, _: memory.run(tiny, case)),
+        "faults": Part(faults.NAMES, [], lambda tiny, case, _: faults.run(tiny, case)),
     }  # fmt: skip
 
 
 class Results:
-    """The file of results, in which each case is replaced alone."""
+    """The file of results, in which each case is replaced alone, or added to.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: Where it lies.
+        goes_on: Whether kills are added to those of an earlier matrix.
+    """
+
+    def __init__(self, folder: Path, goes_on: bool) -> None:
         self.path = folder / "reliability.json"
         self._lock = threading.Lock()
+        self._goes_on, self._own = goes_on, set[tuple[str, str]]()
         self.found: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {"parts": {}}
 
-    def has(self, part: str, case: str) -> bool:
-        """Whether a case has a result."""
-        return case in self.found["parts"].get(part, {})
+    def so_far(self, part: str, case: str) -> Result | None:
+        """What a case has come to, if that counts."""
+        counts = self._goes_on or (part, case) in self._own
+        return self.found["parts"].get(part, {}).get(case) if counts else None
 
-    def add(self, part: str, case: str, result: dict[str, Any]) -> None:
+    def add(self, part: str, case: str, result: Result) -> None:
         """Put a case's result in the place of its older one."""
         with self._lock:
+            self._own.add((part, case))
             self.found |= {"what": "what was broken on purpose, and what came of it", **machine.describe()}
             self.found["parts"].setdefault(part, {})[case] = result
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,15 +128,18 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS, help="where reliability.json goes")
     asked = parser.parse_args()
-    results, all_parts = Results(asked.out), parts(asked.kills, asked.flips, asked.seed)
+    results, all_parts = Results(asked.out, asked.missing), parts(asked.kills, asked.flips, asked.seed)
     todo: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
     count = 0
-    for name, part in all_parts.items():
-        for case in part.small if asked.small else part.cases:
-            wanted = asked.only is None or name in asked.only or f"{name}/{case}" in asked.only
-            if wanted and not (asked.missing and results.has(name, case)):
-                todo.put((name, case))
-                count += 1
+    for number in range(max(part.rounds for part in all_parts.values())):
+        for name, part in all_parts.items():
+            for case in (part.small if asked.small else part.cases) if number < part.rounds else []:
+                wanted = asked.only is None or name in asked.only or f"{name}/{case}" in asked.only
+                if wanted and not part.is_complete(results.so_far(name, case)):
+                    todo.put((name, case))
+                    count += 1
+        if asked.small:
+            break
     if not count:
         parser.error(f"no such case; parts and cases: { {name: part.cases for name, part in all_parts.items()} }")
     bad: list[str] = []
@@ -148,15 +176,18 @@ def _work(
                 name, case = todo.get_nowait()
             except queue.Empty:
                 return
-            part, begun = all_parts[name], time.perf_counter()
+            part, begun, before = all_parts[name], time.perf_counter(), results.so_far(name, case)
+            if part.kills and part.is_complete(before):
+                continue  # by earlier rounds
             try:
-                result = (part.run_small if small and part.run_small else part.run)(tiny, case)
+                result = (part.run_small if small and part.run_small else part.run)(tiny, case, before)
             except (Exception, SystemExit):
                 print(f"{name}/{case}: {traceback.format_exc()}", flush=True)
                 bad.append(f"{name}/{case}")
                 continue
             took = time.perf_counter() - begun
-            results.add(name, case, result | {"took": round(took, 1), "on": date.today().isoformat()})
+            in_all = took + (before["took"] if before else 0)
+            results.add(name, case, result | {"took": round(in_all, 1), "on": date.today().isoformat()})
             verdict = page.verdict(name, result)
             if verdict != page.GOOD:
                 bad.append(f"{name}/{case}: {verdict}")

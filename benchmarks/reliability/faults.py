@@ -57,6 +57,7 @@ def _start(tiny: Tiny, *words: str | Path, ranks: int = 1, environment: Mapping[
     ]
     command += ["--standalone"] if ranks > 1 else []
     ours = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT), "MEGATRON_EXT_DEVICE": "cpu"}
+    _clear(tiny, "fault")
     begun = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         job = subprocess.Popen(

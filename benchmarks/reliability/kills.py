@@ -21,11 +21,13 @@ from benchmarks.reliability.tiny import CUT, DATA, DISTILL, MODEL, PRETRAIN, PRU
 from megatron_ext.checkpoint import layout
 from megatron_ext.errors import MegatronExtError
 
+ROUND = 25  # kills after which a category's result is written down
 CHAIN = 8  # kills of one job, one after another, at most
 IN_WRITES = 0.8  # of the kills come just after a change of the output; the others at any time
 AFTER = ("blocked", "different", "left over")
 """What may be wrong once a start was left alone: it fails; it leaves something else, or unfinished files."""
 BAD = ("lost", "wrong", *AFTER)
+COUNTED = ("kills", "inside a write", "ends", *BAD)
 CLOSE = 0.03  # seconds after a change, at most
 STEPS = ["--train-iters", "4"]
 
@@ -173,8 +175,7 @@ class Trial:
                 newest = self._examine(newest)
             self._finish()
         self._clear(self.killed)
-        names = ("kills", "inside a write", "ends", *BAD)
-        found: dict[str, Any] = {name: self.counts[name] for name in names}
+        found: dict[str, Any] = {name: self.counts[name] for name in COUNTED}
         return {"what": self.category.what, **found, "messages": self.wrong[:20]}
 
     def _kill(self) -> bool:
@@ -275,6 +276,8 @@ def _torn(path: Path) -> bool:
     return bool(own) and (not tracked.isdigit() or max(own) != f"iter_{int(tracked):07d}")
 
 
-def run(tiny: Tiny, name: str, count: int, seed: int) -> dict[str, Any]:
-    """So many kills of a category."""
-    return Trial(tiny, CATEGORIES[name], name, random.Random(f"{seed} {name}")).run(count)
+def run(tiny: Tiny, name: str, count: int, seed: int, before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """So many kills of a category, added to what earlier ones have come to."""
+    already = before["kills"] if before else 0
+    found = Trial(tiny, CATEGORIES[name], name, random.Random(f"{seed} {name} {already}")).run(count)
+    return found | {key: before[key] + found[key] for key in (*COUNTED, "messages")} if before else found

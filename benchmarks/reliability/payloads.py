@@ -102,8 +102,6 @@ PICKLES: dict[str, Callable[[str], bytes]] = {
     "eval of a function's namespace": _through_builtins,
     "an instance": lambda hit: b"(S'" + hit.encode() + b"'\niposix\nmkdir\n.",
     "an object": lambda hit: b"(cposix\nmkdir\nS'" + hit.encode() + b"'\no.",
-    "keywords": lambda hit: b"\x80\x04" + _short("pathlib") + _short("os.mkdir") + b"\x93)}" + _short("path")
-    + _short(hit) + b"s\x92.",
 }  # fmt: skip
 FEW = ("posix.mkdir", "os.system", "builtins.eval", "eval of a function's namespace")
 Place = Callable[[Tiny, bytes], None]

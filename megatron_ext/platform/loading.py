@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from megatron_ext.errors import MegatronExtError
 from megatron_ext.platform.replacements import replace
-from megatron_ext.untrusted import read_index, read_objects
+from megatron_ext.untrusted import asked_for, read_index, read_objects, refusal
 
 REASON = "what a checkpoint brings is not run (everywhere)"
 
@@ -49,6 +49,8 @@ def _in_words(original: Callable[..., None]) -> Callable[..., None]:
             for cause, _ in error.failures.values():
                 if isinstance(cause, MegatronExtError):
                     raise cause from None
+                if isinstance(cause, pickle.UnpicklingError) and (name := asked_for(cause)) is not None:
+                    raise refusal(name, kwargs.get("checkpoint_id") or "a tensor of the checkpoint") from None
             for reader in (*args, *kwargs.values()):
                 if isinstance(reader, FileSystemReader):
                     reader.read_metadata()

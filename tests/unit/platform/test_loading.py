@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.safe_globals import SafeUnpickler
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
+from megatron_ext.errors import UntrustedError
 from megatron_ext.platform import loading
 
 
@@ -43,3 +46,20 @@ def test_a_tensor_is_unpickled_and_nothing_else_is(restricted: None) -> None:
     assert torch.equal(SafeUnpickler(io.BytesIO(pickle.dumps(tensor))).load(), tensor)
     with pytest.raises(pickle.UnpicklingError, match=r"builtins\.eval is not loaded"):
         SafeUnpickler(io.BytesIO(pickle.dumps(eval))).load()
+
+
+def test_a_tensor_that_is_none_is_refused_in_words(tmp_path) -> None:
+    save({"w": torch.zeros(3)}, checkpoint_id=tmp_path, no_dist=True)
+    (file,) = tmp_path.glob("*.distcp")
+    size = file.stat().st_size
+    content = io.BytesIO()
+    torch.save(Bomb(str(tmp_path / "hit")), content)
+    assert len(content.getvalue()) <= size
+    index = pickle.loads((tmp_path / ".metadata").read_bytes())
+    (place,) = index.storage_data.values()
+    place.offset, place.length = 0, len(content.getvalue())
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
+    file.write_bytes(content.getvalue())
+    with pytest.raises(UntrustedError, match=r"posix\.mkdir"):
+        loading._in_words(load)({"w": torch.zeros(3)}, checkpoint_id=tmp_path, no_dist=True)
+    assert not (tmp_path / "hit").exists()
