@@ -245,3 +245,18 @@ def whole(directory: Path, names: Iterable[str]) -> dict[str, Parts]:
     """Files that are one part."""
     sizes = {name: (directory / name).stat().st_size for name in names if (directory / name).is_file()}
     return {name: {0: (size, checksum(directory / name, 0, size))} for name, size in sizes.items()}
+
+
+def write_rest(directory: Path, but: Iterable[str] = ()) -> None:
+    """Write the checksums of all files of a directory that have none there yet, but of those in its steps.
+
+    Args:
+        directory: A run directory, or an exported model.
+        but: Files to be edited.
+    """
+    known = Checksums.read(directory)
+    files = known.files if known is not None else {}
+    apart = {step.path.name for step in layout.steps(directory)} | {FILE, layout.TRACKER, *but}
+    names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+    rest = [name for name in names if Path(name).parts[0] not in apart and name not in files]
+    Checksums(directory, files | whole(directory, rest)).write()

@@ -47,13 +47,14 @@ def _artefacts(directory: Path):
     if (directory / ".metadata").is_file():
         return [(directory, _step)]
     if steps := layout.steps(directory):
-        return [(step.path, _step) for step in steps]
+        beside = [] if Checksums.read(directory) is None else [(directory, _files)]
+        return [*((step.path, _step) for step in steps), *beside]
     if (directory / f"{dataset.NAME}.idx").is_file():
         return [(directory, _dataset)]
     if (directory / MANIFEST).is_file():
         return [*((path, _shard) for path in sorted(directory.glob("*.safetensors"))), (directory, _cache)]
     if Checksums.read(directory) is not None:
-        return [(directory, _export)]
+        return [(directory, _files)]
     raise DataError(
         "nothing that can be verified", got=directory,
         legal="checkpoints, what `megatron-ext convert` or `data` wrote, or a cache of --distill-cache-write",
@@ -66,7 +67,7 @@ def _step(path: Path) -> str:
     return "all checksums are right" if own else "no checksums of ours; those of torch, where it made any, are right"
 
 
-def _export(path: Path) -> str:
+def _files(path: Path) -> str:
     sums = Checksums.read(path)
     if sums is None:
         raise CheckpointError("the checksums are gone", got=path)

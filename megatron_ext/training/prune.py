@@ -16,6 +16,7 @@ from rich.table import Table
 
 from megatron_ext.checkpoint import ranks
 from megatron_ext.checkpoint.atomic import publish
+from megatron_ext.checkpoint.checksums import write_rest
 from megatron_ext.checkpoint.layout import Step
 from megatron_ext.checkpoint.outputs import hold_new
 from megatron_ext.checkpoint.reader import Reader
@@ -162,6 +163,7 @@ def _write(launch: Launch, source: Step, found: Found) -> None:
             write_atomically(whole / REPORT, report(losses, remark))
             plot_losses([(loss.name, loss.parameters, loss.nats) for loss in losses], whole / "loss.png")
     if args.rank == 0:
+        write_rest(whole)
         publish(whole, args.save)
 
 

@@ -1,7 +1,9 @@
 """Pruning: any layout measures the same, a masked model equals the sliced one, and bad requests end at once."""
 
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from random_models import random_weights
 from safetensors.torch import load_file
 from workspace import Workspace
 
-from megatron_ext.checkpoint import layout
+from megatron_ext import cli
+from megatron_ext.checkpoint import checksums, layout
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.models import axes
@@ -135,6 +138,24 @@ def test_a_dry_run_says_what_measuring_costs(workspace: Workspace, teacher: str)
 def test_the_run_directory_is_complete(workspace: Workspace, pruned: str) -> None:
     names = {path.name for path in (workspace.path / pruned).iterdir()}
     assert {"plan.json", "scores.safetensors", "config.yaml", "report.md", "importance.png", "release"} <= names
+
+
+def test_every_file_that_is_left_is_verified(
+    workspace: Workspace, pruned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(workspace.path / pruned, tmp_path / "copy")
+    assert cli.main(["verify", str(run)]) == 0
+    files = [path for path in run.rglob("*") if path.is_file() and path.name not in (layout.TRACKER, checksums.FILE)]
+    assert {"plan.json", "scores.safetensors", "report.md", "tokenizer.json"} <= {path.name for path in files}
+    for file in files:
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert cli.main(["verify", str(run)]) == 2, file
+        assert file.name in capsys.readouterr().out
+        file.write_bytes(content)
+    (run / "plan.json").unlink()
+    assert cli.main(["verify", str(run)]) == 2
+    assert "plan.json is not what was written" in capsys.readouterr().out
 
 
 def test_the_report_says_what_changed_and_what_it_cost(workspace: Workspace, pruned: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.atomic import fresh_directory, refuse_existing
+from megatron_ext.checkpoint.checksums import write_rest
 from megatron_ext.checkpoint.huggingface import companions, families
 from megatron_ext.checkpoint.huggingface.coded import CodedFamily
 from megatron_ext.checkpoint.huggingface.family import Family, Piece, their_shape
@@ -247,6 +248,7 @@ def to_hf(
             (directory / f"{chosen.module}.py").write_text(chosen.code(), encoding="utf-8")
         facts = _facts(arch, chosen) | companions.provenance(reader.step.path)
         (directory / companions.CARD).write_text(companions.card(destination.name, facts), encoding="utf-8")
+        write_rest(directory, but=[companions.CARD])
     return chosen
 
 

@@ -12,7 +12,8 @@ import torch
 from random_models import random_weights
 from safetensors.torch import load_file, save_file
 
-from megatron_ext.checkpoint.huggingface import families
+from megatron_ext import cli
+from megatron_ext.checkpoint.huggingface import companions, families
 from megatron_ext.checkpoint.huggingface.convert import to_hf, to_megatron
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.writer import writing
@@ -146,6 +147,17 @@ def test_a_configuration_that_is_none_is_named(hf: Path, tmp_path: Path, change:
     change(hf)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         to_megatron(hf, tmp_path / "out")
+
+
+def test_every_file_of_an_export_is_verified_but_its_card(hf: Path, capsys: Any) -> None:
+    (hf / "LICENSE").unlink()  # which was put there later
+    for file in sorted(hf.iterdir()):
+        content = file.read_bytes()
+        file.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+        assert cli.main(["verify", str(hf)]) == (0 if file.name == companions.CARD else 2), file
+        assert file.name == companions.CARD or file.name in "".join(capsys.readouterr())
+        file.write_bytes(content)
+    assert cli.main(["verify", str(hf)]) == 0
 
 
 def test_a_snapshot_of_the_hub_is_read(hf: Path, tmp_path: Path) -> None:
