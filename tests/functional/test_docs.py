@@ -1,23 +1,23 @@
 """The pages for people: their links lead somewhere, their commands are commands."""
 
+import functools
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
+import fork_server
 import pytest
+from documented import PAGES, Command, blocks, commands
+from workspace import ROOT
 
 from megatron_ext import cli
 
-ROOT = Path(__file__).parents[2]
-PAGES = sorted(
-    path for folder in (".", "docs", "docker", "examples/*") for path in ROOT.glob(f"{folder}/*.md") if path.is_file()
-)
+EXTENSION = str(Path(sys.executable).parent / "megatron-ext")
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
-
-
-def blocks(page: Path) -> list[str]:
-    return re.findall(r"^```bash\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+# Which take Megatron's flags, too, and so are asked by a program that has them all.
+WITH_MEGATRONS = {"estimate": "pretrain_hybrid.py", "evaluate": "pretrain_hybrid.py", "generate": "pretrain_hybrid.py"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
@@ -28,7 +28,7 @@ def test_links_lead_to_files(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_commands_are_bash_and_name_what_exists(page, capsys):
+def test_commands_are_bash_and_name_what_exists(page):
     for block in blocks(page):
         done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -37,14 +37,47 @@ def test_commands_are_bash_and_name_what_exists(page, capsys):
             for word in words:
                 if re.fullmatch(r"[a-z_]+\.py|(examples|docker)/\S+", word):
                     assert (ROOT / word).exists(), word
-            if words[:1] == ["megatron-ext"]:
-                assert words[1] in cli.COMMANDS
-                with pytest.raises(SystemExit):
-                    cli.main([words[1], "--help"])
-                flags = capsys.readouterr().out
-                if words[1] != "estimate":  # which takes Megatron's, too
-                    assert all(word in flags for word in words[2:] if word.startswith("--")), line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_commands_have_the_flags_that_they_are_given(page):
+    for command in commands(page):
+        assert set(command.flags) <= flags(command), command
+
+
+def flags(command: Command) -> set[str]:
+    """What a command's own help names, and Megatron's where it takes these."""
+    if command.program != "megatron-ext":
+        return named(command.program)
+    name = command.words[0]
+    assert name in cli.COMMANDS
+    return named(name) | (named(WITH_MEGATRONS[name]) if name in WITH_MEGATRONS else set())
+
+
+@functools.cache
+def named(program: str) -> set[str]:
+    script = ROOT / program
+    words = [script] if script.suffix == ".py" else [EXTENSION, program]
+    done = fork_server.run([*words, "--help"])
+    assert done.returncode == 0, done.stderr
+    return set(re.findall(r"--[a-z0-9][\w-]*", done.stdout))
+
+
+@pytest.mark.parametrize("page", ["install.md", "pretrain.md"])
+def test_what_a_page_looks_at_before_the_launch_can_be_launched(page):
+    (command,) = [command for command in commands(ROOT / "docs" / page) if "--dry-run" in command.words]
+    done = fork_server.run([ROOT / command.program, *command.words], environment=dict(command.environment))
+    assert done.returncode == 0, done.stderr
+    assert "memory" in done.stdout
+
+
+def test_the_estimate_of_a_page_is_made():
+    (command,) = commands(ROOT / "docs" / "performance.md")
+    done = fork_server.run([EXTENSION, *command.words])
+    assert done.returncode == 0, done.stderr
+    assert "GPU" in done.stdout
 
 
 def test_there_are_pages_with_commands():
     assert sum(len(blocks(page)) for page in PAGES) > 8
+    assert sum(len(commands(page)) for page in PAGES) > 30

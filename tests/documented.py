@@ -1,0 +1,84 @@
+"""The commands in the pages for people, as a shell would read them."""
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from workspace import ROOT
+
+PAGES = sorted(
+    path for folder in (".", "docs", "docker", "examples/*") for path in ROOT.glob(f"{folder}/*.md") if path.is_file()
+)
+FENCED = re.compile(r"^```bash\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"(?:^ {4}.*\n)+", flags=re.MULTILINE)
+LAUNCHER = ["torchrun", "--nproc-per-node"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line for one of our programs.
+
+    Attributes:
+        program: `megatron-ext`, or a script of the repository's top level.
+        words: What follows it.
+        ranks: How many of it are started.
+        environment: What is set for it alone.
+    """
+
+    program: str
+    words: tuple[str, ...]
+    ranks: int = 1
+    environment: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def flags(self) -> list[str]:
+        """The names of its flags."""
+        return [word for word in self.words if word.startswith("--")]
+
+    def value(self, flag: str) -> str:
+        """What follows a flag."""
+        return self.words[self.words.index(flag) + 1]
+
+
+def blocks(page: Path) -> list[str]:
+    """The blocks that are marked as bash."""
+    return FENCED.findall(page.read_text())
+
+
+def commands(page: Path) -> list[Command]:
+    """Those of our programs, in blocks of both kinds; not what is handed to docker or srun."""
+    text = page.read_text()
+    both = [*FENCED.finditer(text), *INDENTED.finditer(re.sub(r"^```.*?^```", _blank, text, flags=re.M | re.S))]
+    found = []
+    for block in sorted(both, key=lambda match: match.start()):
+        for line in block.group().replace("\\\n", " ").splitlines():
+            try:
+                words = shlex.split(line, comments=True)
+            except ValueError:
+                continue  # an apostrophe: prose, or what a command has printed
+            if (command := _of_ours(words)) is not None:
+                found.append(command)
+    return found
+
+
+def _of_ours(words: list[str]) -> Command | None:
+    """The command of these words, if it is one."""
+    environment: list[tuple[str, str]] = []
+    while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        name, _, value = words.pop(0).partition("=")
+        environment.append((name, value))
+    ranks = 1
+    if words[:2] == LAUNCHER:
+        ranks, words = int(words[2]), words[3 + (words[3] == "--no-python") :]
+    elif words[:1] == ["python"]:
+        words = words[1:]
+    program = Path(words[0]).name if words else ""
+    if program != "megatron-ext" and not (program.endswith(".py") and program == words[0]):
+        return None
+    return Command(program, tuple(words[1:]), ranks, tuple(environment))
+
+
+def _blank(match: re.Match[str]) -> str:
+    """The same length without a line that is indented."""
+    return " ".ljust(len(match.group()) - 1) + "\n"
