@@ -10,6 +10,7 @@ import pickle
 from pathlib import Path
 
 import torch
+import xxhash
 from safetensors import safe_open
 
 PARTIAL, LOCK = ".partial", ".lock"
@@ -69,7 +70,9 @@ def directory(path: Path) -> Content:
         name = str(file.relative_to(path))
         if file.is_dir() or file.parent.name == "release" or file.suffix == ".lock":
             continue
-        if file.suffix == ".safetensors":
+        if file.name == "checksums.json":
+            found[name] = _checksums(file)
+        elif file.suffix == ".safetensors":
             found[name] = _digest(repr(sorted(_tensors(file).items())).encode())
         else:
             found[name] = _digest(file.read_bytes().replace(path.name.encode(), b"NAME"))
@@ -95,6 +98,18 @@ def cache(path: Path) -> Content:
 def _tensors(file: Path) -> Content:
     with safe_open(file, framework="pt") as opened:
         return {name: _of_tensor(opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118
+
+
+def _checksums(file: Path) -> str:
+    """Whether all of them are right, and of which files: those of a file that holds its directory's name differ."""
+    told = json.loads(file.read_text())["files"]
+    wrong = [
+        name
+        for name, parts in told.items()
+        for first, length, expected in parts
+        if xxhash.xxh3_64_hexdigest((file.parent / name).read_bytes()[first : first + length]) != expected
+    ]
+    return f"wrong for {wrong}" if wrong else f"right for {sorted(told)}"
 
 
 def left_over(path: Path) -> list[str]:
