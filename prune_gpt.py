@@ -2,21 +2,7 @@
 
 import sys
 
-from megatron_ext.training.launch import launch
-from megatron_ext.training.program import main
-
-
-def run() -> None:
-    from megatron_ext.training import dry_run, prune
-    from megatron_ext.training.prune_check import check
-
-    started = launch(prune.JOB)
-    request = check(started)
-    if started.dry_run:
-        dry_run.show(started, prune.changes(started, request.target), prune.costs(started))
-    else:
-        prune.prune(started, request)
-
+from megatron_ext.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(run))
+    sys.exit(main(["prune", *sys.argv[1:]]))

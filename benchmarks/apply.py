@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.models import axes
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.presets import PRESETS
 from megatron_ext.pruning.apply import apply
 from megatron_ext.pruning.budget import Targets

@@ -17,10 +17,10 @@ import torch
 from machine import describe
 
 from megatron_ext.platform.device import device_type
+from megatron_ext.pruning import job
 from megatron_ext.pruning.depth import Influence
 from megatron_ext.pruning.importance import Importance
-from megatron_ext.training import prune
-from megatron_ext.training.launch import launch
+from megatron_ext.training.command_line import parse_command_line
 
 
 def main() -> None:
@@ -31,8 +31,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     sizes = parser.parse_args()
     hidden = sizes.hidden
-    started = launch(
-        prune.JOB,
+    started = parse_command_line(
+        job.JOB,
         [
             "--hybrid-layer-pattern=M-M-*-M-", "--hidden-size", str(hidden), "--ffn-hidden-size", str(3 * hidden),
             "--num-attention-heads", str(hidden // 64), "--kv-channels", "64", "--mamba-num-heads", str(hidden // 32),
@@ -45,7 +45,7 @@ def main() -> None:
     )  # fmt: skip
     from megatron.core.utils import unwrap_model
 
-    from megatron_ext.training.evaluate import forward_all, load_model, micro_batches
+    from megatron_ext.training.forward import forward_all, load_model, micro_batches
 
     model = load_model(started)
     chunks = unwrap_model(model)

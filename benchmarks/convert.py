@@ -29,7 +29,7 @@ from megatron_ext.checkpoint.huggingface import families
 from megatron_ext.checkpoint.huggingface.convert import _their_shapes, to_hf, to_megatron
 from megatron_ext.checkpoint.huggingface.shards import writing_shards
 from megatron_ext.models import axes
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.presets import PRESETS
 
 GIGABYTE = 10**9

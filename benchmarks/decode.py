@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.cost import BYTES, Workload, cache_bytes, decode_bytes_per_token
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP
 from megatron_ext.models.presets import PRESETS

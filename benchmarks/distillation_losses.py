@@ -23,8 +23,8 @@ from machine import describe, write
 from small_model import BATCH, MODEL, PROCESSES, ROOT, SEQUENCE
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.training.corpus import build_dataset
-from megatron_ext.training.log import read_metrics
+from megatron_ext.data.corpus import build_dataset
+from megatron_ext.reports.metrics_file import read_metrics
 
 HEADERS = Path(torch.__file__).parent / "include" / "ATen"
 HEADER_BYTES = 6_000_000

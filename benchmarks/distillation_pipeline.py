@@ -52,12 +52,13 @@ def trained(script: str, run: Path, *flags: str) -> float:
 
 def forward(out: Path, teacher: str, steps: int) -> None:
     """In each process: the teacher's forward passes over a global batch, median seconds into `out`."""
-    from megatron_ext.training.launch import Job, launch
+    from megatron_ext.training.command_line import parse_command_line
+    from megatron_ext.training.job import Job
 
-    started = launch(Job("calibrate"), ["--load", teacher, *common(steps), "--skip-train"])
+    started = parse_command_line(Job("calibrate"), ["--load", teacher, *common(steps), "--skip-train"])
     import torch
 
-    from megatron_ext.training.evaluate import forward_all, load_model, micro_batches
+    from megatron_ext.training.forward import forward_all, load_model, micro_batches
 
     chunks = load_model(started)
     batches = micro_batches(started, chunks, "train", BATCH)

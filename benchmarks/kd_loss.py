@@ -29,10 +29,10 @@ from peak import PeakMeter
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from megatron_ext.distillation.chunked import CHUNK, Compare, Head
-from megatron_ext.distillation.losses import compare_in_torch, distillation_losses
-from megatron_ext.distillation.objective import Objective
-from megatron_ext.models.vocabulary import Vocabulary
+from megatron_ext.lm_head.fused_loss import CHUNK, Compare, Head
+from megatron_ext.lm_head.losses import compare_in_torch, distillation_losses
+from megatron_ext.lm_head.objective import Objective
+from megatron_ext.lm_head.vocab_parallel import Vocabulary
 
 SIZES = {"cuda": (8192, 128256, 4096), "cpu": (4096, 32000, 512)}
 LARGE = (16, 128256, 1024)
@@ -64,7 +64,7 @@ def comparison(name: str) -> Compare:
     """Ours by name."""
     if name == "ours":
         return compare_in_torch
-    from megatron_ext.distillation import triton_kl
+    from megatron_ext.lm_head import triton_kl
 
     return triton_kl.compare
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import machine
 
+from megatron_ext.data.corpus import build_dataset
 from megatron_ext.data.documents import find_documents
 from megatron_ext.models.presets import preset
-from megatron_ext.training.context import ntk_base
-from megatron_ext.training.corpus import build_dataset
+from megatron_ext.models.rope_extension import ntk_base
 
 ROOT = Path(__file__).parents[1]
 SHORT, LONG, PROCESSES, TOKENS = 128, 1024, 2, 4096

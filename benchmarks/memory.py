@@ -65,20 +65,21 @@ def flags_of(case: str, tokens: int, hidden: int, teacher: Path) -> list[str]:
 
 def child(out: Path, flags: list[str]) -> None:
     """Train in this process; its peak and the estimate into a file of its rank."""
-    from megatron_ext.training.launch import STOPPABLE, Job, launch
+    from megatron_ext.training.command_line import parse_command_line
+    from megatron_ext.training.job import STOPPABLE, Job
 
     lesson = None
     if "--distill-teacher" in flags:
-        from megatron_ext.training import distill
+        from megatron_ext.distillation import job
 
-        started = launch(distill.JOB, flags)
-        source: Any = distill.check(started)
-        train, lesson = partial(distill.distill, started, source), distill.lesson(started, source)
+        started = parse_command_line(job.JOB, flags)
+        source: Any = job.check(started)
+        train, lesson = partial(job.distill, started, source), job.lesson(started, source)
     else:
-        from megatron_ext.training import run
+        from megatron_ext.training import loop
 
-        started = launch(Job("pretrain", defaults=STOPPABLE), flags)
-        train = partial(run.train, started)
+        started = parse_command_line(Job("pretrain", defaults=STOPPABLE), flags)
+        train = partial(loop.train, started)
     from megatron_ext.models.training_cost import memory
     from megatron_ext.training.dry_run import layout_of
 

@@ -73,9 +73,10 @@ def child(out: Path, kind: str, meter: bool, flags: list[str]) -> None:
 
     The first rank writes; a step begins with its first forward pass.
     """
-    from megatron_ext.training.launch import Job, launch
+    from megatron_ext.training.command_line import parse_command_line
+    from megatron_ext.training.job import Job
 
-    started = launch(Job("pretrain"), flags)
+    started = parse_command_line(Job("pretrain"), flags)
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.core.utils import unwrap_model
     from megatron.training.argument_utils import gpt_config_from_args
@@ -83,7 +84,7 @@ def child(out: Path, kind: str, meter: bool, flags: list[str]) -> None:
 
     from megatron_ext.checkpoint.gpt import to_args
     from megatron_ext.models.training_cost import training_flops_per_token
-    from megatron_ext.training import run
+    from megatron_ext.training import loop
     from megatron_ext.training.step import forward_step
 
     config = None
@@ -105,10 +106,10 @@ def child(out: Path, kind: str, meter: bool, flags: list[str]) -> None:
 
     if meter and DEVICE == "cpu":
         with PeakMeter() as counted:
-            run.train(started, timed, config=config)
+            loop.train(started, timed, config=config)
         peak = counted.peak
     else:
-        run.train(started, timed, config=config)
+        loop.train(started, timed, config=config)
         peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
     torch.cuda.synchronize()
     begun = [*begun[:: get_num_microbatches()], time.perf_counter()]

@@ -31,9 +31,9 @@ from torch import Tensor
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.errors import PlanError
 from megatron_ext.inference.passage import Passage
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP
-from megatron_ext.pruning import leave_out
+from megatron_ext.pruning import job, leave_out
 from megatron_ext.pruning import scores as score_names
 from megatron_ext.pruning.ablation import Ablation, Passes
 from megatron_ext.pruning.apply import apply
@@ -43,10 +43,10 @@ from megatron_ext.pruning.importance import Importance, WidthMetric
 from megatron_ext.pruning.magnitude import magnitudes
 from megatron_ext.pruning.scores import DEPTH_METRICS, Scores
 from megatron_ext.pruning.select import keep_units, make_plan
-from megatron_ext.training import prune
-from megatron_ext.training.evaluate import forward_all, forward_sums, load_model, load_other, micro_batches
-from megatron_ext.training.launch import Job, launch
-from megatron_ext.training.log import read_metrics
+from megatron_ext.reports.metrics_file import read_metrics
+from megatron_ext.training.command_line import parse_command_line
+from megatron_ext.training.forward import forward_all, forward_sums, load_model, load_other, micro_batches
+from megatron_ext.training.job import Job
 
 KINDS = {"layers": "", "attention": ATTENTION, "FFN": MLP, "Mamba": MAMBA}
 FRACTIONS = (1 / 8, 1 / 4, 3 / 8, 1 / 2)  # of the units of a kind; those that are no whole number are left out
@@ -68,12 +68,12 @@ class Bench:
             "--load",
             str(model),
         ]
-        self.launch = launch(Job("benchmark", defaults=prune.JOB.defaults), flags)
-        self.path, self.arch, self.samples = model, self.launch.architecture, arguments.samples
-        self.model = load_model(self.launch)
+        self.run = parse_command_line(Job("benchmark", defaults=job.JOB.defaults), flags)
+        self.path, self.arch, self.samples = model, self.run.architecture, arguments.samples
+        self.model = load_model(self.run)
         self.chunks = unwrap_model(self.model)
         tokenizer = out / "text" / "tokenizer"
-        self.text = {split: micro_batches(self.launch, self.model, split, self.samples) for split in ("train", "valid")}
+        self.text = {split: micro_batches(self.run, self.model, split, self.samples) for split in ("train", "valid")}
         self.asked = {
             split: [
                 Passage([*sample.prompt, *sample.answer], len(sample.prompt))
@@ -85,15 +85,15 @@ class Bench:
 
     def loss(self, split: str) -> float:
         """Nats per token of text."""
-        return forward_all(self.launch, self.model, [iter(self.text[split][0])], self.samples // BATCH)
+        return forward_all(self.run, self.model, [iter(self.text[split][0])], self.samples // BATCH)
 
     def passes(self, split: str) -> Passes:
         """Text for `Ablation`."""
 
         def run(begin: int, end: int) -> tuple[float, float]:
-            return forward_sums(self.launch, self.model, [iter(self.text[split][0][begin:end])], end - begin)
+            return forward_sums(self.run, self.model, [iter(self.text[split][0][begin:end])], end - begin)
 
-        return Passes(run, len(self.text[split][0]), self.launch.args.micro_batch_size * SEQUENCE)
+        return Passes(run, len(self.text[split][0]), self.run.args.micro_batch_size * SEQUENCE)
 
     def answers(self, split: str) -> tuple[float, float]:
         """The share of the questions that are answered right, and nats per token of the answers."""
@@ -281,7 +281,7 @@ def check(bench: Bench, depth: dict[str, Tensor], width: dict[str, Tensor], rows
         shutil.rmtree(path, ignore_errors=True)
         plan = make_plan(Scores(values=values, architecture=arch), arch, targets)
         apply(plan, bench.path, path)
-        other, model = load_other(bench.launch, plan.target, path)
+        other, model = load_other(bench.run, plan.target, path)
         with torch.no_grad():
             real = forward_all(other, model, [iter(bench.text["valid"][0])], bench.samples // BATCH)
         checked[what] = {"in_place": said[what], "checkpoint": real}

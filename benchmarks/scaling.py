@@ -20,7 +20,7 @@ from typing import Any
 import machine
 import torch
 
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.presets import preset
 from megatron_ext.models.training_cost import GPUS, Gpu, Layout, memory, scaled, step_seconds
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from megatron_ext.pruning.tasks import Sample
-from megatron_ext.training.corpus import build_dataset
+from megatron_ext.data.corpus import build_dataset
+from megatron_ext.evaluation.questions import Sample
 
 ROOT = Path(__file__).parents[1]
 SEQUENCE, BATCH, PROCESSES = 256, 8, 2

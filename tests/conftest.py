@@ -16,13 +16,15 @@ CHECKED = [
     *(f"megatron_ext.ops.ssd.{name}" for name in ("naive", "step_sizes", "cpu", "cpu_chunks", "cpu_decays", "decode")),
     *(f"megatron_ext.ops.ssd.{name}" for name in ("triton", "triton_decode")),
     "megatron_ext.platform.linear",
-    "megatron_ext.distillation",
+    *(f"megatron_ext.distillation.{name}" for name in ("intermediate_layers", "model", "projections", "student")),
+    *(f"megatron_ext.distillation.{name}" for name in ("teachers", "logit_cache.cache", "logit_cache.shards")),
+    "megatron_ext.data.sample_id",
+    "megatron_ext.models.hooks",
     "megatron_ext.pruning.importance",
     "megatron_ext.pruning.expert_importance",
     "megatron_ext.training.step",
-    "megatron_ext.inference",
-    "megatron_ext.models.hidden",
-    "megatron_ext.models.vocabulary",
+    *(f"megatron_ext.inference.{name}" for name in ("generate", "passage", "prompts", "sampling", "score", "sharded")),
+    "megatron_ext.lm_head",
 ]
 install_import_hook(CHECKED, "beartype.beartype")
 

@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ext.distillation import triton_kl
-from megatron_ext.distillation.losses import Head, distillation_losses
-from megatron_ext.distillation.objective import Objective
-from megatron_ext.models.vocabulary import Vocabulary
+from megatron_ext.lm_head import triton_kl
+from megatron_ext.lm_head.losses import Head, distillation_losses
+from megatron_ext.lm_head.objective import Objective
+from megatron_ext.lm_head.vocab_parallel import Vocabulary
 
 
 @dataclass(frozen=True)

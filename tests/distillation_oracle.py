@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax, mse_loss
 
-from megatron_ext.distillation.objective import Objective
+from megatron_ext.lm_head.objective import Objective
 
 
 def divergence(student: Tensor, teacher: Tensor, objective: Objective) -> Tensor:

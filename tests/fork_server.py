@@ -32,8 +32,8 @@ ROOT = TESTS.parent
 # What the programs import, once; nothing that starts a thread, a process group or a random number.
 IMPORTED = (
     "matplotlib.pyplot", "matplotlib.backends.backend_agg", "megatron.core.models.hybrid.hybrid_model",
-    "megatron.training.training", "megatron.training.checkpointing", "megatron_ext.training.distill",
-    "megatron_ext.training.evaluate", "megatron_ext.training.prune", "megatron_ext.training.run", "pytest",
+    "megatron.training.training", "megatron.training.checkpointing", "megatron_ext.distillation.job",
+    "megatron_ext.training.forward", "megatron_ext.pruning.job", "megatron_ext.training.loop", "pytest",
     "torch.utils.tensorboard", "transformers.models.auto.tokenization_auto", "yaml",
 )  # fmt: skip
 
@@ -105,7 +105,7 @@ def _server() -> subprocess.Popen[str]:
 def _serve() -> None:
     """Answer each request, a line of JSON, with its exit status; forks return from here and run their program."""
     sys.path[0] = str(ROOT)
-    from megatron_ext.models.backend import prepare
+    from megatron_ext.models.bootstrap import prepare
 
     prepare()
     for name in IMPORTED:

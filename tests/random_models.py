@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.models import axes
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.pruning.scores import Scores, shapes
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.axes import Kept
-from megatron_ext.models.config import Architecture
 from megatron_ext.ops.causal_conv1d.naive import causal_conv1d
 from megatron_ext.ops.ssd.naive import ssd
 from megatron_ext.pruning.plan import Plan

@@ -3,7 +3,7 @@
 from random import Random
 from typing import Any
 
-from megatron_ext.pruning.tasks import MultipleChoice, Question, Sample
+from megatron_ext.evaluation.questions import MultipleChoice, Question, Sample
 
 WORDS = 500
 

@@ -29,6 +29,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
     _flush(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the new one, never a part."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def fresh_directory(path: str | Path) -> Iterator[Path]:
     """A temporary directory beside `path`, which becomes `path` when the block ends well and is removed otherwise.

@@ -17,7 +17,7 @@ from megatron_ext.checkpoint.scratch import Scratch
 from megatron_ext.checkpoint.writer import Form, Progress, check_shapes, check_tensors, silent, writing
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models import axes
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, MLP, MOE
 
 _OURS, _THEIRS = "decoder.final_norm.", "decoder.final_layernorm."

@@ -21,7 +21,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_ext.errors import CheckpointError, UntrustedError
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.untrusted import inside, is_foreign, read_index, read_objects
 
 logger = logging.getLogger(__name__)

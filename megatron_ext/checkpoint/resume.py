@@ -11,7 +11,7 @@ from typing import Any
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.atomic import replacing
 from megatron_ext.errors import CheckpointError, UntrustedError
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 
 # Of the optimizer and its schedule.
 SETTINGS = (

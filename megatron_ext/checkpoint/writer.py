@@ -37,7 +37,7 @@ from megatron_ext.checkpoint.checksums import WHOLE, Checksums, Parts, checksum,
 from megatron_ext.checkpoint.reader import BLOCK, Stored
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models import axes
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 
 
 class DiskFile(FileIO):

@@ -13,18 +13,18 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from megatron_ext.distillation import states
-from megatron_ext.distillation.divergences import TopK
-from megatron_ext.distillation.identity import name
-from megatron_ext.distillation.losses import Head, distillation_losses
-from megatron_ext.distillation.objective import Objective
+from megatron_ext.data.sample_id import name
+from megatron_ext.distillation import intermediate_layers
+from megatron_ext.distillation.intermediate_layers import DISTANCES, FINAL, STUDENT, TEACHER, LayerOutput, Route
 from megatron_ext.distillation.projections import Balance, Projections
-from megatron_ext.distillation.states import DISTANCES, FINAL, STUDENT, TEACHER, Point, Route
 from megatron_ext.distillation.student import StudentWrapper
-from megatron_ext.distillation.taps import Taps
 from megatron_ext.errors import CheckpointError
-from megatron_ext.models.hidden import hidden_states, output_weight
-from megatron_ext.models.vocabulary import Vocabulary
+from megatron_ext.lm_head.divergences import TopK
+from megatron_ext.lm_head.hidden_states import hidden_states, output_weight
+from megatron_ext.lm_head.losses import Head, distillation_losses
+from megatron_ext.lm_head.objective import Objective
+from megatron_ext.lm_head.vocab_parallel import Vocabulary
+from megatron_ext.models.hooks import HiddenStateRecorder
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class DistillationModel(StudentWrapper):
         self.teacher = teacher
         self._matching, self._objective, self._tokens = matching, objective, tokens
         self.stage = student.pg_collection.pp.rank() + student.pg_collection.pp.size() * (student.vp_stage or 0)
-        self._taps = Taps(student, matching.route.points(self.stage, STUDENT))
+        self._taps = HiddenStateRecorder(student, matching.route.points(self.stage, STUDENT))
         self._arrived: dict[str, Tensor] = {}
         if student.pg_collection.pp.size() > 1:
             # The stages tell each other the shapes, instead of taking the student's for granted.
@@ -134,7 +134,9 @@ class DistillationModel(StudentWrapper):
         (packed,) = input_tensor if isinstance(input_tensor, list) else [input_tensor]
         self._arrived = {}
         if packed is not None:
-            self._arrived = states.unpack(self._matching.route.leaving(self.stage - 1, packed.dtype), packed)
+            self._arrived = intermediate_layers.unpack(
+                self._matching.route.leaving(self.stage - 1, packed.dtype), packed
+            )
         self.module.set_input_tensor(self._arrived.get(STUDENT))  # type: ignore[arg-type] - None on the first stage
 
     def forward(
@@ -168,11 +170,14 @@ class DistillationModel(StudentWrapper):
         route, dtype = self._matching.route, found[STUDENT].dtype
         for i in route.meeting(self.stage):
             pair = route.pairs[i]
-            own, other = found[states.state(STUDENT, pair.student)], found[states.state(TEACHER, pair.teacher)]
+            own, other = (
+                found[intermediate_layers.state(STUDENT, pair.student)],
+                found[intermediate_layers.state(TEACHER, pair.teacher)],
+            )
             value = DISTANCES[self._matching.distance](self._matching.projections(i, own), other.detach())
-            found[states.distance(i)] = states.to_pieces(value, dtype)
+            found[intermediate_layers.distance(i)] = intermediate_layers.to_pieces(value, dtype)
         if not self.module.post_process:
-            return states.pack(route.leaving(self.stage, dtype), found)
+            return intermediate_layers.pack(route.leaving(self.stage, dtype), found)
         assert labels is not None
         assert loss_mask is not None
         assert sample_id is not None
@@ -215,7 +220,7 @@ class DistillationModel(StudentWrapper):
         """The distance of every pair, whole in the sequence."""
         values = {}
         for i, pair in enumerate(self._matching.route.pairs):
-            value = states.from_pieces(found[states.distance(i)])
+            value = intermediate_layers.from_pieces(found[intermediate_layers.distance(i)])
             if self.config.sequence_parallel:
                 # Every tensor rank makes the whole loss of it, and so the whole gradient.
                 value = gather_from_sequence_parallel_region(
@@ -225,9 +230,11 @@ class DistillationModel(StudentWrapper):
         return values
 
 
-def named(side: str, taken: dict[Point, Tensor], output: Tensor) -> dict[str, Tensor]:
+def named(side: str, taken: dict[LayerOutput, Tensor], output: Tensor) -> dict[str, Tensor]:
     """States by the names under which they travel; what a chunk gives out is `final` where that is asked for."""
-    return {states.state(side, point): value for point, value in (taken | {Point(FINAL): output}).items()}
+    return {
+        intermediate_layers.state(side, point): value for point, value in (taken | {LayerOutput(FINAL): output}).items()
+    }
 
 
 def head(model: HybridModel, hidden: Float[Tensor, "s b h"]) -> Head:

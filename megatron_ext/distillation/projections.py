@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_ext.checkpoint.atomic import replacing
-from megatron_ext.distillation.states import Route
+from megatron_ext.distillation.intermediate_layers import Route
 from megatron_ext.errors import CheckpointError
 
 AGAIN = "all that distill_gpt.py saved, in the directory that is resumed; or --finetune and a new --save to begin anew"

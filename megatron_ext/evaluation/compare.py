@@ -10,8 +10,8 @@ from megatron_ext.checkpoint.atomic import replacing
 from megatron_ext.checkpoint.outputs import check_writable
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation.compare_rows import Row, rows
-from megatron_ext.evaluation.results import finite
-from megatron_ext.evaluation.run import Run
+from megatron_ext.evaluation.measured_run import Run
+from megatron_ext.reports.metrics_file import finite
 
 PAGE, NUMBERS, PICTURE = "comparison.md", "comparison.json", "comparison.png"
 TITLE = "# Comparison\n"

@@ -16,9 +16,9 @@ from megatron_ext.evaluation.compare_rows import (
     text_differences,
     validation_differences,
 )
-from megatron_ext.evaluation.figures import STYLE, save, tick
-from megatron_ext.evaluation.run import VALIDATION, Run
+from megatron_ext.evaluation.measured_run import VALIDATION, Run
 from megatron_ext.models import cost
+from megatron_ext.reports.figures import STYLE, save, tick
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#3B3B3B", "#8A6D3B")
 MARKERS = "osD^vXPh"

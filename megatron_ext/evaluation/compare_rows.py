@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_ext.evaluation.measured_run import Run
 from megatron_ext.evaluation.results import SETTINGS, UNFINISHED
-from megatron_ext.evaluation.run import Run
 from megatron_ext.models import cost
 
 SERVED = cost.Workload(batch=1, context=8192)

@@ -15,17 +15,17 @@ from lm_eval.models.utils import handle_stop_sequences
 
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation import generation
-from megatron_ext.evaluation.answers import Answers
 from megatron_ext.evaluation.perplexity import Window
+from megatron_ext.evaluation.request_cache import Answers
 from megatron_ext.inference.chat import render
 from megatron_ext.inference.generate import generate
 from megatron_ext.inference.passage import Passage, Score
-from megatron_ext.inference.progress import progress
 from megatron_ext.inference.prompts import Writer, document_start
 from megatron_ext.inference.request import Request
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.inference.score import score
 from megatron_ext.inference.sharded import ShardedModel
+from megatron_ext.reports.progress import progress
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ the one before is kept under `earlier`, by the place where it was (`tasks/hellas
 """
 
 import json
-import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.atomic import replacing
 from megatron_ext.checkpoint.outputs import alone, check_writable, contents
 from megatron_ext.errors import ConfigError, DataError
+from megatron_ext.reports.metrics_file import finite
 
 FILE = "results.json"
 CHECKPOINT, EARLIER, SETTINGS, UNFINISHED = "checkpoint", "earlier", "settings", "unfinished"
@@ -42,15 +41,6 @@ def write_results(directory: Path, results: dict[str, Any]) -> None:
     """Write them, whole or not at all; what is not finite, as the loss of a model that diverged is, as null."""
     with replacing(directory / FILE) as temporary:
         temporary.write_text(json.dumps(finite(results), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def finite(value: Any) -> Any:
-    """`value` with null for every NaN and infinity, which JSON cannot say."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Results:

@@ -18,8 +18,8 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.inference.interrupt import Interrupted, exchange
 from megatron_ext.inference.passage import Passage, Score
 from megatron_ext.inference.sharded import ShardedModel
-from megatron_ext.models.hidden import hidden_states, output_weight
-from megatron_ext.models.vocabulary import Vocabulary, row_max
+from megatron_ext.lm_head.hidden_states import hidden_states, output_weight
+from megatron_ext.lm_head.vocab_parallel import Vocabulary, row_max
 
 ROWS = 1024  # of logits at a time
 

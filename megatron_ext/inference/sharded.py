@@ -11,7 +11,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 
 
 @dataclass(frozen=True)

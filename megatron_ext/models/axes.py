@@ -23,7 +23,7 @@ from megatron_ext.errors import CheckpointError
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE, parse
 
 if TYPE_CHECKING:  # config.py counts with this table
-    from megatron_ext.models.config import Architecture
+    from megatron_ext.models.architecture import Architecture
 
 CONV_KERNEL = 4
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -10,7 +10,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 from megatron.training.models import HybridModelConfig
 from megatron.training.models.hybrid import HybridModelBuilder
 
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.specs import stack_spec
 
 

@@ -7,8 +7,8 @@ that some sequence of the batch needs: the chosen ones for one sequence, all of 
 
 from dataclasses import dataclass
 
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.axes import CONV_KERNEL
-from megatron_ext.models.config import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA
 
 BYTES = 2  # of a value in 16 bits: weights, keys and values, states

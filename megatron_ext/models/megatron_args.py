@@ -89,7 +89,7 @@ def check_supported(args: Namespace) -> None:
 def fields_of(args: Namespace) -> dict[str, Any]:
     """The fields of an `Architecture`, from Megatron's arguments before or after `validate_args`.
 
-    The defaults it fills in are Megatron's own (`arguments.py`: FFN and head width; `MambaMixer`: number of heads;
+    The defaults it fills in are Megatron's own (`options/fields.py`: FFN and head width; `MambaMixer`: number of heads;
     `vocab_utils.py`: padding of the vocabulary).
 
     Raises:

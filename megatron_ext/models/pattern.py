@@ -10,6 +10,7 @@ Transformer, `MMMM` is Mamba-2, `M-M*-` a hybrid. Two ways of counting a pattern
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 from megatron_ext.errors import ConfigError
 
@@ -17,10 +18,26 @@ MAMBA, ATTENTION, MLP, MOE = "M", "*", "-", "E"
 KINDS = {MAMBA: "Mamba-2", ATTENTION: "attention", MLP: "MLP", MOE: "mixture of experts"}
 MIXERS = MAMBA + ATTENTION
 PIPE = "|"
+EMBEDDING, FINAL = "embedding", "final"
 
 # What people type when they mean one of ours.
 _MEANT = {MAMBA: "mSs", ATTENTION: "AaxXT×∗", MLP: "Ff_–—−", MOE: "e", PIPE: "/,Il"}
 _NEAREST = {typed: meant for meant, letters in _MEANT.items() for typed in letters}
+
+
+class LayerOutput(NamedTuple):
+    """A place in a model; a hidden state.
+
+    Attributes:
+        kind: `embedding`, `after`, `norm` or `final`.
+        layer: Of `after` and `norm`: the sub-layer.
+    """
+
+    kind: str
+    layer: int = 0
+
+    def __str__(self) -> str:
+        return {"after": f"{self.layer}", "norm": f"norm{self.layer}"}.get(self.kind, self.kind)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ A preset's vocabulary is the published one with its padding; a tokenizer in use 
 from dataclasses import dataclass, replace
 
 from megatron_ext.errors import ConfigError, nearest
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 from megatron.core.models.hybrid.hybrid_layer_specs import TENorm, hybrid_stack_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 
 
 def stack_spec(architecture: Architecture) -> ModuleSpec | None:

@@ -8,13 +8,13 @@ itself. Sizes are per GPU, in bytes.
 from dataclasses import dataclass, replace
 
 from megatron_ext.models import axes
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE, parse
 from megatron_ext.ops.ssd import cpu as ssd_cpu
 from megatron_ext.ops.ssd import triton_tiling
 
 # Bytes of both models' logits that the distillation loss holds at a time, and of the output weights' gradient up to
-# which it keeps that from the forward to the backward pass (`distillation/chunked.py`).
+# which it keeps that from the forward to the backward pass (`lm_head/fused_loss.py`).
 LOGITS_AT_A_TIME, LOGITS_IN_TORCH, GRADIENT_KEPT = 13 * 2**25, 2**26, 2**27
 
 

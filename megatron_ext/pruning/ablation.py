@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.pruning.left_out import LeftOut
 
 GIB = 2**30
@@ -208,7 +208,7 @@ class Ablation(LeftOut):
         """Compare logits (s, b, v) with those that the whole model's last states make, some rows at a time."""
         from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
-        from megatron_ext.models.hidden import output_weight
+        from megatron_ext.lm_head.hidden_states import output_weight
 
         if chunk.config.sequence_parallel:
             whole = gather_from_sequence_parallel_region(whole, group=self._groups.tp)

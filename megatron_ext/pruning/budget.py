@@ -7,7 +7,7 @@ from math import ceil, gcd, lcm
 from typing import Any, Self
 
 from megatron_ext.errors import PlanError
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.cost import Workload, memory_bytes
 from megatron_ext.models.pattern import ATTENTION, KINDS, MAMBA, MLP, MOE
 from megatron_ext.pruning.scores import DEPTH_METRICS

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from megatron_ext.errors import ConfigError
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import Pattern
 from megatron_ext.pruning import scores as names
 

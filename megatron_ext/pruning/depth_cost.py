@@ -7,7 +7,7 @@ bounds: an evaluation that starts from kept activations, or that lacks layers, t
 from dataclasses import dataclass
 from math import ceil
 
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.training_cost import Layout, forward_flops_per_token
 from megatron_ext.pruning.depth import STATIC
 from megatron_ext.pruning.leave_out import Sampling, compares_logits, units_of

@@ -23,18 +23,17 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
+from megatron_ext.models.hooks import FUSED_NORM, pre_norm
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
 from megatron_ext.pruning import expert_importance
 from megatron_ext.pruning import scores as names
 
 Aggregation = Literal["mean", "l2", "var"]
-# Of each kind of sub-layer, the projection that its pre-norm is fused into, and the one whose output it adds.
-FUSED_NORM = {MAMBA: "mixer.in_proj", ATTENTION: "self_attention.linear_qkv", MLP: "mlp.linear_fc1"}
+# Of each kind of sub-layer, the projection whose output it adds.
 _LAST = {MAMBA: "mixer.out_proj", ATTENTION: "self_attention.linear_proj", MLP: "mlp.linear_fc2"}
 
 
@@ -56,19 +55,6 @@ class WidthMetric:
         if self.kind == "wanda":
             return "weight times activation, l2 over all tokens"
         return f"{self.batch} over the batch, {self.sequence} over the sequence"
-
-
-def pre_norm(linear: torch.nn.Module, x: Tensor, config: Any) -> Tensor:
-    """The output of the norm that is fused into a projection, from the projection's input, (..., h) both.
-
-    Transformer Engine and plain torch keep the norm's parameters under the same names.
-    """
-    weight: Any = linear.layer_norm_weight
-    bias: Any = getattr(linear, "layer_norm_bias", None)
-    gamma = weight.float() + 1 if config.layernorm_zero_centered_gamma else weight.float()
-    if config.normalization == "RMSNorm":
-        return F.rms_norm(x.float(), gamma.shape, gamma, config.layernorm_epsilon)
-    return F.layer_norm(x.float(), gamma.shape, gamma, bias.float(), config.layernorm_epsilon)
 
 
 class Importance:

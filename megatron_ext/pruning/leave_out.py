@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.pruning import scores as names
 from megatron_ext.pruning.ablation import Ablation, Outcome
 from megatron_ext.pruning.depth import STATIC

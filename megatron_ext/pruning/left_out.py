@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 
 
 class LeftOut:

@@ -10,7 +10,7 @@ from megatron_ext.checkpoint import ranks
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.scratch import Scratch
 from megatron_ext.models import axes
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
 from megatron_ext.pruning import scores as names
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 
 
 def merge_heads(arch: Architecture, projection: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:

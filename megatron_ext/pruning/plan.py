@@ -10,8 +10,8 @@ from typing import Any, Self
 
 from megatron_ext.checkpoint.atomic import replacing
 from megatron_ext.errors import ConfigError, PlanError, nearest
+from megatron_ext.models.architecture import PER_LAYER, Architecture
 from megatron_ext.models.axes import Kept
-from megatron_ext.models.config import PER_LAYER, Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
 
 FORMAT = "megatron_ext.plan/1"

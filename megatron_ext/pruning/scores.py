@@ -32,7 +32,7 @@ from torch import Tensor
 
 from megatron_ext.checkpoint.atomic import replacing
 from megatron_ext.errors import ConfigError, PlanError, nearest
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
 
 FORMAT = "megatron_ext.scores/1"

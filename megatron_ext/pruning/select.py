@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.errors import PlanError
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
 from megatron_ext.pruning import scores as names
 from megatron_ext.pruning.budget import Targets, resolve

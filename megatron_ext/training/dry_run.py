@@ -1,17 +1,20 @@
 """`--dry-run`: what a job would run, in one screen, without starting a process or touching a file."""
 
+from collections.abc import Mapping
+
 from rich.console import Console
 from rich.table import Table
 
 from megatron_ext.models.training_cost import Layout, Lesson, memory
-from megatron_ext.training.launch import Launch
+from megatron_ext.training.job import DryRun, RunConfig
 
 GIB = 2**30
+NOTHING = DryRun()
 
 
-def layout_of(launch: Launch) -> Layout:
+def layout_of(run: RunConfig) -> Layout:
     """What `models.training_cost` has to know of a validated command line, which is to run on GPUs."""
-    args = launch.args
+    args = run.args
     half = args.bf16 or args.fp16
     return Layout(
         tp=args.tensor_model_parallel_size,
@@ -34,43 +37,31 @@ def layout_of(launch: Launch) -> Layout:
     )
 
 
-def memory_per_gpu(launch: Launch, lesson: Lesson | None = None) -> dict[str, float]:
+def memory_per_gpu(run: RunConfig, lesson: Lesson | None = None) -> dict[str, float]:
     """Bytes on the fullest rank, by component; see `training_cost.memory`."""
-    return memory(launch.architecture, layout_of(launch), lesson)
+    return memory(run.architecture, layout_of(run), lesson)
 
 
-def shown(parts: dict[str, float]) -> str:
+def shown(parts: Mapping[str, float]) -> str:
     """Bytes by component as one line."""
     each = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     return f"{sum(parts.values()) / GIB:.2f} GiB: {each} (estimated)"
 
 
-def teacher_row(lesson: Lesson) -> str:
-    """A teacher and where it runs, in words."""
-    if lesson.teacher is None:
-        return "a cache"
-    words = [f"{lesson.teacher.num_parameters():,} parameters, pattern {lesson.teacher.pattern}"]
-    if lesson.layout is not None:
-        words.append(f"tensor {lesson.layout[0]} x pipeline {lesson.layout[1]}")
-    words += ["on ranks of its own"] * lesson.apart + ["corrected while it teaches"] * lesson.trained
-    return ", ".join(words)
-
-
-def show(launch: Launch, *more: Table, lesson: Lesson | None = None) -> None:
-    """Print model, parameters, memory per GPU and layout, and `more` that a job has to say; once, under torchrun too.
+def show(run: RunConfig, extra: DryRun = NOTHING) -> None:
+    """Print model, parameters, memory per GPU and layout, and what a job adds; once, under torchrun too.
 
     Args:
-        launch: The validated command line.
-        more: Tables to print below.
-        lesson: Whom the model learns from, if a distillation is to be shown.
+        run: The validated command line.
+        extra: Of the job.
     """
-    args, architecture = launch.args, launch.architecture
+    args, architecture = run.args, run.architecture
     if args.rank:
         return
-    table = Table(title=f"{launch.job.name}: dry run, nothing started, nothing written", show_header=False)
+    table = Table(title=f"{run.job.name}: dry run, nothing started, nothing written", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    table.add_row("model", f"{launch.model_source}, pattern {args.hybrid_layer_pattern}")
+    table.add_row("model", f"{run.model_source}, pattern {args.hybrid_layer_pattern}")
     table.add_row(
         "sizes",
         f"hidden {architecture.hidden_size:,}, FFN {architecture.ffn_hidden_size:,}, vocabulary "
@@ -80,9 +71,9 @@ def show(launch: Launch, *more: Table, lesson: Lesson | None = None) -> None:
     total, body = architecture.num_parameters(), architecture.num_parameters(embedding=False)
     active = f", of which a token uses {architecture.num_active_parameters():,}" if architecture.num_experts else ""
     table.add_row("parameters", f"{total:,} ({total / 1e9:.2f}B), without embeddings {body:,}{active}")
-    if lesson is not None:
-        table.add_row("teacher", teacher_row(lesson))
-    table.add_row("memory per GPU", shown(memory_per_gpu(launch, lesson)))
+    for name, value in extra.rows.items():
+        table.add_row(name, value)
+    table.add_row("memory per GPU", shown(memory_per_gpu(run) if extra.memory is None else extra.memory))
     table.add_row(
         "layout",
         f"{args.world_size} ranks = tensor {args.tensor_model_parallel_size} x pipeline "
@@ -95,5 +86,5 @@ def show(launch: Launch, *more: Table, lesson: Lesson | None = None) -> None:
         f"{args.micro_batch_size}, {args.train_iters or 0:,} steps, {tokens * (args.train_iters or 0):,} tokens",
     )
     console = Console(width=120)
-    for each in (table, *more):
+    for each in (table, *extra.tables):
         console.print(each)

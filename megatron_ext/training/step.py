@@ -10,7 +10,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_timers
 from torch import Tensor
 
-from megatron_ext.training.data import get_batch
+from megatron_ext.data.batch import get_batch
 
 
 def masked_sum(

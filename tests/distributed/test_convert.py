@@ -14,10 +14,10 @@ from torch import Tensor
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.huggingface.convert import to_hf, to_megatron
 from megatron_ext.checkpoint.huggingface.shards import Shards
+from megatron_ext.conversion.verify import hf_logits
 from megatron_ext.pruning.apply import apply
 from megatron_ext.pruning.budget import Targets
 from megatron_ext.pruning.select import make_plan
-from megatron_ext.training.verify import hf_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -67,15 +67,15 @@ def prune(source: Path, destination: Path, targets: Targets) -> None:
 def logits_of(folder: str, names: list[str], tp: int, pp: int) -> dict[str, Tensor]:
     """Logits of Megatron's models, whole, on the ranks of the last pipeline stage."""
     from megatron_ext.checkpoint.resume import architecture_on_disk
-    from megatron_ext.training.launch import launch
-    from megatron_ext.training.verify import JOB
+    from megatron_ext.conversion.verify import JOB
+    from megatron_ext.training.command_line import parse_command_line
 
     paths = {name: Path(folder) / f"{name}-megatron" for name in names}
     flags = ["--load", str(paths[names[0]]), "--seq-length", str(SEQUENCE), "--global-batch-size", "1"]
     flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "1"]
     flags += ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
-    started = launch(JOB, flags)
-    from megatron_ext.training.evaluate import load_model, load_other
+    started = parse_command_line(JOB, flags)
+    from megatron_ext.training.forward import load_model, load_other
 
     found = {}
     for name, path in paths.items():

@@ -9,12 +9,12 @@ import torch.distributed as dist
 from distributed.runner import run_ranks
 from torch import Tensor
 
-from megatron_ext.distillation import chunked
-from megatron_ext.distillation.divergences import NAMES
-from megatron_ext.distillation.likeliest import likeliest
-from megatron_ext.distillation.losses import Head, distillation_losses
-from megatron_ext.distillation.objective import Objective
-from megatron_ext.models.vocabulary import Vocabulary
+from megatron_ext.lm_head import fused_loss
+from megatron_ext.lm_head.divergences import NAMES
+from megatron_ext.lm_head.losses import Head, distillation_losses
+from megatron_ext.lm_head.objective import Objective
+from megatron_ext.lm_head.top_k import likeliest
+from megatron_ext.lm_head.vocab_parallel import Vocabulary
 
 COLUMNS = 16
 MASK = torch.linspace(0, 1, 10).view(5, 2)
@@ -39,7 +39,7 @@ def losses_of_a_part(tokens: int) -> list[tuple[Tensor, ...]]:
     rows = slice(rank * COLUMNS // size, (rank + 1) * COLUMNS // size)
     found = []
     for name, kept in product(NAMES, (True, False)):
-        chunked.KEPT["cpu"] = 2**20 * kept
+        fused_loss.KEPT["cpu"] = 2**20 * kept
         hidden, weight, other, other_weight = tensors()
         own = Head(hidden.requires_grad_(), weight[rows].clone().requires_grad_())
         vocabulary = Vocabulary(COLUMNS // size, tokens, dist.group.WORLD if size > 1 else None)

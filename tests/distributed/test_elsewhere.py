@@ -7,7 +7,7 @@ import torch.distributed as dist
 from distributed.runner import run_ranks
 from torch import Tensor
 
-from megatron_ext.distillation.handover import Bridge, Place, shares
+from megatron_ext.distillation.teachers.exchange import Bridge, Place, shares
 
 LENGTH, PER_REPLICA = 6, 3
 TOKENS = torch.arange(2 * PER_REPLICA * LENGTH).view(-1, LENGTH)
@@ -35,10 +35,10 @@ class Echo:
 
 def stepped() -> tuple[Tensor | None, dict[int, Tensor], int]:
     """What this rank's part of the teacher read, the states that arrived, and how many numbers of tokens it has."""
-    from megatron_ext.models.backend import prepare
+    from megatron_ext.models.bootstrap import prepare
 
     prepare()
-    from megatron_ext.distillation import elsewhere
+    from megatron_ext.distillation.teachers import remote
 
     rank = dist.get_rank()
     bridge, runner = Bridge(None, rank, 4), Echo(TEACHERS[rank])
@@ -48,8 +48,8 @@ def stepped() -> tuple[Tensor | None, dict[int, Tensor], int]:
     dist.all_gather = lambda *args, **kwargs: (received.append(args[1].numel()), real(*args, **kwargs))[1]
     replica = STUDENTS[rank].replica
     own = TOKENS[replica * PER_REPLICA :][:PER_REPLICA] if STUDENTS[rank].shard == 0 else None
-    sizes = elsewhere.Sizes(PER_REPLICA, LENGTH, 2)
-    arrived = elsewhere.step(bridge, places, runner, own, sizes, torch.empty(LENGTH, 1), 1)  # type: ignore[arg-type]
+    sizes = remote.Sizes(PER_REPLICA, LENGTH, 2)
+    arrived = remote.step(bridge, places, runner, own, sizes, torch.empty(LENGTH, 1), 1)  # type: ignore[arg-type]
     return runner.read, arrived, sum(received)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.models import axes
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.pruning import scores as names
 from megatron_ext.pruning.importance import WidthMetric
 
@@ -62,16 +62,16 @@ def tokens() -> Tensor:
 
 def measured(checkpoint: str, save: str, layout: list[str]) -> tuple[list[dict[str, Tensor] | None], list[Tensor]]:
     """The scores by each metric, and on one rank the logits with each router, of this rank's share of the samples."""
-    from megatron_ext.training.launch import launch
-    from megatron_ext.training.prune import JOB
+    from megatron_ext.pruning.job import JOB
+    from megatron_ext.training.command_line import parse_command_line
 
     flags = ["--load", checkpoint, "--save", save, "--mock-data", "--tokenizer-type", "NullTokenizer"]
     flags += ["--vocab-size", "63", "--seq-length", str(SEQUENCE), "--global-batch-size", "2"]
-    started = launch(JOB, [*flags, "--micro-batch-size", "1", *layout])
+    started = parse_command_line(JOB, [*flags, "--micro-batch-size", "1", *layout])
     from megatron.core.utils import unwrap_model
 
     from megatron_ext.pruning.importance import Importance
-    from megatron_ext.training.evaluate import load_model
+    from megatron_ext.training.forward import load_model
 
     (model,) = unwrap_model(load_model(started))
     widths = [Importance([model], ARCH, metric) for metric in METRICS]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_ext.checkpoint import gpt, layout
 from megatron_ext.checkpoint.reader import Reader
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SEQUENCE = 16
@@ -48,12 +48,12 @@ def tokens() -> Tensor:
 
 
 def start(flags: list[str]) -> Any:
-    from megatron_ext.training.evaluate import start
-    from megatron_ext.training.launch import launch
-    from megatron_ext.training.verify import JOB
+    from megatron_ext.conversion.verify import JOB
+    from megatron_ext.training.command_line import parse_command_line
+    from megatron_ext.training.forward import start
 
     own = ["--seq-length", str(SEQUENCE), "--global-batch-size", "2", "--tokenizer-type", "NullTokenizer"]
-    started = launch(JOB, [*flags, *own, "--vocab-size", "95"])
+    started = parse_command_line(JOB, [*flags, *own, "--vocab-size", "95"])
     start(started)
     return started
 
@@ -87,7 +87,7 @@ def save_as_megatron(folder: str, name: str) -> None:
 
 
 def logits_of(pattern: str, twin: str | None) -> list[Tensor]:
-    from megatron_ext.training.verify import megatron_logits
+    from megatron_ext.conversion.verify import megatron_logits
 
     found = megatron_logits(Path(pattern), [tokens()], None if twin is None else Path(twin))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for the runner to end

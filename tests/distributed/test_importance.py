@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.models import axes
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.pruning import scores as names
 from megatron_ext.pruning.importance import WidthMetric
 
@@ -44,19 +44,19 @@ SETS = [(i,) for i in range(len(ARCH.pattern))] + [(0, 1), (2, 3), (5, 6), (1, 4
 
 def measured(checkpoint: str, save: str) -> dict[str, Any]:
     """What hooks and ablation find in Megatron's model, in micro-batches of two sequences."""
-    from megatron_ext.training.launch import launch
-    from megatron_ext.training.prune import JOB
+    from megatron_ext.pruning.job import JOB
+    from megatron_ext.training.command_line import parse_command_line
 
     flags = ["--load", checkpoint, "--save", save, "--mock-data", "--tokenizer-type", "NullTokenizer"]
     flags += ["--vocab-size", "63", "--seq-length", str(SEQUENCE), "--global-batch-size", "2"]
-    started = launch(JOB, [*flags, "--micro-batch-size", "2"])
+    started = parse_command_line(JOB, [*flags, "--micro-batch-size", "2"])
     from megatron.core.utils import unwrap_model
 
     from megatron_ext.pruning.ablation import Ablation, Passes
     from megatron_ext.pruning.depth import Influence
     from megatron_ext.pruning.importance import Importance
     from megatron_ext.pruning.left_out import LeftOut
-    from megatron_ext.training.evaluate import load_model
+    from megatron_ext.training.forward import load_model
 
     (model,) = unwrap_model(load_model(started))
     positions = torch.arange(SEQUENCE)[None]

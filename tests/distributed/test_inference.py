@@ -82,15 +82,15 @@ def on_ranks(folder: str, names: list[str], flags: list[str], port: int) -> dict
     os.environ |= {"RANK": str(dist.get_rank()), "LOCAL_RANK": "0", "WORLD_SIZE": str(dist.get_world_size())}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     from megatron_ext.checkpoint.resume import architecture_on_disk
+    from megatron_ext.inference.session import prepare
     from megatron_ext.inference.tokenizer import words_of
-    from megatron_ext.training.inference import prepare
 
     paths = {name: Path(folder) / f"{name}-megatron" for name in names}
     started = prepare(paths[names[0]], None, flags)
     from megatron.core.utils import unwrap_model
 
     from megatron_ext.inference.sharded import ShardedModel
-    from megatron_ext.training.evaluate import load_model, load_other
+    from megatron_ext.training.forward import load_model, load_other
 
     found = {}
     for name, path in paths.items():

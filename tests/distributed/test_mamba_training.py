@@ -10,16 +10,16 @@ from torch import Tensor
 
 def gradients(checkpoint: str, save: str) -> dict[str, tuple[float, dict[str, Tensor], int]]:
     """Loss, gradients and calls of the fused function with the norm inside and, because someone listens, outside."""
-    from megatron_ext.training.launch import launch
-    from megatron_ext.training.prune import JOB
+    from megatron_ext.pruning.job import JOB
+    from megatron_ext.training.command_line import parse_command_line
 
     flags = ["--load", checkpoint, "--save", save, "--mock-data", "--tokenizer-type", "NullTokenizer"]
     flags += ["--vocab-size", "63", "--seq-length", str(SEQUENCE), "--global-batch-size", "2"]
-    started = launch(JOB, [*flags, "--micro-batch-size", "2"])
+    started = parse_command_line(JOB, [*flags, "--micro-batch-size", "2"])
     from megatron.core.utils import unwrap_model
 
     from megatron_ext.ops import mamba_ssm_api
-    from megatron_ext.training.evaluate import load_model
+    from megatron_ext.training.forward import load_model
 
     (model,) = unwrap_model(load_model(started))
     model.train().requires_grad_()

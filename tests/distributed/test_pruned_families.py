@@ -18,9 +18,9 @@ from megatron_ext.checkpoint.huggingface import companions
 from megatron_ext.checkpoint.huggingface.convert import to_hf, to_megatron
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.writer import writing
+from megatron_ext.conversion.verify import hf_logits
 from megatron_ext.errors import CheckpointError
-from megatron_ext.models.config import Architecture
-from megatron_ext.training.verify import hf_logits
+from megatron_ext.models.architecture import Architecture
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 # A layer without attention comes first: the cache of the whole model must not be asked of it.

@@ -13,7 +13,7 @@ from reference_model import forward, mask, rms_norm
 from torch import Tensor
 
 from megatron_ext.checkpoint.writer import writing
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 
 TEACHER = Architecture(
     pattern="M-*-MM-", hidden_size=32, vocab_size=64, max_position_embeddings=32, ffn_hidden_size=48,
@@ -35,19 +35,19 @@ MASK = torch.rand(2, SEQUENCE, generator=DATA)
 
 def measured(folder: str, distance: str) -> dict[str, Any]:
     """What the product makes of a micro-batch."""
-    from megatron_ext.training.distill import JOB, check
-    from megatron_ext.training.launch import launch
+    from megatron_ext.distillation.job import JOB, check
+    from megatron_ext.training.command_line import parse_command_line
 
     flags = ["--pretrained-checkpoint", f"{folder}/student", "--distill-teacher", f"{folder}/teacher", "--mock-data"]
     flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "63", "--seq-length", str(SEQUENCE), "--lr", "1e-3"]
     flags += ["--global-batch-size", "2", "--micro-batch-size", "2", "--train-iters", "2", "--distill-states", *PAIRS]
     flags += ["--distill-states-loss", distance, "--distill-states-weight", str(WEIGHT)]
-    started = launch(JOB, flags)
+    started = parse_command_line(JOB, flags)
     teacher: Any = check(started)
     from megatron.core.utils import unwrap_model
 
-    from megatron_ext.training.distill_setup import Setup
-    from megatron_ext.training.evaluate import load_model
+    from megatron_ext.distillation.setup import Setup
+    from megatron_ext.training.forward import load_model
 
     setup = Setup(started, teacher, started.options["distill"])
     (model,) = setup.hook(unwrap_model(load_model(started)))

@@ -17,10 +17,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from megatron_ext.checkpoint.huggingface.convert import to_hf, to_megatron
 from megatron_ext.checkpoint.writer import writing
+from megatron_ext.conversion import verify
 from megatron_ext.errors import CheckpointError
-from megatron_ext.models import config
-from megatron_ext.models.config import Architecture
-from megatron_ext.training import verify
+from megatron_ext.models import architecture
+from megatron_ext.models.architecture import Architecture
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LLAMA = Architecture(
@@ -32,8 +32,8 @@ LLAMA = Architecture(
 def verified(hf: Path, megatron: Path, lost: str | None = None) -> str:
     """What `verify` prints, or the error; with a bug in the conversion, which loses a field of each architecture."""
     if lost is not None:
-        whole, default = config.fields_of, getattr(Architecture, lost)
-        config.fields_of = lambda args: whole(args) | {lost: default}
+        whole, default = architecture.fields_of, getattr(Architecture, lost)
+        architecture.fields_of = lambda args: whole(args) | {lost: default}
     printed = io.StringIO()
     try:
         if lost is not None:
@@ -111,7 +111,7 @@ def test_what_is_written_must_be_megatrons_choice_but_for_ties() -> None:
 )
 def test_the_length_reaches_past_what_the_configuration_names(context, config, vocab, length, told, capsys) -> None:
     arch = replace(LLAMA, max_position_embeddings=context, vocab_size=vocab)
-    assert verify._length(arch, config) == length
+    assert verify._length(arch, architecture) == length
     assert told in capsys.readouterr().out
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 import psutil
 import torch
 
-import distill_gpt
-from megatron_ext.training.log import MetricsLog
-from megatron_ext.training.program import main
+from megatron_ext.cli import main
+from megatron_ext.training.metrics_log import MetricsLog
 
 STEPS = (20, 60, 100, 140, 180, 200)
 held: dict[int, tuple[int, int]] = {}
@@ -34,6 +33,6 @@ def write_and_measure(log: MetricsLog) -> None:
 
 
 MetricsLog._write = write_and_measure
-status = main(distill_gpt.run)
+status = main(["distill", *sys.argv[1:]])
 Path("memory.json").write_text(json.dumps(held))
 sys.exit(status)

@@ -13,8 +13,8 @@ from functional.test_distill import STUDENT
 from workspace import ROOT, TRAIN, Workspace
 
 from megatron_ext import cli
-from megatron_ext.distillation.manifest import Manifest
-from megatron_ext.distillation.shards import Reader
+from megatron_ext.distillation.logit_cache.manifest import Manifest
+from megatron_ext.distillation.logit_cache.shards import Reader
 
 DATA = [
     "--data-path", "small/text_document", "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model",

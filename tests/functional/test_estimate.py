@@ -13,9 +13,9 @@ from memory import teacher_flags
 from workspace import HAS_GPU, ROOT
 
 from megatron_ext.errors import ConfigError
+from megatron_ext.estimate import main, table
 from megatron_ext.models.presets import PRESETS
 from megatron_ext.models.training_cost import training_flops_per_token
-from megatron_ext.training.estimate import main, table
 
 COMMAND = [sys.executable, "-c", "import sys; from megatron_ext.cli import main; sys.exit(main())", "estimate"]
 

@@ -1,7 +1,7 @@
 """Flags that are said to change the result do, and those that are about speed, memory and messages do not.
 
 Two steps with and without. Which flags those are was found by such steps with each of Megatron's; flags that do nothing
-though they should are refused (`training/refused.py`), those of the model are `models/megatron_args.py`' matter.
+though they should are refused (`options/unsupported.py`), those of the model are `models/megatron_args.py`' matter.
 """
 
 import json
@@ -15,13 +15,14 @@ from workspace import MODEL, Workspace
 # Records what two steps come to, and leaves no run directory behind.
 PROGRAM = """
 import json, sys
-from megatron_ext.training.launch import Job, launch
-from megatron_ext.training.program import main
+from megatron_ext.training.command_line import parse_command_line
+from megatron_ext.training.job import Job
+from megatron_ext.program import main
 found = []
 def run():
-    started = launch(Job("pretrain"))
+    started = parse_command_line(Job("pretrain"))
     import megatron.training.training as training
-    from megatron_ext.training.run import train
+    from megatron_ext.training.loop import train
     step = training.train_step
     def recorded(*args, **kwargs):
         result = step(*args, **kwargs)

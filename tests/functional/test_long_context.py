@@ -10,8 +10,8 @@ from workspace import MODEL, ROOT, TRAIN, Workspace
 
 from megatron_ext.checkpoint.resume import architecture_on_disk
 from megatron_ext.evaluation.compare_rows import validation_differences
-from megatron_ext.evaluation.run import Run
-from megatron_ext.training.context import ntk_base
+from megatron_ext.evaluation.measured_run import Run
+from megatron_ext.models.rope_extension import ntk_base
 
 LONG = ["--seq-length", "256", "--train-iters", "3", "--global-batch-size", "2", "--micro-batch-size", "1"]
 ROTARY = ["--rotary-base", "45000"]

@@ -33,7 +33,7 @@ setattr(module, function, dying)
 sys.argv[:4] = [{str(ROOT / "prune_gpt.py")!r}]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-JOB, WRITER = "megatron_ext.training.prune", "megatron_ext.checkpoint.writer"
+JOB, WRITER = "megatron_ext.pruning.job", "megatron_ext.checkpoint.writer"
 
 
 def content(run: Path) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def test_a_job_that_dies_goes_on_as_if_nothing_had_been(workspace: Workspace, te
     script.write_text(DYING)
     deaths = [
         (JOB, "make_plan", "1"),  # the first round is scored
-        ("megatron_ext.training.calibrate", "measure", "1"),  # the second is being scored
+        ("megatron_ext.pruning.calibration", "measure", "1"),  # the second is being scored
         (WRITER, "check_tensors", "1"),  # the model between them is being written
         (JOB, "publish", "1"),
     ]

@@ -15,7 +15,7 @@ from workspace import ROOT, Workspace
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.writer import writing
-from megatron_ext.pruning.tasks import accuracy, texts
+from megatron_ext.evaluation.questions import accuracy, texts
 
 COMMAND = str(Path(sys.executable).parent / "megatron-ext")
 SCAN = ["--prune-num-layers", "2", "--prune-depth-metric", "scan_task", "--prune-samples", "8"]

@@ -11,7 +11,7 @@ from workspace import MODEL, ROOT, TRAIN, Workspace
 
 from megatron_ext import cli
 from megatron_ext.checkpoint import layout
-from megatron_ext.training import demo
+from megatron_ext.demo import job
 
 
 def in_two_starts(workspace: Workspace, name: str, *flags: str) -> list[str]:
@@ -43,7 +43,7 @@ def test_the_demo_goes_on_in_each_of_its_trainings(workspace: Workspace) -> None
     out = workspace.path / "demo"
     shutil.copytree(workspace.path / "data", out / "data")
     (out / "data" / "manifest.json").write_text('{"vocab_divisor": 8}')
-    stages = {stage.directory.name: stage for stage in demo.stages(out) if stage.steps}
+    stages = {stage.directory.name: stage for stage in job.stages(out) if stage.steps}
     small = ["--seq-length", "32", "--micro-batch-size", "1", "--global-batch-size", "2", "--eval-iters", "0"]
     small += ["--lr-warmup-iters", "0", "--train-iters", "2"]
     for name in ("teacher", "distilled", "scratch"):

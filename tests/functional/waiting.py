@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pretrain_hybrid
-from megatron_ext.training.program import main
+from megatron_ext.cli import main
+from megatron_ext.training import command_line
 
 if os.environ.get("ELSEWHERE") == os.environ.get("RANK", "0"):
     os.chdir("/")
-launch = pretrain_hybrid.launch
+parse_command_line = command_line.parse_command_line
 waits_at = os.environ["WAIT_AT"]
 
 
@@ -23,12 +23,13 @@ def wait() -> None:
     time.sleep(float(os.environ["WAIT_SECONDS"]))
 
 
-def launch_and_wait_later(job: Any) -> Any:
+def parse_and_wait_later(*inputs: Any) -> Any:
     """Once the platform is prepared, Megatron may be imported."""
-    launched = launch(job)
-    from megatron_ext.training import data, step
+    parsed = parse_command_line(*inputs)
+    from megatron_ext.data import batch
+    from megatron_ext.training import step
 
-    forward_step, build = step.forward_step, data.build
+    forward_step, build = step.forward_step, batch.build
     calls = 0
 
     def waiting_step(*inputs: Any, **options: Any) -> Any:
@@ -43,9 +44,9 @@ def launch_and_wait_later(job: Any) -> Any:
             wait()
         return build(*inputs)
 
-    step.forward_step, data.build = waiting_step, waiting_build
-    return launched
+    step.forward_step, batch.build = waiting_step, waiting_build
+    return parsed
 
 
-pretrain_hybrid.launch = launch_and_wait_later
-sys.exit(main(pretrain_hybrid.run))
+command_line.parse_command_line = parse_and_wait_later
+sys.exit(main(["pretrain", *sys.argv[1:]]))

@@ -27,7 +27,7 @@ from megatron_ext.checkpoint.tokenizer import check as check_tokenizer
 from megatron_ext.checkpoint.writer import Progress, check_shapes, silent, writing
 from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.models import axes
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Without these in config.json, transformers takes numbers of its own, which are other tokens.

@@ -11,7 +11,7 @@ from megatron_ext.checkpoint.huggingface.pruned import PRUNED
 from megatron_ext.checkpoint.huggingface.qwen import QWEN2, QWEN3
 from megatron_ext.checkpoint.huggingface.state_spaces import STATE_SPACES
 from megatron_ext.errors import CheckpointError, ConfigError, nearest
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 
 _NATIVE = (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, MAMBA2, NEMOTRON_H, STATE_SPACES)
 CODED = (*PRUNED, HYBRID)

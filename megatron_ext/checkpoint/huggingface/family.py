@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_ext.errors import CheckpointError, MegatronExtError
 from megatron_ext.models import axes
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
 
 Config = Mapping[str, Any]

@@ -13,7 +13,7 @@ from megatron_ext.checkpoint.huggingface.nemotron_h import ATTENTION_ROWS, EXPER
 from megatron_ext.checkpoint.huggingface.parts import half
 from megatron_ext.checkpoint.huggingface.settings import Rope, Same, Tied, flag
 from megatron_ext.errors import CheckpointError
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import MOE
 
 _ROPE = Rope(partial=True)

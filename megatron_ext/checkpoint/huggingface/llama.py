@@ -7,7 +7,7 @@ from megatron_ext.checkpoint.huggingface.family import Config, Family, Link, wor
 from megatron_ext.checkpoint.huggingface.parts import half, key, query, value
 from megatron_ext.checkpoint.huggingface.settings import Always, Biases, Layers, Only, Rope, Same, Tied, whole
 from megatron_ext.errors import CheckpointError
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 
 EMBEDDINGS = [
     Link("", "model.embed_tokens.weight", "embedding.word_embeddings.weight", words),

@@ -7,7 +7,7 @@ from typing import Any
 from megatron_ext.checkpoint.huggingface.family import Config, Family, Link, words
 from megatron_ext.checkpoint.huggingface.settings import Always, Layers, Only, Same, Tied, whole
 from megatron_ext.errors import CheckpointError
-from megatron_ext.models.config import CONV_KERNEL, Architecture
+from megatron_ext.models.architecture import CONV_KERNEL, Architecture
 
 
 def _before(*names: str) -> Callable[[Architecture], int]:

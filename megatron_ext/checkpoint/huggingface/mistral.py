@@ -6,7 +6,7 @@ from megatron_ext.checkpoint.huggingface.family import Config, Family
 from megatron_ext.checkpoint.huggingface.llama import ATTENTION, EMBEDDINGS, FINAL_NORM, GATED, GATED_MLP, sizes
 from megatron_ext.checkpoint.huggingface.settings import Always, Rope, Tied, flag, whole
 from megatron_ext.errors import CheckpointError
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 

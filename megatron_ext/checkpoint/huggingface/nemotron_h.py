@@ -7,7 +7,7 @@ from megatron_ext.checkpoint.huggingface.mamba2 import MIXER, MIXER_SETTINGS, OU
 from megatron_ext.checkpoint.huggingface.parts import key, query, value
 from megatron_ext.checkpoint.huggingface.settings import Always, Only, Same, Tied, flag, number
 from megatron_ext.errors import CheckpointError
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
 
 _WORDS = {MAMBA: "linear_attention", ATTENTION: "full_attention", MLP: "mlp", MOE: "moe"}

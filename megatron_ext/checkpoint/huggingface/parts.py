@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from megatron_ext.checkpoint.huggingface.family import Part
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 
 
 def _heads(arch: Architecture, ours: Tensor) -> Tensor:

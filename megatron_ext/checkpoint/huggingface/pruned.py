@@ -14,7 +14,7 @@ from megatron_ext.checkpoint.huggingface.nemotron import NEMOTRON
 from megatron_ext.checkpoint.huggingface.qwen import QWEN2, QWEN3
 from megatron_ext.checkpoint.huggingface.settings import Layers
 from megatron_ext.errors import CheckpointError
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, MLP
 
 _SUBLAYERS = {ATTENTION: "self_attn", MLP: "mlp"}

@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 from megatron_ext.checkpoint.huggingface.family import Config
 from megatron_ext.errors import CheckpointError
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 

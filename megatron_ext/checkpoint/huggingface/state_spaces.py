@@ -9,7 +9,7 @@ from megatron_ext.checkpoint.huggingface.family import Config, Family
 from megatron_ext.checkpoint.huggingface.mamba2 import MIXER, OUTER, is_unlimited
 from megatron_ext.checkpoint.huggingface.settings import Always, Layers, Only, Same, flag, whole
 from megatron_ext.errors import CheckpointError
-from megatron_ext.models.config import CONV_KERNEL, Architecture
+from megatron_ext.models.architecture import CONV_KERNEL, Architecture
 
 
 class _Mixer:

@@ -1,6 +1,7 @@
 """Questions about long contexts, made from a seed: nothing is downloaded, any tokenizer serves, any length fits.
 
-Each suite is a task in the sense of `megatron_ext.pruning.tasks` too: `megatron_ext.evaluation.synthetic:phonebook`.
+Each suite is a task in the sense of `megatron_ext.evaluation.questions` too:
+`megatron_ext.evaluation.synthetic:phonebook`.
 Some are there as choices as well, compared by likelihood: `megatron_ext.evaluation.synthetic:phonebook_choice`.
 """
 

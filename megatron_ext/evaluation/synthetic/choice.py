@@ -11,8 +11,8 @@ from random import Random
 from typing import Any
 
 from megatron_ext.errors import ConfigError
+from megatron_ext.evaluation.questions import MultipleChoice, Sample
 from megatron_ext.evaluation.synthetic.suite import Suite
-from megatron_ext.pruning.tasks import MultipleChoice, Sample
 
 QUESTIONS = 100
 TRIES = 100

@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from megatron_ext.errors import ConfigError, nearest
-from megatron_ext.evaluation.figures import GREY, STYLE, save
 from megatron_ext.evaluation.synthetic import SUITES
 from megatron_ext.evaluation.synthetic.suite import Suite
 from megatron_ext.inference.passage import Passage, Score
+from megatron_ext.reports.figures import GREY, STYLE, save
 
 SHORTEST, LONGEST = 256, 131_072
 ALL_FIT = 1024  # tokens in which any suite has questions, with any tokenizer

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from random import Random
 
+from megatron_ext.evaluation.questions import Sample
 from megatron_ext.evaluation.synthetic.suite import Encoder, Suite
-from megatron_ext.pruning.tasks import Sample
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 from megatron_ext.errors import ConfigError
-from megatron_ext.pruning.tasks import Sample
+from megatron_ext.evaluation.questions import Sample
 
 SAMPLES = 50
 TRIES = 8

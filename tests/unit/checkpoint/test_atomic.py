@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_ext.checkpoint.atomic import fresh_directory, replacing
+from megatron_ext.checkpoint.atomic import fresh_directory, replacing, write_text
 from megatron_ext.errors import CheckpointError
 
 
@@ -27,3 +27,10 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "part"]
     with pytest.raises(CheckpointError, match="exists already"), fresh_directory(tmp_path / "out"):
         pass
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    (tmp_path / "report.md").write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "report.md", "new, but half a pair: \ud800")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("report.md", "old")]

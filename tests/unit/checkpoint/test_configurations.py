@@ -8,7 +8,7 @@ import pytest
 
 from megatron_ext.checkpoint.huggingface import families
 from megatron_ext.errors import CheckpointError, MegatronExtError
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.presets import PRESETS
 
 ATTENTION: dict[str, Any] = {

@@ -18,7 +18,7 @@ from megatron_ext.checkpoint.huggingface.convert import to_hf, to_megatron
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.errors import CheckpointError, UntrustedError
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 
 ARCH = Architecture(
     pattern="*-*-", hidden_size=16, vocab_size=40, max_position_embeddings=64, ffn_hidden_size=24,

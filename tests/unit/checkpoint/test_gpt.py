@@ -12,7 +12,7 @@ from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.writer import PATTERN, DiskFile, Writer, writing
 from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.models import axes
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.presets import PRESETS
 
 ARCH = replace(PRESETS["tiny-transformer"].architecture, pattern="*-*-*-", hidden_size=16, vocab_size=32)

@@ -20,7 +20,7 @@ from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.cli import main
 from megatron_ext.errors import CheckpointError, ConfigError
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.presets import PRESETS
 
 ARCH = Architecture(

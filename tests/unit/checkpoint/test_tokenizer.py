@@ -12,7 +12,7 @@ from megatron_ext.checkpoint.writer import writing
 from megatron_ext.errors import ConfigError
 from megatron_ext.inference.tokenizer import tokenizer_of
 from megatron_ext.models import axes
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 
 MODEL = Architecture(
     pattern="-", hidden_size=4, vocab_size=8, max_position_embeddings=8, ffn_hidden_size=4, num_attention_heads=1,

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_ext.data.index import Index
 from megatron_ext.errors import DataError
-from megatron_ext.models.backend import prepare
+from megatron_ext.models.bootstrap import prepare
 
 prepare()  # before Megatron is imported
 

@@ -8,7 +8,7 @@ from megatron_ext import cli
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.evaluation.compare import as_json, markdown, names
 from megatron_ext.evaluation.compare_rows import rows
-from megatron_ext.evaluation.run import Run
+from megatron_ext.evaluation.measured_run import Run
 from megatron_ext.models import cost
 from megatron_ext.models.presets import preset
 

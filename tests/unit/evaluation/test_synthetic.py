@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from megatron_ext.errors import ConfigError
+from megatron_ext.evaluation.questions import Sample, load_task
 from megatron_ext.evaluation.synthetic import SUITES, Suite, curves
 from megatron_ext.inference.passage import Score
-from megatron_ext.pruning.tasks import Sample, load_task
 
 
 def byte_pairs() -> PreTrainedTokenizerFast:

@@ -9,7 +9,7 @@ import pytest
 from megatron_arguments import BESIDE, RENAMED, TRAINING
 
 from megatron_ext.errors import ConfigError
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.megatron_args import FUNCTION, UNSUPPORTED, check_supported
 from megatron_ext.models.presets import PRESETS
 

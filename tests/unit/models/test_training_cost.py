@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_ext.models.backend import prepare
+from megatron_ext.models.bootstrap import prepare
 
 prepare()  # before Megatron is imported
 
 from megatron.training.training import num_floating_point_operations  # noqa: E402
 
-from megatron_ext.distillation import chunked  # noqa: E402
+from megatron_ext.lm_head import fused_loss  # noqa: E402
 from megatron_ext.models import axes, training_cost  # noqa: E402
 from megatron_ext.models.presets import PRESETS  # noqa: E402
 from megatron_ext.models.training_cost import (  # noqa: E402
@@ -123,7 +123,7 @@ def test_what_a_model_learns_from_takes_by_hand() -> None:
         }.items()
     }
     counted = training_cost.LOGITS_AT_A_TIME, training_cost.LOGITS_IN_TORCH, training_cost.GRADIENT_KEPT
-    assert counted == (chunked.CHUNK["cuda"], chunked.CHUNK["cpu"], chunked.KEPT["cuda"])
+    assert counted == (fused_loss.CHUNK["cuda"], fused_loss.CHUNK["cpu"], fused_loss.KEPT["cuda"])
     # The last stage is the fullest: a rank's half of the logits and of the output weights' gradient.
     tokens, half = 200, 2048
     loss = 2 * tokens * half + 2 * tokens * 64 + 4 * half * 64

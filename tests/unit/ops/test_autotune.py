@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from megatron_ext import platform
-from megatron_ext.models import backend
+from megatron_ext.models import bootstrap
+from megatron_ext.platform import state_space
 from megatron_ext.ops import autotune, dispatch
 from megatron_ext.ops.autotune import REPEATS, WARM_UP, Shape, choose
-from megatron_ext.platform import state_space
-from megatron_ext.training.flags import layer_shape
+from megatron_ext.training.early_flags import layer_shape
 
 
 class Clock:
@@ -125,7 +125,7 @@ def test_only_where_both_can_run(
     answers = {"device_type": "cuda", "available": True, "triton_runs": True} | changes
     for module, name in ((platform, "device_type"), (state_space, "available"), (dispatch, "triton_runs")):
         monkeypatch.setattr(module, name, lambda answer=answers[name]: answer)
-    assert backend._has_choice(shape) == expected
+    assert bootstrap._has_choice(shape) == expected
 
 
 def test_the_shape_is_what_a_rank_runs() -> None:

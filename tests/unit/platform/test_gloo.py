@@ -9,7 +9,7 @@ from workspace import HAS_GPU
 PROGRAM = """
 import json
 from types import SimpleNamespace
-from megatron_ext.models.backend import prepare
+from megatron_ext.models.bootstrap import prepare
 prepare()
 import torch
 import torch.distributed as dist

@@ -23,7 +23,7 @@ for name in (
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_ext import platform
-from megatron_ext.models.backend import prepare
+from megatron_ext.models.bootstrap import prepare
 from megatron_ext.platform import replacements
 
 
@@ -58,7 +58,7 @@ print(json.dumps({
 NAMES = """
 import json, os
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533", "RANK": "0", "WORLD_SIZE": "1"}
-from megatron_ext.models.backend import prepare
+from megatron_ext.models.bootstrap import prepare
 prepare()
 import torch
 from megatron.core import parallel_state

@@ -12,7 +12,7 @@ from reference_model import forward
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.models import axes
-from megatron_ext.models.config import Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.pruning.apply import apply, cut
 from megatron_ext.pruning.budget import SIZES, Targets
 from megatron_ext.pruning.plan import Plan

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ext.arguments import add_options, read_options
 from megatron_ext.models.presets import PRESETS
+from megatron_ext.options.fields import add_options, read_options
+from megatron_ext.pruning.options import PruneOptions
 from megatron_ext.pruning.plan import differences
 from megatron_ext.pruning.scores import Scores, depth, shapes
 from megatron_ext.pruning.select import make_plan
-from megatron_ext.training.prune_options import PruneOptions
 
 FOLDER = Path(__file__).parents[3] / "examples" / "prune"
 SOURCES = {

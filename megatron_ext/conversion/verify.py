@@ -1,0 +1,275 @@
+"""`megatron-ext convert --verify`: the proof that two forms of a model compute the same.
+
+The Hugging Face side is transformers' own class, from its `config.json`; Megatron's is built from the arguments that
+were saved with the checkpoint. Neither is made from the description that the conversion itself went by.
+"""
+
+import gc
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import inf, isqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.huggingface import companions, transformers_model
+from megatron_ext.errors import CheckpointError, ConfigError
+from megatron_ext.models.architecture import Architecture
+from megatron_ext.models.pattern import ATTENTION, MAMBA
+from megatron_ext.training.command_line import parse_command_line, silenced
+from megatron_ext.training.job import Job
+
+TOLERANCE = 1e-4
+ROUNDING = 0.05  # of the largest logit, where weights were converted to another type
+TOKENS = 2048
+WRITTEN = 32
+_SHORTEST = 64
+_WINDOWS = ("sliding_window", "original_max_position_embeddings")
+_BYTES = 2**30  # of the largest tensor of a forward pass, in fp32
+_CHUNK = 256  # tokens that transformers' state-space layer multiplies at once
+_WORK = 10**13  # parameters times tokens: minutes on a few cores
+TEXT = (
+    "The quick brown fox jumps over the lazy dog. In 1905, four papers changed what people thought about light, atoms, "
+    "motion and mass. def add(a, b): return a + b  # and a comment. Was kostet das? 12 Euro 50."
+)
+JOB = Job(
+    "convert",
+    defaults=(
+        "--eval-iters", "0", "--train-iters", "1", "--lr", "0", "--skip-train",
+        "--no-load-optim", "--no-load-rng", "--finetune", "--mock-data",
+    ),
+)  # fmt: skip
+
+
+def verify(hf: Path, megatron: Path, tolerance: float = TOLERANCE) -> float:
+    """Compare two forms of a model in fp32: logits of random tokens and of text, and what they write.
+
+    Args:
+        hf: A directory that transformers loads.
+        megatron: A checkpoint.
+        tolerance: The largest difference that passes, relative to the largest logit where that is above 1.
+
+    Returns:
+        The largest difference.
+
+    Raises:
+        CheckpointError: It is larger than the tolerance, or Megatron would write something else than transformers.
+        ConfigError: transformers does not know the layout.
+    """
+    config = companions.read_config(hf)
+    if "model_type" not in config:
+        raise ConfigError("--verify: transformers does not load this layout", got=hf, legal="a model of transformers'")
+    arch = layout.architecture(layout.find(megatron).path)
+    length = _length(arch, config)
+    inputs = {"random tokens": _random(config["vocab_size"], length)}
+    if (text := _text(hf)) is not None:
+        inputs["text"] = text[:, :length]
+    new = min(WRITTEN, arch.max_position_embeddings // 2)
+    prompt = inputs["random tokens"][:, : arch.max_position_embeddings - new][:, :WRITTEN]
+    theirs = _ask_transformers(hf, list(inputs.values()), prompt, new)
+    ours = megatron_logits(megatron, [*inputs.values(), theirs.written])
+    largest = _compared(list(inputs), theirs.logits, ours[:-1], tolerance)
+    _check_written(theirs.written, ours[-1][..., : config["vocab_size"]], new, tolerance)
+    return largest
+
+
+def verify_gpt(pattern: Path, twin: Path) -> float:
+    """Compare the logits of a checkpoint and of Megatron's own GPTModel in fp32, on random tokens; see `verify`."""
+    arch = layout.architecture(layout.find(pattern).path)
+    inputs = _random(arch.vocab_size, _length(arch, {}))
+    ours, theirs = megatron_logits(pattern, [inputs], twin)
+    return _compared(["random tokens"], [theirs], [ours], TOLERANCE)
+
+
+def _length(arch: Architecture, config: Mapping[str, Any]) -> int:
+    """Tokens to compare: the context, or enough to see twice every window that `config.json` names; says if fewer."""
+    context = arch.max_position_embeddings
+    window = max(_windows(config), default=0)
+    wanted = min(context, max(TOKENS, 2 * window))
+    most = [_WORK // arch.num_active_parameters(), _BYTES // (4 * arch.vocab_size)]
+    if ATTENTION in arch.pattern:
+        most.append(isqrt(_BYTES // (4 * arch.num_attention_heads)))
+    if MAMBA in arch.pattern:
+        most.append(4 * _BYTES // (4 * _CHUNK * arch.mamba_num_heads * arch.mamba_state_dim))
+    length = min(wanted, max(_SHORTEST, min(most)))
+    told = f"comparing {length:,} tokens of a context of {context:,}"
+    if length < min(context, 2 * window):
+        told += f": fewer than twice the window of {window:,}, which would take too much time or memory"
+    print(told, flush=True)
+    return length
+
+
+def _windows(config: Mapping[str, Any]) -> Iterator[int]:
+    """Lengths at which what a model computes changes, as its configuration names them."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _windows(value)
+        elif name in _WINDOWS and isinstance(value, int):
+            yield value
+
+
+def _random(words: int, length: int) -> Tensor:
+    return torch.randint(words, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+def _text(directory: Path) -> Tensor | None:
+    """Tokens of a text (1, s); says so if transformers makes others of it."""
+    if not (directory / companions.TOKENIZER).is_file():
+        return None
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    own = Tokenizer.from_file(str(directory / companions.TOKENIZER))
+    ids = own.encode(TEXT, add_special_tokens=False).ids
+    told = ""
+    try:
+        read: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        if read.encode(TEXT, add_special_tokens=False) != ids:
+            told = f"takes it for a {type(read).__name__} and makes other tokens of a text"
+    except Exception as error:  # whatever the first file that it does not like makes transformers raise
+        told = f"cannot read it: {error}"
+    if told:
+        right = f"PreTrainedTokenizerFast.from_pretrained({str(directory)!r})"
+        print(f"warning: the model's tokenizer is {right}; AutoTokenizer {told}", flush=True)
+    return torch.tensor([own.encode(TEXT).ids])
+
+
+def _compared(names: list[str], theirs: list[Tensor], ours: list[Tensor], tolerance: float) -> float:
+    largest = 0.0
+    for name, left, right in zip(names, theirs, ours, strict=True):
+        difference = float((left - right[..., : left.shape[-1]]).abs().max())
+        scale = max(1.0, float(left.abs().max()))
+        print(f"{name}: largest difference of logits {difference:.2e}, largest logit {scale:.2f}", flush=True)
+        largest = max(largest, difference)
+        if not difference <= tolerance * scale:
+            raise CheckpointError(
+                f"the models differ on {name}", got=f"{difference:.3e}", legal=f"at most {tolerance * scale:.3e}"
+            )
+    return largest
+
+
+def _check_written(written: Tensor, logits: Tensor, new: int, tolerance: float) -> None:
+    """Check that each token that transformers wrote is Megatron's choice too, but for ties.
+
+    Args:
+        written: The prompt and `new` tokens (1, s).
+        logits: Megatron's, of the same tokens (1, s, v).
+        new: How many tokens.
+        tolerance: As in `verify`.
+    """
+    before = logits[0, -new - 1 : -1]
+    behind = before.max(-1).values - before.gather(-1, written[0, -new:, None])[:, 0]
+    allowed = 2 * tolerance * max(1.0, float(before.abs().max()))  # two logits, each with its difference
+    if not float(behind.max()) <= allowed:
+        place = int((behind > allowed).nonzero()[0])
+        raise CheckpointError(
+            "the models write differently", got=f"token {place + 1} of {new}, {float(behind[place]):.3e} behind",
+            legal=f"at most {allowed:.3e}",
+        )  # fmt: skip
+    print(f"{new} tokens that transformers writes are those that Megatron would", flush=True)
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What transformers' model says: logits (1, s, v) of each input, and a prompt with its continuation (1, s)."""
+
+    logits: list[Tensor]
+    written: Tensor
+
+
+@torch.no_grad()
+def hf_logits(directory: Path, inputs: list[Tensor]) -> list[Tensor]:
+    """Logits (b, s, v) of transformers' model in fp32 for each batch of tokens (b, s)."""
+    model = transformers_model.load(directory)
+    return [model(tokens).logits for tokens in inputs]
+
+
+@torch.no_grad()
+def _ask_transformers(directory: Path, inputs: list[Tensor], prompt: Tensor, new: int) -> _Answers:
+    """Logits of each input, and what the model writes greedily, with its cache.
+
+    Raises:
+        CheckpointError: It cannot write.
+    """
+    from transformers import GenerationConfig
+
+    model = transformers_model.load(directory)
+    logits = [model(tokens).logits for tokens in inputs]
+    if _lift_clamps(model):
+        free = [model(tokens).logits for tokens in inputs]
+        moved = max(float((left - right).abs().max()) for left, right in zip(logits, free, strict=True))
+        logits = free
+        if moved:
+            print(
+                f"transformers clamps time steps below time_step_min={model.config.time_step_min}, Mamba-2 and "
+                f"Megatron do not: compared without, which alone moves logits by up to {moved:.2e}",
+                flush=True,
+            )
+    model.generation_config = GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=0)
+    try:
+        written = model.generate(prompt, attention_mask=torch.ones_like(prompt))
+    except Exception as error:  # whatever a class of transformers' raises
+        raise CheckpointError(f"transformers cannot write with this model: {error!r}", got=directory) from error
+    del model
+    gc.collect()
+    return _Answers(logits, written)
+
+
+def _lift_clamps(model: Any) -> bool:
+    """Let Mamba-2 layers take the steps that they were trained with; whether any would have clamped them.
+
+    `NemotronHMamba2Mixer` takes the least step that its bias is initialised to for a limit. Where `config.json` itself
+    sets a limit, that is left alone.
+    """
+    low = (getattr(model.config, "time_step_limit", None) or (0.0, inf))[0]
+    clamped = [layer for layer in model.modules() if getattr(layer, "time_step_limit", (low,))[0] > low]
+    for layer in clamped:
+        layer.time_step_limit = (low, inf)
+    return bool(clamped)
+
+
+@torch.no_grad()
+def megatron_logits(checkpoint: Path, inputs: list[Tensor], twin: Path | None = None) -> list[Tensor]:
+    """Logits (b, s, v) of Megatron's model in fp32 for each batch of tokens (b, s); starts Megatron in this process.
+
+    Args:
+        checkpoint: The model, which is built from the arguments saved with it.
+        inputs: The batches.
+        twin: The same model as a GPTModel, whose logits are appended.
+    """
+    length = max(tokens.shape[1] for tokens in inputs)
+    flags = ["--load", str(checkpoint), "--seq-length", str(length), "--global-batch-size", "1"]
+    words = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "1"]
+    started = parse_command_line(JOB, [*flags, *words])
+    from megatron.training.global_vars import set_args
+
+    from megatron_ext.training.forward import as_trained, load_gpt, load_model
+
+    started = replace(started, args=as_trained(started.args, checkpoint))
+    set_args(started.args)
+    with silenced(started.args), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of being alone
+        (model,) = load_model(started)
+    logits = _logits(model, inputs)
+    if twin is not None:
+        del model
+        gc.collect()
+        with silenced(started.args), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            (model,) = load_gpt(started, twin)
+        logits += _logits(model, inputs)
+    torch.distributed.destroy_process_group()
+    return logits
+
+
+def _logits(model: Any, inputs: list[Tensor]) -> list[Tensor]:
+    device = torch.cuda.current_device()
+    logits = []
+    for tokens in inputs:
+        positions = torch.arange(tokens.shape[1], device=device)[None].expand_as(tokens)
+        logits.append(model(tokens.to(device), positions, None).float().cpu())
+    return logits

@@ -1,0 +1,186 @@
+"""The distillation job: a student and its teacher in Megatron's own loop."""
+
+import argparse
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from megatron_ext.checkpoint import tokenizer
+from megatron_ext.distillation.logit_cache.cache import Cache
+from megatron_ext.distillation.logit_cache.check import Writing, check_cache, check_writing, command_line, compared
+from megatron_ext.distillation.options import (
+    DistillOptions,
+    check_weights,
+    grid_of,
+    objective_at,
+    pairs,
+    source_of,
+    vocabulary_size,
+)
+from megatron_ext.distillation.teachers.identity import remember
+from megatron_ext.distillation.teachers.rank_split import Apart, divide, teach
+from megatron_ext.distillation.teachers.teacher import Teacher
+from megatron_ext.errors import ConfigError
+from megatron_ext.models.pattern import MOE
+from megatron_ext.models.training_cost import Lesson
+from megatron_ext.training.dry_run import memory_per_gpu
+from megatron_ext.training.job import STOPPABLE, DryRun, Job, RunConfig, run_job
+from megatron_ext.training.run_directory import hold
+
+
+def check(run: RunConfig) -> Teacher | Cache | Writing:
+    """Find what is wrong with the options, and with whom the student learns from, before any process group.
+
+    Raises:
+        ConfigError: An option is missing or illegal, the vocabularies differ, or the teacher does not fit the layout.
+        CheckpointError: There is no usable checkpoint of the teacher, or the run that goes on had another one.
+        DataError: There is no usable cache.
+    """
+    args, options = run.args, run.options["distill"]
+    if options.cache_write is not None:
+        return check_writing(run, vocabulary_size())
+    source = source_of(options)
+    check_weights(options, source, vocabulary_size())
+    if options.correct_teacher and not args.save:
+        raise ConfigError("--distill-correct-teacher needs a directory for the teacher", legal="--save DIR")
+    if args.fp16 and (options.states or options.correct_teacher):
+        # Their optimizers do not see the loss scale of the student's.
+        raise ConfigError("intermediate states and a corrected teacher do not go with --fp16", legal="--bf16")
+    if isinstance(source, Cache):
+        check_cache(run, source, compared(options, source), vocabulary_size())
+        remember(run, source)
+        return source
+    grid = grid_of(run, options)
+    stages = args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)
+    source.check(
+        run.architecture,
+        tokens=vocabulary_size(),
+        student_multiple=args.make_vocab_size_divisible_by * args.tensor_model_parallel_size,
+        tp=grid.tp if grid else args.tensor_model_parallel_size,
+        stages=grid.pp if grid else stages,
+        ep=args.expert_model_parallel_size,
+        tokenizer_model=tokenizer.given(args),
+    )
+    source.check_length(args.seq_length)
+    if grid and MOE in source.architecture.pattern:
+        raise ConfigError("a teacher with experts must have the student's layout", got=f"{grid.tp} x {grid.pp}")
+    pairs(run, options, source)
+    remember(run, source)
+    return source
+
+
+def lesson(run: RunConfig, source: Teacher | Cache | Writing) -> Lesson | None:
+    """What a student learns from, for an estimate; None where a cache is written, which trains nothing."""
+    options: DistillOptions = run.options["distill"]
+    if not isinstance(source, Teacher):
+        return Lesson(None) if isinstance(source, Cache) else None
+    together = options.correct_teacher == "together"
+    grid = grid_of(run, options)
+    own = source.beside(run.architecture) if grid is None else source.architecture
+    return Lesson(own, None if grid is None else (grid.tp, grid.pp), options.teacher_ranks is not None, together)
+
+
+def teacher_row(lesson: Lesson) -> str:
+    """A teacher and where it runs, in words."""
+    if lesson.teacher is None:
+        return "a cache"
+    words = [f"{lesson.teacher.num_parameters():,} parameters, pattern {lesson.teacher.pattern}"]
+    if lesson.layout is not None:
+        words.append(f"tensor {lesson.layout[0]} x pipeline {lesson.layout[1]}")
+    words += ["on ranks of its own"] * lesson.apart + ["corrected while it teaches"] * lesson.trained
+    return ", ".join(words)
+
+
+def distill(run: RunConfig, source: Teacher | Cache, apart: Apart | None = None) -> None:
+    """Train the student until `--train-iters`.
+
+    `metrics.jsonl` has `loss` and `val_loss`, the student's cross-entropy as in pre-training, and `kd_loss`; of
+    intermediate states `states_loss`, the sum over the pairs, each pair's, and `states_weight`; of a teacher that is
+    corrected `teacher_loss`; also `total_loss`, what the student minimises, where that is not one of them.
+    """
+    from megatron_ext.data import packing
+    from megatron_ext.data.batch import build_datasets, get_identified_batch
+    from megatron_ext.distillation.setup import Setup
+    from megatron_ext.distillation.teachers.correction import correct, corrected_first
+    from megatron_ext.platform.loop import before_saving, before_schedule
+    from megatron_ext.training import loop
+    from megatron_ext.training.step import forward_step
+
+    options: DistillOptions = run.options["distill"]
+    if options.correct_teacher != "only" and loop.finished(run):
+        return
+    if options.correct_teacher != "only" and (apart is None or not apart.teaches):
+        hold(run)  # also while a teacher is corrected first
+    steps = options.correction_iters or run.args.train_iters
+    if run.args.rank == 0:
+        print(f"learning from {run.args.distill_source['flag']}", flush=True)
+    if isinstance(source, Teacher) and options.correct_teacher == "only":
+        correct(run, source, steps)
+        return
+    if isinstance(source, Teacher) and options.correct_teacher == "first":
+        source = corrected_first(run, source, steps)
+    if apart is not None and apart.teaches:
+        teach(run, source, apart)
+        return
+    setup = Setup(run, source, options, apart)
+    before_saving(setup.save)
+    if grid_of(run, options) is not None:
+        before_schedule(setup.before_schedule)
+    weights = [(o.kd_weight, o.ce_weight) for o in (objective_at(options, source, share) for share in (0.0, 1.0))]
+    mixed = weights not in ([(1.0, 0.0)] * 2, [(0.0, 1.0)] * 2) or bool(options.states)
+    step = partial(forward_step, loss=partial(masked_sums, mixed), batch_of=get_identified_batch)
+    datasets = packing.repeated(source.manifest.seed) if isinstance(source, Cache) else build_datasets
+    try:
+        loop.train(run, step, hooks=(setup.hook,), datasets=datasets)
+    except SystemExit as end:
+        if end.code in (0, None):  # asked to stop, and has saved
+            setup.close()
+        raise
+    setup.close()
+
+
+def masked_sums(mixed: bool, loss_mask: Float[Tensor, "b s"], losses: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Megatron's loss contract: sum of `total` over unmasked tokens, how many they are, and each component to log.
+
+    Args:
+        mixed: Whether to log what the student minimises, too.
+        loss_mask: 1 where a token counts.
+        losses: `distillation.model.StepLosses`.
+    """
+    mask = loss_mask.T.float()
+    count = mask.sum().to(torch.int)
+    sums = {name: (value * mask).sum() for name, value in losses.parts.items()}
+    if mixed:
+        sums["total loss"] = losses.total.detach() - sums.get("teacher loss", 0.0)
+    return losses.total, count, {name: torch.cat([x.detach().view(1), count.view(1)]) for name, x in sums.items()}
+
+
+def run(run: RunConfig, source: Teacher | Cache | Writing, split: Apart | None = None) -> None:
+    """Write a cache, or train the student."""
+    if isinstance(source, Writing):
+        from megatron_ext.distillation.logit_cache.write import write
+
+        write(run, source)
+    else:
+        distill(run, source, split)
+
+
+def _dry_run(run: RunConfig, source: Teacher | Cache | Writing) -> DryRun:
+    found = lesson(run, source)
+    rows = {} if found is None else {"teacher": teacher_row(found)}
+    return DryRun(rows, memory=memory_per_gpu(run, found))
+
+
+JOB = Job(
+    "distill", options={"distill": DistillOptions}, defaults=STOPPABLE, check=check, dry_run=_dry_run, run=run
+)  # fmt: skip
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run the job on `args.words`; ranks that are the teacher's alone part from the student's first."""
+    split = divide(args.words)
+    run_job(replace(JOB, run=partial(run, split=split)), command_line(args.words))

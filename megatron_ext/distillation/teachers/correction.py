@@ -1,0 +1,208 @@
+"""Teacher correction: the teacher is fine-tuned on the data that it teaches with.
+
+A teacher that has not seen the distillation data judges it badly: Minitron in practice (arXiv 2408.11796, section 2.1)
+trains it on them, with a fifth of the peak learning rate and 120 steps of warm-up, before it teaches or while it does.
+Its checkpoints are ordinary ones, in `--save`/teacher.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.enums import ModelType
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.checkpointing import save_checkpoint
+from megatron.training.global_vars import set_args
+from megatron.training.training import setup_model_and_optimizer
+
+from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.resume import own_resume_point
+from megatron_ext.distillation.teachers.colocated import load
+from megatron_ext.distillation.teachers.teacher import Teacher
+from megatron_ext.errors import CheckpointError
+from megatron_ext.models.architecture import Architecture
+from megatron_ext.models.builder import model_config, with_architecture
+from megatron_ext.platform.process_groups import new_meeting_place
+from megatron_ext.training import loop
+from megatron_ext.training.job import RunConfig
+from megatron_ext.training.run_directory import claim
+from megatron_ext.training.start import Start, tell_megatron
+
+SHARE = 0.2  # of the student's learning rate
+WARMUP = 120  # steps
+FOLDER = "teacher"
+
+
+class CorrectedTeacher:
+    """A teacher that is trained in the same job as its student, by a Megatron optimizer of its own.
+
+    There is a checkpoint of it for each of the student's.
+
+    Args:
+        run: The student's command line.
+        teacher: The teacher as it was given.
+        step: The student's step that the run goes on from; None for a new run.
+
+    Raises:
+        CheckpointError: The run goes on, and the teacher of that step is not there.
+    """
+
+    def __init__(self, run: RunConfig, teacher: Teacher, step: int | None) -> None:
+        self._run = run
+        architecture = teacher.beside(run.architecture)
+        self._args = _own_args(run, architecture, run.args.train_iters)
+        if step is not None:
+            folder = Path(run.args.load) / FOLDER
+            if own_resume_point(folder) is None or not (folder / f"iter_{step:07d}").is_dir():
+                raise CheckpointError(
+                    f"the corrected teacher of step {step} is not there", got=folder,
+                    legal="the directory of the run that is resumed, with all that distill_gpt.py saved",
+                )  # fmt: skip
+            self._args.load, self._args.ckpt_step = str(folder), step
+        # The student's schedule does not know of this model: no communication may wait for it.
+        self._args.overlap_grad_reduce = self._args.overlap_param_gather = False
+        self._args.hidden_dropout = self._args.attention_dropout = 0.0  # it teaches
+        with self._in_charge():
+            config = model_config(self._args, architecture)
+            config.transformer.perform_initialization = False  # every weight is read
+            model, optimizer, scheduler = setup_model_and_optimizer(
+                ModelType.encoder_or_decoder,
+                cfg_container=pretrain_cfg_container_from_args(self._args, config),
+                pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+            )
+        self._model: list[Any] = model
+        self._optimizer: Any = optimizer
+        self._scheduler: Any = scheduler
+        self.chunks: list[HybridModel] = unwrap_model(self._model)
+        if step is None:
+            load(self.chunks, teacher)
+            self._optimizer.reload_model_params()
+        for chunk in self._model:
+            chunk.zero_grad_buffer()
+
+    def step(self, num_tokens: torch.Tensor | None, samples: int) -> None:
+        """One step of the optimizer, after the last micro-batch.
+
+        Args:
+            num_tokens: Tokens of this data-parallel rank, on the last stage, if Megatron divides by them.
+            samples: Sequences of the step.
+        """
+        finalize_model_grads(self._model, num_tokens)
+        self._optimizer.step()
+        self._scheduler.step(increment=samples)
+        for chunk in self._model:
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+
+    def save(self, iteration: int) -> None:
+        """Write the teacher of this step."""
+        student = self._run.args
+        self._args.consumed_train_samples, self._args.iteration = student.consumed_train_samples, iteration
+        with self._in_charge():
+            save_checkpoint(iteration, self._model, self._optimizer, self._scheduler, 0)
+
+    @contextmanager
+    def _in_charge(self) -> Iterator[None]:
+        """Megatron reads its namespace from a global."""
+        set_args(self._args)
+        try:
+            yield
+        finally:
+            set_args(self._run.args)
+
+
+def correct(run: RunConfig, teacher: Teacher, steps: int) -> None:
+    """Train the teacher alone, or go on with it; this process can do nothing else afterwards.
+
+    Args:
+        run: The student's command line.
+        teacher: The teacher as it was given.
+        steps: How long.
+    """
+    architecture = teacher.beside(run.architecture)
+    args = _own_args(run, architecture, steps)
+    if (own := own_resume_point(Path(args.save))) is not None:
+        args.load, start = args.save, Start("--load", Path(args.save), own)
+    else:
+        given = layout.find(teacher.step)
+        args.pretrained_checkpoint = str(given.path.parent)
+        start = Start("--pretrained-checkpoint", given.path.parent, given)
+    tell_megatron(start, args)
+    set_args(args)
+    loop.train(replace(run, args=args, architecture=architecture, start=start))
+
+
+def corrected_first(run: RunConfig, teacher: Teacher, steps: int) -> Teacher:
+    """The corrected teacher; it is trained now, in a process of its own for each rank, unless that is done.
+
+    Args:
+        run: The student's command line; no process group may have been formed.
+        teacher: The teacher as it was given.
+        steps: How long it is to be trained.
+
+    Raises:
+        SystemExit: The correction failed, with its status; or it was asked to stop, and has saved, with 0.
+    """
+    folder = Path(run.args.save) / FOLDER
+    if not _is_done(folder, steps):
+        claim(run)
+        minutes = run.args.distributed_timeout_minutes
+        status = _run_again(minutes, "--distill-correct-teacher", "only", "--distill-teacher", str(teacher.step))
+        if status or not _is_done(folder, steps):
+            raise SystemExit(status)
+    return Teacher.find(folder)
+
+
+def _is_done(folder: Path, steps: int) -> bool:
+    step = own_resume_point(folder)
+    return step is not None and step.iteration >= steps
+
+
+def _meeting_place(minutes: float) -> dict[str, str]:
+    """The environment in which the new processes of all ranks meet: what they say must not meet what ours say."""
+    port, rank = int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
+    if port == 0:  # one process
+        return {}
+    port = new_meeting_place("correction", os.environ["MASTER_ADDR"], port, rank, timedelta(minutes=minutes))
+    return {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
+def _run_again(minutes: float, *flags: str) -> int:
+    """This rank's command once more, with other flags at its end, in a new process; its exit status."""
+    environment = os.environ | _meeting_place(minutes)
+    child = subprocess.Popen([sys.executable, *sys.argv, *flags], env=environment)
+    # Ctrl-C on a terminal reaches the child by itself.
+    handlers = {signal.SIGTERM: lambda number, _: child.send_signal(number), signal.SIGINT: signal.SIG_IGN}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        return child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _own_args(run: RunConfig, architecture: Architecture, steps: int) -> Namespace:
+    """Megatron's namespace for the teacher, which is to be loaded from nowhere yet."""
+    args = with_architecture(run.args, architecture)
+    args.load = args.pretrained_checkpoint = args.ckpt_step = None
+    args.finetune = args.no_load_optim = args.no_load_rng = False
+    args.save = str(Path(run.args.save) / FOLDER)
+    args.train_iters, args.lr_decay_iters = steps, None
+    args.lr, args.min_lr = args.lr * SHARE, args.min_lr * SHARE
+    args.lr_warmup_fraction, args.lr_warmup_samples = None, 0
+    # Of a training that is shorter than the warm-up, half.
+    args.lr_warmup_iters = min(WARMUP, steps // 2)
+    return args

@@ -1,0 +1,78 @@
+"""A run that is compared: its architecture, and what was measured of it by evaluation and by its own training."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.resume import has_checkpoint
+from megatron_ext.errors import DataError
+from megatron_ext.evaluation.results import CHECKPOINT, FILE, SETTINGS, read_results
+from megatron_ext.models.architecture import Architecture
+from megatron_ext.reports import metrics_file
+
+VALIDATION = "validation"
+WHOLE, LOGGED = "--skip-train", "training's log"  # where a validation loss comes from
+
+
+@dataclass(frozen=True)
+class Run:
+    """One checkpoint and what was measured of it.
+
+    Attributes:
+        name: For people; no other run has it.
+        architecture: The model.
+        results: Of its `results.json`; `validation` also from the training's log.
+        step: Which was measured, or is the newest.
+    """
+
+    name: str
+    architecture: Architecture
+    results: dict[str, Any]
+    step: str | None = None
+
+    @classmethod
+    def read(cls, path: Path, name: str) -> "Run":
+        """From a run directory, or the `--save` of an evaluation.
+
+        Raises:
+            DataError: There is neither a checkpoint nor results.
+            CheckpointError: The checkpoint is damaged.
+        """
+        results: dict[str, Any] = read_results(path)
+        if VALIDATION not in results and "val_loss" in results:
+            results[VALIDATION] = {"loss": results["val_loss"]}
+        if (path / metrics_file.FILE).is_file() and (logged := _logged(path)):
+            results = {VALIDATION: logged, **results}
+        if "architecture" in (about := results.get(CHECKPOINT, {})):
+            return cls(name, Architecture.from_dict(about["architecture"]), results, about.get("step"))
+        if not path.is_dir() or not (has_checkpoint(path) or (path / "metadata.json").is_file()):
+            raise DataError("neither a checkpoint nor results", got=path, legal=f"a directory with one, or with {FILE}")
+        step = layout.find(path).path
+        return cls(name, layout.architecture(step), results, step.name)
+
+    @property
+    def validation(self) -> dict[str, Any]:
+        """The validation loss with its settings; empty where it was not measured."""
+        return self.results.get(VALIDATION, {})
+
+
+def _logged(run: Path) -> dict[str, Any]:
+    """The last validation loss of a training, which measures on so many batches of the split as it was told to."""
+    found: dict[str, Any] = {}
+    for step in metrics_file.read_metrics(run / metrics_file.FILE):
+        if step.get("val_loss") is not None:
+            found = {"loss": step["val_loss"], "step": step["step"]}
+    config = run / "config.yaml"
+    if not found or not config.is_file():
+        return found
+    try:
+        flags = (yaml.safe_load(config.read_text(encoding="utf-8")) or {})["flags"]
+        tokens = flags["eval_iters"] * flags["global_batch_size"] * flags["seq_length"]
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise DataError(f"the run's configuration cannot be read: {error!r}", got=config) from error
+    data = flags.get("valid_data_path") or flags.get("data_path")
+    settings = {"tokens": tokens, "source": LOGGED, "data": data, "split": flags.get("split")}
+    return {**found, SETTINGS: {**settings, "dtype": str(flags.get("params_dtype")).removeprefix("torch.")}}

@@ -1,0 +1,142 @@
+"""`megatron-ext evaluate --tasks`: tasks of lm-evaluation-harness, each kept when it is done."""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_ext.checkpoint.ranks import rank
+from megatron_ext.errors import ConfigError
+from megatron_ext.evaluation.request_cache import Answers
+from megatron_ext.evaluation.results import SETTINGS, Results
+from megatron_ext.inference.chat import check_template
+from megatron_ext.inference.prompts import Writer, stop_tokens
+
+if TYPE_CHECKING:
+    from megatron_ext.inference.sharded import ShardedModel
+
+FACTS = ("samples", "num_fewshot", "version", "requests", "cut", "samples_file", SETTINGS)  # beside the metrics
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of tasks."""
+    tasks = parser.add_argument_group("tasks", "lm-evaluation-harness; interrupted, it goes on where it stopped")
+    tasks.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks or groups of the harness")
+    folders = {"type": Path, "action": "append", "default": [], "metavar": "DIR"}
+    tasks.add_argument("--task-folder", **folders, help="where else tasks are described")
+    tasks.add_argument("--num-fewshot", type=int, metavar="N", help="examples; by default the task's own number")
+    tasks.add_argument("--limit", type=int, metavar="N", help="questions of each task; by default all")
+    tasks.add_argument("--chat", action="store_true", help="questions in the tokenizer's chat template")
+    tasks.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
+    turns = "with --chat: each example a turn of its own (the default), or all in one question"
+    tasks.add_argument("--fewshot-as-multiturn", action=argparse.BooleanOptionalAction, default=True, help=turns)
+    settings = "of generation, instead of the tasks' own: temperature=0.7 top_p=0.9 max_gen_toks=64 ..."
+    tasks.add_argument("--gen-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help=settings)
+    tasks.add_argument("--log-samples", action="store_true", help="write each question and its answer to samples/")
+
+
+def refuse_without_tasks(args: argparse.Namespace) -> None:
+    """Refuse flags of tasks where there are none.
+
+    Raises:
+        ConfigError: One was given.
+    """
+    names = ("task_folder", "num_fewshot", "limit", "chat", "system", "gen_kwargs", "log_samples")
+    given = [name for name in names if getattr(args, name) not in (None, False, [])]
+    if given or not args.fewshot_as_multiturn:
+        flag = given[0] if given else "no_fewshot_as_multiturn"
+        raise ConfigError(f"--{flag.replace('_', '-')} is for tasks", legal="with --tasks NAME")
+
+
+class TaskMeasure:
+    """The tasks that a command line asks for, checked and loaded.
+
+    Args:
+        args: The command line.
+        results: Where they go.
+        tokenizer: transformers'.
+        length: Tokens that the model reads at most.
+        settings: What all measures of this evaluation have in common.
+
+    Raises:
+        ConfigError: The harness is not installed, has no such task, or cannot ask one so.
+        DataError: A task or its data cannot be loaded.
+    """
+
+    name = "tasks"
+
+    def __init__(
+        self, args: argparse.Namespace, results: Results, tokenizer: Any, length: int, settings: dict[str, Any]
+    ) -> None:
+        try:
+            from megatron_ext.evaluation import generation, harness
+            from megatron_ext.evaluation.tasks import Chat, Tasks
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"lm-evaluation-harness is not installed: {error}", legal="pip install 'megatron-ext[eval]'"
+            ) from error
+        for name, least in (("limit", 1), ("num_fewshot", 0)):
+            if (value := getattr(args, name)) is not None and value < least:
+                raise ConfigError(f"--{name.replace('_', '-')}", got=value, legal=f"{least} or more")
+        if args.chat:
+            check_template(tokenizer)
+        elif args.system is not None or not args.fewshot_as_multiturn:
+            raise ConfigError("--system and --no-fewshot-as-multiturn are for conversations", legal="with --chat")
+        chat = Chat(args.system, args.fewshot_as_multiturn) if args.chat else None
+        given = generation.parse(args.gen_kwargs)
+        self._tasks = Tasks(args.tasks, args.task_folder, args.num_fewshot, args.limit, chat, given)
+        self._loaded = self._tasks.load()
+        self._limits = harness.Limits(length, args.batch_tokens, args.batch_size)
+        self._writer = Writer(tokenizer, stop_tokens(args.checkpoint, tokenizer))
+        self._results, self._log_samples = results, args.log_samples
+        conversation = {"system": args.system, "fewshot_as_multiturn": args.fewshot_as_multiturn} if args.chat else None
+        self._settings = {**settings, "window": length, "limit": args.limit, "chat": conversation, "generation": given}
+
+    def __call__(self, model: "ShardedModel") -> Iterator[dict[str, Any]]:
+        """Run them; each as it is done."""
+        from megatron_ext.evaluation.harness import MegatronLM
+
+        kept = self._results.directory / "answers.jsonl"
+        answers = Answers(kept, {**self._results.about, "dtype": self._settings["dtype"]})
+        lm = MegatronLM(model, self._writer, self._limits, answers)
+        for name, found, samples in self._tasks.run(lm, self._loaded, self._log_samples):
+            found[SETTINGS] = {**self._settings, "num_fewshot": found.get("num_fewshot")}
+            if rank() == 0:
+                self._warn(name, found)
+                if samples:
+                    found["samples_file"] = self._write(name, found[SETTINGS], samples)
+            yield {name: found}
+        if rank() == 0 and answers.found:
+            print(f"{answers.found:,} answers were there already, in {kept}", flush=True)
+
+    def _warn(self, name: str, found: dict[str, Any]) -> None:
+        if found.get("cut"):
+            print(
+                f"warning: {name}: {found['cut']:,} of {found['requests']:,} requests are longer than the window of "
+                f"{self._limits.length:,} tokens and lost their beginning (--window N reads more)",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+
+    def _write(self, name: str, settings: dict[str, Any], samples: Any) -> str:
+        """Write a task's samples to a file of their own for each step and way of asking."""
+        from megatron_ext.evaluation.tasks import write_samples
+
+        way = hashlib.sha256(json.dumps([self._results.about, settings], sort_keys=True).encode()).hexdigest()[:8]
+        file = Path("samples") / f"{name.replace('/', '_')}-{way}.jsonl"
+        write_samples(self._results.directory / file, samples)
+        return str(file)
+
+    def say(self, found: dict[str, Any]) -> str:
+        """What was measured of some tasks, for people."""
+        lines = []
+        for name, metrics in found.items():
+            for metric, value in metrics.items():
+                if metric in FACTS or "_stderr" in metric:
+                    continue
+                base, space, filtered = metric.partition(" ")
+                error = metrics.get(f"{base}_stderr{space}{filtered}")
+                lines.append(f"{name}: {metric} {value:.4f}" + (f" +- {error:.4f}" if error is not None else ""))
+        return "\n".join(lines)

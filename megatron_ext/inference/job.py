@@ -1,0 +1,150 @@
+"""`megatron-ext generate`: a checkpoint continues prompts."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.atomic import write_text
+from megatron_ext.checkpoint.outputs import check_writable
+from megatron_ext.checkpoint.ranks import gather, rank
+from megatron_ext.errors import ConfigError
+from megatron_ext.inference import session
+from megatron_ext.inference.chat import check_template, conversation, render
+from megatron_ext.inference.interrupt import Interrupted, interruptible
+from megatron_ext.inference.prompts import Writer, read_prompts, stop_tokens
+from megatron_ext.inference.request import Request
+from megatron_ext.inference.sampling import Sampling
+from megatron_ext.inference.tokenizer import tokenizer_of, words_of
+from megatron_ext.models.architecture import Architecture
+from megatron_ext.reports.progress import progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The subcommand's flags."""
+    session.add_arguments(parser)
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help='a prompt on each line; JSON Lines: its "prompt"')
+    parser.add_argument("--chat", action="store_true", help="prompts as questions in the tokenizer's chat template")
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="a new .jsonl instead of standard output")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a continuation before it")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after the token that ends a document")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at once (default: %(default)s)")
+    sampling = parser.add_argument_group("sampling", "greedy by default; the same on every layout and in every batch")
+    sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: the most probable token")
+    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable; 0: all")
+    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from those of probability P")
+    sampling.add_argument("--draw-seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    stopped = "Interrupted by Ctrl-C or SIGTERM it keeps what there is in OUTPUT.partial: status 130 or 143."
+    parser.epilog = f"{parser.epilog} {stopped}"
+
+
+def main(args: argparse.Namespace) -> None:
+    """Generate, and print or write what came out."""
+    prompts = _prompts(args)
+    if args.output:
+        if args.output.exists():
+            raise ConfigError("the output exists already and is not overwritten", got=args.output, legal="a new file")
+        check_writable(args.output.parent, "--output")
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.draw_seed)
+    layout.find(args.checkpoint)
+    tokenizer = tokenizer_of(args.checkpoint, args.tokenizer)
+    if args.chat:
+        check_template(tokenizer)
+    ends = frozenset() if args.ignore_eos else stop_tokens(args.checkpoint, tokenizer)
+    writer = Writer(tokenizer, ends, args.stop)
+    encoded = [_encoded(prompt, writer, args) for prompt in prompts]
+    started = session.prepare(args.checkpoint, args.dtype, args.megatron_flags)
+    from megatron_ext.inference.generate import generate
+
+    requests = [writer.request(tokens, args.max_new_tokens) for tokens in encoded]
+    if rank() == 0:
+        _warn(requests, started.architecture)
+    made: dict[int, Sequence[int]] = {}
+    stopped = None
+    with session.opened(started, min(words_of(args.checkpoint, tokenizer), len(tokenizer))) as model:
+        begun = time.monotonic()
+        try:
+            with progress("continuing", len(requests)) as advance, interruptible():
+                for number, new in generate(model, requests, sampling, args.batch_size):
+                    made[number] = new
+                    advance()
+        except Interrupted as signal:
+            stopped = signal
+        if rank() == 0:
+            rows = [
+                {"prompt": prompts[i], "text": writer.text(encoded[i], made[i]), "tokens": list(made[i])}
+                for i in sorted(made)
+            ]
+            _tell(args, rows, time.monotonic() - begun, stopped)
+        gather(None)  # a rank that ends with a status ends the others
+    if stopped:
+        sys.exit(stopped.status)
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """What is to be continued, once what can be said of the command line alone is right."""
+    for prompt in args.prompt:
+        if not _is_text(prompt):
+            raise ConfigError("a prompt is no text", got=ascii(prompt), legal="what UTF-8 can spell")
+    prompts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
+    if not prompts:
+        raise ConfigError("nothing to continue", legal="--prompt TEXT or --prompts FILE")
+    for name in ("max_new_tokens", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}", got=getattr(args, name), legal="at least 1")
+    if "" in args.stop:
+        raise ConfigError("--stop is empty", legal="a text")
+    if args.system is not None and not args.chat:
+        raise ConfigError("--system is for conversations", legal="with --chat")
+    return prompts
+
+
+def _encoded(prompt: str, writer: Writer, args: argparse.Namespace) -> list[int]:
+    if not args.chat:
+        return writer.encode(prompt)
+    # The template spells out the token that begins a text, if there is one.
+    return writer.encode(render(writer.tokenizer, conversation(prompt, args.system)), special=False)
+
+
+def _is_text(prompt: str) -> bool:
+    """Whether no byte of the command line was none of UTF-8's, which Python shows as half a surrogate pair."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in prompt)
+
+
+def _warn(requests: Sequence[Request], architecture: Architecture) -> None:
+    """Say so where positions are reached that the model was not trained on."""
+    length = architecture.max_position_embeddings
+    beyond = sum(len(request.prompt) + request.max_new_tokens > length for request in requests)
+    if beyond and architecture.position_embedding_type == "rope":
+        print(
+            f"warning: {beyond:,} of {len(requests):,} prompts may reach with their new tokens beyond the {length:,} "
+            "positions that the model was made for",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+
+
+def _tell(
+    args: argparse.Namespace, rows: Sequence[Mapping[str, Any]], seconds: float, stopped: Interrupted | None
+) -> None:
+    """Print or write what came out, or what there is of it."""
+    how = f"{stopped}: not all prompts were continued; " if stopped else ""
+    if args.output:
+        # What is not all of it is not found under the name of what is.
+        output = args.output.with_name(args.output.name + ".partial") if stopped else args.output
+        write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        count = sum(len(row["tokens"]) for row in rows)
+        print(f"{how}wrote {output}: {len(rows):,} continuations, {count:,} tokens in {seconds:.1f} s", flush=True)
+        return
+    for row in rows:
+        print(f"{row['prompt']}{chr(10) if args.chat else ''}{row['text']}", flush=True)
+        if row is not rows[-1]:
+            print("-" * 40, flush=True)
+    if how:
+        print(how.removesuffix("; "), file=sys.stderr, flush=True)

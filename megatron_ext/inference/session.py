@@ -1,0 +1,92 @@
+"""A checkpoint, opened to be run and not trained, on whatever layout the flags say."""
+
+import logging
+import os
+import warnings
+from argparse import ArgumentParser
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_ext.checkpoint import layout
+from megatron_ext.errors import ConfigError
+from megatron_ext.models import axes
+from megatron_ext.training.command_line import parse_command_line, silenced
+from megatron_ext.training.job import Job, RunConfig
+
+if TYPE_CHECKING:
+    from megatron_ext.inference.sharded import ShardedModel
+
+JOB = Job(
+    "evaluate",
+    defaults=(
+        "--eval-iters", "0", "--train-iters", "1", "--lr", "0", "--skip-train", "--no-load-optim", "--no-load-rng",
+        "--finetune", "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "1",
+    ),
+)  # fmt: skip
+TYPES = {"float32": [], "bfloat16": ["--bf16"], "float16": ["--fp16"]}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The flags of every job that opens a checkpoint."""
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint directory, or a step in one")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="by default the one it was trained with")
+    parser.add_argument("--dtype", choices=list(TYPES), help="the type of the weights; by default the one they have")
+    parser.epilog = "Megatron's own flags say the layout: --tensor-model-parallel-size 2, ..."
+
+
+def prepare(checkpoint: Path, dtype: str | None, flags: Sequence[str]) -> RunConfig:
+    """Validate everything about a checkpoint and a layout, before anything is started.
+
+    Args:
+        checkpoint: A checkpoint directory, or a step in one.
+        dtype: One of `TYPES`; by default that of the embedding.
+        flags: Megatron's.
+
+    Raises:
+        CheckpointError: There is no complete checkpoint.
+        ConfigError: The model does not fit the layout, or a flag is wrong.
+    """
+    for word in flags:
+        if word.split("=")[0] in ("--load", "--save", "--pretrained-checkpoint"):
+            raise ConfigError("the checkpoint is named without a flag, and nothing is trained", got=word)
+    step = layout.find(checkpoint)
+    arch = layout.architecture(step.path)
+    stored = str(layout.tensors(step.path)[axes.EMBEDDING][1]).removeprefix("torch.")
+    # Every pass says its own length; this one only has to divide by whatever the layout wants.
+    length = 2 ** (arch.max_position_embeddings.bit_length() - 1)
+    words = ["--load", str(step.path.parent), "--seq-length", str(length), *TYPES[dtype or stored], *flags]
+    if not step.is_release:
+        words += ["--ckpt-step", str(step.iteration)]
+    return parse_command_line(JOB, words)
+
+
+@contextmanager
+def opened(started: RunConfig, words: int) -> "Iterator[ShardedModel]":
+    """Start Megatron and load the model; ends the process group afterwards.
+
+    Args:
+        started: From `prepare`.
+        words: See `ShardedModel`.
+    """
+    from megatron.core.utils import unwrap_model
+
+    from megatron_ext.inference.sharded import ShardedModel
+    from megatron_ext.training.forward import load_model
+
+    # Standard output, to which Megatron's log goes, belongs to what is generated or measured.
+    disabled = logging.root.manager.disable
+    if not os.environ.get("MEGATRON_EXT_VERBOSE"):
+        logging.disable(logging.WARNING)
+    try:
+        with silenced(started.args), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of being alone
+            chunks = load_model(started)
+        yield ShardedModel(unwrap_model(chunks), started.architecture, words)
+    finally:
+        logging.disable(disabled)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -1,0 +1,161 @@
+"""The distillation loss as one node of the graph: its logits are made for a chunk of tokens at a time, and never kept.
+
+A softmax needs whole rows, so chunks are of tokens. The forward pass makes the losses. The gradient of the output
+weights is as large as they are, and what it is to be multiplied with is known in the backward pass only. Where a copy
+of it in fp32 is small (`KEPT`), the gradients are made with the losses and kept until then. Where it is large, the
+backward pass makes the logits again and adds the gradient where it belongs: six matrix products instead of four, and
+nothing of the weights' size in memory. Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models"
+(arXiv 2411.09009), make them twice, too.
+
+Where it belongs is Megatron's `weight.main_grad`, if there is one. Megatron's data parallelism learns that it is there
+(`grad_added_to_main_grad`) in a hook that runs when a gradient arrives; what arrives is one without entries.
+
+Shapes: n tokens, h hidden, v this rank's columns of the padded vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from megatron_ext.lm_head.divergences import TopK
+from megatron_ext.lm_head.objective import Objective
+from megatron_ext.lm_head.vocab_parallel import Vocabulary
+
+CHUNK = {"cpu": 2**26, "cuda": 13 * 2**25}
+"""Bytes of logits, of both models together, that are held at a time: 64 MB; 436 MB, 850 tokens of a vocabulary of 128K
+in 16 bits. For each chunk the gradient of the weights is read and written once."""
+
+KEPT = {"cpu": 2**27, "cuda": 2**27}
+"""Bytes of the weights' gradient in fp32 up to which it is kept from the forward to the backward pass."""
+
+
+class Head(NamedTuple):
+    """The end of a model: what its logits are made of.
+
+    Attributes:
+        hidden: States after the final norm, whole in the sequence.
+        weight: This rank's rows of the output layer.
+    """
+
+    hidden: Float[Tensor, "s b h"]
+    weight: Float[Tensor, "v h"]
+
+
+Compare = Callable[..., tuple[Tensor, Tensor, Tensor]]
+"""Of a chunk of logits; see `losses.compare_in_torch`."""
+
+
+class Comparison(NamedTuple):
+    """What a chunk of the student's logits is compared with, and how.
+
+    Attributes:
+        teacher: The teacher's head, its states (n, h), or its likeliest entries, or None for the cross entropy alone.
+        labels: The next tokens.
+        objective: What is compared.
+        vocabulary: This rank's columns.
+        compare: What compares.
+    """
+
+    teacher: Head | TopK | None
+    labels: Int[Tensor, " n"]
+    objective: Objective
+    vocabulary: Vocabulary
+    compare: Compare
+
+
+class Gradients(NamedTuple):
+    """Where the gradients go: `hidden` is overwritten, `weight` added to."""
+
+    hidden: Float[Tensor, "n h"]
+    weight: Float[Tensor, "v h"]
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """`total`, and of each token `kd`, `ce` and `finite`, from states (n, h) and weights (v, h)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden, weight, mask, comparison, gradient):
+        gradients = None
+        if gradient and 4 * weight.numel() <= KEPT[hidden.device.type]:
+            gradients = Gradients(torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32))
+        kd, ce, finite = _run(hidden, weight, mask, comparison, gradients)
+        if gradient:
+            ctx.save_for_backward(hidden, mask, *(gradients or ()))
+            ctx.weight, ctx.comparison = weight, comparison
+        ctx.mark_non_differentiable(kd, ce, finite)
+        objective = comparison.objective
+        return torch.dot(mask, objective.kd_weight * kd + objective.ce_weight * ce), kd, ce, finite
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs):
+        scale, weight = grad_outputs[0], ctx.weight
+        hidden, mask, *kept = ctx.saved_tensors
+        main = getattr(weight, "main_grad", None) if weight.requires_grad else None
+        if kept:
+            found = Gradients(kept[0].mul_(scale), kept[1].mul_(scale))
+            if main is not None:
+                main.add_(found.weight)
+        else:
+            found = Gradients(torch.empty_like(hidden), torch.zeros_like(weight) if main is None else main)
+            _run(hidden, weight, mask * scale, ctx.comparison, found)
+        return found.hidden, found.weight.to(weight.dtype) if main is None else _is_added(weight), None, None, None
+
+
+def _run(
+    hidden: Float[Tensor, "n h"],
+    weight: Float[Tensor, "v h"],
+    mask: Float[Tensor, " n"],
+    comparison: Comparison,
+    gradients: Gradients | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`kd`, `ce` and `finite` chunk by chunk, and the gradients of their weighted sum."""
+    n, teacher = hidden.shape[0], comparison.teacher
+    weights = [weight, teacher.weight] if isinstance(teacher, Head) else [weight]
+    step = _tokens_at_a_time(n, sum(w.shape[0] * w.element_size() for w in weights), hidden.device)
+    logits, *target = (w.new_empty(step, w.shape[0]) for w in weights)
+    kd, ce = (hidden.new_empty(n, dtype=torch.float32) for _ in range(2))
+    finite = torch.empty(n, dtype=torch.bool, device=hidden.device)
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        own, other = logits[: rows.stop - start], teacher
+        torch.mm(hidden[rows], weight.T, out=own)
+        if isinstance(teacher, Head):
+            other = torch.mm(teacher.hidden[rows], teacher.weight.T, out=target[0][: rows.stop - start])
+        elif isinstance(teacher, TopK):
+            other = teacher[rows]
+        kd[rows], ce[rows], finite[rows] = comparison.compare(
+            own, other, comparison.labels[rows], mask[rows], comparison.objective, comparison.vocabulary,
+            gradients is not None,
+        )  # fmt: skip
+        if gradients is not None:  # `own` has become the gradient of the logits
+            torch.mm(own, weight, out=gradients.hidden[rows])
+            _add_product(gradients.weight, own, hidden[rows])
+    return kd, ce, finite
+
+
+def _tokens_at_a_time(n: int, bytes_per_token: int, device: torch.device) -> int:
+    """Of chunks that are as even as possible, none with more logits than `CHUNK`."""
+    most = max(1, CHUNK[device.type] // bytes_per_token)
+    return -(-n // -(-n // most))
+
+
+def _add_product(total: Float[Tensor, "v h"], slope: Float[Tensor, "n v"], hidden: Float[Tensor, "n h"]) -> None:
+    """`total += slope.T @ hidden`, products in fp32 whatever their type, and without another tensor of its size."""
+    if total.dtype == slope.dtype:
+        total.addmm_(slope.T, hidden)
+    elif slope.device.type == "cuda" and total.dtype == torch.float32:
+        torch.addmm(total, slope.T, hidden, out_dtype=torch.float32, out=total)
+    else:  # a CPU has no product of 16-bit numbers in fp32
+        exact, step = hidden.float(), max(1, 2**21 // hidden.shape[1])
+        for start in range(0, slope.shape[1], step):
+            total[start : start + step] += slope[:, start : start + step].T.float() @ exact
+
+
+def _is_added(weight: Tensor) -> Tensor:
+    """What arrives in place of a gradient that is in `main_grad` already; it has no entries, and so no size."""
+    if hasattr(weight, "grad_added_to_main_grad"):
+        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device, layout=torch.sparse_coo)

@@ -1,0 +1,51 @@
+"""A teacher's likeliest next tokens, from its hidden states and output weights, without ever holding the logits."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from megatron_ext.lm_head.divergences import TopK, softmax, top_k
+from megatron_ext.lm_head.fused_loss import CHUNK
+from megatron_ext.lm_head.losses import SLICE, Head
+from megatron_ext.lm_head.vocab_parallel import Vocabulary
+
+
+class Likeliest(NamedTuple):
+    """What is known of each token, n = s b of them.
+
+    Attributes:
+        kept: The k likeliest entries, the likeliest first, and the rest; the same on every tensor-parallel rank.
+        finite: Whether all logits were finite.
+    """
+
+    kept: TopK
+    finite: Bool[Tensor, " n"]
+
+
+@torch.no_grad()
+def likeliest(teacher: Head, vocabulary: Vocabulary, k: int, temperature: float) -> Likeliest:
+    """The k likeliest entries of softmax(logits / temperature) over a vocabulary that may be split and padded.
+
+    As in `losses`, logits are made for a chunk of tokens and compared a slice at a time in fp32.
+
+    Args:
+        teacher: What its logits are made of.
+        vocabulary: This rank's columns.
+        k: At most `vocabulary.size`.
+        temperature: Of the distribution.
+    """
+    hidden, device = teacher.hidden.flatten(0, 1), teacher.hidden.device.type
+    chunk = max(1, CHUNK[device] // (vocabulary.columns * teacher.weight.element_size()))
+    slice_ = max(1, SLICE[device] // vocabulary.columns)
+    parts = []
+    for rows in hidden.split(chunk):
+        logits = (rows @ teacher.weight.T)[:, : vocabulary.tokens]
+        for part in logits.split(slice_):
+            (distribution,) = softmax(vocabulary, part.to(torch.float32, copy=True), temperature=temperature)
+            found = top_k(distribution, vocabulary, k)
+            log_q, order = found.log_q.sort(dim=-1, descending=True)
+            parts.append((found.index.gather(-1, order), log_q, found.log_rest, distribution.log_sum.isfinite()))
+    index, log_q, log_rest, finite = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Likeliest(TopK(index, log_q, log_rest), finite)

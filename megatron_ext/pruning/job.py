@@ -1,0 +1,289 @@
+"""The pruning job: score, plan, apply, and say what was cut.
+
+Scores are written as soon as they are there, beside `--save`: whatever fails afterwards, the same command goes on from
+them. The run directory gets its name last, when all that belongs into it is there.
+"""
+
+import argparse
+import os
+import shutil
+from argparse import Namespace
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from megatron_ext.checkpoint import ranks
+from megatron_ext.checkpoint.atomic import publish, write_text
+from megatron_ext.checkpoint.checksums import write_rest
+from megatron_ext.checkpoint.layout import Step
+from megatron_ext.checkpoint.outputs import hold_new
+from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.errors import ConfigError
+from megatron_ext.models.architecture import Architecture
+from megatron_ext.models.training_cost import forward_flops_per_token
+from megatron_ext.pruning import report
+from megatron_ext.pruning.apply import apply
+from megatron_ext.pruning.budget import Targets
+from megatron_ext.pruning.checks import Request, check, check_layout, read_scores, source_step
+from megatron_ext.pruning.depth import STATIC
+from megatron_ext.pruning.depth_cost import depth_cost
+from megatron_ext.pruning.leave_out import units_of
+from megatron_ext.pruning.magnitude import magnitudes
+from megatron_ext.pruning.options import GIB, PruneOptions
+from megatron_ext.pruning.pictures import plot_losses
+from megatron_ext.pruning.plan import Plan
+from megatron_ext.pruning.report import Loss
+from megatron_ext.pruning.saved_scores import Kept, described
+from megatron_ext.pruning.scores import Scores
+from megatron_ext.pruning.select import make_plan
+from megatron_ext.training.dry_run import layout_of
+from megatron_ext.training.job import DryRun, Job, RunConfig, run_job
+from megatron_ext.training.run_directory import CONFIG, describe
+
+SCORES = "scores.safetensors"
+REPORT = "report.md"
+
+
+def changes(run: RunConfig, target: Architecture) -> Table:
+    """The table before and after, for `--dry-run`; which layers stay is known only once they are scored."""
+    workload = run.options["prune"].served
+    table = Table("", "before", "after", "kept", title="what pruning changes")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in report.compare(run.architecture, target, workload):
+        table.add_row(*row.cells())
+    return table
+
+
+def costs(run: RunConfig) -> Table:
+    """What measuring takes at most, for `--dry-run`; by the product's model of costs."""
+    options, arch, layout = run.options["prune"], run.architecture, layout_of(run)
+    table = Table("", "", title="what measuring costs at most (estimated)", show_header=False)
+    if options.plan is not None or options.scores is not None or not options.calibrates:
+        table.add_row("calibration", "none")
+        return table
+    flops = options.samples * layout.seq_length * forward_flops_per_token(arch, layout.seq_length)
+    table.add_row("calibration", f"{options.samples:,} sequences, {flops:.3g} operations")
+    asked = options.calibration(arch, options.targets(), run.args.seed, run.args.global_batch_size)
+    if asked.depth == "scan_task":
+        units = len(units_of(arch, asked.blocks))
+        table.add_row("the task", f"asked {units - asked.run + 2:,} times")
+    elif asked.depth not in STATIC:
+        cost = depth_cost(
+            arch, asked.depth, asked.depth_samples, layout, blocks=asked.blocks, kinds=asked.kinds, run=asked.run,
+            sampling=asked.sampling,
+        )  # fmt: skip
+        each = f"{cost.evaluations:,} evaluations of {asked.depth_samples:,} sequences, {cost.flops:.3g} operations"
+        table.add_row(asked.depth, each)
+        table.add_row("kept per rank", f"{min(cost.states, asked.memory) / GIB:.2f} of {cost.states / GIB:.2f} GiB")
+    return table
+
+
+@dataclass
+class Found:
+    """What is to be cut, and what was measured on the way.
+
+    Attributes:
+        plan: From the original to the pruned model.
+        scores: Of each round, on rank 0.
+        losses: Of the original, and of what each round left.
+        kept: Where the scores wait until the run directory is there.
+    """
+
+    plan: Plan
+    scores: list[Scores] = field(default_factory=list)
+    losses: list[Loss] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
+
+
+def prune(run: RunConfig, request: Request) -> None:
+    """Score (unless scores or a plan are given), plan and apply.
+
+    Args:
+        run: The validated command line.
+        request: From `prune_check.check`.
+    """
+    args, options = run.args, run.options["prune"]
+    source = source_step(args)
+    if args.rank == 0:
+        hold_new(Path(args.save))
+    if options.plan is not None:
+        found = Found(Plan.load(options.plan))
+    elif options.scores is not None:
+        scores = read_scores(options, source.path)
+        targets, merge = options.targets(), options.merge_heads
+        plan = make_plan(scores, run.architecture, targets, scores_path=options.scores, merge_heads=merge)
+        found = Found(plan, [scores])
+    else:
+        found = measure(run, request, source)
+    _join_processes()
+    _write(run, source, found)
+    if args.rank == 0:
+        for kept in found.kept:
+            kept.path.unlink(missing_ok=True)
+        print((Path(args.save) / REPORT).read_text())
+        print(f"written to {args.save}", flush=True)
+    _wait()
+
+
+def _write(run: RunConfig, source: Step, found: Found) -> None:
+    """Make the run directory beside its place, whole, and then give it its name."""
+    args, options = run.args, run.options["prune"]
+    plan, losses = found.plan, found.losses
+    page = partial(report.markdown, plan, options.served, found.scores)
+    attachments: dict[str, Any] = {
+        CONFIG: lambda path: path.write_text(describe(run)),
+        REPORT: lambda path: path.write_text(page(losses)),
+    }
+    for number, scores in enumerate(found.scores):
+        name = SCORES if number == 0 else f"{Path(SCORES).stem}.round-{number + 1}.safetensors"
+        attachments[name] = scores.save
+    if found.scores:
+        attachments["importance.png"] = lambda path: report.plot_scores(found.scores[0], plan, path)
+    whole = _beside(args, "pruned")
+    _remove(whole)  # an earlier attempt's
+    apply(plan, source.path, whole, attachments)
+    if losses:
+        remark = _measure_pruned(run, found, whole)
+        if args.rank == 0:
+            write_text(whole / REPORT, page(losses, remark))
+            plot_losses([(loss.name, loss.parameters, loss.nats) for loss in losses], whole / "loss.png")
+    if args.rank == 0:
+        write_rest(whole)
+        publish(whole, args.save)
+
+
+def measure(run: RunConfig, request: Request, source: Step) -> Found:
+    """Score and plan in `--prune-iterations` rounds, each on what the one before left; the plans become one.
+
+    Between rounds the model that is left is written beside `--save`, and removed again. What an earlier start has
+    scored is not scored again.
+    """
+    from megatron_ext.training.forward import start
+
+    options = run.options["prune"]
+    if options.calibrates:
+        start(run)
+    _join_processes()
+    whole: Plan | None = None
+    every: list[Scores] = []
+    losses: list[Loss] = []
+    waiting: list[Kept] = []
+    for number, targets in enumerate(options.rounds(run.architecture)):
+        arch = run.architecture if whole is None else whole.target
+        kept = Kept.of(run, arch, targets, source, whole)
+        scores = kept.found()
+        if not ranks.gather(scores is not None)[0]:
+            scores = _score(run, request, source, whole, number, targets)
+            if scores is not None:
+                kept.save(scores)
+                scores = Scores.load(kept.path)  # as a later start would find them
+        waiting.append(kept)
+        plan, loss = None, None
+        if scores is not None:
+            every.append(scores)
+            plan = make_plan(scores, arch, targets, scores_path=SCORES, merge_heads=options.merge_heads).to_dict()
+            loss = scores.loss
+        plan, loss = ranks.gather((plan, loss))[0]
+        assert plan is not None
+        if loss is not None:
+            losses.append(Loss(f"after round {number}" if number else "original", arch.num_parameters(), loss))
+        whole = Plan.from_dict(plan) if whole is None else whole.then(Plan.from_dict(plan))
+    assert whole is not None
+    return Found(whole, every, losses, waiting)
+
+
+def _score(
+    run: RunConfig, request: Request, source: Step, plan: Plan | None, number: int, targets: Targets
+) -> Scores | None:
+    """The scores of the model that so many rounds left, on rank 0."""
+    from megatron_ext.pruning.calibration import Measured, calibrate
+    from megatron_ext.training.forward import build_model, load_other
+
+    args, options = run.args, run.options["prune"]
+    current, step, between = run, source.path, None
+    if plan is not None:
+        between = _beside(args, f"round-{number}")
+        _remove(between)  # an earlier attempt's
+        apply(plan, source.path, between)
+        step = between
+    measured = Measured({}, None)
+    if options.calibrates:
+        current, model = (
+            (run, build_model(run)) if between is None or plan is None
+            else load_other(run, plan.target, between)
+        )  # fmt: skip
+        calibration = options.calibration(current.architecture, targets, args.seed, args.global_batch_size)
+        measured = calibrate(current, model, calibration, request.task.judge if request.task is not None else None)
+    arch = run.architecture if plan is None else plan.target
+    values = dict(measured.values or {})
+    if options.width_metric == "magnitude":
+        values |= magnitudes(Reader(step), arch)
+    if between is not None:
+        _remove(between)
+    return described(run, arch, targets, source, plan, values, measured) if ranks.rank() == 0 else None
+
+
+def _measure_pruned(run: RunConfig, found: Found, checkpoint: Path) -> str:
+    """Add the pruned model's loss on the calibration data, or say why this layout cannot run it."""
+    from megatron_ext.training.forward import load_other, mean_loss
+
+    target = found.plan.target
+    try:
+        check_layout(run, target)
+    except ConfigError as error:
+        return f"The pruned model's loss was not measured, because it does not fit this run's layout: {error}"
+    pruned, model = load_other(run, target, checkpoint)
+    loss, _ = mean_loss(pruned, model, "train", run.options["prune"].samples)
+    found.losses.append(Loss("pruned", target.num_parameters(), loss))
+    return ""
+
+
+def _beside(args: Namespace, what: str) -> Path:
+    return Path(args.save).parent / f".{Path(args.save).name}.{what}"
+
+
+def _remove(directory: Path) -> None:
+    """On all ranks: none goes on before it is gone."""
+    if ranks.rank() == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+    ranks.gather(None)
+
+
+def _join_processes() -> None:
+    """What torchrun started works together also where no model is run."""
+    import torch
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+
+
+def _wait() -> None:
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+JOB = Job(
+    "prune",
+    options={"prune": PruneOptions},
+    defaults=(
+        "--eval-iters", "0", "--train-iters", "1", "--lr", "0", "--skip-train",
+        "--no-load-optim", "--no-load-rng", "--finetune",
+    ),
+    offline=("--prune-scores", "--prune-plan"),
+    makes_new=True,
+    check=check,
+    dry_run=lambda run, request: DryRun(tables=(changes(run, request.target), costs(run))),
+    run=prune,
+)  # fmt: skip
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run the job on `args.words`."""
+    run_job(JOB, args.words)

@@ -1,0 +1,225 @@
+"""From a command line to validated arguments: everything that can be wrong is found here, before any process group.
+
+The model comes from `--preset` (a name, or a checkpoint whose architecture is taken), from the checkpoint to be
+loaded, or from Megatron's own flags. Its flags are put in front of the user's, so that explicit flags win.
+"""
+
+import argparse
+import contextlib
+import io
+import logging
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from math import lcm
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.checkpoint import tokenizer
+from megatron_ext.checkpoint.atomic import check_new
+from megatron_ext.checkpoint.checksums import verify_start
+from megatron_ext.data.splits import check_splits, check_vocabulary
+from megatron_ext.errors import ConfigError, DataError
+from megatron_ext.models.architecture import Architecture
+from megatron_ext.models.bootstrap import prepare
+from megatron_ext.models.pattern import MOE
+from megatron_ext.models.pattern import parse as parse_pattern
+from megatron_ext.options import readable
+from megatron_ext.options.fields import add_options, read_options
+from megatron_ext.options.unsupported import check_flags
+from megatron_ext.ops.dispatch import NAMES as SSM_BACKENDS
+from megatron_ext.training import early_flags
+from megatron_ext.training.job import Job, RunConfig
+from megatron_ext.training.run_directory import check_save
+from megatron_ext.training.start import Start, check_continues, find_start, tell_megatron
+
+
+def _pipeline(pattern: str, stages: int) -> str:
+    """The pattern with pipeline borders, chosen evenly between blocks where the user gave none."""
+    parsed = parse_pattern(pattern)
+    if stages == 1 or parsed.borders:
+        return str(parsed)
+    return str(parsed.split(stages))
+
+
+def parse_command_line(job: Job, argv: Sequence[str] | None = None) -> RunConfig:
+    """Parse and validate a command line, without starting anything.
+
+    Args:
+        job: The kind of run.
+        argv: The command line without the program's name; `sys.argv` by default.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: Something is wrong with it; nothing has been written.
+    """
+    given = early_flags.equals_form(sys.argv[1:] if argv is None else argv)
+    check_flags(given)
+    early, _ = early_flags.early_parser().parse_known_args(given)
+    if early.hybrid_layer_pattern is not None:
+        parse_pattern(early.hybrid_layer_pattern)
+    begins = find_start(early)
+    model_flags, source = early_flags.model_flags(early, begins)
+    if early.dry_run:
+        tp = early.tensor_model_parallel_size
+        experts = early.expert_model_parallel_size * (early.expert_tensor_parallel_size or tp)
+        layout = early.pipeline_model_parallel_size * lcm(tp * early.context_parallel_size, experts)
+        os.environ.setdefault("WORLD_SIZE", str(layout))
+    offline = early.dry_run or any(word.split("=")[0] in job.offline for word in given)
+    if offline and early.tokenizer_type is None and "--padded-vocab-size" in model_flags:
+        words = model_flags[model_flags.index("--padded-vocab-size") + 1]
+        model_flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(int(words) - 1)]
+    _single_process()
+    # Where nothing is started, no kernels are timed.
+    prepare(early.ext_ssm_backend, None if early.dry_run else early_flags.layer_shape([*model_flags, *given]))
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.global_vars import get_tokenizer, set_global_variables
+
+    from megatron_ext.models.builder import model_config
+
+    words = [*early_flags.default_flags(), *early_flags.vocab_flags(early), *job.defaults, *model_flags, *given]
+
+    parsers: list[argparse.ArgumentParser] = []
+
+    def extra(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        group = parser.add_argument_group("megatron_ext", f"the job: {job.name}")
+        group.add_argument("--preset", help="a preset's name (see `megatron-ext presets`) or a checkpoint directory")
+        group.add_argument("--dry-run", action="store_true", help="validate, print model, memory and layout, and stop")
+        sizes = "sizes that differ from layer to layer, such as 'ffn_hidden_size=96,80 mamba_num_heads=8,4'"
+        group.add_argument("--ext-layer-sizes", metavar="SIZES", help=sizes)
+        kernels = "state-space kernels; auto: by device, dtype and shape, and where mamba_ssm runs too, the faster"
+        group.add_argument("--ext-ssm-backend", choices=SSM_BACKENDS, default="auto", help=kernels)
+        saved = "form in which the distributed optimizer is saved; dp_reshardable stays on its TP and PP"
+        forms = ("fully_reshardable", "dp_reshardable")
+        group.add_argument("--ext-optim-sharding", choices=forms, default=forms[0], help=saved)
+        for prefix, options in job.options.items():
+            add_options(parser, options, prefix)
+        readable.mend(parser)
+        parsers.append(parser)
+        return parser
+
+    program, sys.argv = sys.argv, [_program(job), *words]
+    try:
+        args = parse_args(extra)
+    finally:
+        sys.argv = program
+    args.dist_ckpt_optim_fully_reshardable |= args.ext_optim_sharding == "fully_reshardable"
+    _check_model(args, job)
+    if not (args.skip_train or early.dry_run or args.train_samples or (args.train_iters or 0) > 0):
+        raise ConfigError("nothing to train", got=f"--train-iters {args.train_iters}", legal="a positive number")
+    _check_saving(args)
+    if args.save and not early.dry_run:
+        if job.makes_new:
+            check_new(Path(args.save))
+        else:
+            check_save(Path(args.save), job.name, early.load)
+    tell_megatron(begins, args)
+    with readable.readable(args, parsers[0]), silenced(args):
+        validate_args(args, {})
+    _check_tokenizer(args, begins)
+    if not offline:
+        check_splits(args, job.measures)
+    if args.tokenizer_type is None:
+        given_by_data = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model DIR/tokenizer"
+        raise ConfigError("no tokenizer given", legal=f"{given_by_data}, as `megatron-ext data` prints")
+    with readable.readable(args, parsers[0]), silenced(args):
+        set_global_variables(args)
+    # The tokenizer may have decided the vocabulary.
+    architecture = Architecture.from_args(args)
+    _check_layout(args, architecture)
+    if not offline:
+        in_use: Any = get_tokenizer()
+        check_vocabulary(args, in_use.vocab_size, architecture.vocab_size)
+    check_continues(begins, args)
+    with readable.readable(args, parsers[0]), silenced(args):
+        model_config(args, architecture)  # whose fields refuse one another, too
+    if begins is not None:  # last, because it takes as long as reading it
+        verify_start(begins.step, args, begins.continues)
+    options = {prefix: read_options(args, options, prefix) for prefix, options in job.options.items()}
+    return RunConfig(job, args, architecture, early.dry_run, options, source, begins)
+
+
+def _program(job: Job) -> str:
+    """What `--help` calls the program: a script by its name, else the command."""
+    own = Path(sys.argv[0]).name
+    return own if own.endswith(".py") and own != "__main__.py" else f"megatron-ext {job.name}"
+
+
+def _check_model(args: Namespace, job: Job) -> None:
+    """Find what is wrong with the model before Megatron does, in words that help."""
+    if args.hybrid_layer_pattern is None:
+        empty = f"--load {args.load}, where no checkpoint is" if args.load else "none of the flags"
+        named = "--preset NAME, --preset CHECKPOINT, or --hybrid-layer-pattern"
+        raise ConfigError("no model given", got=empty, legal="--load CHECKPOINT" if job.makes_new else named)
+    args.hybrid_layer_pattern = _pipeline(args.hybrid_layer_pattern, args.pipeline_model_parallel_size)
+    layers = len(parse_pattern(args.hybrid_layer_pattern).units)
+    if args.num_layers not in (None, layers):
+        raise ConfigError("--num-layers is not the pattern's", got=args.num_layers, legal=f"{layers}, or none")
+    if args.padded_vocab_size is None and args.vocab_size is None:
+        return  # the tokenizer will say
+    _check_layout(args, Architecture.from_args(args))
+
+
+def _check_saving(args: Namespace) -> None:
+    """Refuse checkpoints that nothing here reads, the run that wrote them included."""
+    if args.ckpt_format != "torch_dist":
+        raise ConfigError(
+            "checkpoints of this format are read by no command", got=f"--ckpt-format {args.ckpt_format}",
+            legal="torch_dist, which is the default",
+        )  # fmt: skip
+    if args.non_persistent_ckpt_type is not None or args.non_persistent_save_interval is not None:
+        raise ConfigError(
+            "a run does not go on from non-persistent checkpoints",
+            got="--non-persistent-ckpt-type or --non-persistent-save-interval",
+            legal="--save-interval, with --save-retain-interval to keep only some",
+        )
+
+
+def _check_layout(args: Namespace, architecture: Architecture) -> None:
+    """Find what does not divide."""
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    ep, etp = args.expert_model_parallel_size, args.expert_tensor_parallel_size
+    architecture.validate(tp=tp, pp=pp, ep=ep, etp=etp)
+    if MOE in architecture.pattern and tp > 1 and not args.sequence_parallel:
+        # Otherwise every tensor rank sends the same tokens to the experts.
+        raise ConfigError(f"experts under tensor parallel {tp} need sequence parallelism", legal="--sequence-parallel")
+
+
+def _check_tokenizer(args: Namespace, begins: Start | None) -> None:
+    """The tokenizer on the command line must exist, and be the checkpoint's; it is noted in the run's checkpoints."""
+    model = args.tokenizer_model
+    if args.tokenizer_type == "HuggingFaceTokenizer" and model is not None and not Path(model).exists():
+        raise DataError("--tokenizer-model: no such tokenizer", got=model, legal="a directory with tokenizer.json")
+    if model is not None and Path(model).exists():  # what is saved must mean the same from everywhere
+        args.tokenizer_model = str(Path(model).absolute())
+    if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
+        raise ConfigError(
+            "--tokenizer-type NullTokenizer knows no tokens", legal="--vocab-size N, as many as there are"
+        )
+    args.tokenizer_fingerprint = tokenizer.of_run(args)
+    if begins is not None:
+        tokenizer.check(begins.step.path, tokenizer.given(args), "the checkpoint")
+
+
+@contextlib.contextmanager
+def silenced(args: Namespace) -> Iterator[None]:
+    """Without what Megatron prints, such as its several hundred arguments, which are in config.yaml."""
+    if os.environ.get("MEGATRON_EXT_VERBOSE"):
+        yield
+        return
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.INFO))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _single_process() -> None:
+    """Without torchrun, this process is a world of its own."""
+    if "RANK" in os.environ:
+        return
+    # Nobody else has to know the port, so whoever listens on it takes a free one: one chosen here may be gone by then.
+    os.environ.update(RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    os.environ.setdefault("WORLD_SIZE", "1")

@@ -1,0 +1,170 @@
+"""The flags that go in front of the user's: those of the model, which is read early, and defaults for this machine."""
+
+import argparse
+import functools
+import importlib.util
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from megatron_ext import platform
+from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.resume import architecture_on_disk, sequence_length_on_disk
+from megatron_ext.errors import ConfigError
+from megatron_ext.models.architecture import Architecture
+from megatron_ext.models.bootstrap import prepare
+from megatron_ext.models.pattern import MAMBA
+from megatron_ext.models.pattern import parse as parse_pattern
+from megatron_ext.models.presets import preset
+from megatron_ext.models.rope_extension import extension
+from megatron_ext.ops.autotune import Shape
+from megatron_ext.training.start import Start
+
+VOCAB_MULTIPLE = 128
+
+
+def early_parser() -> argparse.ArgumentParser:
+    """What must be known before Megatron's own parser can be made."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--hybrid-layer-pattern")
+    parser.add_argument("--load", type=Path)
+    parser.add_argument("--save", type=Path)
+    parser.add_argument("--pretrained-checkpoint", type=Path)
+    parser.add_argument("--ckpt-step", type=int)
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
+    parser.add_argument("--context-parallel-size", type=int, default=1)
+    parser.add_argument("--expert-model-parallel-size", type=int, default=1)
+    parser.add_argument("--expert-tensor-parallel-size", type=int)
+    parser.add_argument("--make-vocab-size-divisible-by", type=int)
+    parser.add_argument("--padded-vocab-size", type=int)
+    parser.add_argument("--tokenizer-model")
+    parser.add_argument("--tokenizer-type")
+    parser.add_argument("--ext-ssm-backend", default="auto")
+    parser.add_argument("--seq-length", type=int)
+    parser.add_argument("--micro-batch-size", type=int, default=1)
+    parser.add_argument("--max-position-embeddings", type=int)
+    parser.add_argument("--rotary-base", type=int)
+    parser.add_argument("--use-rope-scaling", action="store_true")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--fp16", action="store_true")
+    parser.add_argument("--mamba-num-heads", type=int)
+    parser.add_argument("--mamba-head-dim", type=int, default=64)
+    parser.add_argument("--mamba-state-dim", type=int, default=128)
+    parser.add_argument("--mamba-num-groups", type=int, default=8)
+    return parser
+
+
+def layer_shape(words: Sequence[str]) -> Shape | None:
+    """What a Mamba-2 layer of the model is on one rank, to choose kernels by; None if the model has none."""
+    told, _ = early_parser().parse_known_args(words)
+    if MAMBA not in (told.hybrid_layer_pattern or ""):
+        return None
+    # Under context parallelism a rank has the whole sequence of some heads, and at least one group.
+    ranks = told.tensor_model_parallel_size * told.context_parallel_size
+    return Shape(
+        max(1, (told.mamba_num_heads or Shape.heads) // ranks), told.mamba_head_dim, told.mamba_state_dim,
+        max(1, told.mamba_num_groups // ranks), told.seq_length or Shape.tokens,
+        "bfloat16" if told.bf16 else "float16" if told.fp16 else "float32",
+        told.micro_batch_size,
+    ).limited()  # fmt: skip
+
+
+def equals_form(argv: Sequence[str]) -> list[str]:
+    """A pattern may begin with "-", which argparse would take for a flag: `--hybrid-layer-pattern=-M...`."""
+    argv, joined = list(argv), []
+    while argv:
+        word = argv.pop(0)
+        if word == "--hybrid-layer-pattern" and argv:
+            word += "=" + argv.pop(0)
+        joined.append(word)
+    return joined
+
+
+def architecture_of(source: str) -> tuple[Architecture, bool]:
+    """The architecture of a preset or a checkpoint directory, and whether it came from a checkpoint.
+
+    Raises:
+        ConfigError: It is neither.
+        CheckpointError: The directory holds no readable checkpoint.
+    """
+    if os.sep in source or Path(source).is_dir():
+        return architecture_on_disk(Path(source)), True
+    return preset(source).architecture, False
+
+
+def model_flags(early: Namespace, start: Start | None) -> tuple[list[str], str]:
+    """Flags of the model that `--preset` or the step to load names, and where they came from."""
+    source, step = early.preset, None
+    if source is None and start is not None:
+        # A pattern on the command line may add pipeline borders to the checkpoint's own; another one is another model.
+        units, pattern = layout.architecture(start.step.path).pattern, early.hybrid_layer_pattern
+        if pattern is None or parse_pattern(pattern).units == units:
+            source, step = str(start.directory), start.step.path
+    if source is None:
+        return [], "flags"
+    architecture, from_checkpoint = architecture_of(source if step is None else str(step.absolute()))
+    flags = architecture.to_flags()
+    if not from_checkpoint and (early.tokenizer_model or early.tokenizer_type):
+        # A preset's vocabulary is only its default: the tokenizer in use decides.
+        at = flags.index("--padded-vocab-size")
+        del flags[at : at + 2]
+    if from_checkpoint:
+        flags += extension(architecture, early)
+        if length := sequence_length_on_disk(step or Path(source)):
+            flags += ["--seq-length", str(length)]
+    return flags, source
+
+
+def default_flags() -> list[str]:
+    """Flags that every job sets unless the user does."""
+    # None of the models this product is about uses dropout; Megatron's default is 0.1.
+    flags = ["--ckpt-format", "torch_dist", "--hidden-dropout", "0", "--attention-dropout", "0"]
+    # Megatron has no defaults for these, and fails late and obscurely without them.
+    flags += ["--micro-batch-size", "1", "--eval-interval", "1000", "--save-interval", "1000"]
+    # Every token of a batch counts alike, whichever micro-batch and rank it is on and however many are masked there.
+    flags += ["--calculate-per-token-loss"]
+    # Attention is causal by itself; a mask is a square of the sequence, 17 GB at 131,072 tokens.
+    flags += ["--no-create-attention-mask-in-dataloader"]
+    on_cpu = platform.device_type() == "cpu"
+    if on_cpu:
+        flags += ["--distributed-backend", "gloo", "--num-workers", "0"]
+        flags += ["--no-bias-swiglu-fusion", "--no-bias-gelu-fusion", "--no-bias-dropout-fusion"]  # torch.compile
+    if on_cpu or importlib.util.find_spec("transformer_engine") is None:
+        # CUDA kernels of Transformer Engine and Apex.
+        flags += ["--no-gradient-accumulation-fusion", "--no-rope-fusion"]
+        flags += ["--no-masked-softmax-fusion", "--no-persist-layer-norm"]
+    return flags
+
+
+def vocab_flags(early: Namespace) -> list[str]:
+    """What the vocabulary is padded to."""
+    # Megatron pads to a multiple of (divisor x TP). The model must not depend on TP, so the product is fixed.
+    if early.make_vocab_size_divisible_by is not None:
+        return []
+    tp = early.tensor_model_parallel_size
+    multiple = VOCAB_MULTIPLE if VOCAB_MULTIPLE % tp == 0 else VOCAB_MULTIPLE * tp
+    return ["--make-vocab-size-divisible-by", str(multiple // tp)]
+
+
+def mistyped(given: list[str], own: list[str]) -> ConfigError | None:
+    """Of flags that a command left to Megatron the one that was meant for the command itself; None if there is none."""
+    for name in (word.split("=")[0] for word in given):
+        close = get_close_matches(name, own, n=1, cutoff=0.7) if name.startswith("--") else []
+        if close and name not in _megatrons():
+            return ConfigError("unknown flag", got=name, legal=f"did you mean {close[0]!r}?")
+    return None
+
+
+@functools.cache
+def _megatrons() -> set[str]:
+    prepare()
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_megatron_arguments(parser)
+    return {name for action in parser._actions for name in action.option_strings}

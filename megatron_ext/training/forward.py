@@ -1,0 +1,223 @@
+"""Forward passes without training: load a model on any layout, and its mean loss on a data split."""
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megatron_ext.checkpoint import layout
+from megatron_ext.models.architecture import Architecture
+from megatron_ext.models.megatron_args import FUNCTION
+from megatron_ext.training.job import RunConfig
+
+# Arguments that belong to a run's layout, or that launching settles from the same arguments.
+_OF_THE_RUN = (
+    "hybrid_layer_pattern", "num_layers", "moe_layer_freq", "vocab_size", "make_vocab_size_divisible_by", "spec",
+)  # fmt: skip
+
+
+def load_model(run: RunConfig) -> list[Any]:
+    """Start Megatron, build this rank's chunks of the model and load its weights; in evaluation mode."""
+    start(run)
+    return build_model(run)
+
+
+def start(run: RunConfig) -> None:
+    """Start Megatron's process groups, for forward passes only."""
+    from megatron.training import initialize_megatron
+
+    run.args.skip_train = True  # no optimizer, no gradient buffers
+    initialize_megatron()
+
+
+def load_other(run: RunConfig, architecture: Architecture, checkpoint: Path) -> tuple[RunConfig, list[Any]]:
+    """Another model on the same layout, once `load_model` has started Megatron; free the one before first.
+
+    Args:
+        run: The command line that Megatron was started with.
+        architecture: The other model; it must fit the layout (`Architecture.validate`).
+        checkpoint: Its weights.
+
+    Returns:
+        The command line as if it had named that model, and this rank's chunks in evaluation mode.
+    """
+    from megatron.training.global_vars import set_args
+
+    from megatron_ext.models.builder import with_architecture
+
+    args = with_architecture(run.args, architecture)
+    args.load, args.pretrained_checkpoint, args.ckpt_step = str(checkpoint), None, None
+    set_args(args)
+    other = replace(run, args=args, architecture=architecture)
+    return other, build_model(other)
+
+
+def as_trained(args: Namespace, checkpoint: Path) -> Namespace:
+    """Megatron's arguments of a run, but for what changes the function of a model: that is as saved with it."""
+    saved = vars(layout.common(layout.find(checkpoint).path)["args"])
+    own = {name: saved[name] for name in FUNCTION if name in saved and name not in _OF_THE_RUN}
+    return Namespace(**vars(args) | own)
+
+
+def load_gpt(run: RunConfig, checkpoint: Path) -> list[Any]:
+    """The same model as Megatron's GPTModel, once `load_model` has started Megatron; free the one before first.
+
+    Args:
+        run: The command line that Megatron was started with.
+        checkpoint: Its weights, in the GPTModel's form.
+
+    Returns:
+        This rank's chunks, in evaluation mode.
+    """
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.global_vars import set_args
+
+    from megatron_ext.checkpoint.gpt import to_args
+
+    args = as_trained(Namespace(**vars(run.args) | to_args(run.architecture)), checkpoint)
+    saved = layout.common(layout.find(checkpoint).path)["args"]
+    args.transformer_impl = getattr(saved, "transformer_impl", args.transformer_impl)  # which decides on some names
+    args.load, args.pretrained_checkpoint, args.ckpt_step = str(checkpoint), None, None
+    set_args(args)
+    return build_model(replace(run, args=args), gpt_config_from_args(args))
+
+
+def build_model(run: RunConfig, config: Any = None) -> list[Any]:
+    """This rank's chunks of the model, in evaluation mode, with the weights of the checkpoint that is to be loaded.
+
+    Args:
+        run: The validated command line.
+        config: Megatron's configuration of the model; by default that of the layer pattern.
+    """
+    from megatron.core.enums import ModelType
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.training import setup_model_and_optimizer
+
+    from megatron_ext.models.builder import model_config
+
+    config = config or model_config(run.args, run.architecture)
+    container = pretrain_cfg_container_from_args(run.args, config)
+    model, _, _ = setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        cfg_container=container,
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    for chunk in model:
+        chunk.eval()
+    return model
+
+
+@torch.no_grad()
+def mean_loss(
+    run: RunConfig,
+    model: list[Any],
+    split: Literal["train", "valid"],
+    samples: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[float, int]:
+    """Mean loss in nats per token over the first sequences of a split; the same on every layout.
+
+    Args:
+        run: The validated command line; its batch sizes decide how many sequences go through at once.
+        model: From `load_model`.
+        split: Which part of the data.
+        samples: Sequences, a multiple of the global batch; all whole batches of the split by default.
+        progress: Called with sequences done and in all.
+
+    Returns:
+        The loss, and the number of sequences.
+    """
+    loaders = [_loader(split, samples, stage) for stage in range(len(model))]
+    total = loaders[0][1] if samples is None else samples
+    iterators = [iter(loader) if loader is not None else None for loader, _ in loaders]
+    steps = total // run.args.global_batch_size
+    return forward_all(run, model, iterators, steps, progress), steps * run.args.global_batch_size
+
+
+def micro_batches(run: RunConfig, model: list[Any], split: Literal["train", "valid"], samples: int) -> list[Any]:
+    """The first sequences of a split as this rank's micro-batches, for each chunk of the model that reads data."""
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+    count = samples // run.args.global_batch_size * get_num_microbatches()
+    loaders = [_loader(split, samples, stage)[0] for stage in range(len(model))]
+    return [list(islice(loader, count)) if loader is not None else None for loader in loaders]
+
+
+@torch.no_grad()
+def forward_all(
+    run: RunConfig,
+    model: list[Any],
+    iterators: Sequence[Any],
+    steps: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> float:
+    """Mean loss in nats per token over so many global batches, on all ranks.
+
+    Args:
+        run: The validated command line.
+        model: From `load_model`.
+        iterators: Of micro-batches, one for each chunk of the model; None where it reads none.
+        steps: Global batches.
+        progress: Called with sequences done and in all.
+    """
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+    args = run.args
+    total = count = 0.0
+    for step in range(steps):
+        some, tokens = forward_sums(run, model, iterators, get_num_microbatches())
+        total, count = total + some, count + tokens
+        progress((step + 1) * args.global_batch_size, steps * args.global_batch_size)
+    return total / count
+
+
+@torch.no_grad()
+def forward_sums(run: RunConfig, model: list[Any], iterators: Sequence[Any], micro_batches: int) -> tuple[float, float]:
+    """The sum of the losses of so many micro-batches of each rank, in nats, and their tokens; on all ranks.
+
+    Tensor-parallel ranks repeat the same sums, and count as often: only the ratio of the two is a mean.
+
+    Args:
+        run: The validated command line.
+        model: From `load_model`.
+        iterators: Of micro-batches, one for each chunk of the model; None where it reads none.
+        micro_batches: With a virtual pipeline, a multiple of its ranks.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron_ext.training.step import forward_step
+
+    losses: list[dict[str, torch.Tensor]] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=list(iterators) if len(model) > 1 else iterators[0],
+        model=model,
+        num_microbatches=micro_batches,
+        seq_length=run.args.seq_length,
+        micro_batch_size=run.args.micro_batch_size,
+        forward_only=True,
+    )
+    sums = torch.zeros(2, dtype=torch.float64)
+    for loss in losses:
+        sums += loss["lm loss"].double().cpu()
+    # Tensor-parallel ranks repeat the same sums, which cancels in the ratio; other pipeline stages add nothing.
+    everywhere = sums.to(torch.cuda.current_device())
+    torch.distributed.all_reduce(everywhere)
+    return float(everywhere[0]), float(everywhere[1])
+
+
+def _loader(split: str, samples: int | None, stage: int) -> tuple[Any, int]:
+    """A data loader on the ranks that read data, and the number of sequences in the split on every rank."""
+    from megatron.training.datasets.data_samplers import build_pretraining_data_loader
+
+    from megatron_ext.data.batch import build_datasets
+
+    wanted = (samples, 0, 0) if split == "train" else (0, samples, 0)
+    dataset = build_datasets(wanted, vp_stage=stage)[0 if split == "train" else 1]
+    count = torch.tensor([len(dataset) if dataset is not None else 0], device=torch.cuda.current_device())
+    torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
+    return build_pretraining_data_loader(dataset, 0), int(count)

@@ -1,0 +1,115 @@
+"""What a command does, as a value: its options, its checks before any process group, its dry run, its run."""
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from megatron_ext.models.architecture import Architecture
+from megatron_ext.models.pattern import Pattern
+from megatron_ext.models.pattern import parse as parse_pattern
+from megatron_ext.training.start import Start
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+STOPPABLE = ("--exit-signal-handler",)
+"""Of a job that trains: SIGTERM and Ctrl-C let it finish its step, save, and end well."""
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a job adds to the screen that `--dry-run` prints.
+
+    Attributes:
+        rows: Lines of the table, by their names.
+        tables: Printed below it.
+        memory: Bytes on the fullest rank by component; by default what the model alone takes to train.
+    """
+
+    rows: Mapping[str, str] = field(default_factory=dict)
+    tables: Sequence["Table"] = ()
+    memory: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kind of run.
+
+    Attributes:
+        name: `pretrain`, `prune`, `distill`: written into the run directory, which belongs to one kind.
+        options: Our option dataclasses by flag prefix.
+        defaults: Megatron flags that this job sets unless the user does.
+        offline: Our flags under which the job reads no data, and so needs no tokenizer.
+        makes_new: Whether `--save` is a directory that the job makes, and not one that it works in.
+        measures: Which split it reads with `--skip-train`: 0 training, 1 validation.
+        check: Finds what is wrong with the options before any process group; what it returns is given to the others.
+        dry_run: What `--dry-run` prints beside model, memory and layout.
+        run: Does the work.
+    """
+
+    name: str
+    options: dict[str, type] = field(default_factory=dict)
+    defaults: tuple[str, ...] = ()
+    offline: tuple[str, ...] = ()
+    makes_new: bool = False
+    measures: int = 0
+    check: Callable[["RunConfig"], Any] = lambda run: None
+    dry_run: Callable[["RunConfig", Any], DryRun] = lambda run, checked: DryRun()
+    run: Callable[["RunConfig", Any], None] | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A validated command line.
+
+    Attributes:
+        job: The kind of run.
+        args: Megatron's namespace, our flags among them.
+        architecture: The model.
+        dry_run: Whether to print and stop.
+        options: Our options by prefix, as instances of the job's dataclasses.
+        model_source: Where the architecture came from, for people.
+        start: The step that is loaded; None for random weights.
+    """
+
+    job: Job
+    args: Namespace
+    architecture: Architecture
+    dry_run: bool
+    options: dict[str, Any]
+    model_source: str
+    start: Start | None = None
+
+    @property
+    def resumed(self) -> int:
+        """The step that the run goes on from, 0 for one that begins."""
+        continues = self.start is not None and self.start.continues and not self.args.finetune
+        return self.start.step.iteration if continues and self.start is not None else 0
+
+    @property
+    def pattern(self) -> Pattern:
+        """The layer pattern with this run's pipeline borders."""
+        return parse_pattern(self.args.hybrid_layer_pattern)
+
+
+def run_job(job: Job, argv: Sequence[str]) -> None:
+    """Parse and check a command line, and do what it asks for, or print it (`--dry-run`).
+
+    Args:
+        job: The kind of run.
+        argv: The command line without the program's name.
+
+    Raises:
+        MegatronExtError: Something is wrong with it; says what.
+    """
+    from megatron_ext.training import dry_run
+    from megatron_ext.training.command_line import parse_command_line
+
+    run = parse_command_line(job, argv)
+    checked = job.check(run)
+    if run.dry_run:
+        dry_run.show(run, job.dry_run(run, checked))
+    else:
+        assert job.run is not None
+        job.run(run, checked)

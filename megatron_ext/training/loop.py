@@ -1,0 +1,130 @@
+"""Run a validated job through `megatron.training.pretrain`: Megatron's loop, our model, our log."""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.checkpoint import checksums
+from megatron_ext.errors import ConfigError
+from megatron_ext.platform.loop import around_saves, before_saving, keep_random_state
+from megatron_ext.platform.scalars import divert_scalars
+from megatron_ext.platform.write_results import keep_write_results
+from megatron_ext.reports import metrics_file, training_plot
+from megatron_ext.training import signals
+from megatron_ext.training.job import RunConfig
+from megatron_ext.training.metrics_log import MetricsLog
+from megatron_ext.training.run_directory import claim, hold
+
+logger = logging.getLogger(__name__)
+
+Hook = Callable[[list[Any]], list[Any]]
+
+
+def train(
+    run: RunConfig,
+    forward_step: Callable[..., Any] | None = None,
+    hooks: tuple[Hook, ...] = (),
+    datasets: Callable[..., Any] | None = None,
+    config: Any = None,
+) -> None:
+    """Train until `--train-iters`, with Megatron's own loop.
+
+    Args:
+        run: The validated command line.
+        forward_step: Megatron's `forward_step_func`; language modelling by default.
+        hooks: Called in turn with the list of model chunks after they are built and before they are wrapped for data
+            parallelism (`ModelConfig.pre_wrap_hooks`).
+        datasets: Megatron's dataset provider; `data.build_datasets` by default.
+        config: Megatron's configuration of the model; by default that of the layer pattern.
+    """
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain, set_startup_timestamps
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from megatron_ext.data.batch import build_datasets
+    from megatron_ext.models.builder import model_config
+    from megatron_ext.training.step import forward_step as language_model_step
+
+    args = run.args
+    if finished(run):
+        return
+    if not args.save:
+        logger.warning("no --save: what is trained will be gone at the end")
+    hold(run)
+    if not args.async_save:
+        keep_write_results()
+    keep_random_state()
+    around_saves(checksums.forget, checksums.write_step)
+    log: Any = None
+
+    def begin(chunks: list[Any]) -> list[Any]:
+        """Write the first files, now that the ranks have met: each of them has found the directory free."""
+        nonlocal log
+        claim(run)
+        log = divert_scalars(lambda inner: _metrics_log(run, inner))
+        if isinstance(log, MetricsLog):
+            before_saving(lambda _: log.flush())  # the step's line is there when its checkpoint is
+        return chunks
+
+    config = config or model_config(args, run.architecture)
+    config.pre_wrap_hooks = [begin, *config.pre_wrap_hooks, _equal_expert_metrics, *hooks]
+    now = time.time()
+    set_startup_timestamps(program_start=now, main_entry=now)
+    container = pretrain_cfg_container_from_args(args, config)
+    try:
+        step = signals.from_first_step(args, forward_step or language_model_step)
+        pretrain(container, datasets or build_datasets, ModelType.encoder_or_decoder, step)
+    finally:
+        if log is not None:
+            log.close()
+    if isinstance(log, MetricsLog) and metrics_file.read_metrics(log.path):
+        training_plot.plot_training(log.path, log.path.with_name(training_plot.FILE))
+
+
+def finished(run: RunConfig) -> bool:
+    """Whether the run that goes on has taken its last step in an earlier start; says so.
+
+    Raises:
+        ConfigError: It has, and elsewhere than in `--save`, where nothing would be.
+    """
+    args, done = run.args, run.resumed
+    if not done or done < (args.train_iters or args.train_samples // args.global_batch_size):
+        return False
+    flag, last = ("--train-samples", args.train_samples) if args.train_samples else ("--train-iters", args.train_iters)
+    if args.save and Path(args.save).resolve() != Path(args.load).resolve():
+        raise ConfigError(
+            "nothing is left to train", got=f"{flag} {last}, and step {done} in --load {args.load}",
+            legal=f"more {flag}, or --pretrained-checkpoint, which begins again from the weights",
+        )  # fmt: skip
+    if args.rank == 0:
+        print(f"nothing is left to train: {args.load} holds step {done}; more {flag} go on", flush=True)
+    return True
+
+
+def _equal_expert_metrics(chunks: list[Any]) -> list[Any]:
+    """Give the losses that balance experts one size on all pipeline stages.
+
+    Megatron would make them shorter on stages without a mixture of experts, and hang when it sums over the stages.
+    """
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+    for name in ("load_balancing_loss", "seq_load_balancing_loss", "global_load_balancing_loss", "z_loss"):
+        get_moe_metrics_tracker().ensure_initialized(name, chunks[0].config.num_layers)
+    return chunks
+
+
+def _metrics_log(run: RunConfig, inner: Any) -> Any:
+    """The last rank, which knows the loss, writes `metrics.jsonl` into the run directory."""
+    from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+
+    args = run.args
+    if not args.save or args.rank != args.world_size - 1:
+        return inner
+
+    def tokens_per_step() -> int:
+        return get_current_global_batch_size() * args.seq_length
+
+    path = Path(args.save) / metrics_file.FILE
+    return MetricsLog(path, run.resumed, tokens_per_step, args.train_iters, inner)

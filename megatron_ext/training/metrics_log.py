@@ -1,0 +1,141 @@
+"""What a run says while it works: `metrics.jsonl`, one line per step, and a live bar on a terminal.
+
+Megatron reports every scalar to its TensorBoard writer, in full precision; `MetricsLog` stands in that place, keeps
+what it needs and passes everything on to the real writer where there is one.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron_ext.checkpoint.atomic import write_text
+from megatron_ext.reports.metrics_file import read_metrics
+
+NAMES = {"lm loss": "loss", "grad-norm": "grad_norm", "learning-rate": "learning_rate"}
+VALIDATION = " validation"
+
+
+def _float(value: Any) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None  # NaN is not JSON
+
+
+class MetricsLog:
+    """A TensorBoard `SummaryWriter` that also writes `metrics.jsonl`.
+
+    The line of a step is written when the next step begins, before a checkpoint is saved (`flush`) and at the end, and
+    again if the step's validation comes after that.
+
+    Args:
+        path: The file. Lines of steps after `start` (a run that died between two checkpoints) are dropped.
+        start: Step that the run resumes from, 0 for one that begins.
+        tokens_per_step: Tokens of one step, read at each step because batch sizes may ramp up.
+        train_iters: The last step, for the bar and the remaining time.
+        inner: The real TensorBoard writer, if the user asked for one.
+    """
+
+    def __init__(
+        self, path: Path, start: int, tokens_per_step: Callable[[], int], train_iters: int, inner: Any = None
+    ) -> None:
+        self.path, self.inner = path, inner
+        self._tokens_per_step, self._train_iters = tokens_per_step, train_iters
+        self._time = time.perf_counter()
+        earlier = [r for r in read_metrics(path) if r["step"] <= start] if path.exists() else []
+        self._tokens = int(earlier[-1].get("tokens", 0)) if earlier else 0
+        write_text(path, "".join(_line(r) for r in earlier))
+        self._file: TextIO = path.open("r+")
+        # The step in progress, and where its line begins.
+        self._record: dict[str, Any] = dict(earlier[-1]) if earlier else {}
+        self._offset = self._file.seek(0, os.SEEK_END) - len(_line(self._record)) if earlier else 0
+        self._bar = _bar(start, train_iters)
+
+    def add_scalar(self, tag: str, value: Any, step: int, *args: Any, **kwargs: Any) -> None:
+        """Called by Megatron for each scalar of a step; the first scalar of the next step closes the line."""
+        if self.inner is not None:
+            self.inner.add_scalar(tag, value, step, *args, **kwargs)
+        if tag.endswith(" vs samples"):
+            return
+        if self._record.get("step", step) != step:
+            self._write()
+            self._record, self._offset = {}, self._file.tell()
+        if tag.endswith(VALIDATION):
+            # Validation follows the step it belongs to, and its time is not training time.
+            key = NAMES.get(tag.removesuffix(VALIDATION), tag.removesuffix(VALIDATION).replace(" ", "_"))
+            self._record |= {"step": step, "tokens": self._tokens, f"val_{key}": _float(value)}
+            self._time = time.perf_counter()
+            return
+        if not self._record:
+            now = time.perf_counter()
+            tokens = self._tokens_per_step()
+            self._tokens += tokens
+            self._record.update(step=step, tokens=self._tokens, seconds=now - self._time)
+            self._record["tokens_per_second"] = tokens / (now - self._time)
+            self._time = now
+        self._record[NAMES.get(tag, tag.replace(" ", "_").replace("-", "_"))] = _float(value)
+
+    def _write(self) -> None:
+        if self._record:
+            self._file.seek(self._offset)
+            self._file.write(_line(self._record))
+            self._file.truncate()
+            if self._bar is not None:
+                self._bar(self._record)
+
+    def flush(self) -> None:
+        """Write the step in progress, to the disk."""
+        self._write()
+        os.fsync(self._file.fileno())
+        if self.inner is not None:
+            self.inner.flush()
+
+    def close(self) -> None:
+        """Write the last step and close the files."""
+        self._write()
+        self._file.close()
+        if self.inner is not None:
+            self.inner.close()
+
+    def __getattr__(self, name: str) -> Any:
+        # add_text, add_histogram, ...: the real writer's, or nothing where there is none.
+        if self.inner is not None:
+            return getattr(self.inner, name)
+        return lambda *args, **kwargs: None
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _bar(start: int, total: int) -> Callable[[dict[str, Any]], None] | None:
+    """A live bar on standard error if that is a terminal."""
+    if not sys.stderr.isatty():
+        return None
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[now]}"),
+    )
+    progress = Progress(*columns, console=Console(stderr=True))
+    task = progress.add_task("training", total=total, completed=start, now="")
+    progress.start()
+
+    def show(record: dict[str, Any]) -> None:
+        loss, validation = record.get("loss"), record.get("val_loss")
+        now = "" if loss is None else f"loss {loss:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
+        if validation is not None:
+            now += f"  validation {validation:.3f}"
+        progress.update(task, completed=record["step"], now=now)
+        if record["step"] >= total:
+            progress.stop()
+
+    return show

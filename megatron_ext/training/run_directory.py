@@ -1,0 +1,122 @@
+"""The run directory: what a job may write where, and what it leaves there for people."""
+
+import importlib.metadata
+import platform as host
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from megatron_ext.checkpoint.atomic import write_text
+from megatron_ext.checkpoint.huggingface import companions
+from megatron_ext.checkpoint.outputs import check_writable, contents, hold_run
+from megatron_ext.checkpoint.resume import has_checkpoint
+from megatron_ext.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_ext.training.job import RunConfig
+
+CONFIG = "config.yaml"
+AFRESH = "another directory; or remove the file: with --load of the same directory, the run writes it anew"
+PROGRESS = ("iteration", "num_floating_point_operations_so_far")
+"""What Megatron notes among its arguments while it works, and is no flag."""
+PACKAGES = ("megatron-ext", "megatron-core", "torch", "transformer-engine", "mamba-ssm", "causal-conv1d", "triton")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers; those that are installed."""
+    found = {"python": host.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the source tree this package runs from; None outside a checkout, or without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def check_save(save: Path, job: str, load: Path | None) -> None:
+    """Refuse a directory that belongs to something else.
+
+    Raises:
+        ConfigError: It holds another kind of job, a checkpoint this run does not continue, or foreign files; or nothing
+            can be written there.
+    """
+    check_writable(save)
+    if not save.exists() or not contents(save):
+        return
+    config = save / CONFIG
+    continues = load is not None and load.resolve() == save.resolve()
+    if config.is_file():
+        owner = _owner(config)
+        if owner != job:
+            raise ConfigError(f"--save: this directory holds a {owner!r} job", got=save, legal="another directory")
+    elif not continues:
+        raise ConfigError("--save: this directory is not empty and no run of ours", got=save, legal="a new directory")
+    if has_checkpoint(save) and not continues:
+        raise ConfigError(
+            "--save: this directory holds a run with checkpoints", got=save,
+            legal=f"--load {save} to continue it, or another directory",
+        )  # fmt: skip
+
+
+def _owner(config: Path) -> str | None:
+    """The job that wrote a `config.yaml`."""
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--save: the run's {CONFIG} is damaged: {reason}", got=config, legal=AFRESH) from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--save: the run's {CONFIG} is damaged: no settings", got=config, legal=AFRESH)
+    return content.get("job")
+
+
+def hold(run: "RunConfig") -> None:
+    """Let no other job write into the run directory while this one works (rank 0), before anything is started.
+
+    Raises:
+        ConfigError: Another job writes there.
+    """
+    if run.args.save and run.args.rank == 0:
+        hold_run(Path(run.args.save))
+
+
+def claim(run: "RunConfig") -> None:
+    """Write `config.yaml` and the tokenizer into the run directory (rank 0)."""
+    if run.args.save and run.args.rank == 0:
+        save = Path(run.args.save)
+        save.mkdir(parents=True, exist_ok=True)
+        write_text(save / CONFIG, describe(run))
+        if run.args.tokenizer_model is not None:
+            companions.keep_tokenizer(Path(run.args.tokenizer_model), save)
+
+
+def describe(run: "RunConfig") -> str:
+    """The run as YAML: job, model, versions, the source's commit, and every flag."""
+    content: dict[str, Any] = {
+        "job": run.job.name,
+        "model": run.model_source,
+        "architecture": run.architecture.to_dict(),
+        "versions": versions(),
+        "commit": git_commit(),
+        "flags": {k: _plain(v) for k, v in sorted(vars(run.args).items()) if k[0] != "_" and k not in PROGRESS},
+    }
+    return yaml.safe_dump(content, sort_keys=False, width=120)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    # The exact types: signals and other enumerations are integers too.
+    return value if value is None or type(value) in (bool, int, float, str) else str(value)

@@ -1,0 +1,68 @@
+"""What the command line of a cache means, before anything starts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_ext.data.sample_id import name
+from megatron_ext.distillation.logit_cache.cache import Cache
+from megatron_ext.distillation.logit_cache.check import command_line, compared
+from megatron_ext.distillation.logit_cache.manifest import Manifest
+from megatron_ext.distillation.logit_cache.shards import Reader, Writer
+from megatron_ext.distillation.logit_cache.write import _Stored
+from megatron_ext.distillation.options import DistillOptions, source_of
+from megatron_ext.errors import ConfigError
+from megatron_ext.lm_head.divergences import TopK
+from megatron_ext.lm_head.objective import Objective
+
+WRITE = ["--distill-teacher", "t", "--distill-cache-write", "c"]
+MANIFEST = Manifest(7, "float16", 2.0, 64, 512, "fingerprint", "float32", [False, False], seed=1)
+
+
+def test_writing_takes_the_model_from_the_teacher(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command_line(["--lr", "1"]) == ["--lr", "1"]
+    assert command_line(WRITE) == [*WRITE, "--preset", str(tmp_path / "t"), "--skip-train"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (WRITE[2:], "needs the teacher"),
+        ([*WRITE, "--load", "x"], "got:   --load"),
+        ([*WRITE, "--save=x", "--distill-cache", "y"], "got:   --save, --distill-cache\n"),
+    ],
+)
+def test_writing_does_nothing_else(argv, message):
+    with pytest.raises(ConfigError, match=message):
+        command_line(argv)
+
+
+def test_a_cache_decides_the_defaults(tmp_path):
+    cache = Cache(tmp_path, MANIFEST)
+    assert compared(DistillOptions(), cache) == Objective("top-k-rest", 2.0, k=7)
+    given = DistillOptions(loss="top-k", temperature=1.0, top_k=3)
+    assert compared(given, cache) == Objective("top-k", 1.0, k=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(DistillOptions(), "is missing"), (DistillOptions(teacher="t", cache="c"), "one too many")],
+)
+def test_there_is_one_source(options, message):
+    with pytest.raises(ConfigError, match=message):
+        source_of(options)
+
+
+def test_what_only_fills_a_batch_is_not_stored(tmp_path):
+    """Nor a sample whose logits are not finite; the error waits for the end of the step."""
+    manifest = replace(MANIFEST, k=2, sequence_length=3, dtype="float32")
+    ids = torch.arange(8).view(4, 2)
+    kept = TopK(torch.zeros(12, 2).long(), torch.full((12, 2), -1.0), torch.full((12,), -2.0))
+    with Writer(tmp_path, manifest) as writer:
+        stored = _Stored(writer, manifest, left=3)
+        stored.add(ids, kept, torch.tensor([True, False, True, True]))
+    assert Reader(tmp_path, manifest).known() == {ids[i].numpy().tobytes() for i in (0, 2)}
+    assert stored.left == 0
+    assert f"sample {name(ids[1])}" in str(stored.problem)
