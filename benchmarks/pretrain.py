@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def child(out: Path, kind: str, meter: bool, flags: list[str]) -> None:
     from megatron_ext.checkpoint.gpt import to_args
     from megatron_ext.models.training_cost import training_flops_per_token
     from megatron_ext.training import loop
-    from megatron_ext.training.step import forward_step
+    from megatron_ext.training.step import language_modelling
 
     config = None
     if kind == "peer" and DEVICE == "cpu":
@@ -95,21 +96,21 @@ def child(out: Path, kind: str, meter: bool, flags: list[str]) -> None:
         config = gpt_config_from_args(args)
     begun: list[float] = []
 
-    built = ""
+    built, task = "", language_modelling()
 
     def timed(data: Any, model: Any) -> Any:
         nonlocal built
         built = type(unwrap_model(model)).__name__
         torch.cuda.synchronize()
         begun.append(time.perf_counter())
-        return forward_step(data, model)
+        return task.forward_step(data, model)
 
     if meter and DEVICE == "cpu":
         with PeakMeter() as counted:
-            loop.train(started, timed, config=config)
+            loop.train(started, replace(task, forward_step=timed), config=config)
         peak = counted.peak
     else:
-        loop.train(started, timed, config=config)
+        loop.train(started, replace(task, forward_step=timed), config=config)
         peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
     torch.cuda.synchronize()
     begun = [*begun[:: get_num_microbatches()], time.perf_counter()]

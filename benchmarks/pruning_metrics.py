@@ -85,13 +85,13 @@ class Bench:
 
     def loss(self, split: str) -> float:
         """Nats per token of text."""
-        return forward_all(self.run, self.model, [iter(self.text[split][0])], self.samples // BATCH)
+        return forward_all(self.run, self.model, [iter(self.text[split][0])], self.samples // BATCH)["loss"]
 
     def passes(self, split: str) -> Passes:
         """Text for `Ablation`."""
 
         def run(begin: int, end: int) -> tuple[float, float]:
-            return forward_sums(self.run, self.model, [iter(self.text[split][0][begin:end])], end - begin)
+            return forward_sums(self.run, self.model, [iter(self.text[split][0][begin:end])], end - begin)["loss"]
 
         return Passes(run, len(self.text[split][0]), self.run.args.micro_batch_size * SEQUENCE)
 
@@ -283,7 +283,7 @@ def check(bench: Bench, depth: dict[str, Tensor], width: dict[str, Tensor], rows
         apply(plan, bench.path, path)
         other, model = load_other(bench.run, plan.target, path)
         with torch.no_grad():
-            real = forward_all(other, model, [iter(bench.text["valid"][0])], bench.samples // BATCH)
+            real = forward_all(other, model, [iter(bench.text["valid"][0])], bench.samples // BATCH)["loss"]
         checked[what] = {"in_place": said[what], "checkpoint": real}
     return checked
 

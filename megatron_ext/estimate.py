@@ -17,8 +17,8 @@ from megatron_ext.models.training_cost import (
 )
 from megatron_ext.training.command_line import parse_command_line
 from megatron_ext.training.dry_run import layout_of, shown
-from megatron_ext.training.early_flags import architecture_of
 from megatron_ext.training.job import Job, RunConfig
+from megatron_ext.training.language_model import architecture_of
 
 DAY = 86400.0
 

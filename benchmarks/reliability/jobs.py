@@ -163,7 +163,7 @@ def _free_port() -> int:
 
 def _serve() -> None:
     """Answer each request, a line of JSON; forks return from here and run their program."""
-    from megatron_ext.models.backend import prepare
+    from megatron_ext.models.bootstrap import prepare
     from tests.fork_server import IMPORTED
 
     prepare()

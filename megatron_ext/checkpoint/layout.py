@@ -234,6 +234,18 @@ def architecture(step: str | Path) -> Architecture:
         raise CheckpointError(f"the checkpoint does not say which model it holds: {error}", got=step) from error
 
 
+def described(step: str | Path) -> dict[str, Any]:
+    """The model that a step holds, as plain values; a model that is no `Architecture` has its `family` among them.
+
+    Raises:
+        CheckpointError: It does not say.
+    """
+    args = common(step).get("args")
+    if (family := getattr(args, "ext_family", None)) is not None:
+        return {"family": family, **getattr(args, "ext_model", {})}
+    return architecture(step).to_dict()
+
+
 def pattern_of(args: Namespace) -> str | None:
     """The layer pattern that a checkpoint's arguments name, if any, under its present or its former name."""
     return getattr(args, "hybrid_layer_pattern", None) or getattr(args, "hybrid_override_pattern", None)

@@ -156,8 +156,10 @@ def check_same_model(step: layout.Step, args: Namespace) -> None:
     Raises:
         CheckpointError: It is another model; names what differs.
     """
-    saved, now = layout.architecture(step.path).to_dict(), Architecture.from_args(args).to_dict()
-    told = [f"{name}={now[name]} instead of {value}" for name, value in saved.items() if now[name] != value]
+    saved = layout.described(step.path)
+    family = getattr(args, "ext_family", None)
+    now = Architecture.from_args(args).to_dict() if family is None else {"family": family, **args.ext_model}
+    told = [f"{name}={now.get(name)} instead of {value}" for name, value in saved.items() if now.get(name) != value]
     if told:
         raise CheckpointError(
             "a run cannot go on with another model", got=", ".join(told),

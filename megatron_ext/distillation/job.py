@@ -108,7 +108,7 @@ def distill(run: RunConfig, source: Teacher | Cache, apart: Apart | None = None)
     from megatron_ext.distillation.teachers.correction import correct, corrected_first
     from megatron_ext.platform.loop import before_saving, before_schedule
     from megatron_ext.training import loop
-    from megatron_ext.training.step import forward_step
+    from megatron_ext.training.step import Task, forward_step
 
     options: DistillOptions = run.options["distill"]
     if options.correct_teacher != "only" and loop.finished(run):
@@ -135,7 +135,7 @@ def distill(run: RunConfig, source: Teacher | Cache, apart: Apart | None = None)
     step = partial(forward_step, loss=partial(masked_sums, mixed), batch_of=get_identified_batch)
     datasets = packing.repeated(source.manifest.seed) if isinstance(source, Cache) else build_datasets
     try:
-        loop.train(run, step, hooks=(setup.hook,), datasets=datasets)
+        loop.train(run, Task(step, datasets, {"loss": "nats per token"}), hooks=(setup.hook,))
     except SystemExit as end:
         if end.code in (0, None):  # asked to stop, and has saved
             setup.close()

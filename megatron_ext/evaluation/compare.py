@@ -11,6 +11,7 @@ from megatron_ext.checkpoint.outputs import check_writable
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation.compare_rows import Row, rows
 from megatron_ext.evaluation.measured_run import Run
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.reports.metrics_file import finite
 
 PAGE, NUMBERS, PICTURE = "comparison.md", "comparison.json", "comparison.png"
@@ -49,7 +50,8 @@ def as_json(runs: Sequence[Run], found: Sequence[Row]) -> dict[str, Any]:
         unequal = {
             row.what: {name: values[number] for name, values in row.unequal.items()} for row in found if row.unequal
         }
-        content[run.name] = {"architecture": run.architecture.to_dict(), **run.results, "unequal": unequal}
+        described = run.model.to_dict() if isinstance(run.model, Architecture) else dict(run.model)
+        content[run.name] = {"architecture": described, **run.results, "unequal": unequal}
     return content
 
 

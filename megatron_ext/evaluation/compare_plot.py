@@ -15,9 +15,11 @@ from megatron_ext.evaluation.compare_rows import (
     task_results,
     text_differences,
     validation_differences,
+    validation_units,
 )
 from megatron_ext.evaluation.measured_run import VALIDATION, Run
 from megatron_ext.models import cost
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.reports.figures import STYLE, save, tick
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#3B3B3B", "#8A6D3B")
@@ -34,6 +36,8 @@ def plot_comparison(runs: Sequence[Run], out: Path) -> None:
         out: The PNG.
     """
     panels = _panels(runs)
+    if not panels:
+        return
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     with rc_context(STYLE):
@@ -50,10 +54,15 @@ def plot_comparison(runs: Sequence[Run], out: Path) -> None:
 
 
 def _panels(runs: Sequence[Run]) -> list[Panel]:
-    panels: list[Panel] = [("memory in 16 bits, one sequence", _memory)]
+    patterns = all(isinstance(run.model, Architecture) for run in runs)
+    panels: list[Panel] = [("memory in 16 bits, one sequence", _memory)] if patterns else []
+    validation = validation_differences(runs)
     for what, unequal, section, metric in (
         ("bits per byte", text_differences(runs), "text", "bits_per_byte"),
-        ("validation loss, nats per token", validation_differences(runs), VALIDATION, "loss"),
+        *(
+            (f"validation {name.replace('_', ' ')}, {unit}", validation, VALIDATION, name)
+            for name, unit in validation_units(runs).items()
+        ),
     ):
         if any(run.results.get(section) for run in runs):
             title = what + note(unequal, values=False).replace(" (", "\n(")
@@ -94,7 +103,7 @@ def _quality(ax: Axes, runs: Sequence[Run], section: str, metric: str) -> None:
     for number, run in enumerate(runs):
         value = run.results.get(section, {}).get(metric)
         if value is not None:
-            ax.plot(run.architecture.num_parameters(), value, **{**_look(number), "markersize": 8})
+            ax.plot(run.parameters, value, label=run.name, **{**_look(number), "markersize": 8})
     ax.xaxis.set_major_formatter(FuncFormatter(tick))
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.margins(0.2)

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_ext.evaluation.measured_run import Run
-from megatron_ext.evaluation.results import SETTINGS, UNFINISHED
 from megatron_ext.models import cost
+from megatron_ext.models.architecture import Architecture
+from megatron_ext.reports.results import SETTINGS, UNFINISHED
 
 SERVED = cost.Workload(batch=1, context=8192)
 COUNTED = ("samples", "num_fewshot", "version", "requests", "cut", "samples_file", SETTINGS)  # beside a task's metrics
@@ -94,6 +95,8 @@ def rows(runs: Sequence[Run]) -> list[Row]:
 
 
 def _facts(runs: Sequence[Run]) -> list[Row]:
+    if not all(isinstance(run.model, Architecture) for run in runs):
+        return _facts_of_families(runs)
     archs = [run.architecture for run in runs]
     active = [arch.num_active_parameters() for arch in archs]
     parameters = [arch.num_parameters() for arch in archs]
@@ -120,6 +123,20 @@ def _facts(runs: Sequence[Run]) -> list[Row]:
     ]
 
 
+def _facts_of_families(runs: Sequence[Run]) -> list[Row]:
+    """Runs of which some are no layer pattern: whatever their models are described by."""
+    described = [
+        {"layers": run.model.pattern} if isinstance(run.model, Architecture) else run.model for run in runs
+    ]  # fmt: skip
+    names = dict.fromkeys(name for own in described for name in own if name != "num_parameters")
+    steps = [Row("step", [run.step or "-" for run in runs])] if any(run.step for run in runs) else []
+    return [
+        *steps,
+        *(Row(name.replace("_", " "), [str(own.get(name, "-")) for own in described]) for name in names),
+        Row("parameters", [f"{run.parameters:,}" for run in runs]),
+    ]
+
+
 def _validation(runs: Sequence[Run]) -> list[Row]:
     """The loss on a validation split: named with its tokens, because a training measures on a part of it."""
     losses = [run.validation for run in runs]
@@ -127,17 +144,27 @@ def _validation(runs: Sequence[Run]) -> list[Row]:
         return []
     unequal = validation_differences(runs)
     over = next(loss for loss in losses if loss).get(SETTINGS, {})
-    what = "validation loss, nats per token"
-    if over and "tokens" not in unequal:
-        what += f", over {over['tokens']:,} tokens"
+    size = "tokens" if "tokens" in over else "samples"
+    ending = f", over {over[size]:,} {size}" if size in over and size not in unequal else ""
     if over and "source" not in unequal:
-        what += f" ({over['source']})"
-    return [Row(what, _shown(losses, "loss", "{:.4f}"), unequal)]
+        ending += f" ({over['source']})"
+    return [
+        Row(f"validation {name.replace('_', ' ')}, {unit}{ending}", _shown(losses, name, "{:.4f}"), unequal)
+        for name, unit in validation_units(runs).items()
+    ]
+
+
+def validation_units(runs: Sequence[Run]) -> dict[str, str]:
+    """The metrics that validation reports, and their units."""
+    units = {"loss": "nats per token"}
+    for run in runs:
+        units |= run.validation.get(SETTINGS, {}).get("units", {})
+    return units
 
 
 def validation_differences(runs: Sequence[Run]) -> Unequal:
     """In what the validation losses of runs differ, but for the step at which they were measured."""
-    names = ("tokens", "source", "data", "split", "dtype")
+    names = ("tokens", "samples", "source", "data", "split", "dtype")
     return differences([run.validation for run in runs], names)
 
 

@@ -14,7 +14,6 @@ from megatron_ext.checkpoint.ranks import gather, rank
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation import run_tasks
 from megatron_ext.evaluation.perplexity import Perplexity, Window
-from megatron_ext.evaluation.results import SETTINGS, Results
 from megatron_ext.evaluation.synthetic import SUITES, curves
 from megatron_ext.evaluation.synthetic.curves import SHORTEST
 from megatron_ext.inference import session
@@ -22,6 +21,7 @@ from megatron_ext.inference.interrupt import Interrupted, interruptible, stop_if
 from megatron_ext.inference.passage import Passage, Score
 from megatron_ext.inference.tokenizer import identity, tokenizer_of, words_of
 from megatron_ext.reports.progress import progress
+from megatron_ext.reports.results import SETTINGS, Results
 
 if TYPE_CHECKING:
     from megatron_ext.inference.sharded import ShardedModel

@@ -1,5 +1,6 @@
 """A run that is compared: its architecture, and what was measured of it by evaluation and by its own training."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,9 @@ import yaml
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.resume import has_checkpoint
 from megatron_ext.errors import DataError
-from megatron_ext.evaluation.results import CHECKPOINT, FILE, SETTINGS, read_results
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.reports import metrics_file
-
-VALIDATION = "validation"
-WHOLE, LOGGED = "--skip-train", "training's log"  # where a validation loss comes from
+from megatron_ext.reports.results import CHECKPOINT, FILE, LOGGED, SETTINGS, VALIDATION, read_results
 
 
 @dataclass(frozen=True)
@@ -23,13 +21,13 @@ class Run:
 
     Attributes:
         name: For people; no other run has it.
-        architecture: The model.
+        model: An `Architecture`, or what a model of another family is described by (`layout.described`).
         results: Of its `results.json`; `validation` also from the training's log.
         step: Which was measured, or is the newest.
     """
 
     name: str
-    architecture: Architecture
+    model: Architecture | Mapping[str, Any]
     results: dict[str, Any]
     step: str | None = None
 
@@ -47,11 +45,22 @@ class Run:
         if (path / metrics_file.FILE).is_file() and (logged := _logged(path)):
             results = {VALIDATION: logged, **results}
         if "architecture" in (about := results.get(CHECKPOINT, {})):
-            return cls(name, Architecture.from_dict(about["architecture"]), results, about.get("step"))
+            return cls(name, _model(about["architecture"]), results, about.get("step"))
         if not path.is_dir() or not (has_checkpoint(path) or (path / "metadata.json").is_file()):
             raise DataError("neither a checkpoint nor results", got=path, legal=f"a directory with one, or with {FILE}")
         step = layout.find(path).path
-        return cls(name, layout.architecture(step), results, step.name)
+        return cls(name, _model(layout.described(step)), results, step.name)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters in all."""
+        return self.model.num_parameters() if isinstance(self.model, Architecture) else self.model["num_parameters"]
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model of a run whose model is a layer pattern."""
+        assert isinstance(self.model, Architecture)
+        return self.model
 
     @property
     def validation(self) -> dict[str, Any]:
@@ -59,20 +68,30 @@ class Run:
         return self.results.get(VALIDATION, {})
 
 
+def _model(described: Mapping[str, Any]) -> Architecture | Mapping[str, Any]:
+    return described if "family" in described else Architecture.from_dict(dict(described))
+
+
 def _logged(run: Path) -> dict[str, Any]:
-    """The last validation loss of a training, which measures on so many batches of the split as it was told to."""
-    found: dict[str, Any] = {}
-    for step in metrics_file.read_metrics(run / metrics_file.FILE):
-        if step.get("val_loss") is not None:
-            found = {"loss": step["val_loss"], "step": step["step"]}
+    """The last validation of a training, which measures on so many batches of the split as it was told to."""
+    validated = [
+        step for step in metrics_file.read_metrics(run / metrics_file.FILE) if step.get("val_loss") is not None
+    ]
+    if not validated:
+        return {}
+    last = validated[-1]
+    found = {"loss": last["val_loss"], "step": last["step"]}
     config = run / "config.yaml"
-    if not found or not config.is_file():
+    if not config.is_file():
         return found
     try:
-        flags = (yaml.safe_load(config.read_text(encoding="utf-8")) or {})["flags"]
-        tokens = flags["eval_iters"] * flags["global_batch_size"] * flags["seq_length"]
+        content = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+        flags, units = content["flags"], content.get("units")
+        samples = flags["eval_iters"] * flags["global_batch_size"]
+        size = {"tokens": samples * flags["seq_length"]} if units is None else {"samples": samples, "units": units}
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise DataError(f"the run's configuration cannot be read: {error!r}", got=config) from error
+    found |= {name: last[f"val_{name}"] for name in units or () if f"val_{name}" in last}
     data = flags.get("valid_data_path") or flags.get("data_path")
-    settings = {"tokens": tokens, "source": LOGGED, "data": data, "split": flags.get("split")}
+    settings = {**size, "source": LOGGED, "data": data, "split": flags.get("split")}
     return {**found, SETTINGS: {**settings, "dtype": str(flags.get("params_dtype")).removeprefix("torch.")}}

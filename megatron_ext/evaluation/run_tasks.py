@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from megatron_ext.checkpoint.ranks import rank
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation.request_cache import Answers
-from megatron_ext.evaluation.results import SETTINGS, Results
 from megatron_ext.inference.chat import check_template
 from megatron_ext.inference.prompts import Writer, stop_tokens
+from megatron_ext.reports.results import SETTINGS, Results
 
 if TYPE_CHECKING:
     from megatron_ext.inference.sharded import ShardedModel

@@ -20,8 +20,8 @@ from megatron_ext.checkpoint.atomic import replacing
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.evaluation.generation import check_settings
 from megatron_ext.evaluation.harness import MegatronLM
-from megatron_ext.evaluation.results import finite
 from megatron_ext.inference.interrupt import stop_if_asked
+from megatron_ext.reports.results import finite
 
 SEED = 1234  # the harness's own
 BOOTSTRAP = 1000  # for the error of metrics that are no means

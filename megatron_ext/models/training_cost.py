@@ -166,17 +166,21 @@ def memory(arch: Architecture, layout: Layout, lesson: Lesson | None = None) -> 
     return max(stages, key=lambda parts: sum(parts.values()))
 
 
-def _trained(arch: Architecture, layout: Layout, stage: int, logits: bool) -> dict[str, float]:
-    """What a model that is trained takes on the GPU of a stage."""
-    counts = axes.parameters_per_rank(arch, tp=layout.tp, pp=layout.pp, ep=layout.ep, etp=layout.etp)
+def state_bytes(parameters: float, layout: Layout) -> dict[str, float]:
+    """Bytes of so many parameters of a rank, their gradients, and Adam's state of them."""
     states = 8 + (4 if layout.width == 2 else 0)
     shards = layout.dp * layout.cp if layout.shard_optimizer else 1
     return {
-        "weights": float(counts[stage] * layout.width),
-        "gradients": float(counts[stage] * layout.gradient_width),
-        "optimizer": counts[stage] * states / shards,
-        "activations": _activations(arch, layout, stage, logits),
+        "weights": float(parameters * layout.width),
+        "gradients": float(parameters * layout.gradient_width),
+        "optimizer": parameters * states / shards,
     }
+
+
+def _trained(arch: Architecture, layout: Layout, stage: int, logits: bool) -> dict[str, float]:
+    """What a model that is trained takes on the GPU of a stage."""
+    counts = axes.parameters_per_rank(arch, tp=layout.tp, pp=layout.pp, ep=layout.ep, etp=layout.etp)
+    return {**state_bytes(counts[stage], layout), "activations": _activations(arch, layout, stage, logits)}
 
 
 def kept_per_token(arch: Architecture, layer: int, layout: Layout) -> float:

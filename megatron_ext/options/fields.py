@@ -56,3 +56,15 @@ def read_options[Options](namespace: argparse.Namespace, options: type[Options],
     """The dataclass `options` with the values that were parsed into `namespace`."""
     names = [field.name for field in dataclasses.fields(options)]  # type: ignore[arg-type]
     return options(**{name: getattr(namespace, f"{prefix}_{name}") for name in names})
+
+
+def to_flags(options: Any, prefix: str) -> list[str]:
+    """The command line that `read_options` makes `options` of again; fields that are None are left out."""
+    flags: list[str] = []
+    for field in dataclasses.fields(options):
+        value, name = getattr(options, field.name), f"{prefix}-{field.name}".replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            flags += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
+    return flags

@@ -93,7 +93,7 @@ def calibrate(
     hooks: list[Any] = [Influence(chunks, run.architecture)]
     if calibration.width is not None:
         hooks.append(Importance(chunks, run.architecture, calibration.width))
-    loss = forward_all(run, model, _iterators(batches), steps, _scored(args.rank))
+    loss = forward_all(run, model, _iterators(batches), steps, _scored(args.rank))["loss"]
     for hook in hooks:
         hook.remove()
     parts = [hook.gather() for hook in hooks]
@@ -141,7 +141,7 @@ def _leave_out(
 
     def loss_sums(begin: int, end: int) -> tuple[float, float]:
         some = [own[begin:end] if own is not None else None for own in batches]
-        return forward_sums(run, model, _iterators(some), end - begin)
+        return forward_sums(run, model, _iterators(some), end - begin)["loss"]
 
     passes = Passes(
         loss_sums,

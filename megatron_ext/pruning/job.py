@@ -237,7 +237,7 @@ def _measure_pruned(run: RunConfig, found: Found, checkpoint: Path) -> str:
     except ConfigError as error:
         return f"The pruned model's loss was not measured, because it does not fit this run's layout: {error}"
     pruned, model = load_other(run, target, checkpoint)
-    loss, _ = mean_loss(pruned, model, "train", run.options["prune"].samples)
+    loss = mean_loss(pruned, model, "train", run.options["prune"].samples)
     found.losses.append(Loss("pruned", target.num_parameters(), loss))
     return ""
 

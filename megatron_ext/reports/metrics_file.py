@@ -9,6 +9,12 @@ from typing import Any
 from megatron_ext.errors import DataError
 
 FILE = "metrics.jsonl"
+NAMES = {"lm loss": "loss", "grad-norm": "grad_norm", "learning-rate": "learning_rate"}
+
+
+def key_of(tag: str) -> str:
+    """The key in `metrics.jsonl` of what Megatron reports under a tag."""
+    return NAMES.get(tag, tag.replace(" ", "_").replace("-", "_"))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

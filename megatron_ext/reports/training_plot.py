@@ -13,7 +13,7 @@ from megatron_ext.reports.metrics_file import read_metrics
 FILE = "metrics.png"
 
 
-def plot_training(metrics: Path, out: Path) -> None:
+def plot_training(metrics: Path, out: Path, unit: str = "nats per token") -> None:
     """Draw a job's `metrics.jsonl` (one JSON object per logged step) to a PNG.
 
     One panel for every loss (each key that ends in "loss"), then gradient norm, learning rate and tokens per second
@@ -27,11 +27,12 @@ def plot_training(metrics: Path, out: Path) -> None:
     if not rows:
         raise DataError("no step was logged", got=metrics)
     losses = sorted({key for row in rows for key in row if key.endswith("loss")}, key=lambda key: (key != "loss", key))
-    panels = [("loss, nats per token", losses)]
+    panels = [(f"loss, {unit}", losses)]
     for key, label in (
         ("grad_norm", "gradient norm"),
         ("learning_rate", "learning rate"),
         ("tokens_per_second", "tokens per second"),
+        ("samples_per_second", "samples per second"),
     ):
         if any(key in row for row in rows):
             panels.append((label, [key]))

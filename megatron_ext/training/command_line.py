@@ -1,7 +1,7 @@
 """From a command line to validated arguments: everything that can be wrong is found here, before any process group.
 
-The model comes from `--preset` (a name, or a checkpoint whose architecture is taken), from the checkpoint to be
-loaded, or from Megatron's own flags. Its flags are put in front of the user's, so that explicit flags win.
+The model comes from `--preset`, from the checkpoint to be loaded, or from flags (`family.flags`). Its flags are put in
+front of the user's, so that explicit flags win.
 """
 
 import argparse
@@ -23,24 +23,14 @@ from megatron_ext.data.splits import check_splits, check_vocabulary
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.bootstrap import prepare
-from megatron_ext.models.pattern import MOE
-from megatron_ext.models.pattern import parse as parse_pattern
+from megatron_ext.ops.dispatch import NAMES as SSM_BACKENDS
 from megatron_ext.options import readable
 from megatron_ext.options.fields import add_options, read_options
 from megatron_ext.options.unsupported import check_flags
-from megatron_ext.ops.dispatch import NAMES as SSM_BACKENDS
 from megatron_ext.training import early_flags
 from megatron_ext.training.job import Job, RunConfig
 from megatron_ext.training.run_directory import check_save
 from megatron_ext.training.start import Start, check_continues, find_start, tell_megatron
-
-
-def _pipeline(pattern: str, stages: int) -> str:
-    """The pattern with pipeline borders, chosen evenly between blocks where the user gave none."""
-    parsed = parse_pattern(pattern)
-    if stages == 1 or parsed.borders:
-        return str(parsed)
-    return str(parsed.split(stages))
 
 
 def parse_command_line(job: Job, argv: Sequence[str] | None = None) -> RunConfig:
@@ -56,10 +46,9 @@ def parse_command_line(job: Job, argv: Sequence[str] | None = None) -> RunConfig
     given = early_flags.equals_form(sys.argv[1:] if argv is None else argv)
     check_flags(given)
     early, _ = early_flags.early_parser().parse_known_args(given)
-    if early.hybrid_layer_pattern is not None:
-        parse_pattern(early.hybrid_layer_pattern)
+    family = job.family
     begins = find_start(early)
-    model_flags, source = early_flags.model_flags(early, begins)
+    model_flags, source = family.flags(early, begins)
     if early.dry_run:
         tp = early.tensor_model_parallel_size
         experts = early.expert_model_parallel_size * (early.expert_tensor_parallel_size or tp)
@@ -71,11 +60,9 @@ def parse_command_line(job: Job, argv: Sequence[str] | None = None) -> RunConfig
         model_flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(int(words) - 1)]
     _single_process()
     # Where nothing is started, no kernels are timed.
-    prepare(early.ext_ssm_backend, None if early.dry_run else early_flags.layer_shape([*model_flags, *given]))
+    prepare(early.ext_ssm_backend, None if early.dry_run else family.ssm_shape([*model_flags, *given]))
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import get_tokenizer, set_global_variables
-
-    from megatron_ext.models.builder import model_config
 
     words = [*early_flags.default_flags(), *early_flags.vocab_flags(early), *job.defaults, *model_flags, *given]
 
@@ -85,13 +72,12 @@ def parse_command_line(job: Job, argv: Sequence[str] | None = None) -> RunConfig
         group = parser.add_argument_group("megatron_ext", f"the job: {job.name}")
         group.add_argument("--preset", help="a preset's name (see `megatron-ext presets`) or a checkpoint directory")
         group.add_argument("--dry-run", action="store_true", help="validate, print model, memory and layout, and stop")
-        sizes = "sizes that differ from layer to layer, such as 'ffn_hidden_size=96,80 mamba_num_heads=8,4'"
-        group.add_argument("--ext-layer-sizes", metavar="SIZES", help=sizes)
         kernels = "state-space kernels; auto: by device, dtype and shape, and where mamba_ssm runs too, the faster"
         group.add_argument("--ext-ssm-backend", choices=SSM_BACKENDS, default="auto", help=kernels)
         saved = "form in which the distributed optimizer is saved; dp_reshardable stays on its TP and PP"
         forms = ("fully_reshardable", "dp_reshardable")
         group.add_argument("--ext-optim-sharding", choices=forms, default=forms[0], help=saved)
+        family.add_flags(parser)
         for prefix, options in job.options.items():
             add_options(parser, options, prefix)
         readable.mend(parser)
@@ -104,7 +90,7 @@ def parse_command_line(job: Job, argv: Sequence[str] | None = None) -> RunConfig
     finally:
         sys.argv = program
     args.dist_ckpt_optim_fully_reshardable |= args.ext_optim_sharding == "fully_reshardable"
-    _check_model(args, job)
+    family.check(args, loads=job.makes_new)
     if not (args.skip_train or early.dry_run or args.train_samples or (args.train_iters or 0) > 0):
         raise ConfigError("nothing to train", got=f"--train-iters {args.train_iters}", legal="a positive number")
     _check_saving(args)
@@ -116,48 +102,35 @@ def parse_command_line(job: Job, argv: Sequence[str] | None = None) -> RunConfig
     tell_megatron(begins, args)
     with readable.readable(args, parsers[0]), silenced(args):
         validate_args(args, {})
-    _check_tokenizer(args, begins)
-    if not offline:
-        check_splits(args, job.measures)
+    if family.reads_text:
+        _check_tokenizer(args, begins)
+        if not offline:
+            check_splits(args, job.measures)
     if args.tokenizer_type is None:
         given_by_data = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model DIR/tokenizer"
         raise ConfigError("no tokenizer given", legal=f"{given_by_data}, as `megatron-ext data` prints")
     with readable.readable(args, parsers[0]), silenced(args):
         set_global_variables(args)
-    # The tokenizer may have decided the vocabulary.
-    architecture = Architecture.from_args(args)
-    _check_layout(args, architecture)
-    if not offline:
+    model: Any = family.from_args(args)
+    family.check_layout(args, model)
+    if family.reads_text and not offline:
         in_use: Any = get_tokenizer()
-        check_vocabulary(args, in_use.vocab_size, architecture.vocab_size)
+        check_vocabulary(args, in_use.vocab_size, model.vocab_size)
+    if not isinstance(model, Architecture):  # whose checkpoints say it by Megatron's own arguments
+        args.ext_family, args.ext_model = family.name, model.to_dict() | {"num_parameters": model.num_parameters()}
     check_continues(begins, args)
     with readable.readable(args, parsers[0]), silenced(args):
-        model_config(args, architecture)  # whose fields refuse one another, too
+        family.config(args, model)  # whose fields refuse one another, too
     if begins is not None:  # last, because it takes as long as reading it
         verify_start(begins.step, args, begins.continues)
     options = {prefix: read_options(args, options, prefix) for prefix, options in job.options.items()}
-    return RunConfig(job, args, architecture, early.dry_run, options, source, begins)
+    return RunConfig(job, args, model, early.dry_run, options, source, begins)
 
 
 def _program(job: Job) -> str:
     """What `--help` calls the program: a script by its name, else the command."""
     own = Path(sys.argv[0]).name
     return own if own.endswith(".py") and own != "__main__.py" else f"megatron-ext {job.name}"
-
-
-def _check_model(args: Namespace, job: Job) -> None:
-    """Find what is wrong with the model before Megatron does, in words that help."""
-    if args.hybrid_layer_pattern is None:
-        empty = f"--load {args.load}, where no checkpoint is" if args.load else "none of the flags"
-        named = "--preset NAME, --preset CHECKPOINT, or --hybrid-layer-pattern"
-        raise ConfigError("no model given", got=empty, legal="--load CHECKPOINT" if job.makes_new else named)
-    args.hybrid_layer_pattern = _pipeline(args.hybrid_layer_pattern, args.pipeline_model_parallel_size)
-    layers = len(parse_pattern(args.hybrid_layer_pattern).units)
-    if args.num_layers not in (None, layers):
-        raise ConfigError("--num-layers is not the pattern's", got=args.num_layers, legal=f"{layers}, or none")
-    if args.padded_vocab_size is None and args.vocab_size is None:
-        return  # the tokenizer will say
-    _check_layout(args, Architecture.from_args(args))
 
 
 def _check_saving(args: Namespace) -> None:
@@ -173,16 +146,6 @@ def _check_saving(args: Namespace) -> None:
             got="--non-persistent-ckpt-type or --non-persistent-save-interval",
             legal="--save-interval, with --save-retain-interval to keep only some",
         )
-
-
-def _check_layout(args: Namespace, architecture: Architecture) -> None:
-    """Find what does not divide."""
-    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    ep, etp = args.expert_model_parallel_size, args.expert_tensor_parallel_size
-    architecture.validate(tp=tp, pp=pp, ep=ep, etp=etp)
-    if MOE in architecture.pattern and tp > 1 and not args.sequence_parallel:
-        # Otherwise every tensor rank sends the same tokens to the experts.
-        raise ConfigError(f"experts under tensor parallel {tp} need sequence parallelism", legal="--sequence-parallel")
 
 
 def _check_tokenizer(args: Namespace, begins: Start | None) -> None:

@@ -55,36 +55,38 @@ def show(run: RunConfig, extra: DryRun = NOTHING) -> None:
         run: The validated command line.
         extra: Of the job.
     """
-    args, architecture = run.args, run.architecture
+    args, family = run.args, run.job.family
     if args.rank:
         return
     table = Table(title=f"{run.job.name}: dry run, nothing started, nothing written", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    table.add_row("model", f"{run.model_source}, pattern {args.hybrid_layer_pattern}")
-    table.add_row(
-        "sizes",
-        f"hidden {architecture.hidden_size:,}, FFN {architecture.ffn_hidden_size:,}, vocabulary "
-        f"{architecture.vocab_size:,}, {architecture.num_attention_heads} heads in "
-        f"{architecture.num_query_groups} groups",
-    )
-    total, body = architecture.num_parameters(), architecture.num_parameters(embedding=False)
-    active = f", of which a token uses {architecture.num_active_parameters():,}" if architecture.num_experts else ""
-    table.add_row("parameters", f"{total:,} ({total / 1e9:.2f}B), without embeddings {body:,}{active}")
-    for name, value in extra.rows.items():
+    table.add_row("model", run.model_source)
+    for name, value in (family.rows(args, run.model) | dict(extra.rows)).items():
         table.add_row(name, value)
-    table.add_row("memory per GPU", shown(memory_per_gpu(run) if extra.memory is None else extra.memory))
+    memory = family.memory(run.model, layout_of(run)) if extra.memory is None else extra.memory
+    table.add_row("memory per GPU", shown(memory))
     table.add_row(
         "layout",
         f"{args.world_size} ranks = tensor {args.tensor_model_parallel_size} x pipeline "
         f"{args.pipeline_model_parallel_size} x context {args.context_parallel_size} x data {args.data_parallel_size}",
     )
+    steps = args.train_iters or 0
+    if not family.reads_text:
+        count = args.global_batch_size
+        table.add_row("batch", f"{count:,} samples, micro-batch {args.micro_batch_size}, {steps:,} steps")
+        _print(table, extra)
+        return
     tokens = args.global_batch_size * args.seq_length
     table.add_row(
         "batch",
         f"{args.global_batch_size} x {args.seq_length} = {tokens:,} tokens a step, micro-batch "
-        f"{args.micro_batch_size}, {args.train_iters or 0:,} steps, {tokens * (args.train_iters or 0):,} tokens",
+        f"{args.micro_batch_size}, {steps:,} steps, {tokens * steps:,} tokens",
     )
+    _print(table, extra)
+
+
+def _print(table: Table, extra: DryRun) -> None:
     console = Console(width=120)
     for each in (table, *extra.tables):
         console.print(each)

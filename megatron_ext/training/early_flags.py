@@ -3,24 +3,14 @@
 import argparse
 import functools
 import importlib.util
-import os
 from argparse import Namespace
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
 from megatron_ext import platform
-from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.resume import architecture_on_disk, sequence_length_on_disk
 from megatron_ext.errors import ConfigError
-from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.bootstrap import prepare
-from megatron_ext.models.pattern import MAMBA
-from megatron_ext.models.pattern import parse as parse_pattern
-from megatron_ext.models.presets import preset
-from megatron_ext.models.rope_extension import extension
-from megatron_ext.ops.autotune import Shape
-from megatron_ext.training.start import Start
 
 VOCAB_MULTIPLE = 128
 
@@ -59,21 +49,6 @@ def early_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def layer_shape(words: Sequence[str]) -> Shape | None:
-    """What a Mamba-2 layer of the model is on one rank, to choose kernels by; None if the model has none."""
-    told, _ = early_parser().parse_known_args(words)
-    if MAMBA not in (told.hybrid_layer_pattern or ""):
-        return None
-    # Under context parallelism a rank has the whole sequence of some heads, and at least one group.
-    ranks = told.tensor_model_parallel_size * told.context_parallel_size
-    return Shape(
-        max(1, (told.mamba_num_heads or Shape.heads) // ranks), told.mamba_head_dim, told.mamba_state_dim,
-        max(1, told.mamba_num_groups // ranks), told.seq_length or Shape.tokens,
-        "bfloat16" if told.bf16 else "float16" if told.fp16 else "float32",
-        told.micro_batch_size,
-    ).limited()  # fmt: skip
-
-
 def equals_form(argv: Sequence[str]) -> list[str]:
     """A pattern may begin with "-", which argparse would take for a flag: `--hybrid-layer-pattern=-M...`."""
     argv, joined = list(argv), []
@@ -83,41 +58,6 @@ def equals_form(argv: Sequence[str]) -> list[str]:
             word += "=" + argv.pop(0)
         joined.append(word)
     return joined
-
-
-def architecture_of(source: str) -> tuple[Architecture, bool]:
-    """The architecture of a preset or a checkpoint directory, and whether it came from a checkpoint.
-
-    Raises:
-        ConfigError: It is neither.
-        CheckpointError: The directory holds no readable checkpoint.
-    """
-    if os.sep in source or Path(source).is_dir():
-        return architecture_on_disk(Path(source)), True
-    return preset(source).architecture, False
-
-
-def model_flags(early: Namespace, start: Start | None) -> tuple[list[str], str]:
-    """Flags of the model that `--preset` or the step to load names, and where they came from."""
-    source, step = early.preset, None
-    if source is None and start is not None:
-        # A pattern on the command line may add pipeline borders to the checkpoint's own; another one is another model.
-        units, pattern = layout.architecture(start.step.path).pattern, early.hybrid_layer_pattern
-        if pattern is None or parse_pattern(pattern).units == units:
-            source, step = str(start.directory), start.step.path
-    if source is None:
-        return [], "flags"
-    architecture, from_checkpoint = architecture_of(source if step is None else str(step.absolute()))
-    flags = architecture.to_flags()
-    if not from_checkpoint and (early.tokenizer_model or early.tokenizer_type):
-        # A preset's vocabulary is only its default: the tokenizer in use decides.
-        at = flags.index("--padded-vocab-size")
-        del flags[at : at + 2]
-    if from_checkpoint:
-        flags += extension(architecture, early)
-        if length := sequence_length_on_disk(step or Path(source)):
-            flags += ["--seq-length", str(length)]
-    return flags, source
 
 
 def default_flags() -> list[str]:

@@ -5,14 +5,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.megatron_args import FUNCTION
-from megatron_ext.training.job import RunConfig
+from megatron_ext.reports.metrics_file import key_of
+from megatron_ext.training.job import RunConfig, task_of
+
+if TYPE_CHECKING:
+    from megatron_ext.training.step import Task
 
 # Arguments that belong to a run's layout, or that launching settles from the same arguments.
 _OF_THE_RUN = (
@@ -52,7 +56,7 @@ def load_other(run: RunConfig, architecture: Architecture, checkpoint: Path) -> 
     args = with_architecture(run.args, architecture)
     args.load, args.pretrained_checkpoint, args.ckpt_step = str(checkpoint), None, None
     set_args(args)
-    other = replace(run, args=args, architecture=architecture)
+    other = replace(run, args=args, model=architecture)
     return other, build_model(other)
 
 
@@ -91,16 +95,14 @@ def build_model(run: RunConfig, config: Any = None) -> list[Any]:
 
     Args:
         run: The validated command line.
-        config: Megatron's configuration of the model; by default that of the layer pattern.
+        config: Megatron's configuration of the model; by default the family's.
     """
     from megatron.core.enums import ModelType
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.training import setup_model_and_optimizer
 
-    from megatron_ext.models.builder import model_config
-
-    config = config or model_config(run.args, run.architecture)
+    config = config or run.job.family.config(run.args, run.model)
     container = pretrain_cfg_container_from_args(run.args, config)
     model, _, _ = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
@@ -113,30 +115,36 @@ def build_model(run: RunConfig, config: Any = None) -> list[Any]:
 
 
 @torch.no_grad()
-def mean_loss(
+def mean_metrics(
     run: RunConfig,
     model: list[Any],
     split: Literal["train", "valid"],
     samples: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[float, int]:
-    """Mean loss in nats per token over the first sequences of a split; the same on every layout.
+) -> tuple[dict[str, float], int]:
+    """Each metric of the job's task over the first samples of a split; the same on every layout.
 
     Args:
-        run: The validated command line; its batch sizes decide how many sequences go through at once.
+        run: The validated command line; its batch sizes decide how many samples go through at once.
         model: From `load_model`.
         split: Which part of the data.
-        samples: Sequences, a multiple of the global batch; all whole batches of the split by default.
-        progress: Called with sequences done and in all.
+        samples: Samples, a multiple of the global batch; all whole batches of the split by default.
+        progress: Called with samples done and in all.
 
     Returns:
-        The loss, and the number of sequences.
+        The metrics by name, and the number of samples.
     """
-    loaders = [_loader(split, samples, stage) for stage in range(len(model))]
+    task = task_of(run)
+    loaders = [_loader(run, task, split, samples, stage) for stage in range(len(model))]
     total = loaders[0][1] if samples is None else samples
     iterators = [iter(loader) if loader is not None else None for loader, _ in loaders]
     steps = total // run.args.global_batch_size
-    return forward_all(run, model, iterators, steps, progress), steps * run.args.global_batch_size
+    return forward_all(run, model, iterators, steps, progress, task), steps * run.args.global_batch_size
+
+
+def mean_loss(run: RunConfig, model: list[Any], split: Literal["train", "valid"], samples: int | None = None) -> float:
+    """The mean loss alone; see `mean_metrics`."""
+    return mean_metrics(run, model, split, samples)[0]["loss"]
 
 
 def micro_batches(run: RunConfig, model: list[Any], split: Literal["train", "valid"], samples: int) -> list[Any]:
@@ -144,7 +152,7 @@ def micro_batches(run: RunConfig, model: list[Any], split: Literal["train", "val
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
     count = samples // run.args.global_batch_size * get_num_microbatches()
-    loaders = [_loader(split, samples, stage)[0] for stage in range(len(model))]
+    loaders = [_loader(run, task_of(run), split, samples, stage)[0] for stage in range(len(model))]
     return [list(islice(loader, count)) if loader is not None else None for loader in loaders]
 
 
@@ -155,30 +163,35 @@ def forward_all(
     iterators: Sequence[Any],
     steps: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> float:
-    """Mean loss in nats per token over so many global batches, on all ranks.
+    task: "Task | None" = None,
+) -> dict[str, float]:
+    """Each metric over so many global batches, on all ranks.
 
     Args:
         run: The validated command line.
         model: From `load_model`.
         iterators: Of micro-batches, one for each chunk of the model; None where it reads none.
         steps: Global batches.
-        progress: Called with sequences done and in all.
+        progress: Called with samples done and in all.
+        task: By default the job's.
     """
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
     args = run.args
-    total = count = 0.0
+    whole: dict[str, tuple[float, float]] = {}
     for step in range(steps):
-        some, tokens = forward_sums(run, model, iterators, get_num_microbatches())
-        total, count = total + some, count + tokens
+        for name, (some, counted) in forward_sums(run, model, iterators, get_num_microbatches(), task).items():
+            total, count = whole.get(name, (0.0, 0.0))
+            whole[name] = total + some, count + counted
         progress((step + 1) * args.global_batch_size, steps * args.global_batch_size)
-    return total / count
+    return {name: total / count for name, (total, count) in whole.items()}
 
 
 @torch.no_grad()
-def forward_sums(run: RunConfig, model: list[Any], iterators: Sequence[Any], micro_batches: int) -> tuple[float, float]:
-    """The sum of the losses of so many micro-batches of each rank, in nats, and their tokens; on all ranks.
+def forward_sums(
+    run: RunConfig, model: list[Any], iterators: Sequence[Any], micro_batches: int, task: "Task | None" = None
+) -> dict[str, tuple[float, float]]:
+    """Of so many micro-batches of each rank the sum of each metric, and what it is divided by; on all ranks.
 
     Tensor-parallel ranks repeat the same sums, and count as often: only the ratio of the two is a mean.
 
@@ -187,13 +200,13 @@ def forward_sums(run: RunConfig, model: list[Any], iterators: Sequence[Any], mic
         model: From `load_model`.
         iterators: Of micro-batches, one for each chunk of the model; None where it reads none.
         micro_batches: With a virtual pipeline, a multiple of its ranks.
+        task: By default the job's.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_ext.training.step import forward_step
-
-    losses: list[dict[str, torch.Tensor]] = get_forward_backward_func()(
-        forward_step_func=forward_step,
+    task = task or task_of(run)
+    found: list[dict[str, torch.Tensor]] = get_forward_backward_func()(
+        forward_step_func=task.forward_step,
         data_iterator=list(iterators) if len(model) > 1 else iterators[0],
         model=model,
         num_microbatches=micro_batches,
@@ -201,23 +214,24 @@ def forward_sums(run: RunConfig, model: list[Any], iterators: Sequence[Any], mic
         micro_batch_size=run.args.micro_batch_size,
         forward_only=True,
     )
-    sums = torch.zeros(2, dtype=torch.float64)
-    for loss in losses:
-        sums += loss["lm loss"].double().cpu()
+    names = list(task.units)
+    sums = torch.zeros(len(names), 2, dtype=torch.float64)
+    for metrics in found:
+        for tag, pair in metrics.items():
+            if (name := key_of(tag)) in names:
+                sums[names.index(name)] += pair.double().cpu()
     # Tensor-parallel ranks repeat the same sums, which cancels in the ratio; other pipeline stages add nothing.
     everywhere = sums.to(torch.cuda.current_device())
     torch.distributed.all_reduce(everywhere)
-    return float(everywhere[0]), float(everywhere[1])
+    return {name: (float(total), float(count)) for name, (total, count) in zip(names, everywhere, strict=True)}
 
 
-def _loader(split: str, samples: int | None, stage: int) -> tuple[Any, int]:
-    """A data loader on the ranks that read data, and the number of sequences in the split on every rank."""
+def _loader(run: RunConfig, task: "Task", split: str, samples: int | None, stage: int) -> tuple[Any, int]:
+    """A data loader on the ranks that read data, and the number of samples in the split on every rank."""
     from megatron.training.datasets.data_samplers import build_pretraining_data_loader
 
-    from megatron_ext.data.batch import build_datasets
-
     wanted = (samples, 0, 0) if split == "train" else (0, samples, 0)
-    dataset = build_datasets(wanted, vp_stage=stage)[0 if split == "train" else 1]
+    dataset = task.datasets(wanted, vp_stage=stage)[0 if split == "train" else 1]
     count = torch.tensor([len(dataset) if dataset is not None else 0], device=torch.cuda.current_device())
     torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
     return build_pretraining_data_loader(dataset, 0), int(count)

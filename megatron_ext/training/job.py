@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import Pattern
 from megatron_ext.models.pattern import parse as parse_pattern
+from megatron_ext.training.family import Model, ModelFamily
+from megatron_ext.training.language_model import LANGUAGE_MODEL
 from megatron_ext.training.start import Start
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from megatron_ext.training.step import Task
 
 STOPPABLE = ("--exit-signal-handler",)
 """Of a job that trains: SIGTERM and Ctrl-C let it finish its step, save, and end well."""
@@ -38,22 +42,26 @@ class Job:
 
     Attributes:
         name: `pretrain`, `prune`, `distill`: written into the run directory, which belongs to one kind.
+        family: The models that it works on.
         options: Our option dataclasses by flag prefix.
         defaults: Megatron flags that this job sets unless the user does.
         offline: Our flags under which the job reads no data, and so needs no tokenizer.
         makes_new: Whether `--save` is a directory that the job makes, and not one that it works in.
         measures: Which split it reads with `--skip-train`: 0 training, 1 validation.
+        task: What the model is trained and measured on; by default the next token of a text.
         check: Finds what is wrong with the options before any process group; what it returns is given to the others.
         dry_run: What `--dry-run` prints beside model, memory and layout.
-        run: Does the work.
+        run: Does the work; by default trains `task`, or measures it with `--skip-train`.
     """
 
     name: str
+    family: ModelFamily = LANGUAGE_MODEL
     options: dict[str, type] = field(default_factory=dict)
     defaults: tuple[str, ...] = ()
     offline: tuple[str, ...] = ()
     makes_new: bool = False
     measures: int = 0
+    task: Callable[["RunConfig"], "Task"] | None = None
     check: Callable[["RunConfig"], Any] = lambda run: None
     dry_run: Callable[["RunConfig", Any], DryRun] = lambda run, checked: DryRun()
     run: Callable[["RunConfig", Any], None] | None = None
@@ -66,7 +74,7 @@ class RunConfig:
     Attributes:
         job: The kind of run.
         args: Megatron's namespace, our flags among them.
-        architecture: The model.
+        model: Of the job's family.
         dry_run: Whether to print and stop.
         options: Our options by prefix, as instances of the job's dataclasses.
         model_source: Where the architecture came from, for people.
@@ -75,7 +83,7 @@ class RunConfig:
 
     job: Job
     args: Namespace
-    architecture: Architecture
+    model: Model
     dry_run: bool
     options: dict[str, Any]
     model_source: str
@@ -86,6 +94,12 @@ class RunConfig:
         """The step that the run goes on from, 0 for one that begins."""
         continues = self.start is not None and self.start.continues and not self.args.finetune
         return self.start.step.iteration if continues and self.start is not None else 0
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model of a job that works on language models."""
+        assert isinstance(self.model, Architecture)
+        return self.model
 
     @property
     def pattern(self) -> Pattern:
@@ -110,6 +124,20 @@ def run_job(job: Job, argv: Sequence[str]) -> None:
     checked = job.check(run)
     if run.dry_run:
         dry_run.show(run, job.dry_run(run, checked))
-    else:
-        assert job.run is not None
+    elif job.run is not None:
         job.run(run, checked)
+    elif run.args.skip_train:
+        from megatron_ext.training import validation
+
+        validation.validate(run)
+    else:
+        from megatron_ext.training import loop
+
+        loop.train(run)
+
+
+def task_of(run: RunConfig) -> "Task":
+    """What the job's model is trained and measured on."""
+    from megatron_ext.training.step import language_modelling
+
+    return language_modelling() if run.job.task is None else run.job.task(run)

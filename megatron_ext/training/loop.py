@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_ext.checkpoint import checksums
 from megatron_ext.errors import ConfigError
@@ -13,39 +13,31 @@ from megatron_ext.platform.scalars import divert_scalars
 from megatron_ext.platform.write_results import keep_write_results
 from megatron_ext.reports import metrics_file, training_plot
 from megatron_ext.training import signals
-from megatron_ext.training.job import RunConfig
+from megatron_ext.training.job import RunConfig, task_of
 from megatron_ext.training.metrics_log import MetricsLog
 from megatron_ext.training.run_directory import claim, hold
+
+if TYPE_CHECKING:
+    from megatron_ext.training.step import Task
 
 logger = logging.getLogger(__name__)
 
 Hook = Callable[[list[Any]], list[Any]]
 
 
-def train(
-    run: RunConfig,
-    forward_step: Callable[..., Any] | None = None,
-    hooks: tuple[Hook, ...] = (),
-    datasets: Callable[..., Any] | None = None,
-    config: Any = None,
-) -> None:
+def train(run: RunConfig, task: "Task | None" = None, hooks: tuple[Hook, ...] = (), config: Any = None) -> None:
     """Train until `--train-iters`, with Megatron's own loop.
 
     Args:
         run: The validated command line.
-        forward_step: Megatron's `forward_step_func`; language modelling by default.
+        task: What the model is trained on; by default the job's.
         hooks: Called in turn with the list of model chunks after they are built and before they are wrapped for data
             parallelism (`ModelConfig.pre_wrap_hooks`).
-        datasets: Megatron's dataset provider; `data.build_datasets` by default.
-        config: Megatron's configuration of the model; by default that of the layer pattern.
+        config: Megatron's configuration of the model; by default the family's.
     """
     from megatron.core.enums import ModelType
     from megatron.training import pretrain, set_startup_timestamps
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
-
-    from megatron_ext.data.batch import build_datasets
-    from megatron_ext.models.builder import model_config
-    from megatron_ext.training.step import forward_step as language_model_step
 
     args = run.args
     if finished(run):
@@ -68,19 +60,19 @@ def train(
             before_saving(lambda _: log.flush())  # the step's line is there when its checkpoint is
         return chunks
 
-    config = config or model_config(args, run.architecture)
+    config, task = config or run.job.family.config(args, run.model), task or task_of(run)
     config.pre_wrap_hooks = [begin, *config.pre_wrap_hooks, _equal_expert_metrics, *hooks]
     now = time.time()
     set_startup_timestamps(program_start=now, main_entry=now)
     container = pretrain_cfg_container_from_args(args, config)
     try:
-        step = signals.from_first_step(args, forward_step or language_model_step)
-        pretrain(container, datasets or build_datasets, ModelType.encoder_or_decoder, step)
+        step = signals.from_first_step(args, task.forward_step)
+        pretrain(container, task.datasets, ModelType.encoder_or_decoder, step)
     finally:
         if log is not None:
             log.close()
     if isinstance(log, MetricsLog) and metrics_file.read_metrics(log.path):
-        training_plot.plot_training(log.path, log.path.with_name(training_plot.FILE))
+        training_plot.plot_training(log.path, log.path.with_name(training_plot.FILE), task.units["loss"])
 
 
 def finished(run: RunConfig) -> bool:
@@ -123,8 +115,10 @@ def _metrics_log(run: RunConfig, inner: Any) -> Any:
     if not args.save or args.rank != args.world_size - 1:
         return inner
 
-    def tokens_per_step() -> int:
-        return get_current_global_batch_size() * args.seq_length
+    text = run.job.family.reads_text
+
+    def per_step() -> int:
+        return get_current_global_batch_size() * (args.seq_length if text else 1)
 
     path = Path(args.save) / metrics_file.FILE
-    return MetricsLog(path, run.resumed, tokens_per_step, args.train_iters, inner)
+    return MetricsLog(path, run.resumed, per_step, args.train_iters, inner, "tokens" if text else "samples")

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_ext.checkpoint.atomic import write_text
-from megatron_ext.reports.metrics_file import read_metrics
+from megatron_ext.reports.metrics_file import key_of, read_metrics
 
-NAMES = {"lm loss": "loss", "grad-norm": "grad_norm", "learning-rate": "learning_rate"}
 VALIDATION = " validation"
 
 
@@ -34,25 +33,32 @@ class MetricsLog:
     Args:
         path: The file. Lines of steps after `start` (a run that died between two checkpoints) are dropped.
         start: Step that the run resumes from, 0 for one that begins.
-        tokens_per_step: Tokens of one step, read at each step because batch sizes may ramp up.
+        per_step: Tokens of one step, read at each step because batch sizes may ramp up.
         train_iters: The last step, for the bar and the remaining time.
         inner: The real TensorBoard writer, if the user asked for one.
+        unit: What is counted: tokens, or samples.
     """
 
     def __init__(
-        self, path: Path, start: int, tokens_per_step: Callable[[], int], train_iters: int, inner: Any = None
+        self,
+        path: Path,
+        start: int,
+        per_step: Callable[[], int],
+        train_iters: int,
+        inner: Any = None,
+        unit: str = "tokens",
     ) -> None:
         self.path, self.inner = path, inner
-        self._tokens_per_step, self._train_iters = tokens_per_step, train_iters
+        self._per_step, self._train_iters, self._unit = per_step, train_iters, unit
         self._time = time.perf_counter()
         earlier = [r for r in read_metrics(path) if r["step"] <= start] if path.exists() else []
-        self._tokens = int(earlier[-1].get("tokens", 0)) if earlier else 0
+        self._count = int(earlier[-1].get(unit, 0)) if earlier else 0
         write_text(path, "".join(_line(r) for r in earlier))
         self._file: TextIO = path.open("r+")
         # The step in progress, and where its line begins.
         self._record: dict[str, Any] = dict(earlier[-1]) if earlier else {}
         self._offset = self._file.seek(0, os.SEEK_END) - len(_line(self._record)) if earlier else 0
-        self._bar = _bar(start, train_iters)
+        self._bar = _bar(start, train_iters, unit)
 
     def add_scalar(self, tag: str, value: Any, step: int, *args: Any, **kwargs: Any) -> None:
         """Called by Megatron for each scalar of a step; the first scalar of the next step closes the line."""
@@ -65,18 +71,18 @@ class MetricsLog:
             self._record, self._offset = {}, self._file.tell()
         if tag.endswith(VALIDATION):
             # Validation follows the step it belongs to, and its time is not training time.
-            key = NAMES.get(tag.removesuffix(VALIDATION), tag.removesuffix(VALIDATION).replace(" ", "_"))
-            self._record |= {"step": step, "tokens": self._tokens, f"val_{key}": _float(value)}
+            key = f"val_{key_of(tag.removesuffix(VALIDATION))}"
+            self._record |= {"step": step, self._unit: self._count, key: _float(value)}
             self._time = time.perf_counter()
             return
         if not self._record:
             now = time.perf_counter()
-            tokens = self._tokens_per_step()
-            self._tokens += tokens
-            self._record.update(step=step, tokens=self._tokens, seconds=now - self._time)
-            self._record["tokens_per_second"] = tokens / (now - self._time)
+            count = self._per_step()
+            self._count += count
+            self._record |= {"step": step, self._unit: self._count, "seconds": now - self._time}
+            self._record[f"{self._unit}_per_second"] = count / (now - self._time)
             self._time = now
-        self._record[NAMES.get(tag, tag.replace(" ", "_").replace("-", "_"))] = _float(value)
+        self._record[key_of(tag)] = _float(value)
 
     def _write(self) -> None:
         if self._record:
@@ -111,7 +117,7 @@ def _line(record: dict[str, Any]) -> str:
     return json.dumps(record) + "\n"
 
 
-def _bar(start: int, total: int) -> Callable[[dict[str, Any]], None] | None:
+def _bar(start: int, total: int, unit: str) -> Callable[[dict[str, Any]], None] | None:
     """A live bar on standard error if that is a terminal."""
     if not sys.stderr.isatty():
         return None
@@ -131,7 +137,7 @@ def _bar(start: int, total: int) -> Callable[[dict[str, Any]], None] | None:
 
     def show(record: dict[str, Any]) -> None:
         loss, validation = record.get("loss"), record.get("val_loss")
-        now = "" if loss is None else f"loss {loss:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
+        now = "" if loss is None else f"loss {loss:.3f}  {record[f'{unit}_per_second']:,.0f} {unit}/s"
         if validation is not None:
             now += f"  validation {validation:.3f}"
         progress.update(task, completed=record["step"], now=now)

@@ -107,11 +107,16 @@ def describe(run: "RunConfig") -> str:
     content: dict[str, Any] = {
         "job": run.job.name,
         "model": run.model_source,
-        "architecture": run.architecture.to_dict(),
+        "family": run.job.family.name,
+        "architecture": run.model.to_dict(),
         "versions": versions(),
         "commit": git_commit(),
         "flags": {k: _plain(v) for k, v in sorted(vars(run.args).items()) if k[0] != "_" and k not in PROGRESS},
     }
+    if not run.job.family.reads_text:
+        from megatron_ext.training.job import task_of
+
+        content["units"] = dict(task_of(run).units)
     return yaml.safe_dump(content, sort_keys=False, width=120)
 
 

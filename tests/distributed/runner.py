@@ -18,7 +18,7 @@ CALL = "call.pickle"
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Call `fn(*args)` on `world_size` new processes in one gloo group, and return what each returned, by rank.
 
-    Megatron is usable in them, as in the programs (`models.backend.prepare`).
+    Megatron is usable in them, as in the programs (`models.bootstrap.prepare`).
 
     Args:
         fn: A function of a module's top level. Its result must be something that `torch.save` can write.

@@ -142,7 +142,7 @@ def correct(run: RunConfig, teacher: Teacher, steps: int) -> None:
         start = Start("--pretrained-checkpoint", given.path.parent, given)
     tell_megatron(start, args)
     set_args(args)
-    loop.train(replace(run, args=args, architecture=architecture, start=start))
+    loop.train(replace(run, args=args, model=architecture, start=start))
 
 
 def corrected_first(run: RunConfig, teacher: Teacher, steps: int) -> Teacher:

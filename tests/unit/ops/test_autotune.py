@@ -8,10 +8,10 @@ import pytest
 
 from megatron_ext import platform
 from megatron_ext.models import bootstrap
-from megatron_ext.platform import state_space
 from megatron_ext.ops import autotune, dispatch
 from megatron_ext.ops.autotune import REPEATS, WARM_UP, Shape, choose
-from megatron_ext.training.early_flags import layer_shape
+from megatron_ext.platform import state_space
+from megatron_ext.training.language_model import layer_shape
 
 
 class Clock:

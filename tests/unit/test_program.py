@@ -3,8 +3,7 @@
 import errno
 
 import pytest
-
-from megatron_ext.training.program import main
+from megatron_ext.program import main
 
 
 def test_a_full_disk_is_no_stack_trace(capsys: pytest.CaptureFixture[str]) -> None:

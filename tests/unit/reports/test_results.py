@@ -11,7 +11,7 @@ import pytest
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.errors import ConfigError
-from megatron_ext.evaluation.results import Results, read_results
+from megatron_ext.reports.results import Results, read_results
 
 ARCHITECTURE = SimpleNamespace(to_dict=lambda: {"hidden_size": 8})
 

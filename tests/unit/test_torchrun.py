@@ -4,8 +4,7 @@ import signal
 from types import SimpleNamespace
 
 import pytest
-
-from megatron_ext.training.torchrun import cause
+from megatron_ext.torchrun import cause
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from megatron_ext.reports.metrics_file import finite
 
 FILE = "results.json"
 CHECKPOINT, EARLIER, SETTINGS, UNFINISHED = "checkpoint", "earlier", "settings", "unfinished"
+VALIDATION = "validation"
+WHOLE, LOGGED = "--skip-train", "training's log"  # where a validation loss comes from
 
 
 def read_results(directory: Path, file: str = FILE) -> dict[str, Any]:
@@ -64,7 +66,7 @@ class Results:
             "path": str(step.path.parent.resolve()),
             "step": step.path.name,
             "fingerprint": layout.fingerprint(step.path),
-            "architecture": layout.architecture(step.path).to_dict(),
+            "architecture": layout.described(step.path),
         }
         there = read_results(self.directory).get(CHECKPOINT)
         own = self.directory.resolve() == step.path.parent.resolve()  # a run may have been moved

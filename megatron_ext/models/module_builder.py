@@ -1,0 +1,58 @@
+"""Megatron's model configuration and builder for modules that it has no builder of its own for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.models.base import ModelBuilder, ModelConfig, compose_hooks
+from megatron.training.models.dist_utils import unimodal_build_distributed_models
+
+
+@dataclass(kw_only=True)
+class ModuleConfig(ModelConfig):
+    """What builds a module.
+
+    Attributes:
+        transformer: Layout, precision and initialisation.
+        model: The family's description of the model.
+        build: From these and the process groups to the module.
+    """
+
+    builder: ClassVar[str] = "megatron_ext.models.module_builder.ModuleBuilder"
+    transformer: TransformerConfig
+    model: Any
+    build: Callable[[Any, Any, Any], Any]
+
+    def __getattr__(self, name: str, /) -> Any:
+        # Megatron asks the whole configuration for fields of the transformer's.
+        if name.startswith("__") or name == "transformer":
+            raise AttributeError(name)
+        return getattr(self.transformer, name)
+
+
+class ModuleBuilder(ModelBuilder[Any, ModuleConfig]):
+    """Builds the module whole on each pipeline stage, of which there is one."""
+
+    def build_model(
+        self,
+        pg_collection: Any,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> Any:
+        """The module, on `pg_collection`'s groups."""
+        config: Any = self._model_config
+        module = config.build(config.transformer, config.model, pg_collection)
+        module.pg_collection, module.vp_stage = pg_collection, vp_stage  # what Megatron's loop asks every model for
+        return module
+
+    def build_distributed_models(self, pg_collection: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        """The module in Megatron's wrappers."""
+        config: Any = self._model_config
+        before, after = compose_hooks(config.pre_wrap_hooks), compose_hooks(config.post_wrap_hooks)
+        return after(
+            unimodal_build_distributed_models(
+                self.build_model, config.transformer, pg_collection, *args, pre_wrap_hook=before, **kwargs
+            )
+        )

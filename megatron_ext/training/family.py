@@ -1,0 +1,175 @@
+"""A model family: from flags to a description of a model, and from that to Megatron's module.
+
+The layer pattern (`training.language_model`) is one; a family of a wing derives from `DataclassFamily`, whose
+models are frozen dataclasses of flags.
+"""
+
+from abc import ABC, abstractmethod
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from megatron_ext.checkpoint import layout
+from megatron_ext.errors import ConfigError, nearest
+from megatron_ext.models.training_cost import Layout, state_bytes
+from megatron_ext.options.fields import add_options, read_options, to_flags
+from megatron_ext.training.start import Start
+
+if TYPE_CHECKING:
+    from megatron_ext.ops.autotune import Shape
+
+
+class Model(Protocol):
+    """What a model is, as one frozen value."""
+
+    def num_parameters(self) -> int:
+        """Parameters in all, before any parallel split."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for `config.yaml`, `results.json` and checkpoints."""
+        ...
+
+
+class ModelFamily(ABC):
+    """Flags to models of one kind.
+
+    Attributes:
+        name: Written into checkpoints and results.
+        reads_text: Whether a job of this family needs a tokenizer and reads Megatron's data sets of tokens.
+    """
+
+    name: str
+    reads_text: ClassVar[bool] = False
+
+    @abstractmethod
+    def flags(self, early: Namespace, start: Start | None) -> tuple[list[str], str]:
+        """Flags of the model that `--preset` or the step to load names, and where they came from, for people."""
+
+    @abstractmethod
+    def add_flags(self, parser: ArgumentParser) -> None:
+        """Flags of our own that describe a model."""
+
+    def ssm_shape(self, words: Sequence[str]) -> "Shape | None":
+        """The state-space layer of a model, to choose kernels by; None if it has none."""
+        return None
+
+    @abstractmethod
+    def check(self, args: Namespace, loads: bool) -> None:
+        """Find what is wrong with the model before Megatron does.
+
+        Args:
+            args: Parsed, not validated.
+            loads: Whether the job can only load a model, not describe one.
+
+        Raises:
+            ConfigError: Says what.
+        """
+
+    @abstractmethod
+    def from_args(self, args: Namespace) -> Model:
+        """The model that Megatron's arguments and ours describe."""
+
+    @abstractmethod
+    def check_layout(self, args: Namespace, model: Any) -> None:
+        """Find what the parallel layout does not divide.
+
+        Raises:
+            ConfigError: Says what.
+        """
+
+    @abstractmethod
+    def config(self, args: Namespace, model: Any) -> Any:
+        """Megatron's `ModelConfig`, which builds the model."""
+
+    @abstractmethod
+    def rows(self, args: Namespace, model: Any) -> dict[str, str]:
+        """What `--dry-run` says of a model, beside where it came from."""
+
+    @abstractmethod
+    def memory(self, model: Any, layout: Layout) -> dict[str, float]:
+        """Bytes that training takes on the fullest rank, by component."""
+
+
+@dataclass(frozen=True)
+class DataclassFamily(ModelFamily):
+    """A family whose models are a frozen dataclass of flags (`options.option`), `--{name}-{field}`.
+
+    Attributes:
+        name: Also the prefix of the flags.
+        model: The dataclass; it has `num_parameters()` and may have `check_layout(tp)`, which raises `ConfigError`.
+        build: From Megatron's `TransformerConfig` (layout, precision, initialisation), the model and the process groups
+            to the module, a `MegatronModule`.
+        presets: Named models.
+        megatron_flags: What Megatron's parser insists on, of a model that it does not know.
+    """
+
+    name: str
+    model: type
+    build: Callable[[Any, Any, Any], Any]
+    presets: Mapping[str, Any] = field(default_factory=dict)
+    megatron_flags: tuple[str, ...] = (
+        "--num-layers", "1", "--hidden-size", "64", "--num-attention-heads", "64", "--seq-length", "1",
+        "--max-position-embeddings", "1", "--position-embedding-type", "none", "--tokenizer-type", "NullTokenizer",
+        "--vocab-size", "1",
+    )  # fmt: skip
+
+    def add_flags(self, parser: ArgumentParser) -> None:
+        """The fields of the dataclass."""
+        add_options(parser, self.model, self.name)
+
+    def flags(self, early: Namespace, start: Start | None) -> tuple[list[str], str]:
+        """Of a preset's name, or of what a checkpoint says that it holds."""
+        front = list(self.megatron_flags)
+        if early.preset in self.presets:
+            return [*front, *to_flags(self.presets[early.preset], self.name)], early.preset
+        if early.preset is not None and not Path(early.preset).is_dir():
+            raise ConfigError(f"unknown preset {early.preset!r}", legal=nearest(early.preset, self.presets))
+        step = layout.find(early.preset) if early.preset is not None else start.step if start is not None else None
+        if step is None:
+            return front, "flags"
+        return [*front, *to_flags(self._saved(step), self.name)], str(step.path)
+
+    def check(self, args: Namespace, loads: bool) -> None:
+        """What the dataclass itself refuses, and a pipeline: the model is one stage."""
+        self.from_args(args)
+        for flag in ("pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"):
+            if getattr(args, flag) != 1:
+                name = "--" + flag.replace("_", "-")
+                raise ConfigError(f"a {self.name} model is one stage", got=f"{name} {getattr(args, flag)}", legal="1")
+
+    def from_args(self, args: Namespace) -> Any:
+        """The dataclass with the values of its flags."""
+        return read_options(args, self.model, self.name)
+
+    def check_layout(self, args: Namespace, model: Any) -> None:
+        """What the model itself says."""
+        if hasattr(model, "check_layout"):
+            model.check_layout(args.tensor_model_parallel_size)
+
+    def config(self, args: Namespace, model: Any) -> Any:
+        """A configuration that carries the model to `build`."""
+        from megatron.training.argument_utils import core_transformer_config_from_args
+
+        from megatron_ext.models.module_builder import ModuleConfig
+
+        return ModuleConfig(transformer=core_transformer_config_from_args(args), model=model, build=self.build)
+
+    def rows(self, args: Namespace, model: Any) -> dict[str, str]:
+        """Every field, and the parameters."""
+        fields = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in model.to_dict().items())
+        return {"sizes": fields, "parameters": f"{model.num_parameters():,}"}
+
+    def memory(self, model: Any, layout: Layout) -> dict[str, float]:
+        """Weights, gradients and optimizer; activations are not known."""
+        return state_bytes(model.num_parameters() / layout.tp, layout)
+
+    def _saved(self, step: layout.Step) -> Any:
+        """The model that a step's arguments describe."""
+        args: Any = layout.common(step.path).get("args")
+        if getattr(args, "ext_family", None) != self.name:
+            held = getattr(args, "ext_family", None) or "a language model"
+            raise ConfigError("the checkpoint holds another kind of model", got=f"{step.path}: {held}", legal=self.name)
+        return self.from_args(args)
