@@ -13,7 +13,7 @@ import torch
 from random_models import random_weights
 from safetensors.torch import load_file, save_file
 
-from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint import checksums, layout
 from megatron_ext.checkpoint.huggingface import convert, families
 from megatron_ext.checkpoint.huggingface.convert import to_hf, to_megatron
 from megatron_ext.checkpoint.reader import Reader
@@ -96,8 +96,12 @@ def test_there_and_back_with_files_types_and_padding(hf: Path, tmp_path: Path) -
     to_hf(tmp_path / "m", tmp_path / "back", shard_bytes=6000)
     names = {path.name for path in hf.iterdir()}
     assert {path.name for path in (tmp_path / "back").iterdir()} == names
-    for name in names - {"README.md"}:
+    for name in names - {"README.md", checksums.FILE}:
         assert (tmp_path / "back" / name).read_bytes() == (hf / name).read_bytes(), name
+    before, after = (checksums.Checksums.read(path) for path in (hf, tmp_path / "back"))
+    assert before is not None
+    assert after is not None
+    assert before.files.items() <= after.files.items()  # of what was put there later, too
 
 
 def test_another_type_leaves_the_recurrence_alone(tmp_path: Path) -> None:
