@@ -66,6 +66,9 @@ def test_training_goes_on_and_at_longer_sequences(here: Workspace) -> None:
     here.run(pretrain.program, *straight, ranks=pretrain.ranks)
     losses = [[step["loss"] for step in here.metrics(run)] for run in ("runs/tiny", "runs/straight")]
     assert losses[0] == losses[1]
+    for name in ("report", "verify"):
+        (command,) = commands("pretrain", "megatron-ext", name)
+        here.run(EXTENSION, *command.words)
     (longer,) = commands("long_context", "pretrain_hybrid.py")
     trains_in_two_starts(here, longer, "--seq-length", "64")
 
