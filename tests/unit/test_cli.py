@@ -43,7 +43,8 @@ def test_what_the_programs_load_first_imports_no_megatron():
     code = "import sys; from megatron_ext.training import dry_run, forward, loop\n"
     code += "from megatron_ext.conversion import verify\nfrom megatron_ext.distillation import job\n"
     code += "from megatron_ext.distillation.logit_cache import write\nfrom megatron_ext.inference import session\n"
-    code += "from megatron_ext.pretraining import job\nfrom megatron_ext.training import validation\nfrom megatron_ext.pruning import job\n"
+    code += "from megatron_ext.pretraining import job\nfrom megatron_ext.training import validation\n"
+    code += "from megatron_ext.pruning import job\n"
     code += "print('imported:', [name for name in ('megatron.core', 'megatron.training') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("imported: []\n")

@@ -3,6 +3,7 @@
 import errno
 
 import pytest
+
 from megatron_ext.program import main
 
 

@@ -4,6 +4,7 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+
 from megatron_ext.torchrun import cause
 
 
