@@ -1,0 +1,7 @@
+"""Compressing and training models on Megatron-Core.
+
+An engine below (`training`, `checkpoint`, `models`, `ops`, `lm_head`, `data`, `reports`), features above
+(`pretraining`, `pruning`, `distillation`, `conversion`, `evaluation`, `inference`, `demo`), each with its own job,
+options and report.
+docs/architecture.md is the map.
+"""

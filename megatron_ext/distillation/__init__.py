@@ -1,1 +1,6 @@
-"""A student that learns from a frozen teacher: losses, the teacher, and the pair as one Megatron model chunk."""
+"""A student that learns from a teacher.
+
+`job`, `options` and `setup` are the command; `model` is student and teacher as one chunk for Megatron;
+`intermediate_layers` and `projections` match hidden states. `teachers/` says where a teacher's states come from,
+`logit_cache/` stores them. The losses themselves are in `lm_head/`.
+"""

@@ -1,0 +1,5 @@
+"""What a model is worth: text, lm-evaluation-harness, synthetic suites, speed, and several models side by side.
+
+`job` is `megatron-ext evaluate`, `compare` puts runs (`measured_run`) side by side, `questions` are tasks that pruning
+asks, too.
+"""
