@@ -8,6 +8,7 @@ kills are added up in rounds. docs/reliability.md is written from that file. --s
 """
 
 import argparse
+import contextlib
 import json
 import queue
 import tempfile
@@ -15,7 +16,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
 from math import ceil
@@ -168,30 +168,43 @@ def _work(
     small: bool,
     bad: list[str],
 ) -> None:
-    """Take one case after another, in a folder and with a server of its own."""
-    with ExitStack() as stack:
-        tiny = make(folder, stack.enter_context(Server()), small)
-        while True:
-            try:
-                name, case = todo.get_nowait()
-            except queue.Empty:
-                return
-            part, begun, before = all_parts[name], time.perf_counter(), results.so_far(name, case)
-            if part.kills and part.is_complete(before):
-                continue  # by earlier rounds
-            try:
-                result = (part.run_small if small and part.run_small else part.run)(tiny, case, before)
-            except (Exception, SystemExit):
-                print(f"{name}/{case}: {traceback.format_exc()}", flush=True)
-                bad.append(f"{name}/{case}")
-                continue
-            took = time.perf_counter() - begun
-            in_all = took + (before["took"] if before else 0)
-            results.add(name, case, result | {"took": round(in_all, 1), "on": date.today().isoformat()})
-            verdict = page.verdict(name, result)
-            if verdict != page.GOOD:
-                bad.append(f"{name}/{case}: {verdict}")
-            print(f"{name}/{case}: {verdict} ({took:.0f} s; {todo.qsize()} to go)", flush=True)
+    """Take one case after another, in a folder and with a server of its own; what fails is bad, and nothing is lost."""
+    try:
+        with Server() as server:
+            tiny = make(folder, server, small)
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    _run_case(tiny, *todo.get_nowait(), all_parts, results, small, bad)
+    except (Exception, SystemExit):  # which would end a thread without a word
+        print(traceback.format_exc(), flush=True)
+        bad.append("a worker has ended early")
+
+
+def _run_case(
+    tiny: Tiny,
+    name: str,
+    case: str,
+    all_parts: dict[str, Part],
+    results: Results,
+    small: bool,
+    bad: list[str],
+) -> None:
+    part, begun, before = all_parts[name], time.perf_counter(), results.so_far(name, case)
+    if part.kills and part.is_complete(before):
+        return  # by earlier rounds
+    try:
+        result = (part.run_small if small and part.run_small else part.run)(tiny, case, before)
+    except (Exception, SystemExit):
+        print(f"{name}/{case}: {traceback.format_exc()}", flush=True)
+        bad.append(f"{name}/{case}")
+        return
+    took = time.perf_counter() - begun
+    in_all = took + (before["took"] if before else 0)
+    results.add(name, case, result | {"took": round(in_all, 1), "on": date.today().isoformat()})
+    verdict = page.verdict(name, result)
+    if verdict != page.GOOD:
+        bad.append(f"{name}/{case}: {verdict}")
+    print(f"{name}/{case}: {verdict} ({took:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":

@@ -109,6 +109,8 @@ class Server:
         """Start a Python script on so many ranks."""
         self._count += 1
         outputs = [Path(self._folder.name) / f"{self._count}.{name}" for name in ("stdout", "stderr")]
+        for path in outputs:
+            path.touch()  # a job may be killed before it opens them
         begun = time.perf_counter()
         request = {"command": [str(word) for word in command], "outputs": [str(path) for path in outputs]}
         request |= {"cwd": str(cwd), "environments": _environments(ranks, environment or {})}

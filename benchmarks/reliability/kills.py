@@ -21,6 +21,7 @@ from benchmarks.reliability.tiny import CUT, DATA, DISTILL, MODEL, PRETRAIN, PRU
 from megatron_ext.checkpoint import layout
 from megatron_ext.errors import MegatronExtError
 
+METRICS = "metrics.jsonl"
 ROUND = 25  # kills after which a category's result is written down
 CHAIN = 8  # kills of one job, one after another, at most
 IN_WRITES = 0.8  # of the kills come just after a change of the output; the others at any time
@@ -232,7 +233,8 @@ class Trial:
             return
         if found != self.expected:
             keys = [key for key in found.keys() | self.expected.keys() if found.get(key) != self.expected.get(key)]
-            self._say("different", f"not as uninterrupted: {sorted(keys)[:5]}")
+            lines = [content.metrics(run / METRICS) for run in (self.straight, self.killed)] if METRICS in keys else ""
+            self._say("different", f"not as uninterrupted: {sorted(keys)[:5]} {lines}")
         if not self.category.continues and (left := content.left_over(self.killed)):
             self._say("left over", str(left))
 

@@ -45,7 +45,7 @@ CACHE: list[str | Path] = [
 ROWS = {
     "plain": Row("one rank"),
     "bf16": Row("bf16", ["--bf16"]),
-    "fp16": Row("fp16, whose first steps are skipped", ["--fp16", "--initial-loss-scale", "65536"]),
+    "fp16": Row("fp16", ["--fp16", "--initial-loss-scale", "1024"]),
     "dropout": Row("dropout", DROPOUT),
     "dropout-recomputed": Row(
         "dropout, recomputed",

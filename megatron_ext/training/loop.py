@@ -42,6 +42,8 @@ def train(run: RunConfig, task: "Task | None" = None, hooks: tuple[Hook, ...] = 
     args = run.args
     if finished(run):
         return
+    if _is_over(run):  # but for its validation
+        args.save_interval = run.resumed  # the last step is there, and is not saved again
     if not args.save:
         logger.warning("no --save: what is trained will be gone at the end")
     hold(run)
@@ -82,7 +84,7 @@ def finished(run: RunConfig) -> bool:
         ConfigError: It has, and elsewhere than in `--save`, where nothing would be.
     """
     args, done = run.args, run.resumed
-    if not done or done < (args.train_iters or args.train_samples // args.global_batch_size):
+    if not _is_over(run):
         return False
     flag, last = ("--train-samples", args.train_samples) if args.train_samples else ("--train-iters", args.train_iters)
     if args.save and Path(args.save).resolve() != Path(args.load).resolve():
@@ -90,9 +92,23 @@ def finished(run: RunConfig) -> bool:
             "nothing is left to train", got=f"{flag} {last}, and step {done} in --load {args.load}",
             legal=f"more {flag}, or --pretrained-checkpoint, which begins again from the weights",
         )  # fmt: skip
+    if args.save and _lacks_validation(Path(args.save) / "metrics.jsonl", args):
+        return False
     if args.rank == 0:
         print(f"nothing is left to train: {args.load} holds step {done}; more {flag} go on", flush=True)
     return True
+
+
+def _is_over(run: RunConfig) -> bool:
+    """Whether the step that the run goes on from is its last."""
+    args = run.args
+    return 0 < (args.train_iters or args.train_samples // args.global_batch_size) <= run.resumed
+
+
+def _lacks_validation(path: Path, args: Any) -> bool:
+    """Whether a run was ended between its last save and the validation that comes after it."""
+    steps = metrics_file.read_metrics(path) if path.exists() else []
+    return bool(args.eval_iters and steps) and "val_loss" not in steps[-1]
 
 
 def _equal_expert_metrics(chunks: list[Any]) -> list[Any]:

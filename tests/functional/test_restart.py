@@ -1,5 +1,6 @@
 """A command that is started again goes on where the one before ended, and leaves nothing of what was lost."""
 
+import json
 import math
 import shutil
 import subprocess
@@ -67,6 +68,21 @@ def test_a_run_that_is_finished_stays_as_it_is(workspace: Workspace, teacher: st
     done = workspace.run("pretrain_hybrid.py", *flags, "--save", "elsewhere", ok=False)
     assert "nothing is left to train" in done.stderr
     assert not (workspace.path / "elsewhere").exists()
+
+
+def test_a_run_that_was_killed_before_its_last_validation_makes_up_for_it(workspace: Workspace, teacher: str) -> None:
+    """Every step is saved; no step is written again."""
+    run = shutil.copytree(workspace.path / teacher, workspace.path / "unvalidated")
+    expected = workspace.metrics(teacher)
+    lines = [json.dumps({key: value for key, value in step.items() if "val" not in key}) for step in expected]
+    (run / "metrics.jsonl").write_text("\n".join(lines[-1:]) + "\n")
+    flags = [*MODEL, *workspace.data, *TRAIN, "--train-iters", "4", "--save-interval", "3", "--load", run.name]
+    before = {path: path.stat().st_mtime_ns for path in run.glob("iter_*/*")}
+    workspace.run("pretrain_hybrid.py", *flags, "--save", run.name)
+    assert workspace.metrics(run.name) == expected[-1:]
+    assert {path: path.stat().st_mtime_ns for path in run.glob("iter_*/*")} == before
+    done = workspace.run("pretrain_hybrid.py", *flags, "--save", run.name)
+    assert "nothing is left to train" in done.stdout
 
 
 def test_weights_of_a_late_step_do_not_count_as_steps_of_the_run(workspace: Workspace, teacher: str) -> None:
