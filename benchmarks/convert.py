@@ -25,6 +25,7 @@ from typing import Any
 import machine
 import torch
 
+from megatron_ext.checkpoint.blocks import TensorEntry
 from megatron_ext.checkpoint.huggingface import families
 from megatron_ext.checkpoint.huggingface.convert import _their_shapes, to_hf, to_megatron
 from megatron_ext.checkpoint.huggingface.shards import writing_shards
@@ -51,7 +52,7 @@ def save(name: str, arch: Architecture, path: Path) -> None:
     path.mkdir()
     (path / "config.json").write_text(json.dumps(family.write(arch) | {"torch_dtype": "bfloat16"}))
     shapes = _their_shapes(arch, family.pieces(arch))
-    tensors = {key: (shape, torch.bfloat16) for key, shape in shapes.items()}
+    tensors = {key: TensorEntry(shape, torch.bfloat16) for key, shape in shapes.items()}
     with writing_shards(path, tensors, GIGABYTE) as writer:
         for key, shape in shapes.items():
             writer.write(

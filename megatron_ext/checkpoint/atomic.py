@@ -4,9 +4,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from megatron_ext.checkpoint import ranks
 from megatron_ext.checkpoint.outputs import PARTIAL, check_writable, hold_new, release_new
 from megatron_ext.errors import CheckpointError
 
@@ -61,6 +62,13 @@ def fresh_directory(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         release_new(path)
     _flush(path.parent)
+
+
+@contextmanager
+def shared_directory(path: str | Path) -> Iterator[Path]:
+    """`fresh_directory` of the first process, for all of them."""
+    with ranks.all_or_none(), fresh_directory(path) if ranks.rank() == 0 else nullcontext() as own:
+        yield Path(str(ranks.gather(own)[0]))
 
 
 def publish(directory: Path, path: str | Path) -> None:

@@ -94,19 +94,27 @@ class Checksums:
             CheckpointError: It is damaged, or of another save.
         """
         path = inside(self.directory, name)
-        length, told = self.files.get(name, {}).get(offset, (0, None))
+        length, _ = self._told(name, offset)
         try:
-            found = None if told is None else checksum(path, offset, length)
+            found = checksum(path, offset, length)
         except (OSError, EOFError):
             found = ""
+        return self.compare(name, offset, found)
+
+    def compare(self, name: str, offset: int, found: str) -> str:
+        """Compare the checksum of a part of a file that was read, and give it; see `check`."""
+        length, told = self._told(name, offset)
         if told is None or found != told:
             raise CheckpointError(
                 f"the checkpoint is damaged: {name} is not what was written",
-                got=f"bytes {offset:,} to {offset + length:,} of {path}",
+                got=f"bytes {offset:,} to {offset + length:,} of {inside(self.directory, name)}",
                 legal="a copy of that file, or an older step by its own path (--ckpt-step in training); if it was "
                 f"changed on purpose, delete {FILE}",
             )
         return told
+
+    def _told(self, name: str, offset: int) -> tuple[int, str | None]:
+        return self.files.get(name, {}).get(offset, (0, None))
 
 
 def forget(step: Path) -> None:

@@ -5,16 +5,16 @@ one tensor whose first dimension is the layers (`megatron/core/transformer/trans
 """
 
 from argparse import Namespace
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint import layout, stream
 from megatron_ext.checkpoint.atomic import refuse_existing
+from megatron_ext.checkpoint.blocks import TensorEntry
 from megatron_ext.checkpoint.huggingface import companions
 from megatron_ext.checkpoint.reader import Reader
-from megatron_ext.checkpoint.scratch import Scratch
-from megatron_ext.checkpoint.writer import Form, Progress, check_shapes, check_tensors, silent, writing
+from megatron_ext.checkpoint.stream import Move, Part, Progress, silent
+from megatron_ext.checkpoint.writer import Form, check_shapes, check_tensors, writing
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
@@ -160,14 +160,14 @@ def to_pattern(source: str | Path, destination: str | Path, progress: Progress =
     arch = architecture(reader.step.path)
     stacked = _check_theirs(arch, reader)
     args = layout.common(reader.step.path)["args"]
-    memory, done, total = Scratch(), 0, _bytes(reader)
+    moves: list[Move] = []
+    for key, shape in axes.tensors(arch).items():
+        theirs, layer = place(arch, key, stacked)
+        theirs = _alias(theirs, reader)
+        part = Part(theirs, None if layer is None else (layer, layer + 1))
+        moves.append(Move(key, TensorEntry(shape, reader.entries[theirs].dtype), (part,)))
     with writing(destination, arch, args) as writer:
-        for key in axes.tensors(arch):
-            theirs, layer = place(arch, key, stacked)
-            tensor = reader.read(_alias(theirs, reader), memory, layer)
-            writer.write(key, tensor)
-            done += tensor.nbytes
-            progress(done, total)
+        stream.run(moves, reader, writer, progress)
         companions.hand_on(reader.step.path, writer)
     return arch
 
@@ -192,23 +192,15 @@ def to_gpt(source: str | Path, destination: str | Path, progress: Progress = sil
     check(arch)
     check_shapes(arch, reader.shapes)
     args = layout.common(reader.step.path)["args"]
-    memory, done, total = Scratch(), 0, _bytes(reader)
+    moves: list[Move] = []
+    for key in axes.tensors(arch):
+        theirs, layer = place(arch, key, is_uniform(arch))
+        stacked = None if layer is None else (layer, len(arch.pattern) // 2)
+        moves.append(Move(theirs, reader.entries[key], (Part(key),), layer=stacked))
     with writing(destination, arch, args, GPT) as writer:
-        for key in axes.tensors(arch):
-            theirs, layer = place(arch, key, is_uniform(arch))
-            tensor = reader.read(key, memory)
-            if layer is None:
-                writer.write(theirs, tensor)
-            else:
-                writer.write_layer(theirs, tensor, layer, len(arch.pattern) // 2)
-            done += tensor.nbytes
-            progress(done, total)
+        stream.run(moves, reader, writer, progress)
         companions.hand_on(reader.step.path, writer)
     return arch
-
-
-def _bytes(reader: Reader) -> int:
-    return sum(prod(shape) * dtype.itemsize for shape, dtype in layout.tensors(reader.step.path).values())
 
 
 def _alias(theirs: str, reader: Reader) -> str:

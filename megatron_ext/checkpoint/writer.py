@@ -9,16 +9,14 @@ import os
 import pickle
 import uuid
 from argparse import Namespace
-from collections.abc import Buffer, Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Buffer, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from io import FileIO
 from itertools import product
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, cast
 
 import torch
-import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -32,61 +30,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_ext.checkpoint import layout, ranks
-from megatron_ext.checkpoint.atomic import fresh_directory
-from megatron_ext.checkpoint.checksums import WHOLE, Checksums, Parts, checksum, whole
-from megatron_ext.checkpoint.reader import BLOCK, Stored
+from megatron_ext.checkpoint.atomic import shared_directory
+from megatron_ext.checkpoint.blocks import ChunkReader, DiskFile, StoredChunk, TensorEntry, values_of
+from megatron_ext.checkpoint.checksums import WHOLE, Checksums, Parts, whole
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
-
-
-class DiskFile(FileIO):
-    """Written in pieces, because Linux looks for one large page for a large write: five times the time (6.18, ext4).
-
-    The disk begins at once with what was written, and not when memory fills or the file is flushed. What is written
-    goes into a checksum on the way, while it is in the processor's cache.
-    """
-
-    PIECE = 2**18
-    STRETCH = 2**26  # bytes between two requests to the disk
-    _begun = _part = 0
-
-    def __init__(self, path: str | Path, mode: Literal["wb"] = "wb") -> None:
-        super().__init__(path, mode)
-        self.parts: Parts = {}
-        self._hasher = xxhash.xxh3_64()
-
-    def write(self, data: Buffer, /) -> int:
-        rest = memoryview(data).cast("B")
-        size = len(rest)
-        while rest:
-            done = super().write(rest[: self.PIECE]) or 0
-            self._hasher.update(rest[:done])
-            rest = rest[done:]
-            self.begin()
-        return size
-
-    def end_part(self, checksum: str | None = None) -> None:
-        """Note the checksum of what was written since the last part: this one, if it was not written by `write`."""
-        here, told = self.tell(), checksum or self._hasher.hexdigest()
-        self.parts[self._part] = (here - self._part, told)
-        self._part = here
-        self._hasher.reset()
-
-    def begin(self) -> None:
-        """Ask the disk to take what was written since the last time."""
-        here = self.tell()
-        if here - self._begun >= self.STRETCH and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.fileno(), self._begun, here - self._begun, os.POSIX_FADV_DONTNEED)
-            self._begun = here
-
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes written, and those to write in all."""
-
-
-def silent(done: int, total: int) -> None:
-    """No progress shown."""
 
 
 @dataclass(frozen=True)
@@ -121,90 +70,96 @@ class Writer:
         self._metadata: dict[str, Any] = {}
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
 
-    def write(self, key: str, tensor: Tensor) -> None:
-        """Append one whole tensor."""
+    def write(self, key: str, tensor: Tensor, layer: tuple[int, int] | None = None) -> None:
+        """Append one whole tensor, or an entry of the first dimension of one whose other entries are written likewise.
+
+        Args:
+            key: Its key.
+            tensor: The tensor, or the entry.
+            layer: Which entry it is, and of how many.
+        """
         tensor = tensor.detach().cpu().contiguous()
+        tensor = tensor if layer is None else tensor[None]
         if tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.clone()  # torch.save would write all of the storage that a view looks at
-        origin = torch.Size([0] * tensor.dim())
-        chunk = ChunkStorageMetadata(offsets=origin, sizes=tensor.shape)
-        properties = TensorProperties(dtype=tensor.dtype)
-        entry = TensorStorageMetadata(properties=properties, size=tensor.shape, chunks=[chunk])
-        self._append(MetadataIndex(key, origin), entry, tensor)
+        self._append_chunk(key, tensor, layer)
 
-    def copy(self, key: str, entry: TensorStorageMetadata, parts: Sequence[tuple[tuple[int, ...], Stored]]) -> None:
-        """Append one whole tensor in the parts that it has on disk."""
-        if key in self._metadata:
-            raise CheckpointError(f"{key!r} is written twice")
-        chunks = []
-        for offset, stored in parts:
+    def write_values(
+        self, key: str, entry: TensorEntry, chunks: Sequence[StoredChunk], layer: tuple[int, int] | None = None
+    ) -> None:
+        """As `write`, of values that lie on disk one after the other, which are never in memory."""
+        shape = entry.shape if layer is None else (1, *entry.shape)
+        blocks = (block for chunk in chunks for block in values_of(chunk))
+        self._append_chunk(key, torch.empty(shape, dtype=entry.dtype), layer, blocks)
+
+    def copy(self, key: str, entry: TensorEntry, chunks: Sequence[tuple[tuple[int, ...], StoredChunk]]) -> None:
+        """Append one whole tensor as it lies on disk, in the chunks that it has there, with their offsets."""
+        for offset, chunk in chunks:
             start = self._file.tell()
-            self._copy(stored)
-            chunks.append(ChunkStorageMetadata(torch.Size(offset), stored.tensor.shape))
-            index = MetadataIndex(key, torch.Size(offset))
-            self._storage[index] = _StorageInfo(self._name, start, self._file.tell() - start)
-        properties = TensorProperties(dtype=entry.properties.dtype)
-        self._metadata[key] = TensorStorageMetadata(properties=properties, size=entry.size, chunks=chunks)
+            with ChunkReader(chunk, record=True) as record:
+                for block in record.blocks():
+                    self._file.write(block)
+            self._file.end_part()
+            self._enter(key, entry, torch.Size(offset), torch.Size(chunk.shape), start)
 
-    def _copy(self, stored: Stored) -> None:
-        with stored.path.open("rb", buffering=0) as source:
-            source.seek(stored.info.offset)
-            rest = stored.info.length
-            while rest:
-                done = os.sendfile(self._file.fileno(), source.fileno(), None, min(rest, BLOCK))
-                if not done:
-                    raise CheckpointError("the checkpoint is damaged: a file ends too early", got=stored.path)
-                rest -= done
-                self._file.begin()
-        self._file.end_part(stored.checksum or checksum(stored.path, stored.info.offset, stored.info.length))
+    def _append_chunk(
+        self, key: str, tensor: Tensor, layer: tuple[int, int] | None, values: Iterable[Buffer] | None = None
+    ) -> None:
+        first, count = layer or (0, tensor.shape[0] if tensor.dim() else 1)
+        shape = (count, *tensor.shape[1:]) if tensor.dim() else ()
+        offset = torch.Size((first, *[0] * (tensor.dim() - 1)) if tensor.dim() else ())
+        start = self._file.tell()
+        self._append(tensor, values)
+        self._enter(key, TensorEntry(shape, tensor.dtype), offset, tensor.shape, start)
 
-    def write_layer(self, key: str, tensor: Tensor, layer: int, layers: int) -> None:
-        """Append one layer's part of a tensor (layers, ...) whose other parts are written likewise."""
-        tensor = tensor.detach().cpu().contiguous()[None]
-        size = torch.Size((layers, *tensor.shape[1:]))
-        offset = torch.Size((layer, *[0] * (tensor.dim() - 1)))
-        entry = TensorStorageMetadata(properties=TensorProperties(dtype=tensor.dtype), size=size, chunks=[])
-        entry = self._metadata.get(key, entry)
-        if entry.size != size or MetadataIndex(key, offset) in self._storage:
-            raise CheckpointError(f"layer {layer} of {key!r} is written twice, or is of another shape")
-        self._metadata.pop(key, None)
-        entry.chunks.append(ChunkStorageMetadata(offsets=offset, sizes=tensor.shape))
-        self._append(MetadataIndex(key, offset), entry, tensor)
+    def _enter(self, key: str, entry: TensorEntry, offset: torch.Size, sizes: torch.Size, start: int) -> None:
+        """Note in the index where a chunk lies, which was just written."""
+        index, properties = MetadataIndex(key, offset), TensorProperties(dtype=entry.dtype)
+        chunk = ChunkStorageMetadata(offsets=offset, sizes=sizes)
+        metadata = TensorStorageMetadata(properties=properties, size=torch.Size(entry.shape), chunks=[chunk])
+        self.add({key: metadata}, {index: _StorageInfo(self._name, start, self._file.tell() - start)})
 
     def write_object(self, key: str, value: Any, grid: tuple[int, ...] = (1,)) -> None:
         """Append one object, as a Megatron `ShardedObject` whose shards, a grid of so many, are all alike."""
         size = ".".join(map(str, grid))
         for place in product(*map(range, grid)):
             name = f"{key}/shard_{'.'.join(map(str, place))}_{size}"
-            self._append(MetadataIndex(name), BytesStorageMetadata(), [value])
+            start = self._file.tell()
+            self._append([value])
+            place = _StorageInfo(self._name, start, self._file.tell() - start)
+            self.add({name: BytesStorageMetadata()}, {MetadataIndex(name): place})
 
     def attach(self, name: str, save: Callable[[Path], object]) -> None:
         """Let `save` write a file of this name beside the step, such as the plan that made it."""
-        save(self._step.parent / name)
+        if ranks.rank() == 0:
+            save(self._step.parent / name)
 
-    def _append(self, index: MetadataIndex, entry: TensorStorageMetadata | BytesStorageMetadata, value: Any) -> None:
-        if index.fqn in self._metadata:
-            raise CheckpointError(f"{index.fqn!r} is written twice")
-        offset = self._file.tell()
+    def _append(self, value: Any, values: Iterable[Buffer] | None = None) -> None:
+        """Write a record; the values of its only tensor are these blocks, if they are given."""
+        file = self._file if values is None else _Substituted(self._file, value, values)
         with _without_checksums():
-            torch.save(value, cast(BinaryIO, self._file))
+            torch.save(value, cast(BinaryIO, file))
         self._file.end_part()
-        self._metadata[index.fqn] = entry
-        self._storage[index] = _StorageInfo(self._name, offset, self._file.tell() - offset)
 
     def part(self) -> tuple[dict[str, Any], dict[MetadataIndex, _StorageInfo]]:
         """What was written so far: entries of the index, and where they lie."""
         return self._metadata, self._storage
 
     def add(self, metadata: dict[str, Any], storage: dict[MetadataIndex, _StorageInfo]) -> None:
-        """Take what another process wrote into the index.
+        """Take entries into the index, of another process for example; a tensor may be in parts.
 
         Raises:
-            CheckpointError: It was written by both.
+            CheckpointError: Something is written twice, or a tensor in parts of several shapes.
         """
-        if twice := sorted(metadata.keys() & self._metadata.keys()):
+        if twice := [index.fqn for index in storage if index in self._storage]:
             raise CheckpointError(f"{twice[0]!r} is written twice")
-        self._metadata |= metadata
+        for key, entry in metadata.items():
+            known = self._metadata.setdefault(key, entry)
+            if known is entry:
+                continue
+            if (known.size, known.properties.dtype) != (entry.size, entry.properties.dtype):
+                raise CheckpointError(f"{key!r} is written twice, or in parts of several shapes")
+            known.chunks.extend(entry.chunks)
         self._storage |= storage
 
     def checksums(self) -> dict[str, Parts]:
@@ -229,6 +184,24 @@ class Writer:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors written so far."""
         return {k: tuple(e.size) for k, e in self._metadata.items() if isinstance(e, TensorStorageMetadata)}
+
+
+class _Substituted:
+    """A file in which the memory of a tensor, which is never touched, is replaced by blocks from elsewhere."""
+
+    def __init__(self, file: DiskFile, tensor: Tensor, blocks: Iterable[Buffer]) -> None:
+        self._file, self._size, self._blocks = file, tensor.nbytes, blocks
+
+    def write(self, data: Buffer, /) -> int:
+        size = memoryview(data).nbytes
+        if size != self._size:
+            return self._file.write(data)
+        written = sum(self._file.write(block) for block in self._blocks)
+        assert written == size
+        return written
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 @contextmanager
@@ -262,12 +235,12 @@ def writing(
         CheckpointError: `path` exists already, or the tensors written are not those of `arch`, or another process
             failed.
     """
-    with _shared_directory(path) as directory:
+    with shared_directory(path) as directory:
         step = directory / layout.RELEASE
         step.mkdir(exist_ok=True)
-        with DiskFile(step / f"__{ranks.rank()}_0.distcp", "wb") as file:
+        with DiskFile(step / f"__{ranks.rank()}_0.distcp") as file:
             writer = Writer(step, file)
-            with _together():
+            with ranks.all_or_none():
                 yield writer
                 os.fsync(file.fileno())
             parts = ranks.gather((writer.part(), writer.checksums()))
@@ -281,28 +254,6 @@ def writing(
                     writer.write_object(f"{module}._extra_state", None, grid)
                 writer.finish(_common_state(form.args(arch), args), others)
                 (directory / layout.TRACKER).write_text(layout.RELEASE, encoding="utf-8")
-
-
-@contextmanager
-def _shared_directory(path: str | Path) -> Iterator[Path]:
-    """`fresh_directory` of the first process, for all of them."""
-    with _together(), fresh_directory(path) if ranks.rank() == 0 else nullcontext() as own:
-        yield Path(str(ranks.gather(own)[0]))
-
-
-@contextmanager
-def _together() -> Iterator[None]:
-    """End the block on all processes, or raise on all of them, so that none waits for one that failed."""
-    problem: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        problem = error
-    others = [told for told in ranks.gather(None if problem is None else str(problem)) if told is not None]
-    if problem is not None:
-        raise problem
-    if others:
-        raise CheckpointError(f"another process could not write its part: {others[0]}")
 
 
 def check_shapes(arch: Architecture, shapes: dict[str, tuple[int, ...]]) -> None:

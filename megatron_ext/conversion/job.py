@@ -1,20 +1,20 @@
 """`megatron-ext convert`: checkpoints from and to Hugging Face directories and GPTModels."""
 
 import argparse
-import sys
+import os
 import time
 from pathlib import Path
 
-from megatron_ext.checkpoint import gpt, layout
+from megatron_ext.checkpoint import gpt, layout, ranks
 from megatron_ext.checkpoint.atomic import check_new
 from megatron_ext.checkpoint.huggingface import companions, families
 from megatron_ext.checkpoint.huggingface.coded import CodedFamily
 from megatron_ext.checkpoint.huggingface.convert import TYPES, to_hf, to_megatron
+from megatron_ext.checkpoint.progress import ByteProgress
 from megatron_ext.conversion.verify import ROUNDING, TOLERANCE, verify, verify_gpt
 from megatron_ext.errors import ConfigError
 
 FORMATS = "the format of the input: hf, Megatron in the pattern form of all programs here, or Megatron's GPTModel"
-LINE_SECONDS = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,11 +38,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Convert, and verify if asked to."""
+    """Convert, and verify if asked to; what torchrun started shares the tensors."""
     _check(args)
+    with ranks.joined():
+        _convert(args)
+    if not args.verify:
+        return
+    if "gpt" in (args.source, args.target):
+        verify_gpt(*((args.output, args.input) if args.source == "gpt" else (args.input, args.output)))
+    else:
+        hf, megatron = (args.input, args.output) if args.target == "megatron" else (args.output, args.input)
+        verify(hf, megatron, TOLERANCE if args.dtype is None else ROUNDING)
+
+
+def _convert(args: argparse.Namespace) -> None:
     dtype = TYPES[args.dtype] if args.dtype else None
     start = time.monotonic()
-    with _Progress() as progress:
+    notes: list[str] = []
+    with ByteProgress("converted") as progress:
         if args.source == "gpt":
             gpt.to_pattern(args.input, args.output, progress)
         elif args.target == "gpt":
@@ -56,15 +69,12 @@ def main(args: argparse.Namespace) -> None:
             )  # fmt: skip
             if isinstance(family, CodedFamily):
                 code = f"{family.module}.py beside the weights (trust_remote_code=True)"
-                print(f"no class of transformers can express it: {family.name}, with {code}", flush=True)
+                notes.append(f"no class of transformers can express it: {family.name}, with {code}")
             if not companions.tokenizer_files(args.output):
-                print("no tokenizer was written: the model has none", flush=True)
-    print(f"wrote {args.output}: {progress.total / 1e9:.2f} GB in {time.monotonic() - start:.1f} s", flush=True)
-    if args.verify and "gpt" in (args.source, args.target):
-        verify_gpt(*((args.output, args.input) if args.source == "gpt" else (args.input, args.output)))
-    elif args.verify:
-        hf, megatron = (args.input, args.output) if args.target == "megatron" else (args.output, args.input)
-        verify(hf, megatron, TOLERANCE if args.dtype is None else ROUNDING)
+                notes.append("no tokenizer was written: the model has none")
+    notes.append(f"wrote {args.output}: {progress.total / 1e9:.2f} GB in {time.monotonic() - start:.1f} s")
+    if ranks.rank() == 0:
+        print(*notes, sep="\n", flush=True)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -80,6 +90,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--like, --hf-class, --tokenizer and --vocab-size go with --to hf")
     if args.pad_vocab_to != 1 and args.target == "hf":
         raise ConfigError("--pad-vocab-to goes with --to megatron", legal="--vocab-size N cuts padding off")
+    if args.verify and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--verify runs both models in one process", legal="--verify without torchrun")
     if args.pad_vocab_to < 1 or args.shard_gb <= 0:
         raise ConfigError("--pad-vocab-to and --shard-gb must be positive", got=f"{args.pad_vocab_to}, {args.shard_gb}")
     is_step = (args.input / ".metadata").is_file() or bool(layout.steps(args.input))
@@ -89,31 +101,3 @@ def _check(args: argparse.Namespace) -> None:
             legal="--from megatron --to hf; --from gpt --to megatron if it holds a GPTModel",
         )  # fmt: skip
     check_new(args.output, "the output")
-
-
-class _Progress:
-    """A bar on a terminal, otherwise a line every few seconds."""
-
-    def __init__(self) -> None:
-        self.total, self._last, self._bar, self._task = 0, time.monotonic(), None, None
-
-    def __enter__(self) -> "_Progress":
-        if sys.stdout.isatty():
-            from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-            self._bar = Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-            self._task = self._bar.add_task("converting", total=None)
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def __call__(self, done: int, total: int) -> None:
-        self.total = total
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total)
-        elif time.monotonic() - self._last > LINE_SECONDS:
-            self._last = time.monotonic()
-            print(f"converted {done / 1e9:.2f} of {total / 1e9:.2f} GB", flush=True)

@@ -20,6 +20,7 @@ from megatron_ext.checkpoint.atomic import publish, write_text
 from megatron_ext.checkpoint.checksums import write_rest
 from megatron_ext.checkpoint.layout import Step
 from megatron_ext.checkpoint.outputs import hold_new
+from megatron_ext.checkpoint.progress import ByteProgress
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.errors import ConfigError
 from megatron_ext.models.architecture import Architecture
@@ -145,7 +146,8 @@ def _write(run: RunConfig, source: Step, found: Found) -> None:
         attachments["importance.png"] = lambda path: report.plot_scores(found.scores[0], plan, path)
     whole = _beside(args, "pruned")
     _remove(whole)  # an earlier attempt's
-    apply(plan, source.path, whole, attachments)
+    with ByteProgress("written") as progress:
+        apply(plan, source.path, whole, attachments, progress)
     if losses:
         remark = _measure_pruned(run, found, whole)
         if args.rank == 0:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from megatron_ext.checkpoint import ranks
+from megatron_ext.checkpoint.blocks import ReusableBuffer
 from megatron_ext.checkpoint.reader import Reader
-from megatron_ext.checkpoint.scratch import Scratch
 from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
@@ -29,8 +29,8 @@ def magnitudes(reader: Reader, arch: Architecture) -> dict[str, Tensor]:
     """
     # A bias that balances the load of experts does not count: the less one is asked for, the larger.
     keys = [key for key in axes.keys(arch) if not key.endswith("expert_bias")]
-    owners = ranks.shares([prod(reader.shapes[key]) for key in keys])
-    memory = Scratch()
+    owners = ranks.balance_by_size([prod(reader.shapes[key]) for key in keys])
+    memory = ReusableBuffer()
     own = {
         key: _squares(arch, key, reader.read(key, memory))
         for key, owner in zip(keys, owners, strict=True)

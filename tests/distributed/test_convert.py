@@ -101,7 +101,8 @@ def through_the_stages(model: Any, rank: int, pp: int) -> Tensor | None:
     if pp > 1 and rank == 1:
         hidden = torch.empty(SEQUENCE, 2, 32)
         dist.recv(hidden, 0)
-        unwrap_model(model).set_input_tensor(hidden)
+        inner: Any = unwrap_model(model)
+        inner.set_input_tensor(hidden)
     output = model(tokens(), positions, None)
     if pp > 1 and rank == 0:
         dist.send(output.contiguous(), 1)
@@ -140,6 +141,23 @@ def test_there_and_back_is_bit_identical(models: tuple[Path, dict[str, Tensor]],
     for key, entry in old.entries.items():
         assert (entry.shape, entry.dtype) == (new.entries[key].shape, new.entries[key].dtype)
         left, right = torch.empty(entry.shape), torch.empty(entry.shape)
-        old.read(key, left)
-        new.read(key, right)
+        old.fill(key, left)
+        new.fill(key, right)
         assert torch.equal(left, right), key
+
+
+def convert_together(source: str, megatron: str, hf: str) -> str:
+    to_megatron(source, megatron)
+    to_hf(megatron, hf, shard_bytes=30_000)
+    return "done"
+
+
+def test_processes_write_what_one_does(models: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    path, _ = models
+    name = "nemotron-h-experts"
+    to_hf(path / f"{name}-megatron", tmp_path / "alone", shard_bytes=30_000)
+    run_ranks(convert_together, 2, str(path / name), str(tmp_path / "megatron"), str(tmp_path / "hf"))
+    for file in (tmp_path / "alone").iterdir():
+        if file.name != "README.md":  # which names the directory
+            assert file.read_bytes() == (tmp_path / "hf" / file.name).read_bytes(), file.name
+    assert all((tmp_path / "megatron" / "release" / f"__{rank}_0.distcp").stat().st_size > 50_000 for rank in (0, 1))

@@ -44,8 +44,8 @@ def test_a_converted_model_is_trained_on_two_ranks_and_converted_back(workspace:
     assert "tokens in the last run" in (workspace.path / "back" / "README.md").read_text()
     name = "model.layers.0.self_attn.q_norm.weight"
     before, after = torch.empty(16), torch.empty(16)
-    Shards(workspace.path / "hf").read(name, before)
-    Shards(workspace.path / "back").read(name, after)
+    Shards(workspace.path / "hf").fill(name, before)
+    Shards(workspace.path / "back").fill(name, after)
     assert 0 < float((before - after).abs().max()) < 0.1
 
 

@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 from argparse import Namespace
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.atomic import fresh_directory, refuse_existing
+from megatron_ext.checkpoint import layout, ranks, stream
+from megatron_ext.checkpoint.atomic import refuse_existing, shared_directory
+from megatron_ext.checkpoint.blocks import ReusableBuffer, TensorEntry
 from megatron_ext.checkpoint.checksums import write_rest
 from megatron_ext.checkpoint.huggingface import companions, families
 from megatron_ext.checkpoint.huggingface.coded import CodedFamily
@@ -22,9 +23,9 @@ from megatron_ext.checkpoint.huggingface.pickled import Pickled
 from megatron_ext.checkpoint.huggingface.selection import weights_of
 from megatron_ext.checkpoint.huggingface.shards import SHARD_BYTES, Shards, writing_shards
 from megatron_ext.checkpoint.reader import Reader
-from megatron_ext.checkpoint.scratch import Scratch
+from megatron_ext.checkpoint.stream import Move, Part, Progress, silent
 from megatron_ext.checkpoint.tokenizer import check as check_tokenizer
-from megatron_ext.checkpoint.writer import Progress, check_shapes, silent, writing
+from megatron_ext.checkpoint.writer import check_shapes, writing
 from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
@@ -72,31 +73,16 @@ def to_megatron(
     _check_theirs(family, told, pieces, shards)
     shapes = axes.tensors(arch)
     types = {piece.ours: _type(piece.ours, shards.entries[piece.theirs].dtype, dtype) for piece in pieces}
-    total = sum(axes.size(arch, key) * types[key].itemsize for key in shapes)
+    moves: list[Move] = []
+    for key, own in groupby(pieces, key=lambda piece: piece.ours):
+        parts = tuple(Part(piece.theirs, (piece.first, piece.stop), place=piece.view) for piece in own)
+        padding = shapes[key][0] - axes.shape(told, key)[0]
+        moves.append(Move(key, TensorEntry(shapes[key], types[key]), parts, padding))
     args = Namespace(params_dtype=dtype or types[axes.EMBEDDING], vocab_size=None)
-    whole, part, done = Scratch(), Scratch(), 0
     with writing(destination, arch, args) as writer:
         companions.attach(writer, companions.files(source))
-        for key, own in groupby(pieces, key=lambda piece: piece.ours):
-            tensor = whole.tensor(shapes[key], types[key])
-            if shapes[key][0] != axes.shape(told, key)[0]:
-                tensor[axes.shape(told, key)[0] :] = 0
-            for piece in own:
-                _read_theirs(shards, piece, piece.view(tensor), part)
-            writer.write(key, tensor)
-            done += tensor.nbytes
-            progress(done, total)
+        stream.run(moves, shards, writer, progress)
     return arch
-
-
-def _read_theirs(shards: Shards | Pickled, piece: Piece, place: Tensor, part: Scratch) -> None:
-    entry = shards.entries[piece.theirs]
-    if place.is_contiguous() and entry.dtype == place.dtype:
-        shards.read(piece.theirs, place, piece.first)
-        return
-    rows = part.tensor((piece.stop - piece.first, *entry.shape[1:]), entry.dtype)
-    shards.read(piece.theirs, rows, piece.first)
-    _copy(rows.view(place.shape), place, piece.theirs)
 
 
 def _type(key: str, own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
@@ -154,12 +140,12 @@ def _same_values(shards: Shards | Pickled, left: str, right: str) -> bool:
     if b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     rows = max(1, 2**24 // (a.shape[1] * a.dtype.itemsize))
-    mine, other = Scratch(), Scratch()
+    mine, other = ReusableBuffer(), ReusableBuffer()
     for first in range(0, a.shape[0], rows):
         shape = (min(rows, a.shape[0] - first), *a.shape[1:])
         one, two = mine.tensor(shape, a.dtype), other.tensor(shape, a.dtype)
-        shards.read(left, one, first)
-        shards.read(right, two, first)
+        shards.fill(left, one, (first, first + shape[0]))
+        shards.fill(right, two, (first, first + shape[0]))
         if not torch.equal(one.view(torch.uint8), two.view(torch.uint8)):
             return False
     return True
@@ -221,78 +207,51 @@ def to_hf(
     sources: dict[str, list[Piece]] = {}
     for piece in pieces:
         sources.setdefault(piece.theirs, []).append(piece)
-    targets = {
-        name: (shape, _type(name, reduce(torch.promote_types, (types[piece.ours] for piece in sources[name])), dtype))
-        for name, shape in _their_shapes(arch, pieces).items()
-    }
-    total = sum(torch.empty(shape, dtype=kind, device="meta").nbytes for shape, kind in targets.values())
-    latest, whole, done = _Latest(reader), Scratch(), 0
-    with fresh_directory(destination) as directory:
+    targets: dict[str, TensorEntry] = {}
+    moves: list[Move] = []
+    for name, shape in _their_shapes(arch, pieces).items():
+        held = reduce(torch.promote_types, (types[piece.ours] for piece in sources[name]))
+        targets[name] = TensorEntry(shape, _type(name, held, dtype))
+        parts = tuple(_part(piece, reader.entries[piece.ours], shape[0]) for piece in sources[name])
+        moves.append(Move(name, targets[name], parts))
+    with shared_directory(destination) as directory:
         with writing_shards(directory, targets, shard_bytes) as writer:
-            for name, own in sources.items():
-                tensor = _assembled(targets[name], own, latest, whole)
-                writer.write(name, tensor)
-                done += tensor.nbytes
-                progress(done, total)
-        if folder:
-            kept = companions.files(folder)
-            others = set(companions.tokenizer_files(folder)) if words else set()
-            companions.copy([path for path in kept if path not in others], directory)
-        if words:
-            companions.copy(companions.tokenizer_files(words), directory)
-            generation = json.dumps({name: number for name, number in special.items() if number is not None}, indent=2)
-            (directory / companions.GENERATION).write_text(generation + "\n", encoding="utf-8")
-        if written != config:
-            (directory / companions.CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-        if isinstance(chosen, CodedFamily):
-            (directory / f"{chosen.module}.py").write_text(chosen.code(), encoding="utf-8")
-        facts = _facts(arch, chosen) | companions.provenance(reader.step.path)
-        (directory / companions.CARD).write_text(companions.card(destination.name, facts), encoding="utf-8")
-        write_rest(directory, but=[companions.CARD])
+            stream.run(moves, reader, writer, progress)
+        if ranks.rank() == 0:
+            _write_files(directory, folder, words, special)
+            if written != config:
+                (directory / companions.CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+            if isinstance(chosen, CodedFamily):
+                (directory / f"{chosen.module}.py").write_text(chosen.code(), encoding="utf-8")
+            facts = _facts(arch, chosen) | companions.provenance(reader.step.path)
+            (directory / companions.CARD).write_text(companions.card(destination.name, facts), encoding="utf-8")
+            write_rest(directory, but=[companions.CARD])
     return chosen
 
 
-def _assembled(
-    target: tuple[tuple[int, ...], torch.dtype], pieces: list[Piece], latest: "_Latest", whole: Scratch
-) -> Tensor:
-    """A tensor of theirs: where it was read, if it lies there in one piece, or else put together in `whole`."""
-    shape, dtype = target
-    only = pieces[0].view(latest.read(pieces[0].ours))
-    if len(pieces) == 1 and only.is_contiguous() and only.dtype == dtype:
-        return only.view(shape)
-    tensor = whole.tensor(shape, dtype)
-    for piece in pieces:
-        view = piece.view(latest.read(piece.ours))
-        _copy(view, tensor[piece.first : piece.stop].view(view.shape), piece.theirs)
-    return tensor
+def _part(piece: Piece, entry: TensorEntry, rows: int) -> Part:
+    """What a weight of ours contributes to a tensor of theirs with so many rows."""
+    ours = torch.empty(entry.shape, device="meta")
+    seen = piece.view(ours)
+    whole = seen.is_contiguous() and seen.numel() == ours.numel()
+    place = None if (piece.first, piece.stop) == (0, rows) else partial(_rows, first=piece.first, stop=piece.stop)
+    return Part(piece.ours, view=None if whole else piece.view, place=place)
 
 
-def _copy(tensor: Tensor, place: Tensor, name: str) -> None:
-    """Copy into another type.
-
-    Raises:
-        CheckpointError: It cannot hold the values.
-    """
-    place.copy_(tensor)
-    if place.dtype == torch.float16 != tensor.dtype and not bool(place.isfinite().all()):
-        raise CheckpointError(
-            f"{name} does not fit into float16", got=f"values up to {float(tensor.abs().max()):.3g}",
-            legal="--dtype bfloat16 or float32",
-        )  # fmt: skip
+def _rows(tensor: Tensor, first: int, stop: int) -> Tensor:
+    return tensor[first:stop]
 
 
-class _Latest:
-    """Reads weights, and the same one again without the disk: query, key and value are one weight of ours."""
-
-    def __init__(self, reader: Reader) -> None:
-        self._reader, self._memory, self._key = reader, Scratch(), ""
-        self._tensor = torch.empty(0)
-
-    def read(self, key: str) -> Tensor:
-        """A weight, good until the next one."""
-        if key != self._key:
-            self._tensor, self._key = self._reader.read(key, self._memory), key
-        return self._tensor
+def _write_files(directory: Path, folder: Path | None, words: Path | None, special: dict[str, int | None]) -> None:
+    """Copy what lies in `folder`, with the tokenizer of the directory `words` in place of its own."""
+    if folder:
+        kept = companions.files(folder)
+        others = set(companions.tokenizer_files(folder)) if words else set()
+        companions.copy([path for path in kept if path not in others], directory)
+    if words:
+        companions.copy(companions.tokenizer_files(words), directory)
+        generation = json.dumps({name: number for name, number in special.items() if number is not None}, indent=2)
+        (directory / companions.GENERATION).write_text(generation + "\n", encoding="utf-8")
 
 
 def _tokenizer(step: Path, given: str | Path | None, folder: Path | None, wanted: int | None) -> Path | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_ext.checkpoint.huggingface.shards import Entry, read_index
+from megatron_ext.checkpoint.huggingface.shards import ShardEntry, read_index
 from megatron_ext.errors import CheckpointError
 from megatron_ext.untrusted import asked_for, inside, refusal
 
@@ -29,19 +29,21 @@ class Pickled:
     def __init__(self, directory: Path, name: str = NAME) -> None:
         files = sorted(set(read_index(directory, name).values())) if name == INDEX else [name]
         self._tensors: dict[str, Tensor] = {}
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, ShardEntry] = {}
         for path in (inside(directory, file) for file in files):
             for key, tensor in _read(path).items():
                 if key in self.entries:
                     raise CheckpointError(f"{key!r} is in two files", got=f"{self.entries[key].path.name}, {path.name}")
                 self._tensors[key] = tensor
-                self.entries[key] = Entry(tuple(tensor.shape), tensor.dtype, path, 0)
+                self.entries[key] = ShardEntry(tuple(tensor.shape), tensor.dtype, path, 0)
 
-    def read(self, name: str, place: Tensor, first: int = 0) -> None:
-        """Read whole rows of a tensor; see `Shards.read`."""
-        rows = self._tensors[name][first:]
-        count = place.numel() // max(1, rows[:1].numel())
-        place.copy_(rows[:count].reshape(place.shape))
+    def fill(self, key: str, place: Tensor, rows: tuple[int, int] | None = None) -> None:
+        """Read a tensor, or whole rows of it; see `Shards.fill`."""
+        tensor = self._tensors[key]
+        place.copy_((tensor if rows is None else tensor[slice(*rows)]).reshape(place.shape))
+
+    def chunks(self, key: str, rows: tuple[int, int] | None = None) -> None:
+        """Nothing: the tensors are torch's to read."""
 
 
 def _read(path: Path) -> dict[str, Tensor]:

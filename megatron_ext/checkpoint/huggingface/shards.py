@@ -5,18 +5,19 @@ A shard is eight bytes with the length of a header, the header (JSON: name to ty
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor
 
+from megatron_ext.checkpoint import ranks
+from megatron_ext.checkpoint.blocks import DiskFile, StoredChunk, TensorEntry, as_bytes, fill, values_of
 from megatron_ext.checkpoint.checksums import Checksums, Parts
-from megatron_ext.checkpoint.reader import fill
-from megatron_ext.checkpoint.writer import DiskFile
 from megatron_ext.errors import CheckpointError
 from megatron_ext.untrusted import inside
 
@@ -32,11 +33,9 @@ _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
 
 @dataclass(frozen=True)
-class Entry:
+class ShardEntry(TensorEntry):
     """One tensor: its shape and type, its file, and the byte of it where the values begin."""
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
     path: Path
     offset: int
 
@@ -58,9 +57,9 @@ class Shards:
             raise CheckpointError("the Hugging Face directory does not exist", got=directory)
         name = name or (INDEX if not (directory / SINGLE).is_file() and (directory / INDEX).is_file() else SINGLE)
         promised = read_index(directory, name) if name.endswith(".index.json") else {}
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, ShardEntry] = {}
         self._checksums = Checksums.read(directory) or Checksums(directory, {})
-        self._compared = set[str]()
+        self._hashed: dict[str, tuple[int, xxhash.xxh3_64]] = {}
         files = sorted(set(promised.values())) or [name]
         for file in files:
             for key, entry in _header(directory, file).items():
@@ -73,26 +72,53 @@ class Shards:
         for file in self._checksums.files.keys() & set(files):
             self._checksums.check(file)
 
-    def read(self, name: str, place: Tensor, first: int = 0) -> None:
-        """Read whole rows (entries of dimension 0) of a tensor.
+    def fill(self, key: str, place: Tensor, rows: tuple[int, int] | None = None) -> None:
+        """Read a tensor, or whole rows of it (entries of dimension 0).
+
+        It is compared with its checksum once all of it was read, if that is done in order, and otherwise at once.
 
         Args:
-            name: The tensor.
-            place: Contiguous memory, of the tensor's type, for as many rows as it holds.
-            first: The first of them.
+            key: The tensor.
+            place: Contiguous memory, of the tensor's type, for as many rows.
+            rows: The first of them, and the end.
 
         Raises:
             CheckpointError: The tensor is not what was written (`checksums`).
         """
-        entry = self.entries[name]
-        if entry.path.name in self._checksums.files and name not in self._compared:
-            self._checksums.check(entry.path.name, entry.offset)
-            self._compared.add(name)
-        row = prod(entry.shape[1:]) * entry.dtype.itemsize
+        entry = self.entries[key]
+        first = 0 if rows is None else rows[0] * (entry.nbytes // max(1, entry.shape[0]))
+        memory = as_bytes(place)
         with entry.path.open("rb", buffering=0) as file:
-            file.seek(entry.offset + first * row)
-            if place.numel():
-                fill(file, place)
+            file.seek(entry.offset + first)
+            hasher = self._hasher(key, first)
+            fill(file, memory, hasher)
+        if hasher is None:
+            return
+        self._hashed[key] = first + len(memory), hasher
+        if first + len(memory) == entry.nbytes:
+            self._checksums.compare(entry.path.name, entry.offset, self._hashed.pop(key)[1].hexdigest())
+
+    def _hasher(self, key: str, first: int) -> xxhash.xxh3_64 | None:
+        """What hashes the tensor from this byte on; None if there is no checksum, or if it was compared now."""
+        entry = self.entries[key]
+        if entry.path.name not in self._checksums.files or not entry.nbytes:
+            return None
+        done, hasher = self._hashed.get(key, (0, xxhash.xxh3_64()))
+        if first == done:
+            return hasher
+        if first == 0:
+            return xxhash.xxh3_64()
+        self._checksums.check(entry.path.name, entry.offset)
+        return None
+
+    def chunks(self, key: str, rows: tuple[int, int] | None = None) -> list[tuple[tuple[int, ...], StoredChunk]] | None:
+        """All of a tensor as the one chunk that it is; None for some rows."""
+        entry = self.entries[key]
+        if rows not in (None, (0, entry.shape[0] if entry.shape else 0)):
+            return None
+        sums = self._checksums if entry.path.name in self._checksums.files else None
+        chunk = StoredChunk(entry.shape, entry.dtype, entry.path, entry.offset, entry.nbytes, entry.offset, sums)
+        return [((0,) * len(entry.shape), chunk)]
 
 
 def read_index(directory: Path, name: str) -> dict[str, str]:
@@ -111,7 +137,7 @@ def read_index(directory: Path, name: str) -> dict[str, str]:
         raise CheckpointError(f"the index of the shards is damaged ({error!r})", got=path) from error
 
 
-def _header(directory: Path, name: str) -> dict[str, Entry]:
+def _header(directory: Path, name: str) -> dict[str, ShardEntry]:
     """What a shard says it holds, checked against its size."""
     path = inside(directory, name)
     if not path.is_file():
@@ -141,7 +167,7 @@ def _header(directory: Path, name: str) -> dict[str, Entry]:
                     f"the shard {path.name} is cut short: {name!r} is not whole", got=f"{size} bytes",
                     legal=f"{8 + length + stop} bytes",
                 )  # fmt: skip
-            entries[name] = Entry(shape, dtype, path, 8 + length + start)
+            entries[name] = ShardEntry(shape, dtype, path, 8 + length + start)
         return entries
     except CheckpointError:
         raise
@@ -151,86 +177,116 @@ def _header(directory: Path, name: str) -> dict[str, Entry]:
 
 @contextmanager
 def writing_shards(
-    directory: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], shard_bytes: int = SHARD_BYTES
+    directory: Path, tensors: Mapping[str, TensorEntry], shard_bytes: int = SHARD_BYTES
 ) -> Iterator["ShardWriter"]:
     """Write these tensors, in this order, into a directory: one file, or shards of at most `shard_bytes` and an index.
 
-    A tensor larger than that is a shard of its own.
+    A tensor larger than that is a shard of its own. In a process group all processes enter the block, and each writes
+    tensors of its own.
     """
     writer = ShardWriter(directory, tensors, shard_bytes)
-    try:
-        yield writer
-        writer.finish()
-    finally:
-        writer.close()
+    with ranks.all_or_none():
+        try:
+            yield writer
+        finally:
+            writer.close()
+    writer.finish()
 
 
 class ShardWriter:
     """Shards being written. Made by `writing_shards`."""
 
-    def __init__(
-        self, directory: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], shard_bytes: int
-    ) -> None:
+    def __init__(self, directory: Path, tensors: Mapping[str, TensorEntry], shard_bytes: int) -> None:
         self._directory, self._tensors = directory, tensors
-        self._rest = list(tensors)
+        self._written = set[str]()
         self._file: DiskFile | None = None
+        self._open = ""
         self._checksums: dict[str, Parts] = {}
         groups: list[list[str]] = [[]]
         held = 0
-        for name, (shape, dtype) in tensors.items():
-            size = prod(shape) * dtype.itemsize
-            if groups[-1] and held + size > shard_bytes:
+        for name, entry in tensors.items():
+            if groups[-1] and held + entry.nbytes > shard_bytes:
                 groups.append([])
                 held = 0
             groups[-1].append(name)
-            held += size
+            held += entry.nbytes
         names = [SINGLE] if len(groups) == 1 else [
             f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)
         ]  # fmt: skip
         self._shards = dict(zip(names, groups, strict=True))
-        self._starts = {group[0]: name for name, group in self._shards.items() if group}
+        self._headers = {shard: self._header(shard) for shard in names}
+        self._places: dict[str, tuple[str, int]] = {}
+        for shard, group in self._shards.items():
+            offset = len(self._headers[shard])
+            for name in group:
+                self._places[name] = shard, offset
+                offset += tensors[name].nbytes
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor."""
-        shape, dtype = self._tensors[name]
-        assert self._rest.pop(0) == name
-        assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype)
-        if name in self._starts:
-            self._open(self._starts[name])
-        assert self._file is not None
-        self._file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
-        if tensor.numel():
+    def write(self, key: str, tensor: Tensor, layer: tuple[int, int] | None = None) -> None:
+        """Write a tensor to its place."""
+        entry = self._tensors[key]
+        assert layer is None
+        assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype)
+        self._write(key, [as_bytes(tensor.contiguous())])
+
+    def write_values(
+        self, key: str, entry: TensorEntry, chunks: Sequence[StoredChunk], layer: tuple[int, int] | None = None
+    ) -> None:
+        """As `write`, of values that lie on disk one after the other, which are never in memory."""
+        assert layer is None
+        assert entry == self._tensors[key]
+        self._write(key, (block for chunk in chunks for block in values_of(chunk)))
+
+    def _write(self, key: str, blocks: Iterable[memoryview]) -> None:
+        assert key not in self._written
+        self._written.add(key)
+        shard, offset = self._places[key]
+        if shard != self._open or self._file is None:
+            self.close()
+            self._file, self._open = DiskFile(self._directory / shard, shared=True), shard
+        if key == self._shards[shard][0]:
+            self._file.begin_part(0)
+            self._file.write(self._headers[shard])
+            self._file.end_part()
+        self._file.begin_part(offset)
+        for block in blocks:
+            self._file.write(block)
+        if self._tensors[key].nbytes:
             self._file.end_part()
 
-    def _open(self, shard: str) -> None:
-        self.close()
+    def _header(self, shard: str) -> bytes:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name in self._shards[shard]:
-            shape, dtype = self._tensors[name]
-            size = prod(shape) * dtype.itemsize
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
-            offset += size
+            entry = self._tensors[name]
+            places = [offset, offset + entry.nbytes]
+            header[name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": places}
+            offset += entry.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._file = DiskFile(self._directory / shard, "wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._file.end_part()
-        self._checksums[shard] = self._file.parts
+        return len(text).to_bytes(8, "little") + text
 
     def close(self) -> None:
         """Close the shard that is open."""
         if self._file is not None:
             os.fsync(self._file.fileno())
+            self._checksums.setdefault(self._open, {}).update(self._file.parts)
             self._file.close()
             self._file = None
 
     def finish(self) -> None:
         """Write the index, if there are several shards, and the checksums."""
-        assert not self._rest
+        gathered = ranks.gather((self._written, self._checksums))
+        assert set().union(*(written for written, _ in gathered)) == set(self._tensors)
+        if ranks.rank() > 0:
+            return
         if len(self._shards) > 1:
-            total = sum(prod(shape) * dtype.itemsize for shape, dtype in self._tensors.values())
-            where = {name: shard for shard, group in self._shards.items() for name in group}
+            total = sum(entry.nbytes for entry in self._tensors.values())
+            where = {name: shard for name, (shard, _) in self._places.items()}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
             (self._directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        Checksums(self._directory, self._checksums).write()
+        sums: dict[str, Parts] = {shard: {} for shard in self._shards}
+        for _, checksums in gathered:
+            for shard, parts in checksums.items():
+                sums[shard] |= parts
+        Checksums(self._directory, sums).write()

@@ -3,13 +3,15 @@
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_ext.checkpoint import gpt, layout
+from megatron_ext.checkpoint.blocks import DiskFile
 from megatron_ext.checkpoint.reader import Reader
-from megatron_ext.checkpoint.writer import PATTERN, DiskFile, Writer, writing
+from megatron_ext.checkpoint.writer import PATTERN, Writer, writing
 from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
@@ -49,7 +51,7 @@ def rewrite(step: Path, args: dict[str, object]) -> None:
         ({"num_layers": 2}, r"\(3, .*\) instead of \(2, "),
     ],
 )
-def test_other_models_are_refused_by_the_argument(tmp_path: Path, args: dict[str, object], message: str) -> None:
+def test_other_models_are_refused_by_the_argument(tmp_path: Path, args: dict[str, Any], message: str) -> None:
     source = save(tmp_path / "gpt", **args)
     with pytest.raises((CheckpointError, ConfigError), match=message):
         gpt.to_pattern(source, tmp_path / "out")
@@ -77,9 +79,9 @@ def test_one_layer_is_read_of_a_stack(tmp_path: Path) -> None:
         writer = Writer(tmp_path, file)
         layers = torch.arange(24.0).view(3, 4, 2)
         for layer in (2, 0, 1):
-            writer.write_layer("w", layers[layer], layer, 3)
+            writer.write("w", layers[layer], (layer, 3))
         with pytest.raises(CheckpointError, match="written twice"):
-            writer.write_layer("w", layers[0], 0, 3)
+            writer.write("w", layers[0], (0, 3))
         writer.finish({})
     reader = Reader(tmp_path)
     assert torch.equal(reader.read("w"), layers)
@@ -89,7 +91,7 @@ def test_one_layer_is_read_of_a_stack(tmp_path: Path) -> None:
 def test_a_layer_that_is_missing_is_named(tmp_path: Path) -> None:
     with DiskFile(tmp_path / "__0_0.distcp") as file:
         writer = Writer(tmp_path, file)
-        writer.write_layer("w", torch.ones(4), 0, 2)
+        writer.write("w", torch.ones(4), (0, 2))
         writer.finish({})
     with pytest.raises(CheckpointError, match="'w' is not whole"):
         Reader(tmp_path).read("w", layer=1)

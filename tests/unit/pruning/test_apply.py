@@ -1,5 +1,6 @@
 from argparse import Namespace
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_keeping_all_of_an_axis_is_the_identity(size, tmp_path):
         for key, tensor in weights.items():
             writer.write(key, tensor)
     others = {"num_layers": len(MIXTURE.layers.blocks), "attention_layers": 1}
-    number = others[size] if size in others else getattr(MIXTURE, size)
+    number: Any = others[size] if size in others else getattr(MIXTURE, size)
     plan = make_plan(random_scores(MIXTURE), MIXTURE, Targets(**{size: number}))
     reader = Reader(apply(plan, tmp_path / "mixture", tmp_path / "out"))
     assert list(reader.shapes) == list(weights)
@@ -149,12 +150,12 @@ def test_two_cuts_equal_one(source, tmp_path):
 
 
 def test_an_interrupted_cut_leaves_nothing(source, tmp_path, monkeypatch):
-    def interrupted(reader, key, into=None, read=Reader.read):
+    def interrupted(reader, key, place, rows=None, fill=Reader.fill):
         if "final_norm" in key:
             raise KeyboardInterrupt
-        return read(reader, key, into)
+        fill(reader, key, place, rows)
 
-    monkeypatch.setattr(Reader, "read", interrupted)
+    monkeypatch.setattr(Reader, "fill", interrupted)
     with pytest.raises(KeyboardInterrupt):
         apply(PLAN, source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import torch
 from hypothesis import given, settings
@@ -9,11 +10,13 @@ from hypothesis import strategies as st
 from random_models import random_scores, random_weights
 from reference_model import forward
 
+from megatron_ext.checkpoint.blocks import TensorEntry
 from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.stream import tensors
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
-from megatron_ext.pruning.apply import apply, cut
+from megatron_ext.pruning.apply import apply, compile_moves
 from megatron_ext.pruning.budget import SIZES, Targets
 from megatron_ext.pruning.plan import Plan
 from megatron_ext.pruning.select import make_plan
@@ -35,11 +38,19 @@ class InMemory:
     """Weights that are read like a checkpoint's."""
 
     def __init__(self, weights: dict[str, torch.Tensor]) -> None:
-        self.read = weights.__getitem__
+        self._weights = weights
+        self.entries = {key: TensorEntry(tuple(value.shape), value.dtype) for key, value in weights.items()}
+
+    def fill(self, key: str, place: torch.Tensor, rows: tuple[int, int] | None = None) -> None:
+        place.copy_(self._weights[key])
+
+    def chunks(self, key: str, rows: tuple[int, int] | None = None) -> None:
+        """None that are bytes on disk."""
 
 
 def sliced(plan: Plan, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return dict(cut(plan, InMemory(weights)))
+    source = InMemory(weights)
+    return {key: made.clone() for key, made in tensors(compile_moves(plan, source.entries), source)}
 
 
 @st.composite
@@ -47,7 +58,7 @@ def plans(draw: st.DrawFn) -> Plan:
     """A plan for a small random pattern that cuts any subset of the axes, evenly or layer by layer."""
     arch = replace(ARCH, pattern=draw(st.text("M*-E", min_size=1, max_size=5)), **draw(st.sampled_from(ROUTERS)))
     kv, ssm = draw(st.sampled_from([None, 1, 2])), draw(st.sampled_from([None, 1, 2]))
-    sizes = {"num_query_groups": kv, "mamba_num_groups": ssm}
+    sizes: dict[str, Any] = {"num_query_groups": kv, "mamba_num_groups": ssm}
     choices = {
         "hidden_size": [4, 8, 12], "ffn_hidden_size": [1, 5, 8], "mamba_head_dim": [1, 3, 4], "mamba_state_dim": [1, 3],
         "num_attention_heads": [heads * (kv or 2) for heads in (1, 2, 3)],
@@ -87,7 +98,7 @@ def test_a_sliced_model_is_the_masked_one(plan: Plan) -> None:
 @given(plans(), st.data())
 def test_two_plans_one_after_the_other_are_one(first: Plan, data: st.DataObject) -> None:
     arch = first.target
-    sizes: dict[str, int] = {"hidden_size": data.draw(st.integers(1, arch.hidden_size))}
+    sizes: dict[str, Any] = {"hidden_size": data.draw(st.integers(1, arch.hidden_size))}
     if "-" in arch.pattern:
         sizes["ffn_hidden_size"] = data.draw(st.integers(1, min(arch.layer_sizes.get("ffn_hidden_size", [1]))))
     if "*" in arch.pattern and arch.num_query_groups == 2:
@@ -107,7 +118,7 @@ def test_two_plans_one_after_the_other_are_one(first: Plan, data: st.DataObject)
 
 def test_the_cases_cut_every_axis() -> None:
     """What the strategy above draws from reaches each size; otherwise it would prove less than it says."""
-    sizes = {"hidden_size": 4, "ffn_hidden_size": 1, "num_query_groups": 1, "num_attention_heads": 1}
+    sizes: dict[str, Any] = {"hidden_size": 4, "ffn_hidden_size": 1, "num_query_groups": 1, "num_attention_heads": 1}
     sizes |= {"mamba_num_groups": 1, "mamba_num_heads": 1, "mamba_head_dim": 1, "mamba_state_dim": 1}
     sizes |= {"num_experts": 2, "moe_ffn_hidden_size": 1, "moe_shared_expert_intermediate_size": 1}
     assert set(sizes) == set(SIZES)
