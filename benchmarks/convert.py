@@ -27,7 +27,8 @@ import torch
 
 from megatron_ext.checkpoint.blocks import TensorEntry
 from megatron_ext.checkpoint.huggingface import families
-from megatron_ext.checkpoint.huggingface.convert import _their_shapes, to_hf, to_megatron
+from megatron_ext.checkpoint.huggingface.convert import to_hf, to_megatron
+from megatron_ext.checkpoint.huggingface.mappings import hf_shapes
 from megatron_ext.checkpoint.huggingface.shards import writing_shards
 from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
@@ -51,7 +52,7 @@ def save(name: str, arch: Architecture, path: Path) -> None:
     noise = torch.randint(-(2**15), 2**15, (2**24,), dtype=torch.int16)
     path.mkdir()
     (path / "config.json").write_text(json.dumps(family.write(arch) | {"torch_dtype": "bfloat16"}))
-    shapes = _their_shapes(arch, family.pieces(arch))
+    shapes = hf_shapes(arch, family.bind(arch))
     tensors = {key: TensorEntry(shape, torch.bfloat16) for key, shape in shapes.items()}
     with writing_shards(path, tensors, GIGABYTE) as writer:
         for key, shape in shapes.items():

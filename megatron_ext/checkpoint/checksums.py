@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from megatron_ext.checkpoint import layout, ranks
-from megatron_ext.checkpoint.atomic import replacing
+from megatron_ext.checkpoint.atomic import atomic_write
 from megatron_ext.errors import CheckpointError
 from megatron_ext.untrusted import inside
 
@@ -84,7 +84,7 @@ class Checksums:
         """Put them into the directory, atomically."""
         files = {name: [[first, *told] for first, told in sorted(parts.items())] for name, parts in self.files.items()}
         content: dict[str, Any] = {"algorithm": ALGORITHM, "files": files}
-        with replacing(self.directory / FILE) as temporary:
+        with atomic_write(self.directory / FILE) as temporary:
             temporary.write_text(json.dumps(content | {"checksum": _hash(content)}) + "\n", encoding="utf-8")
 
     def check(self, name: str, offset: int = 0) -> str:

@@ -11,16 +11,16 @@ from typing import Any
 from megatron_ext.checkpoint import layout, stream
 from megatron_ext.checkpoint.atomic import refuse_existing
 from megatron_ext.checkpoint.blocks import TensorEntry
-from megatron_ext.checkpoint.huggingface import companions
+from megatron_ext.checkpoint.huggingface import hf_assets
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.stream import Move, Part, Progress, silent
-from megatron_ext.checkpoint.writer import Form, check_shapes, check_tensors, writing
+from megatron_ext.checkpoint.writer import CheckpointSchema, check_shapes, check_tensors, writing
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, MLP, MOE
 
-_OURS, _THEIRS = "decoder.final_norm.", "decoder.final_layernorm."
+_FINAL_NORM, _GPT_FINAL_NORM = "decoder.final_norm.", "decoder.final_layernorm."
 # Megatron's own modules (`--transformer-impl local`) call the norm before experts as that before an MLP.
 _LOCAL_NORM = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
 ROPE_FACTOR = 8.0  # `gpt_config_from_args` hands on no other
@@ -94,7 +94,7 @@ def place(arch: Architecture, key: str, stacked: bool) -> tuple[str, int | None]
     """Where a GPTModel keeps a weight of ours: its key, and the layer in its first dimension if layers are stacked."""
     layer, weight = axes.locate(arch, key)
     if layer is None:
-        return key.replace(_OURS, _THEIRS), None
+        return key.replace(_FINAL_NORM, _GPT_FINAL_NORM), None
     if stacked:
         return f"{axes.LAYER}.{weight.name}", layer // 2
     return f"{axes.LAYER}.{layer // 2}.{weight.name}", None
@@ -106,8 +106,8 @@ def tensors(arch: Architecture, stacked: bool | None = None) -> dict[str, tuple[
     stacked = is_uniform(arch) if stacked is None else stacked
     shapes: dict[str, tuple[int, ...]] = {}
     for key, shape in axes.tensors(arch).items():
-        theirs, layer = place(arch, key, stacked)
-        shapes[theirs] = shape if layer is None else (len(arch.pattern) // 2, *shape)
+        gpt_key, layer = place(arch, key, stacked)
+        shapes[gpt_key] = shape if layer is None else (len(arch.pattern) // 2, *shape)
     return shapes
 
 
@@ -117,7 +117,7 @@ def _states(arch: Architecture) -> dict[str, tuple[int, ...]]:
     layers = len(arch.pattern) // 2
     for module, count in axes.modules_with_state(arch).items():
         if not module.startswith(axes.LAYER):
-            states[module.replace(_OURS[:-1], _THEIRS[:-1])] = (count,)
+            states[module.replace(_FINAL_NORM[:-1], _GPT_FINAL_NORM[:-1])] = (count,)
             continue
         layer, name = module.removeprefix(f"{axes.LAYER}.").split(".", 1)
         if is_uniform(arch):
@@ -138,7 +138,7 @@ def to_args(arch: Architecture) -> dict[str, Any]:
     }  # fmt: skip
 
 
-GPT = Form(tensors, _states, to_args)
+GPT = CheckpointSchema(tensors, _states, to_args)
 
 
 def to_pattern(source: str | Path, destination: str | Path, progress: Progress = silent) -> Architecture:
@@ -158,17 +158,17 @@ def to_pattern(source: str | Path, destination: str | Path, progress: Progress =
     refuse_existing(Path(destination))
     reader = Reader(source)
     arch = architecture(reader.step.path)
-    stacked = _check_theirs(arch, reader)
+    stacked = _check_gpt(arch, reader)
     args = layout.common(reader.step.path)["args"]
     moves: list[Move] = []
     for key, shape in axes.tensors(arch).items():
-        theirs, layer = place(arch, key, stacked)
-        theirs = _alias(theirs, reader)
-        part = Part(theirs, None if layer is None else (layer, layer + 1))
-        moves.append(Move(key, TensorEntry(shape, reader.entries[theirs].dtype), (part,)))
+        gpt_key, layer = place(arch, key, stacked)
+        gpt_key = _alias(gpt_key, reader)
+        part = Part(gpt_key, None if layer is None else (layer, layer + 1))
+        moves.append(Move(key, TensorEntry(shape, reader.entries[gpt_key].dtype), (part,)))
     with writing(destination, arch, args) as writer:
         stream.run(moves, reader, writer, progress)
-        companions.hand_on(reader.step.path, writer)
+        hf_assets.hand_on(reader.step.path, writer)
     return arch
 
 
@@ -194,20 +194,20 @@ def to_gpt(source: str | Path, destination: str | Path, progress: Progress = sil
     args = layout.common(reader.step.path)["args"]
     moves: list[Move] = []
     for key in axes.tensors(arch):
-        theirs, layer = place(arch, key, is_uniform(arch))
+        gpt_key, layer = place(arch, key, is_uniform(arch))
         stacked = None if layer is None else (layer, len(arch.pattern) // 2)
-        moves.append(Move(theirs, reader.entries[key], (Part(key),), layer=stacked))
+        moves.append(Move(gpt_key, reader.entries[key], (Part(key),), layer=stacked))
     with writing(destination, arch, args, GPT) as writer:
         stream.run(moves, reader, writer, progress)
-        companions.hand_on(reader.step.path, writer)
+        hf_assets.hand_on(reader.step.path, writer)
     return arch
 
 
-def _alias(theirs: str, reader: Reader) -> str:
-    return theirs if theirs in reader.shapes else theirs.replace(*_LOCAL_NORM)
+def _alias(gpt_key: str, reader: Reader) -> str:
+    return gpt_key if gpt_key in reader.shapes else gpt_key.replace(*_LOCAL_NORM)
 
 
-def _check_theirs(arch: Architecture, reader: Reader) -> bool:
+def _check_gpt(arch: Architecture, reader: Reader) -> bool:
     """Check that a checkpoint holds exactly the tensors of a GPTModel; whether its layers are stacked.
 
     Raises:

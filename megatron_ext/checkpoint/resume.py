@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.atomic import replacing
+from megatron_ext.checkpoint.atomic import atomic_write
 from megatron_ext.errors import CheckpointError, UntrustedError
 from megatron_ext.models.architecture import Architecture
 
@@ -187,7 +187,7 @@ def resume_point(directory: Path) -> layout.Step:
     tracker, said = directory / layout.TRACKER, layout.tracked(directory)
     if said is None or not (said.isdigit() or said == layout.RELEASE) or (said == layout.RELEASE) != step.is_release:
         try:
-            with replacing(tracker) as temporary:
+            with atomic_write(tracker) as temporary:
                 temporary.write_text(step.name)
         except OSError as error:
             raise CheckpointError(

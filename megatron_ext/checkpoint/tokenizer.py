@@ -12,7 +12,7 @@ from typing import Any
 import xxhash
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.huggingface import companions
+from megatron_ext.checkpoint.huggingface import hf_assets
 from megatron_ext.errors import CheckpointError, ConfigError
 
 
@@ -22,7 +22,7 @@ def fingerprint(directory: Path) -> str | None:
     Added tokens, such as those of a chat, are left out: they differ between models that share a vocabulary.
     """
     try:
-        content = json.loads((directory / companions.TOKENIZER).read_text(encoding="utf-8"))
+        content = json.loads((directory / hf_assets.TOKENIZER).read_text(encoding="utf-8"))
         vocabulary, added = content["model"]["vocab"], {token["content"] for token in content["added_tokens"]}
         if isinstance(vocabulary, list):  # of pieces with their scores (Unigram)
             vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
@@ -52,7 +52,7 @@ def of_step(step: Path) -> str | None:
         args = None
     if kept := getattr(args, "tokenizer_fingerprint", None):
         return kept
-    if folder := companions.beside(step):
+    if folder := hf_assets.beside(step):
         return fingerprint(folder)
     named = given(args) if isinstance(args, Namespace) else None
     return fingerprint(named) if named is not None and named.is_absolute() else None
@@ -88,7 +88,7 @@ def check(step: Path, named: Path | None, whose: str) -> bool:
     if own is None or other is None:
         return False
     if own != other:
-        right = companions.tokenizer(step)
+        right = hf_assets.tokenizer(step)
         raise ConfigError(
             f"{whose} has another tokenizer: the same numbers mean other tokens",
             got=f"{named}, and {step}",

@@ -39,7 +39,7 @@ from megatron_ext.models.architecture import Architecture
 
 
 @dataclass(frozen=True)
-class Form:
+class CheckpointSchema:
     """How a checkpoint keeps a model.
 
     Attributes:
@@ -53,7 +53,7 @@ class Form:
     args: Callable[[Architecture], dict[str, Any]]
 
 
-PATTERN = Form(
+PATTERN = CheckpointSchema(
     axes.tensors,
     lambda arch: {module: (count,) for module, count in axes.modules_with_state(arch).items()},
     Architecture.to_args,
@@ -136,9 +136,8 @@ class Writer:
 
     def _append(self, value: Any, values: Iterable[Buffer] | None = None) -> None:
         """Write a record; the values of its only tensor are these blocks, if they are given."""
-        file = self._file if values is None else _Substituted(self._file, value, values)
         with _without_checksums():
-            torch.save(value, cast(BinaryIO, file))
+            torch.save(value, cast(BinaryIO, _Record(self._file, 0 if values is None else value.nbytes, values or ())))
         self._file.end_part()
 
     def part(self) -> tuple[dict[str, Any], dict[MetadataIndex, _StorageInfo]]:
@@ -186,22 +185,33 @@ class Writer:
         return {k: tuple(e.size) for k, e in self._metadata.items() if isinstance(e, TensorStorageMetadata)}
 
 
-class _Substituted:
-    """A file in which the memory of a tensor, which is never touched, is replaced by blocks from elsewhere."""
+class _Record:
+    """A record that torch writes in some forty pieces, which become few; its values may be blocks from elsewhere.
 
-    def __init__(self, file: DiskFile, tensor: Tensor, blocks: Iterable[Buffer]) -> None:
-        self._file, self._size, self._blocks = file, tensor.nbytes, blocks
+    Args:
+        file: Where it goes.
+        size: Bytes of the tensor whose values are replaced, and whose memory is never touched; 0 for none.
+        blocks: What they are replaced by.
+    """
+
+    LARGE = 2**14
+
+    def __init__(self, file: DiskFile, size: int, blocks: Iterable[Buffer]) -> None:
+        self._file, self._size, self._blocks, self._pieces = file, size, blocks, bytearray()
 
     def write(self, data: Buffer, /) -> int:
         size = memoryview(data).nbytes
-        if size != self._size:
-            return self._file.write(data)
-        written = sum(self._file.write(block) for block in self._blocks)
+        if size < self.LARGE:
+            self._pieces += data
+            return size
+        self.flush()
+        written = sum(map(self._file.write, self._blocks if size == self._size else (data,)))
         assert written == size
-        return written
+        return size
 
     def flush(self) -> None:
-        self._file.flush()
+        self._file.write(self._pieces)
+        self._pieces = bytearray()
 
 
 @contextmanager
@@ -217,7 +227,7 @@ def _without_checksums() -> Iterator[None]:
 
 @contextmanager
 def writing(
-    path: str | Path, arch: Architecture, args: Namespace | None = None, form: Form = PATTERN
+    path: str | Path, arch: Architecture, args: Namespace | None = None, schema: CheckpointSchema = PATTERN
 ) -> Iterator[Writer]:
     """Write a checkpoint of `arch` that Megatron loads in any layout; the block writes its tensors.
 
@@ -227,9 +237,9 @@ def writing(
 
     Args:
         path: A new directory, the same one for all processes.
-        arch: The model; the block must write exactly its tensors (`form.tensors`).
+        arch: The model; the block must write exactly its tensors (`schema.tensors`).
         args: Megatron's arguments of the model that this one comes from; sizes and counters are set anew.
-        form: What the tensors are called.
+        schema: What the tensors are called.
 
     Raises:
         CheckpointError: `path` exists already, or the tensors written are not those of `arch`, or another process
@@ -249,10 +259,10 @@ def writing(
                 for part, checksums in parts[1:]:
                     writer.add(*part)
                     others |= checksums
-                check_tensors(form.tensors(arch), writer.shapes)
-                for module, grid in form.states(arch).items():
+                check_tensors(schema.tensors(arch), writer.shapes)
+                for module, grid in schema.states(arch).items():
                     writer.write_object(f"{module}._extra_state", None, grid)
-                writer.finish(_common_state(form.args(arch), args), others)
+                writer.finish(_common_state(schema.args(arch), args), others)
                 (directory / layout.TRACKER).write_text(layout.RELEASE, encoding="utf-8")
 
 

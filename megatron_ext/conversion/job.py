@@ -7,9 +7,9 @@ from pathlib import Path
 
 from megatron_ext.checkpoint import gpt, layout, ranks
 from megatron_ext.checkpoint.atomic import check_new
-from megatron_ext.checkpoint.huggingface import companions, families
-from megatron_ext.checkpoint.huggingface.coded import CodedFamily
+from megatron_ext.checkpoint.huggingface import families, hf_assets
 from megatron_ext.checkpoint.huggingface.convert import TYPES, to_hf, to_megatron
+from megatron_ext.checkpoint.huggingface.remote_code import RemoteCodeFamily
 from megatron_ext.checkpoint.progress import ByteProgress
 from megatron_ext.conversion.verify import ROUNDING, TOLERANCE, verify, verify_gpt
 from megatron_ext.errors import ConfigError
@@ -67,10 +67,10 @@ def _convert(args: argparse.Namespace) -> None:
                 args.input, args.output, like=args.like, family=args.hf_class, tokenizer=args.tokenizer,
                 vocab_size=args.vocab_size, dtype=dtype, shard_bytes=int(args.shard_gb * 1e9), progress=progress,
             )  # fmt: skip
-            if isinstance(family, CodedFamily):
+            if isinstance(family, RemoteCodeFamily):
                 code = f"{family.module}.py beside the weights (trust_remote_code=True)"
                 notes.append(f"no class of transformers can express it: {family.name}, with {code}")
-            if not companions.tokenizer_files(args.output):
+            if not hf_assets.tokenizer_files(args.output):
                 notes.append("no tokenizer was written: the model has none")
     notes.append(f"wrote {args.output}: {progress.total / 1e9:.2f} GB in {time.monotonic() - start:.1f} s")
     if ranks.rank() == 0:
@@ -95,7 +95,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.pad_vocab_to < 1 or args.shard_gb <= 0:
         raise ConfigError("--pad-vocab-to and --shard-gb must be positive", got=f"{args.pad_vocab_to}, {args.shard_gb}")
     is_step = (args.input / ".metadata").is_file() or bool(layout.steps(args.input))
-    if args.source == "hf" and is_step and not (args.input / companions.CONFIG).is_file():
+    if args.source == "hf" and is_step and not (args.input / hf_assets.CONFIG).is_file():
         raise ConfigError(
             "a checkpoint of Megatron's, not a Hugging Face directory", got=f"--from hf {args.input}",
             legal="--from megatron --to hf; --from gpt --to megatron if it holds a GPTModel",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.huggingface import companions, transformers_model
+from megatron_ext.checkpoint.huggingface import hf_assets, transformers_model
 from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA
@@ -60,7 +60,7 @@ def verify(hf: Path, megatron: Path, tolerance: float = TOLERANCE) -> float:
         CheckpointError: It is larger than the tolerance, or Megatron would write something else than transformers.
         ConfigError: transformers does not know the layout.
     """
-    config = companions.read_config(hf)
+    config = hf_assets.read_config(hf)
     if "model_type" not in config:
         raise ConfigError("--verify: transformers does not load this layout", got=hf, legal="a model of transformers'")
     arch = layout.architecture(layout.find(megatron).path)
@@ -118,12 +118,12 @@ def _random(words: int, length: int) -> Tensor:
 
 def _text(directory: Path) -> Tensor | None:
     """Tokens of a text (1, s); says so if transformers makes others of it."""
-    if not (directory / companions.TOKENIZER).is_file():
+    if not (directory / hf_assets.TOKENIZER).is_file():
         return None
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
-    own = Tokenizer.from_file(str(directory / companions.TOKENIZER))
+    own = Tokenizer.from_file(str(directory / hf_assets.TOKENIZER))
     ids = own.encode(TEXT, add_special_tokens=False).ids
     told = ""
     try:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_ext.checkpoint.atomic import replacing
+from megatron_ext.checkpoint.atomic import atomic_write
 from megatron_ext.distillation.intermediate_layers import Route
 from megatron_ext.errors import CheckpointError
 
@@ -83,7 +83,7 @@ class Projections:
         for i, weight in self._weights.items():
             state = self._optimizer.state[weight]
             tensors = {"weight": weight.detach(), "step": state["step"], **{name: state[name] for name in _MOMENTS}}
-            with replacing(folder / self._names[i]) as temporary:
+            with atomic_write(folder / self._names[i]) as temporary:
                 save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, temporary)
 
     def load(self, folder: Path, samples: int) -> None:

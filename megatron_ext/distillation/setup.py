@@ -12,7 +12,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training.training import get_optimizer_param_scheduler
 
-from megatron_ext.checkpoint.atomic import replacing
+from megatron_ext.checkpoint.atomic import atomic_write
 from megatron_ext.distillation.intermediate_layers import TEACHER, Route
 from megatron_ext.distillation.logit_cache.cache import Cache
 from megatron_ext.distillation.model import DistillationModel, Matching, TeacherSide
@@ -151,7 +151,7 @@ class Setup:
         if self._groups.dp_cp.rank() == 0 and self._groups.tp.rank() == 0:
             self._projections.save(folder)
             if self._groups.pp.rank() == self._groups.pp.size() - 1:
-                with replacing(folder / STATE) as temporary:
+                with atomic_write(folder / STATE) as temporary:
                     temporary.write_text(json.dumps({"alpha": self._balance.alpha, "samples": self._samples}) + "\n")
         dist.barrier()
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.checkpoint.atomic import replacing
+from megatron_ext.checkpoint.atomic import atomic_write
 from megatron_ext.checkpoint.outputs import check_writable
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation.compare_rows import Row, rows
@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
         (NUMBERS, json.dumps(finite(as_json(runs, found)), indent=2, allow_nan=False) + "\n"),  # by which it is known
         (PAGE, markdown(runs, found)),
     ):
-        with replacing(out / name) as temporary:
+        with atomic_write(out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     plot_comparison(runs, out / PICTURE)
     print(f"wrote {out / PAGE} and {out / PICTURE}")

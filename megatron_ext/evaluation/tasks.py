@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy
 
-from megatron_ext.checkpoint.atomic import replacing
+from megatron_ext.checkpoint.atomic import atomic_write
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.evaluation.generation import check_settings
 from megatron_ext.evaluation.harness import MegatronLM
@@ -183,7 +183,7 @@ def write_samples(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
         path: The file, which appears whole.
         samples: As the harness logs them; each has a line for each filter of the task.
     """
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         for sample in samples:
             row = {
                 "id": sample["doc_id"],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.huggingface import companions
+from megatron_ext.checkpoint.huggingface import hf_assets
 from megatron_ext.data.lines import JSONL_SUFFIXES, read_strings, read_text, split_lines
 from megatron_ext.errors import DataError
 from megatron_ext.inference.request import Request
@@ -34,7 +34,7 @@ def read_prompts(file: Path) -> list[str]:
 def stop_tokens(checkpoint: Path, tokenizer: Any) -> frozenset[int]:
     """The tokens that end a text: the tokenizer's, and those that the original's `generation_config.json` names."""
     found = {tokenizer.eos_token_id}
-    if folder := companions.beside(layout.find(checkpoint).path):
+    if folder := hf_assets.beside(layout.find(checkpoint).path):
         config = folder / "generation_config.json"
         named = json.loads(config.read_text()).get("eos_token_id") if config.is_file() else None
         found |= set(named) if isinstance(named, list) else {named}

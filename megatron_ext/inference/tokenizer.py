@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_ext import platform
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.huggingface import companions
+from megatron_ext.checkpoint.huggingface import hf_assets
 from megatron_ext.checkpoint.tokenizer import check, check_rows, fingerprint
 from megatron_ext.errors import DataError
 
@@ -19,7 +19,7 @@ def load_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     if not directory.is_dir():
-        raise DataError("no such tokenizer", got=directory, legal=f"a directory with {companions.TOKENIZER}")
+        raise DataError("no such tokenizer", got=directory, legal=f"a directory with {hf_assets.TOKENIZER}")
     platform.quiet()
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
@@ -36,10 +36,10 @@ def tokenizer_of(checkpoint: Path, given: Path | None) -> Any:
     """
     step = layout.find(checkpoint).path
     check(step, given, "the checkpoint")
-    found = given or companions.tokenizer(step)
+    found = given or hf_assets.tokenizer(step)
     if found is None:
         raise DataError(
-            "the checkpoint has no tokenizer", got=checkpoint, legal=f"--tokenizer DIR, with {companions.TOKENIZER}"
+            "the checkpoint has no tokenizer", got=checkpoint, legal=f"--tokenizer DIR, with {hf_assets.TOKENIZER}"
         )
     tokenizer = load_tokenizer(found)
     if given:
@@ -51,8 +51,8 @@ def words_of(checkpoint: Path, tokenizer: Any | None) -> int:
     """Entries of the vocabulary that are words: what the model was converted from, or else its tokenizer, says."""
     step = layout.find(checkpoint).path
     rows = layout.architecture(step).vocab_size
-    if folder := companions.beside(step):
-        return min(rows, companions.read_config(folder).get("vocab_size", rows))
+    if folder := hf_assets.beside(step):
+        return min(rows, hf_assets.read_config(folder).get("vocab_size", rows))
     return rows if tokenizer is None else min(rows, len(tokenizer))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_ext.checkpoint import layout, stream
 from megatron_ext.checkpoint.atomic import refuse_existing
 from megatron_ext.checkpoint.blocks import TensorEntry
-from megatron_ext.checkpoint.huggingface import companions
+from megatron_ext.checkpoint.huggingface import hf_assets
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.stream import Move, Part, Progress, silent
 from megatron_ext.checkpoint.writer import check_shapes, writing
@@ -60,7 +60,7 @@ def apply(
         stream.run(compile_moves(plan, reader.entries), reader, writer, progress)
         for name, save in {PLAN_FILE: plan.save, **(attachments or {})}.items():
             writer.attach(name, save)
-        companions.hand_on(reader.step.path, writer)
+        hf_assets.hand_on(reader.step.path, writer)
     return destination
 
 

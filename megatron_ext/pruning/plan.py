@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_ext.checkpoint.atomic import replacing
+from megatron_ext.checkpoint.atomic import atomic_write
 from megatron_ext.errors import ConfigError, PlanError, nearest
 from megatron_ext.models.architecture import PER_LAYER, Architecture
 from megatron_ext.models.axes import Kept
@@ -302,7 +302,7 @@ class Plan:
                 entries.append(f"  {json.dumps(name)}: {{\n{inner}\n  }}" if value else f"  {json.dumps(name)}: {{}}")
             else:
                 entries.append(f"  {json.dumps(name)}: {json.dumps(value)}")
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("{\n" + ",\n".join(entries) + "\n}\n", encoding="utf-8")
 
     @classmethod

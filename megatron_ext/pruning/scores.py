@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_ext.checkpoint.atomic import replacing
+from megatron_ext.checkpoint.atomic import atomic_write
 from megatron_ext.errors import ConfigError, PlanError, nearest
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
@@ -188,7 +188,7 @@ class Scores:
         metadata = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "values"}
         metadata["architecture"] = self.architecture.to_dict()
         header = {"format": FORMAT} | {name: json.dumps(value) for name, value in metadata.items()}
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             save_file({name: value.contiguous() for name, value in self.values.items()}, temporary, metadata=header)
 
     @classmethod

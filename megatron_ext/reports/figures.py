@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from megatron_ext.checkpoint.atomic import replacing
+from megatron_ext.checkpoint.atomic import atomic_write
 
 # Okabe and Ito's palette, safe for colour-blind readers; ink and grey for what carries no data.
 COLORS = {"teacher": "#3B3B3B", "pruned": "#D55E00", "distilled": "#0072B2", "scratch": "#009E73"}
@@ -88,5 +88,5 @@ def tick(value: float, _: int) -> str:
 
 def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=150, facecolor="white")

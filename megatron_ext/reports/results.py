@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.atomic import replacing
+from megatron_ext.checkpoint.atomic import atomic_write
 from megatron_ext.checkpoint.outputs import alone, check_writable, contents
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.reports.metrics_file import finite
@@ -41,7 +41,7 @@ def read_results(directory: Path, file: str = FILE) -> dict[str, Any]:
 
 def write_results(directory: Path, results: dict[str, Any]) -> None:
     """Write them, whole or not at all; what is not finite, as the loss of a model that diverged is, as null."""
-    with replacing(directory / FILE) as temporary:
+    with atomic_write(directory / FILE) as temporary:
         temporary.write_text(json.dumps(finite(results), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 

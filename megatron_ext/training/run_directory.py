@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from megatron_ext.checkpoint.atomic import write_text
-from megatron_ext.checkpoint.huggingface import companions
+from megatron_ext.checkpoint.huggingface import hf_assets
 from megatron_ext.checkpoint.outputs import check_writable, contents, hold_run
 from megatron_ext.checkpoint.resume import has_checkpoint
 from megatron_ext.errors import ConfigError
@@ -99,7 +99,7 @@ def claim(run: "RunConfig") -> None:
         save.mkdir(parents=True, exist_ok=True)
         write_text(save / CONFIG, describe(run))
         if run.args.tokenizer_model is not None:
-            companions.keep_tokenizer(Path(run.args.tokenizer_model), save)
+            hf_assets.keep_tokenizer(Path(run.args.tokenizer_model), save)
 
 
 def describe(run: "RunConfig") -> str:

@@ -12,7 +12,7 @@ from hf_models import make, tokens
 from random_models import random_weights
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.huggingface import companions, transformers_model
+from megatron_ext.checkpoint.huggingface import hf_assets, transformers_model
 from megatron_ext.checkpoint.huggingface.convert import to_hf, to_megatron
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.errors import CheckpointError, DataError, UntrustedError
@@ -30,7 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     to_megatron(path / "whole", path / "megatron")
     arch = replace(layout.architecture(layout.find(path / "megatron").path), pattern="*-*")
     with writing(path / "pruned", arch) as writer:
-        companions.attach(writer, companions.files(path / "whole"))
+        hf_assets.attach(writer, hf_assets.files(path / "whole"))
         for key, weight in random_weights(arch).items():
             writer.write(key, weight)
     to_hf(path / "pruned", path / "cut")

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.huggingface import companions
+from megatron_ext.checkpoint.huggingface import hf_assets
 from megatron_ext.checkpoint.huggingface.convert import to_hf, to_megatron
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.writer import writing
@@ -73,7 +73,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_random(path: Path, arch: Architecture, original: Path | None = None) -> None:
     with writing(path, arch) as writer:
         if original is not None:
-            companions.attach(writer, companions.files(original))
+            hf_assets.attach(writer, hf_assets.files(original))
         for key, weight in random_weights(arch).items():
             small_steps = 9 if key.endswith("dt_bias") else 0  # such as Nemotron-H's class would clamp
             writer.write(key, weight.float() - small_steps)
@@ -108,7 +108,7 @@ def test_there_and_back_is_bit_identical(models: Path, tmp_path: Path, name: str
     assert all(torch.equal(old.read(key), new.read(key)) for key in old.shapes)
     to_hf(tmp_path / "back", tmp_path / "again")
     for file in (models / f"{name}-cut").iterdir():
-        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes() or file.name == companions.CARD
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes() or file.name == hf_assets.CARD
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -13,7 +13,7 @@ from workspace import TRAIN, Workspace
 
 from megatron_ext import cli
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.huggingface import companions
+from megatron_ext.checkpoint.huggingface import hf_assets
 from megatron_ext.checkpoint.huggingface.convert import to_megatron
 from megatron_ext.checkpoint.huggingface.shards import Shards
 from megatron_ext.checkpoint.reader import Reader
@@ -71,7 +71,7 @@ def test_a_model_becomes_a_gpt_model_and_a_pattern_again(workspace: Workspace) -
     to_megatron(workspace.path / "hf-llama", workspace.path / "llama-whole")
     arch = layout.architecture(layout.find(workspace.path / "llama-whole").path)
     with writing(workspace.path / "llama-pattern", arch) as writer:
-        companions.attach(writer, companions.files(workspace.path / "hf-llama"))
+        hf_assets.attach(writer, hf_assets.files(workspace.path / "hf-llama"))
         for key, weight in random_weights(arch).items():
             writer.write(key, weight.bfloat16())
     out = convert(workspace, "--from", "megatron", "--to", "gpt", "llama-pattern", "llama-gpt", "--verify")

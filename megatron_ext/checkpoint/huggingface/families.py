@@ -14,8 +14,8 @@ from megatron_ext.errors import CheckpointError, ConfigError, nearest
 from megatron_ext.models.architecture import Architecture
 
 _NATIVE = (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, MAMBA2, NEMOTRON_H, STATE_SPACES)
-CODED = (*PRUNED, HYBRID)
-FAMILIES = {family.name: family for family in (*_NATIVE, *CODED)}
+REMOTE_CODE = (*PRUNED, HYBRID)
+FAMILIES = {family.name: family for family in (*_NATIVE, *REMOTE_CODE)}
 
 
 def named(name: str) -> Family:
@@ -60,10 +60,10 @@ def like(config: Config, arch: Architecture) -> Family:
     try:
         return _able(family, arch, config)
     except CheckpointError:
-        ours = next((ours for ours in CODED if ours.base is family), None)
-        if ours is None:
+        remote = next((remote for remote in REMOTE_CODE if remote.base is family), None)
+        if remote is None:
             raise
-        return _able(ours, arch, config)
+        return _able(remote, arch, config)
 
 
 def expressing(arch: Architecture) -> Family:
@@ -83,5 +83,5 @@ def expressing(arch: Architecture) -> Family:
 
 def _able(family: Family, arch: Architecture, config: Config) -> Family:
     family.write(arch, config)
-    family.pieces(arch)
+    family.bind(arch)
     return family

@@ -1,26 +1,22 @@
-"""What a family is: rows that say which of its tensors is which part of ours, and entries that do so for `config.json`.
+"""A family of models: mappings of its tensors to Megatron's (`mappings.py`), and of `config.json` to an `Architecture`.
 
 Both are read in both directions, so that a family is a table. Nothing of a family is known elsewhere.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
+from megatron_ext.checkpoint.huggingface.mappings import BoundMapping, ParamMapping
 from megatron_ext.errors import CheckpointError, MegatronExtError
 from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
 
 Config = Mapping[str, Any]
-Part = Callable[[Architecture, Tensor], Tensor]
 
 
-class Setting(Protocol):
+class ConfigMapping(Protocol):
     """One or more entries of `config.json`, and the fields of an `Architecture` that they mean."""
 
     def read(self, config: Config) -> dict[str, Any]:
@@ -32,52 +28,6 @@ class Setting(Protocol):
         ...
 
 
-def whole(arch: Architecture, ours: Tensor) -> Tensor:
-    """All of a weight."""
-    return ours
-
-
-def words(arch: Architecture, ours: Tensor) -> Tensor:
-    """The rows of an embedding that are words, without padding; `arch` is the model without it."""
-    return ours[: arch.vocab_size]
-
-
-@dataclass(frozen=True)
-class Link:
-    """One row of a family's table: a tensor of theirs, or rows of it, is a part of a weight of ours.
-
-    Attributes:
-        unit: The kind of sub-layer, `""` for the model.
-        theirs: The tensor's name in their layer. With `{expert}` in it, one tensor for each expert.
-        ours: The weight's key in our sub-layer.
-        part: The part of our weight, as a view whose entries are in their order; leading dimensions are one of theirs.
-        before: Rows of their tensor that come before.
-        exists: Whether a model that has our weight has it in this way.
-    """
-
-    unit: str
-    theirs: str
-    ours: str
-    part: Part = whole
-    before: Callable[[Architecture], int] = lambda arch: 0
-    exists: Callable[[Architecture], bool] = lambda arch: True
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A `Link` in one model: rows `first` to `stop` of their tensor are this part of our weight."""
-
-    theirs: str
-    first: int
-    stop: int
-    ours: str
-    part: Callable[[Tensor], Tensor]
-
-    def view(self, ours: Tensor) -> Tensor:
-        """The part of our weight."""
-        return self.part(ours)
-
-
 @dataclass(frozen=True)
 class Family:
     """One kind of model of Hugging Face's.
@@ -87,20 +37,20 @@ class Family:
         model_type: What it says under `model_type`.
         layer: The name of their layer `{}`.
         block: The sub-layers that are one layer of theirs, `""` if each sub-layer is one.
-        links: Its tensors.
-        settings: Its configuration.
-        without: Tensors that some files hold and that are no weights, by the end of their name.
-        free: Fields of an `Architecture` that it has no word for, and that its function does not depend on.
+        params: Its tensors.
+        config: Its configuration.
+        ignored_suffixes: Ends of the names of tensors that some files hold and that are no weights.
+        ignored_fields: Fields of an `Architecture` that it has no word for, and that its function does not depend on.
     """
 
     name: str
     model_type: str
     layer: str
     block: str
-    links: Sequence[Link]
-    settings: Sequence[Setting]
-    without: tuple[str, ...] = ("rotary_emb.inv_freq",)
-    free: tuple[str, ...] = ()
+    params: Sequence[ParamMapping]
+    config: Sequence[ConfigMapping]
+    ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    ignored_fields: tuple[str, ...] = ()
 
     def read(self, config: Config) -> Architecture:
         """The model that a `config.json` describes.
@@ -110,8 +60,8 @@ class Family:
         """
         fields: dict[str, Any] = {}
         try:
-            for setting in self.settings:
-                fields |= setting.read(config)
+            for mapping in self.config:
+                fields |= mapping.read(config)
             return Architecture(**_DEFAULTS | fields)
         except MegatronExtError:
             raise
@@ -135,18 +85,18 @@ class Family:
                 pass  # what cannot be read is written anew
         self._blocks(arch.pattern)
         values = dict(like) if like else {"architectures": [self.name], "model_type": self.model_type}
-        for setting in self.settings:
-            values |= setting.write(arch, like)
+        for mapping in self.config:
+            values |= mapping.write(arch, like)
         if different := self._differences(self.read(values), arch):
             raise CheckpointError(f"{self.name} cannot express this model", got=", ".join(different))
         return values
 
-    def _differences(self, told: Architecture, arch: Architecture) -> list[str]:
-        left, right = meaning(told), meaning(arch)
-        names = [name for name in right if name not in self.free and left.get(name) != right[name]]
+    def _differences(self, read: Architecture, arch: Architecture) -> list[str]:
+        left, right = functional_fields(read), functional_fields(arch)
+        names = [name for name in right if name not in self.ignored_fields and left.get(name) != right[name]]
         return [f"{name}={right[name]!r}" for name in names]
 
-    def pieces(self, arch: Architecture) -> list[Piece]:
+    def bind(self, arch: Architecture) -> list[BoundMapping]:
         """All tensors of a model, in the order of the forward pass.
 
         Args:
@@ -156,35 +106,20 @@ class Family:
             CheckpointError: The family has no word for one of its weights.
         """
         shapes = axes.tensors(arch)
-        blocks = self._blocks(arch.pattern)
-        found = list(self._linked("", "", arch, arch, shapes))
-        for number, units in enumerate(blocks):
-            prefix = self.layer.format(number) + "."
+        by_unit: dict[str, list[ParamMapping]] = {}
+        for mapping in self.params:
+            by_unit.setdefault(mapping.unit, []).append(mapping)
+        bound = [each for mapping in by_unit.get("", ()) for each in mapping.bind(arch, shapes)]
+        for number, units in enumerate(self._blocks(arch.pattern)):
+            hf_layer = self.layer.format(number) + "."
             for unit in units:
-                found += self._linked(prefix, f"{axes.LAYER}.{unit}.", arch, arch.at(unit), shapes, arch.pattern[unit])
-        if untold := [key for key in shapes if key not in {piece.ours for piece in found}]:
-            raise CheckpointError(f"{self.name} has no place for {untold[0]}", got=f"{len(untold)} such weights")
+                for mapping in by_unit.get(arch.pattern[unit], ()):
+                    bound += mapping.bind(arch, shapes, unit, hf_layer)
+        known = {mapping.megatron for mapping in bound}
+        if missing := [key for key in shapes if key not in known]:
+            raise CheckpointError(f"{self.name} has no place for {missing[0]}", got=f"{len(missing)} such weights")
         order = {key: place for place, key in enumerate(shapes)}
-        return sorted(found, key=lambda piece: order[piece.ours])
-
-    def _linked(
-        self,
-        prefix: str,
-        own_prefix: str,
-        arch: Architecture,
-        own: Architecture,
-        shapes: Mapping[str, Any],
-        unit: str = "",
-    ) -> Iterator[Piece]:
-        for link in self.links:
-            key = own_prefix + link.ours
-            if link.unit != unit or key not in shapes or not link.exists(arch):
-                continue
-            for expert in range(own.num_experts) if "{expert}" in link.theirs else (None,):
-                part = _bound(link.part, own, expert)
-                first = link.before(own)
-                rows = their_shape(part(torch.empty(shapes[key], device="meta")), len(shapes[key]))[0]
-                yield Piece(prefix + link.theirs.format(expert=expert), first, first + rows, key, part)
+        return sorted(bound, key=lambda mapping: order[mapping.megatron])
 
     def _blocks(self, pattern: str) -> list[tuple[int, ...]]:
         """Our sub-layers that make each layer of theirs."""
@@ -194,16 +129,6 @@ class Family:
                 f"{self.name} cannot express this layer pattern", got=pattern, legal=f"{self.block!r}, repeated"
             )
         return [tuple(range(first, first + size)) for first in range(0, len(pattern), size)]
-
-
-def _bound(part: Part, arch: Architecture, expert: int | None) -> Callable[[Tensor], Tensor]:
-    return lambda ours: part(arch, ours if expert is None else ours[expert])
-
-
-def their_shape(view: Tensor, dimensions: int) -> tuple[int, ...]:
-    """The shape of the rows of their tensor that a part of our weight of so many dimensions is."""
-    rest = min(view.dim(), dimensions) - 1
-    return (prod(view.shape[: view.dim() - rest]), *view.shape[view.dim() - rest :])
 
 
 # Fields of sub-layers that a family does not have; they mean nothing, but must be legal.
@@ -218,7 +143,7 @@ _OF_KIND = {
 }  # fmt: skip
 
 
-def meaning(arch: Architecture) -> dict[str, Any]:
+def functional_fields(arch: Architecture) -> dict[str, Any]:
     """The fields of a model that its function depends on."""
     values = arch.to_dict()
     for kind, names in _OF_KIND.items():

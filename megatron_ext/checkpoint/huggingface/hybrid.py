@@ -6,12 +6,12 @@ with sizes that differ from layer to layer, and with or without attention (`mode
 
 from typing import Any
 
-from megatron_ext.checkpoint.huggingface.coded import CodedFamily, LayerChanges
-from megatron_ext.checkpoint.huggingface.family import Config, Link
+from megatron_ext.checkpoint.huggingface.config_mappings import Renamed, Rope, Tied, flag
+from megatron_ext.checkpoint.huggingface.family import Config
 from megatron_ext.checkpoint.huggingface.mamba2 import MIXER, OUTER
+from megatron_ext.checkpoint.huggingface.mappings import ParamMapping, gated_mlp_mapping
 from megatron_ext.checkpoint.huggingface.nemotron_h import ATTENTION_ROWS, EXPERTS, NEMOTRON_H, SHARED
-from megatron_ext.checkpoint.huggingface.parts import half
-from megatron_ext.checkpoint.huggingface.settings import Rope, Same, Tied, flag
+from megatron_ext.checkpoint.huggingface.remote_code import LayerChanges, RemoteCodeFamily
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import MOE
@@ -25,15 +25,14 @@ def _gated(arch: Architecture) -> bool:
 
 
 _MLP = [
-    Link("-", "norm.weight", "mlp.linear_fc1.layer_norm_weight"),
-    Link("-", "mixer.gate_proj.weight", "mlp.linear_fc1.weight", half(0), exists=_gated),
-    Link("-", "mixer.up_proj.weight", "mlp.linear_fc1.weight", half(1), exists=_gated),
-    Link("-", "mixer.up_proj.weight", "mlp.linear_fc1.weight", exists=lambda arch: not _gated(arch)),
-    Link("-", "mixer.down_proj.weight", "mlp.linear_fc2.weight"),
+    ParamMapping("-", "norm.weight", "mlp.linear_fc1.layer_norm_weight"),
+    *gated_mlp_mapping("mixer.gate_proj.weight", "mixer.up_proj.weight", "mlp.linear_fc1.weight", exists=_gated),
+    ParamMapping("-", "mixer.up_proj.weight", "mlp.linear_fc1.weight", exists=lambda arch: not _gated(arch)),
+    ParamMapping("-", "mixer.down_proj.weight", "mlp.linear_fc2.weight"),
 ]
 _QK_NORMS = [
-    Link("*", "mixer.q_norm.weight", "self_attention.q_layernorm.weight"),
-    Link("*", "mixer.k_norm.weight", "self_attention.k_layernorm.weight"),
+    ParamMapping("*", "mixer.q_norm.weight", "self_attention.q_layernorm.weight"),
+    ParamMapping("*", "mixer.k_norm.weight", "self_attention.k_layernorm.weight"),
 ]
 
 
@@ -51,7 +50,7 @@ class _Mlp:
         """The entries."""
         if MOE in arch.pattern and (arch.gated_linear_unit or arch.activation != "squared_relu"):
             raise CheckpointError("HybridForCausalLM: experts are squared ReLU without a gate", got=arch.activation)
-        name = next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == arch.activation)
+        name = next(hf for hf, megatron in _ACTIVATIONS.items() if megatron == arch.activation)
         return {"mlp_hidden_act": name, "mlp_gated": arch.gated_linear_unit}
 
 
@@ -71,10 +70,10 @@ class _Rotary:
         return {"rotary": _ROPE.write(arch, {"rope_parameters": {}})["rope_parameters"]}
 
 
-HYBRID = CodedFamily(
+HYBRID = RemoteCodeFamily(
     "HybridForCausalLM", "megatron_hybrid", "backbone.layers.{}", "",
     [*OUTER, *MIXER, *ATTENTION_ROWS, *_QK_NORMS, *_MLP, *EXPERTS],
-    [*SHARED, Tied(), _Mlp(), _Rotary(), Same("qk_norm", "qk_layernorm", False),
+    [*SHARED, Tied(), _Mlp(), _Rotary(), Renamed("qk_norm", "qk_layernorm", False),
      LayerChanges({"ffn_hidden_size": "intermediate_size", "mamba_num_heads": "mamba_num_heads"})],
     base=NEMOTRON_H, template="modeling_hybrid.py",
 )  # fmt: skip

@@ -3,40 +3,41 @@
 from collections.abc import Callable
 from typing import Any
 
-from megatron_ext.checkpoint.huggingface.family import Config, Family, Link, words
-from megatron_ext.checkpoint.huggingface.parts import half, key, query, value
-from megatron_ext.checkpoint.huggingface.settings import Always, Biases, Layers, Only, Rope, Same, Tied, whole
+from megatron_ext.checkpoint.huggingface.config_mappings import (
+    Biases,
+    Fixed,
+    Layers,
+    Renamed,
+    Required,
+    Rope,
+    Tied,
+    whole,
+)
+from megatron_ext.checkpoint.huggingface.family import Config, Family
+from megatron_ext.checkpoint.huggingface.mappings import ParamMapping, gated_mlp_mapping, qkv_mapping, unpadded
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.architecture import Architecture
 
 EMBEDDINGS = [
-    Link("", "model.embed_tokens.weight", "embedding.word_embeddings.weight", words),
-    Link("", "lm_head.weight", "output_layer.weight", words),
+    ParamMapping("", "model.embed_tokens.weight", "embedding.word_embeddings.weight", unpadded),
+    ParamMapping("", "lm_head.weight", "output_layer.weight", unpadded),
 ]
-FINAL_NORM = [Link("", "model.norm.weight", "decoder.final_norm.weight")]
+FINAL_NORM = [ParamMapping("", "model.norm.weight", "decoder.final_norm.weight")]
 ATTENTION = [
-    Link("*", "input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
-    Link("*", "self_attn.q_proj.weight", "self_attention.linear_qkv.weight", query),
-    Link("*", "self_attn.k_proj.weight", "self_attention.linear_qkv.weight", key),
-    Link("*", "self_attn.v_proj.weight", "self_attention.linear_qkv.weight", value),
-    Link("*", "self_attn.o_proj.weight", "self_attention.linear_proj.weight"),
+    ParamMapping("*", "input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+    *qkv_mapping("self_attn.{}_proj.weight", "self_attention.linear_qkv.weight"),
+    ParamMapping("*", "self_attn.o_proj.weight", "self_attention.linear_proj.weight"),
 ]
-QKV_BIAS = [
-    Link("*", "self_attn.q_proj.bias", "self_attention.linear_qkv.bias", query),
-    Link("*", "self_attn.k_proj.bias", "self_attention.linear_qkv.bias", key),
-    Link("*", "self_attn.v_proj.bias", "self_attention.linear_qkv.bias", value),
-]
+QKV_BIAS = qkv_mapping("self_attn.{}_proj.bias", "self_attention.linear_qkv.bias")
 GATED_MLP = [
-    Link("-", "post_attention_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
-    Link("-", "mlp.gate_proj.weight", "mlp.linear_fc1.weight", half(0)),
-    Link("-", "mlp.up_proj.weight", "mlp.linear_fc1.weight", half(1)),
-    Link("-", "mlp.down_proj.weight", "mlp.linear_fc2.weight"),
+    ParamMapping("-", "post_attention_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+    *gated_mlp_mapping("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.linear_fc1.weight"),
+    ParamMapping("-", "mlp.down_proj.weight", "mlp.linear_fc2.weight"),
 ]
 _BIASES = [
-    Link("*", "self_attn.o_proj.bias", "self_attention.linear_proj.bias"),
-    Link("-", "mlp.gate_proj.bias", "mlp.linear_fc1.bias", half(0)),
-    Link("-", "mlp.up_proj.bias", "mlp.linear_fc1.bias", half(1)),
-    Link("-", "mlp.down_proj.bias", "mlp.linear_fc2.bias"),
+    ParamMapping("*", "self_attn.o_proj.bias", "self_attention.linear_proj.bias"),
+    *gated_mlp_mapping("mlp.gate_proj.bias", "mlp.up_proj.bias", "mlp.linear_fc1.bias"),
+    ParamMapping("-", "mlp.down_proj.bias", "mlp.linear_fc2.bias"),
 ]
 
 
@@ -65,20 +66,20 @@ def sizes(context: int, missing_groups: int | None = None) -> list[Any]:
     """
     return [
         Layers("*-"),
-        Same("vocab_size", "vocab_size"),
-        Same("hidden_size", "hidden_size"),
-        Same("intermediate_size", "ffn_hidden_size"),
-        Same("num_attention_heads", "num_attention_heads"),
-        Same("num_key_value_heads", "num_query_groups", groups(missing_groups)),
-        Same("head_dim", "kv_channels", head_dim),
-        Same("max_position_embeddings", "max_position_embeddings", context),
+        Renamed("vocab_size", "vocab_size"),
+        Renamed("hidden_size", "hidden_size"),
+        Renamed("intermediate_size", "ffn_hidden_size"),
+        Renamed("num_attention_heads", "num_attention_heads"),
+        Renamed("num_key_value_heads", "num_query_groups", groups(missing_groups)),
+        Renamed("head_dim", "kv_channels", head_dim),
+        Renamed("max_position_embeddings", "max_position_embeddings", context),
     ]
 
 
 GATED = [
-    Same("rms_norm_eps", "norm_epsilon", 1e-6),
-    Only("hidden_act", "silu"),
-    Always(activation="silu", gated_linear_unit=True, normalization="RMSNorm"),
+    Renamed("rms_norm_eps", "norm_epsilon", 1e-6),
+    Required("hidden_act", "silu"),
+    Fixed(activation="silu", gated_linear_unit=True, normalization="RMSNorm"),
 ]
 
 

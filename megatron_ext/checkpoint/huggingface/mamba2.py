@@ -4,13 +4,14 @@ from collections.abc import Callable
 from math import inf
 from typing import Any
 
-from megatron_ext.checkpoint.huggingface.family import Config, Family, Link, words
-from megatron_ext.checkpoint.huggingface.settings import Always, Layers, Only, Same, Tied, whole
+from megatron_ext.checkpoint.huggingface.config_mappings import Fixed, Layers, Renamed, Required, Tied, whole
+from megatron_ext.checkpoint.huggingface.family import Config, Family
+from megatron_ext.checkpoint.huggingface.mappings import ParamMapping, unpadded
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.architecture import CONV_KERNEL, Architecture
 
 
-def _before(*names: str) -> Callable[[Architecture], int]:
+def _row_offset(*names: str) -> Callable[[Architecture], int]:
     """Rows of these parts of the input projection or the convolution."""
 
     def rows(arch: Architecture) -> int:
@@ -22,28 +23,28 @@ def _before(*names: str) -> Callable[[Architecture], int]:
 
 
 MIXER = [
-    Link("M", "norm.weight", "mixer.in_proj.layer_norm_weight"),
-    Link("M", "mixer.in_proj.weight", "mixer.in_proj.weight.z"),
-    Link("M", "mixer.in_proj.weight", "mixer.in_proj.weight.x", before=_before("z")),
-    Link("M", "mixer.in_proj.weight", "mixer.in_proj.weight.B", before=_before("z", "x")),
-    Link("M", "mixer.in_proj.weight", "mixer.in_proj.weight.C", before=_before("z", "x", "B")),
-    Link("M", "mixer.in_proj.weight", "mixer.in_proj.weight.dt", before=_before("z", "x", "B", "C")),
-    Link("M", "mixer.conv1d.weight", "mixer.conv1d.weight.x"),
-    Link("M", "mixer.conv1d.weight", "mixer.conv1d.weight.B", before=_before("x")),
-    Link("M", "mixer.conv1d.weight", "mixer.conv1d.weight.C", before=_before("x", "B")),
-    Link("M", "mixer.conv1d.bias", "mixer.conv1d.bias.x"),
-    Link("M", "mixer.conv1d.bias", "mixer.conv1d.bias.B", before=_before("x")),
-    Link("M", "mixer.conv1d.bias", "mixer.conv1d.bias.C", before=_before("x", "B")),
-    Link("M", "mixer.dt_bias", "mixer.dt_bias"),
-    Link("M", "mixer.A_log", "mixer.A_log"),
-    Link("M", "mixer.D", "mixer.D"),
-    Link("M", "mixer.norm.weight", "mixer.norm.weight"),
-    Link("M", "mixer.out_proj.weight", "mixer.out_proj.weight"),
+    ParamMapping("M", "norm.weight", "mixer.in_proj.layer_norm_weight"),
+    ParamMapping("M", "mixer.in_proj.weight", "mixer.in_proj.weight.z"),
+    ParamMapping("M", "mixer.in_proj.weight", "mixer.in_proj.weight.x", row_offset=_row_offset("z")),
+    ParamMapping("M", "mixer.in_proj.weight", "mixer.in_proj.weight.B", row_offset=_row_offset("z", "x")),
+    ParamMapping("M", "mixer.in_proj.weight", "mixer.in_proj.weight.C", row_offset=_row_offset("z", "x", "B")),
+    ParamMapping("M", "mixer.in_proj.weight", "mixer.in_proj.weight.dt", row_offset=_row_offset("z", "x", "B", "C")),
+    ParamMapping("M", "mixer.conv1d.weight", "mixer.conv1d.weight.x"),
+    ParamMapping("M", "mixer.conv1d.weight", "mixer.conv1d.weight.B", row_offset=_row_offset("x")),
+    ParamMapping("M", "mixer.conv1d.weight", "mixer.conv1d.weight.C", row_offset=_row_offset("x", "B")),
+    ParamMapping("M", "mixer.conv1d.bias", "mixer.conv1d.bias.x"),
+    ParamMapping("M", "mixer.conv1d.bias", "mixer.conv1d.bias.B", row_offset=_row_offset("x")),
+    ParamMapping("M", "mixer.conv1d.bias", "mixer.conv1d.bias.C", row_offset=_row_offset("x", "B")),
+    ParamMapping("M", "mixer.dt_bias", "mixer.dt_bias"),
+    ParamMapping("M", "mixer.A_log", "mixer.A_log"),
+    ParamMapping("M", "mixer.D", "mixer.D"),
+    ParamMapping("M", "mixer.norm.weight", "mixer.norm.weight"),
+    ParamMapping("M", "mixer.out_proj.weight", "mixer.out_proj.weight"),
 ]
 OUTER = [
-    Link("", "backbone.embeddings.weight", "embedding.word_embeddings.weight", words),
-    Link("", "backbone.norm_f.weight", "decoder.final_norm.weight"),
-    Link("", "lm_head.weight", "output_layer.weight", words),
+    ParamMapping("", "backbone.embeddings.weight", "embedding.word_embeddings.weight", unpadded),
+    ParamMapping("", "backbone.norm_f.weight", "decoder.final_norm.weight"),
+    ParamMapping("", "lm_head.weight", "output_layer.weight", unpadded),
 ]
 
 
@@ -96,16 +97,16 @@ class NoLimit:
         return {}
 
 
-MIXER_SETTINGS: list[Any] = [
-    Same("layer_norm_epsilon", "norm_epsilon", 1e-5),
+MIXER_CONFIG: list[Any] = [
+    Renamed("layer_norm_epsilon", "norm_epsilon", 1e-5),
     # Megatron's norm inside the mixer has no other
-    Only("layer_norm_epsilon", 1e-5),
-    Only("conv_kernel", CONV_KERNEL),
-    Only("use_bias", False),
-    Only("use_conv_bias", True),
+    Required("layer_norm_epsilon", 1e-5),
+    Required("conv_kernel", CONV_KERNEL),
+    Required("use_bias", False),
+    Required("use_conv_bias", True),
     NoLimit(),
-    Same("n_groups", "mamba_num_groups", 8),
-    Always(normalization="RMSNorm"),
+    Renamed("n_groups", "mamba_num_groups", 8),
+    Fixed(normalization="RMSNorm"),
 ]
 
 
@@ -125,9 +126,9 @@ class _Heads:
 MAMBA2 = Family(
     "Mamba2ForCausalLM", "mamba2", "backbone.layers.{}", "M",
     [*OUTER, *MIXER],
-    [Layers("M", default=64), Same("vocab_size", "vocab_size"), Same("hidden_size", "hidden_size"),
-     Same("num_heads", "mamba_num_heads", 128), Same("head_dim", "mamba_head_dim", 64),
-     Same("state_size", "mamba_state_dim", 128), *MIXER_SETTINGS, Only("hidden_act", "silu"), Tied(), _Expand(),
-     _Heads(), Always(max_position_embeddings=2**20, position_embedding_type="none", add_bias_linear=False)],
-    free=("max_position_embeddings",),
+    [Layers("M", default=64), Renamed("vocab_size", "vocab_size"), Renamed("hidden_size", "hidden_size"),
+     Renamed("num_heads", "mamba_num_heads", 128), Renamed("head_dim", "mamba_head_dim", 64),
+     Renamed("state_size", "mamba_state_dim", 128), *MIXER_CONFIG, Required("hidden_act", "silu"), Tied(), _Expand(),
+     _Heads(), Fixed(max_position_embeddings=2**20, position_embedding_type="none", add_bias_linear=False)],
+    ignored_fields=("max_position_embeddings",),
 )  # fmt: skip

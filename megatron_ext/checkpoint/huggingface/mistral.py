@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from megatron_ext.checkpoint.huggingface.config_mappings import Fixed, Rope, Tied, flag, whole
 from megatron_ext.checkpoint.huggingface.family import Config, Family
 from megatron_ext.checkpoint.huggingface.llama import ATTENTION, EMBEDDINGS, FINAL_NORM, GATED, GATED_MLP, sizes
-from megatron_ext.checkpoint.huggingface.settings import Always, Rope, Tied, flag, whole
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.architecture import Architecture
 
@@ -57,5 +57,5 @@ class NoWindow:
 MISTRAL = Family(
     "MistralForCausalLM", "mistral", "model.layers.{}", "*-",
     [*EMBEDDINGS, *ATTENTION, *GATED_MLP, *FINAL_NORM],
-    [*sizes(131_072, 8), *GATED, Rope(), Tied(), NoWindow(131_072), Always(add_bias_linear=False)],
+    [*sizes(131_072, 8), *GATED, Rope(), Tied(), NoWindow(131_072), Fixed(add_bias_linear=False)],
 )  # fmt: skip

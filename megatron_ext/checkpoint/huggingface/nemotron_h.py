@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from megatron_ext.checkpoint.huggingface.family import Config, Family, Link
-from megatron_ext.checkpoint.huggingface.mamba2 import MIXER, MIXER_SETTINGS, OUTER
-from megatron_ext.checkpoint.huggingface.parts import key, query, value
-from megatron_ext.checkpoint.huggingface.settings import Always, Only, Same, Tied, flag, number
+from megatron_ext.checkpoint.huggingface.config_mappings import Fixed, Renamed, Required, Tied, flag, number
+from megatron_ext.checkpoint.huggingface.family import Config, Family
+from megatron_ext.checkpoint.huggingface.mamba2 import MIXER, MIXER_CONFIG, OUTER
+from megatron_ext.checkpoint.huggingface.mappings import ParamMapping, qkv_mapping
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
@@ -14,25 +14,23 @@ _WORDS = {MAMBA: "linear_attention", ATTENTION: "full_attention", MLP: "mlp", MO
 _UNITS = {word: unit for unit, word in _WORDS.items()} | {"mamba": MAMBA, "attention": ATTENTION}
 
 ATTENTION_ROWS = [
-    Link("*", "norm.weight", "self_attention.linear_qkv.layer_norm_weight"),
-    Link("*", "mixer.q_proj.weight", "self_attention.linear_qkv.weight", query),
-    Link("*", "mixer.k_proj.weight", "self_attention.linear_qkv.weight", key),
-    Link("*", "mixer.v_proj.weight", "self_attention.linear_qkv.weight", value),
-    Link("*", "mixer.o_proj.weight", "self_attention.linear_proj.weight"),
+    ParamMapping("*", "norm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+    *qkv_mapping("mixer.{}_proj.weight", "self_attention.linear_qkv.weight"),
+    ParamMapping("*", "mixer.o_proj.weight", "self_attention.linear_proj.weight"),
 ]
 _MLP = [
-    Link("-", "norm.weight", "mlp.linear_fc1.layer_norm_weight"),
-    Link("-", "mixer.up_proj.weight", "mlp.linear_fc1.weight"),
-    Link("-", "mixer.down_proj.weight", "mlp.linear_fc2.weight"),
+    ParamMapping("-", "norm.weight", "mlp.linear_fc1.layer_norm_weight"),
+    ParamMapping("-", "mixer.up_proj.weight", "mlp.linear_fc1.weight"),
+    ParamMapping("-", "mixer.down_proj.weight", "mlp.linear_fc2.weight"),
 ]
 EXPERTS = [
-    Link("E", "norm.weight", "pre_mlp_layernorm.weight"),
-    Link("E", "mixer.gate.weight", "mlp.router.weight"),
-    Link("E", "mixer.gate.e_score_correction_bias", "mlp.router.expert_bias"),
-    Link("E", "mixer.experts.{expert}.up_proj.weight", "mlp.experts.experts.linear_fc1.weight"),
-    Link("E", "mixer.experts.{expert}.down_proj.weight", "mlp.experts.experts.linear_fc2.weight"),
-    Link("E", "mixer.shared_experts.up_proj.weight", "mlp.shared_experts.linear_fc1.weight"),
-    Link("E", "mixer.shared_experts.down_proj.weight", "mlp.shared_experts.linear_fc2.weight"),
+    ParamMapping("E", "norm.weight", "pre_mlp_layernorm.weight"),
+    ParamMapping("E", "mixer.gate.weight", "mlp.router.weight"),
+    ParamMapping("E", "mixer.gate.e_score_correction_bias", "mlp.router.expert_bias"),
+    ParamMapping("E", "mixer.experts.{expert}.up_proj.weight", "mlp.experts.experts.linear_fc1.weight"),
+    ParamMapping("E", "mixer.experts.{expert}.down_proj.weight", "mlp.experts.experts.linear_fc2.weight"),
+    ParamMapping("E", "mixer.shared_experts.up_proj.weight", "mlp.shared_experts.linear_fc1.weight"),
+    ParamMapping("E", "mixer.shared_experts.down_proj.weight", "mlp.shared_experts.linear_fc2.weight"),
 ]
 
 
@@ -115,14 +113,14 @@ class _Mixture:
     """The experts, where the pattern has some."""
 
     SAME = (
-        Same("n_routed_experts", "num_experts", 8),
-        Same("moe_intermediate_size", "moe_ffn_hidden_size", 7688),
-        Same("moe_shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", 7688),
-        Same("num_experts_per_tok", "moe_router_topk", 2),
+        Renamed("n_routed_experts", "num_experts", 8),
+        Renamed("moe_intermediate_size", "moe_ffn_hidden_size", 7688),
+        Renamed("moe_shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", 7688),
+        Renamed("num_experts_per_tok", "moe_router_topk", 2),
     )
     ONLY = (
-        Only("moe_latent_size", None), Only("n_group", 1), Only("topk_group", 1),
-        Only("n_shared_experts", 1), Only("num_nextn_predict_layers", 0),
+        Required("moe_latent_size", None), Required("n_group", 1), Required("topk_group", 1),
+        Required("n_shared_experts", 1), Required("num_nextn_predict_layers", 0),
     )  # fmt: skip
 
     def read(self, config: Config) -> dict[str, Any]:
@@ -133,8 +131,8 @@ class _Mixture:
             "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
             "moe_router_topk_scaling_factor": number(config, "routed_scaling_factor", 1.0),
         }  # fmt: skip
-        for setting in (*self.SAME, *self.ONLY):
-            fields |= setting.read(config)
+        for mapping in (*self.SAME, *self.ONLY):
+            fields |= mapping.read(config)
         # Megatron divides by the sum of the chosen where there are several, and only there.
         if flag(config, "norm_topk_prob", True) != (fields["moe_router_topk"] > 1):
             raise CheckpointError(
@@ -158,25 +156,25 @@ class _Mixture:
         entries: dict[str, Any] = {
             "routed_scaling_factor": 1.0 if factor is None else factor, "norm_topk_prob": arch.moe_router_topk > 1,
         }  # fmt: skip
-        for setting in (*self.SAME, *self.ONLY):
-            entries |= setting.write(arch, like)
+        for mapping in (*self.SAME, *self.ONLY):
+            entries |= mapping.write(arch, like)
         return entries
 
 
 # What a hybrid of our own has as well.
 SHARED: list[Any] = [
-    _Pattern(), Same("vocab_size", "vocab_size", 131_072), Same("hidden_size", "hidden_size", 4096),
-    Same("intermediate_size", "ffn_hidden_size", 21_504), Same("num_attention_heads", "num_attention_heads", 32),
-    Same("num_key_value_heads", "num_query_groups", 8), Same("head_dim", "kv_channels", _head_dim),
-    Same("max_position_embeddings", "max_position_embeddings", 4096),
-    Same("mamba_num_heads", "mamba_num_heads", 128), Same("mamba_head_dim", "mamba_head_dim", 64),
-    Same("ssm_state_size", "mamba_state_dim", 128), *MIXER_SETTINGS, Only("mamba_hidden_act", "silu"),
-    Only("mamba_proj_bias", False), Only("attention_bias", False), Only("sliding_window", None),
-    Only("mlp_bias", False), _Mixture(),
+    _Pattern(), Renamed("vocab_size", "vocab_size", 131_072), Renamed("hidden_size", "hidden_size", 4096),
+    Renamed("intermediate_size", "ffn_hidden_size", 21_504), Renamed("num_attention_heads", "num_attention_heads", 32),
+    Renamed("num_key_value_heads", "num_query_groups", 8), Renamed("head_dim", "kv_channels", _head_dim),
+    Renamed("max_position_embeddings", "max_position_embeddings", 4096),
+    Renamed("mamba_num_heads", "mamba_num_heads", 128), Renamed("mamba_head_dim", "mamba_head_dim", 64),
+    Renamed("ssm_state_size", "mamba_state_dim", 128), *MIXER_CONFIG, Required("mamba_hidden_act", "silu"),
+    Required("mamba_proj_bias", False), Required("attention_bias", False), Required("sliding_window", None),
+    Required("mlp_bias", False), _Mixture(),
 ]  # fmt: skip
 NEMOTRON_H = Family(
     "NemotronHForCausalLM", "nemotron_h", "backbone.layers.{}", "",
     [*OUTER, *MIXER, *ATTENTION_ROWS, *_MLP, *EXPERTS],
-    [*SHARED, _Untied(), _WithAttention(), _SmallSteps(), Only("mlp_hidden_act", "relu2"),
-     Always(activation="squared_relu", gated_linear_unit=False, position_embedding_type="none")],
+    [*SHARED, _Untied(), _WithAttention(), _SmallSteps(), Required("mlp_hidden_act", "relu2"),
+     Fixed(activation="squared_relu", gated_linear_unit=False, position_embedding_type="none")],
 )  # fmt: skip

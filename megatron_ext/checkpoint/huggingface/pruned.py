@@ -6,13 +6,13 @@ The class is the family's own, rebuilt layer by layer by `modeling_pruned.py`.
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ext.checkpoint.huggingface.coded import ENTRY, CodedFamily, LayerChanges, changes_of
+from megatron_ext.checkpoint.huggingface.config_mappings import Layers
 from megatron_ext.checkpoint.huggingface.family import Config, Family
 from megatron_ext.checkpoint.huggingface.llama import LLAMA
 from megatron_ext.checkpoint.huggingface.mistral import MISTRAL
 from megatron_ext.checkpoint.huggingface.nemotron import NEMOTRON
 from megatron_ext.checkpoint.huggingface.qwen import QWEN2, QWEN3
-from megatron_ext.checkpoint.huggingface.settings import Layers
+from megatron_ext.checkpoint.huggingface.remote_code import ENTRY, LayerChanges, RemoteCodeFamily, changes_of
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, MLP
@@ -21,7 +21,7 @@ _SUBLAYERS = {ATTENTION: "self_attn", MLP: "mlp"}
 _SIZES = LayerChanges({"ffn_hidden_size": "intermediate_size"})
 
 
-class PrunedFamily(CodedFamily):
+class PrunedFamily(RemoteCodeFamily):
     """`base` with layers that differ."""
 
     def _blocks(self, pattern: str) -> list[tuple[int, ...]]:
@@ -77,11 +77,11 @@ class _Blocks:
 def pruned(base: Family) -> PrunedFamily:
     """The variant of a family whose layers may differ."""
     camel, snake = base.name.removesuffix("ForCausalLM"), base.model_type
-    settings = [*(setting for setting in base.settings if not isinstance(setting, Layers)), _Blocks(base.block)]
+    config = [*(mapping for mapping in base.config if not isinstance(mapping, Layers)), _Blocks(base.block)]
     names = ("pruned_llama", f"pruned_{snake}"), ('"llama"', f'"{snake}"'), ("Llama", camel)
     return PrunedFamily(
-        f"Pruned{base.name}", f"pruned_{snake}", base.layer, base.block, base.links, settings, base.without, base.free,
-        base=base, template="modeling_pruned.py", renamed=names,
+        f"Pruned{base.name}", f"pruned_{snake}", base.layer, base.block, base.params, config, base.ignored_suffixes,
+        base.ignored_fields, base=base, template="modeling_pruned.py", renamed=names,
     )  # fmt: skip
 
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 from math import inf
 from typing import Any, ClassVar
 
+from megatron_ext.checkpoint.huggingface.config_mappings import Fixed, Layers, Renamed, Required, flag, whole
 from megatron_ext.checkpoint.huggingface.family import Config, Family
 from megatron_ext.checkpoint.huggingface.mamba2 import MIXER, OUTER, is_unlimited
-from megatron_ext.checkpoint.huggingface.settings import Always, Layers, Only, Same, flag, whole
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.architecture import CONV_KERNEL, Architecture
 
@@ -50,7 +50,7 @@ class _Mixer:
         known = {*self.SAME, *self.ONLY, *self.FREE, "expand", "dt_limit", "activation"}
         if unknown := sorted(set(given) - known):
             raise CheckpointError("config.json: ssm_cfg has entries that are not known", got=", ".join(unknown))
-        fields = {ours: whole(given, name, default) for name, (ours, default) in self.SAME.items()}
+        fields = {megatron: whole(given, name, default) for name, (megatron, default) in self.SAME.items()}
         inner = whole(given, "expand", 2) * whole(config, "d_model", 2560)
         if inner % fields["mamba_head_dim"]:
             raise CheckpointError(
@@ -69,7 +69,7 @@ class _Mixer:
                 "MambaLMHeadModel needs an inner width that is a whole multiple of the hidden size",
                 got=f"{arch.mamba_inner_size} and {arch.hidden_size}",
             )
-        values = {name: getattr(arch, ours) for name, (ours, _) in self.SAME.items()}
+        values = {name: getattr(arch, megatron) for name, (megatron, _) in self.SAME.items()}
         return {"ssm_cfg": {"layer": "Mamba2", **values, "expand": arch.mamba_inner_size // arch.hidden_size}}
 
 
@@ -102,10 +102,10 @@ class _Tied:
 
 STATE_SPACES = Family(
     "MambaLMHeadModel", "", "backbone.layers.{}", "M",
-    [*(replace(link, theirs=link.theirs.replace("embeddings", "embedding")) for link in OUTER), *MIXER],
-    [Layers("M", "n_layer", 64), Same("d_model", "hidden_size", 2560), _Vocabulary(), _Mixer(), _Tied(),
-     Only("rms_norm", True), Only("d_intermediate", 0), Only("attn_layer_idx", [], None),
-     Always(normalization="RMSNorm", norm_epsilon=1e-5, max_position_embeddings=2**20, position_embedding_type="none",
+    [*(replace(mapping, hf=mapping.hf.replace("embeddings", "embedding")) for mapping in OUTER), *MIXER],
+    [Layers("M", "n_layer", 64), Renamed("d_model", "hidden_size", 2560), _Vocabulary(), _Mixer(), _Tied(),
+     Required("rms_norm", True), Required("d_intermediate", 0), Required("attn_layer_idx", [], None),
+     Fixed(normalization="RMSNorm", norm_epsilon=1e-5, max_position_embeddings=2**20, position_embedding_type="none",
             add_bias_linear=False)],
-    free=("max_position_embeddings",),
+    ignored_fields=("max_position_embeddings",),
 )  # fmt: skip

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from megatron_ext.checkpoint.huggingface import companions
-from megatron_ext.checkpoint.huggingface.coded import CodedFamily
-from megatron_ext.checkpoint.huggingface.families import CODED
+from megatron_ext.checkpoint.huggingface import hf_assets
+from megatron_ext.checkpoint.huggingface.families import REMOTE_CODE
+from megatron_ext.checkpoint.huggingface.remote_code import RemoteCodeFamily
 from megatron_ext.errors import CheckpointError, UntrustedError
 from megatron_ext.untrusted import inside
 
@@ -28,7 +28,7 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    config = companions.read_config(directory)
+    config = hf_assets.read_config(directory)
     family = _coded(config)
     if family is not None:
         check_code(directory, config, family)
@@ -36,7 +36,7 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
         seen = Path(temporary) / f"verified_{config.get('model_type')}"
         seen.mkdir()
         kept = config if family is not None else {name: value for name, value in config.items() if name != "auto_map"}
-        (seen / companions.CONFIG).write_text(json.dumps(kept), encoding="utf-8")
+        (seen / hf_assets.CONFIG).write_text(json.dumps(kept), encoding="utf-8")
         for path in sorted({path for ending in _WEIGHTS for path in directory.glob(ending)}):
             (seen / path.name).symlink_to(inside(directory, path.name).resolve())
         if family is not None:
@@ -50,15 +50,17 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
             raise CheckpointError(f"transformers cannot load the model: {reason}", got=directory) from error
 
 
-def check_code(directory: Path, config: dict[str, Any], family: CodedFamily) -> None:
+def check_code(directory: Path, config: dict[str, Any], family: RemoteCodeFamily) -> None:
     """Check that a directory's class is one of ours by name, and its code what we write, byte for byte.
 
     Raises:
         UntrustedError: It is not.
     """
-    for name, ours in family.entries().items():
-        if config.get(name) != ours:
-            raise UntrustedError(f"config.json: {name!r} names other code than ours", got=config.get(name), legal=ours)
+    for name, expected in family.entries().items():
+        if config.get(name) != expected:
+            raise UntrustedError(
+                f"config.json: {name!r} names other code than ours", got=config.get(name), legal=expected
+            )
     code = inside(directory, f"{family.module}.py")
     if not code.is_file() or code.read_bytes() != family.code().encode():
         raise UntrustedError(
@@ -67,7 +69,7 @@ def check_code(directory: Path, config: dict[str, Any], family: CodedFamily) -> 
         )  # fmt: skip
 
 
-def _coded(config: dict[str, Any]) -> CodedFamily | None:
+def _coded(config: dict[str, Any]) -> RemoteCodeFamily | None:
     """The class of ours that a configuration asks for, by any of its names."""
     names = [config.get("model_type"), *(config.get("architectures") or [])]
-    return next((family for family in CODED if family.model_type in names or family.name in names), None)
+    return next((family for family in REMOTE_CODE if family.model_type in names or family.name in names), None)

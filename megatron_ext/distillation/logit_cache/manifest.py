@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from megatron_ext.checkpoint.atomic import replacing
+from megatron_ext.checkpoint.atomic import atomic_write
 from megatron_ext.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -99,7 +99,7 @@ class Manifest:
         """Put it into the directory, atomically."""
         own = dataclasses.asdict(self)
         content = {"format": FORMAT, **own, CHECKSUM: _hash(own)}
-        with replacing(directory / MANIFEST) as temporary:
+        with atomic_write(directory / MANIFEST) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from megatron_ext.checkpoint.atomic import replacing
+from megatron_ext.checkpoint.atomic import atomic_write
 from megatron_ext.data.sample_id import name
 from megatron_ext.distillation.logit_cache.manifest import Manifest
 from megatron_ext.errors import DataError
@@ -93,7 +93,7 @@ class Writer:
         content = _content(columns["sample_id"], columns["checksum"])
         about = {"settings": self._manifest.settings, "content": content}
         try:
-            with replacing(self._directory / f"{content}.safetensors") as temporary:
+            with atomic_write(self._directory / f"{content}.safetensors") as temporary:
                 save_file(columns, temporary, metadata=about)
         except (OSError, SafetensorError) as problem:
             reason = getattr(problem, "strerror", None) or str(problem)

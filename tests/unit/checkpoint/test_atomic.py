@@ -1,15 +1,15 @@
 import pytest
 
-from megatron_ext.checkpoint.atomic import fresh_directory, replacing, write_text
+from megatron_ext.checkpoint.atomic import atomic_write, fresh_directory, write_text
 from megatron_ext.errors import CheckpointError
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "file"
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("one")
         assert not path.exists()
-    with pytest.raises(RuntimeError), replacing(path) as temporary:  # noqa: PT012
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:  # noqa: PT012
         temporary.write_text("two")
         raise RuntimeError
     assert path.read_text() == "one"

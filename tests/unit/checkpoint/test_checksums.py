@@ -14,7 +14,7 @@ from megatron_ext import cli
 from megatron_ext.checkpoint import checksums, layout
 from megatron_ext.checkpoint.blocks import TensorEntry
 from megatron_ext.checkpoint.checksums import Checksums, verify_step
-from megatron_ext.checkpoint.huggingface import companions
+from megatron_ext.checkpoint.huggingface import hf_assets
 from megatron_ext.checkpoint.huggingface.shards import Shards, writing_shards
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.writer import writing
@@ -160,7 +160,7 @@ def test_every_byte_of_an_export_counts(tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main(["verify", str(tmp_path)]) == 2
     assert files[0].name in capsys.readouterr().out
     (tmp_path / "tokenizer.json").touch()
-    assert [path.name for path in companions.files(tmp_path)] == ["tokenizer.json"]
+    assert [path.name for path in hf_assets.files(tmp_path)] == ["tokenizer.json"]
 
 
 def test_the_command_looks_at_every_step(step: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from random_models import random_weights
 from safetensors.torch import load_file, save_file
 
 from megatron_ext import cli
-from megatron_ext.checkpoint.huggingface import companions, families
+from megatron_ext.checkpoint.huggingface import families, hf_assets
 from megatron_ext.checkpoint.huggingface.convert import to_hf, to_megatron
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.checkpoint.writer import writing
@@ -154,8 +154,8 @@ def test_every_file_of_an_export_is_verified_but_its_card(hf: Path, capsys: Any)
     for file in sorted(hf.iterdir()):
         content = file.read_bytes()
         file.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
-        assert cli.main(["verify", str(hf)]) == (0 if file.name == companions.CARD else 2), file
-        assert file.name == companions.CARD or file.name in "".join(capsys.readouterr())
+        assert cli.main(["verify", str(hf)]) == (0 if file.name == hf_assets.CARD else 2), file
+        assert file.name == hf_assets.CARD or file.name in "".join(capsys.readouterr())
         file.write_bytes(content)
     assert cli.main(["verify", str(hf)]) == 0
 

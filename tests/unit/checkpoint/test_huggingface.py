@@ -378,7 +378,7 @@ def test_published_models_can_be_expressed(preset: str, family: str) -> None:
     chosen = families.named(family)
     written = chosen.write(arch)
     assert not chosen._differences(chosen.read(written), arch)
-    covered = {piece.ours for piece in chosen.pieces(arch)}
+    covered = {mapping.megatron for mapping in chosen.bind(arch)}
     assert len(covered) == len(convert.axes.tensors(arch))
 
 

@@ -8,7 +8,7 @@ import pytest
 from random_models import random_weights
 
 from megatron_ext.checkpoint import gpt
-from megatron_ext.checkpoint.huggingface import companions
+from megatron_ext.checkpoint.huggingface import hf_assets
 from megatron_ext.checkpoint.huggingface.convert import to_hf
 from megatron_ext.checkpoint.tokenizer import fingerprint
 from megatron_ext.checkpoint.writer import writing
@@ -49,9 +49,9 @@ def test_the_tokenizer_lies_with_the_run_or_is_asked_for(run: Path, tmp_path: Pa
     assert not (tmp_path / "without" / "tokenizer.json").exists()
     own = tokenizer(tmp_path / "own")
     to_hf(run, tmp_path / "given", tokenizer=own)
-    companions.keep_tokenizer(own, run)
+    hf_assets.keep_tokenizer(own, run)
     (own / "tokenizer_config.json").write_text('{"eos_token": "w3"}')
-    companions.keep_tokenizer(own, run)
+    hf_assets.keep_tokenizer(own, run)
     assert (run / "tokenizer" / "tokenizer_config.json").read_text() == '{"eos_token": "w3"}'
     to_hf(run, tmp_path / "kept")
     for name in ("given", "kept"):
@@ -74,7 +74,7 @@ def test_the_tokenizer_lies_with_the_run_or_is_asked_for(run: Path, tmp_path: Pa
 
 
 def test_a_tokenizer_is_handed_on(run: Path, tmp_path: Path) -> None:
-    companions.keep_tokenizer(tokenizer(tmp_path / "own"), run)
+    hf_assets.keep_tokenizer(tokenizer(tmp_path / "own"), run)
     gpt.to_gpt(run, tmp_path / "gpt")
     gpt.to_pattern(tmp_path / "gpt", tmp_path / "again")
-    assert companions.tokenizer(tmp_path / "again" / "release") == tmp_path / "again" / "tokenizer"
+    assert hf_assets.tokenizer(tmp_path / "again" / "release") == tmp_path / "again" / "tokenizer"

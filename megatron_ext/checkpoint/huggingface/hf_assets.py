@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.checkpoint import checksums, layout
-from megatron_ext.checkpoint.atomic import replacing
+from megatron_ext.checkpoint.atomic import atomic_write
 from megatron_ext.checkpoint.writer import Writer
 from megatron_ext.errors import CheckpointError
 from megatron_ext.untrusted import inside
@@ -117,7 +117,7 @@ def keep_tokenizer(directory: Path, run: Path) -> None:
     for path in tokenizer_files(directory):
         kept.mkdir(exist_ok=True)
         if not (kept / path.name).is_file() or (kept / path.name).read_bytes() != path.read_bytes():
-            with replacing(kept / path.name) as temporary:
+            with atomic_write(kept / path.name) as temporary:
                 shutil.copyfile(path, temporary)
 
 

@@ -1,4 +1,4 @@
-"""The kinds of entries that a `config.json` has. See `family.Setting`."""
+"""Mappings between entries of `config.json` and fields of an `Architecture`; see `family.ConfigMapping`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from megatron_ext.models.architecture import Architecture
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def told(config: Config, name: str, default: Any = None) -> Any:
+def get(config: Config, name: str, default: Any = None) -> Any:
     """An entry; the default, or what it makes of the configuration, where it is missing or null.
 
     Raises:
@@ -27,24 +27,24 @@ def told(config: Config, name: str, default: Any = None) -> Any:
 
 
 def whole(config: Config, name: str, default: Any = None) -> int:
-    """An entry that is a positive whole number; see `told`."""
-    value = told(config, name, default)
+    """An entry that is a positive whole number; see `get`."""
+    value = get(config, name, default)
     if type(value) is not int or value < 1:
         raise _wrong(name, value, "a positive whole number")
     return value
 
 
 def number(config: Config, name: str, default: Any = None) -> float:
-    """An entry that is a number; see `told`."""
-    value = told(config, name, default)
+    """An entry that is a number; see `get`."""
+    value = get(config, name, default)
     if type(value) not in (int, float) or not isfinite(value):
         raise _wrong(name, value, "a number")
     return float(value)
 
 
 def flag(config: Config, name: str, default: Any = None) -> bool:
-    """An entry that is true or false; see `told`."""
-    value = told(config, name, default)
+    """An entry that is true or false; see `get`."""
+    value = get(config, name, default)
     if type(value) is not bool:
         raise _wrong(name, value, "true or false")
     return value
@@ -59,34 +59,34 @@ _FIELDS = get_type_hints(Architecture)
 
 
 @dataclass(frozen=True)
-class Same:
-    """An entry that is a field of ours under another name; `default` is transformers' own where it is missing."""
+class Renamed:
+    """An entry that is a field under another name; `default` is transformers' own where it is missing."""
 
-    theirs: str
-    ours: str
+    hf: str
+    megatron: str
     default: Any | Callable[[Config], Any] = None
 
     def read(self, config: Config) -> dict[str, Any]:
         """The field."""
-        return {self.ours: _READ[_FIELDS[self.ours]](config, self.theirs, self.default)}
+        return {self.megatron: _READ[_FIELDS[self.megatron]](config, self.hf, self.default)}
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
         """The entry."""
-        return {self.theirs: getattr(arch, self.ours)}
+        return {self.hf: getattr(arch, self.megatron)}
 
 
-class Only:
-    """An entry of which our models know these values only; the first is written."""
+class Required:
+    """An entry of which Megatron knows these values only; the first is written."""
 
-    def __init__(self, theirs: str, *legal: Any) -> None:
-        self.theirs, self.legal = theirs, legal
+    def __init__(self, hf: str, *legal: Any) -> None:
+        self.hf, self.legal = hf, legal
 
     def read(self, config: Config) -> dict[str, Any]:
         """Nothing, but refuses other values."""
-        value = config.get(self.theirs, self.legal[0])
+        value = config.get(self.hf, self.legal[0])
         if value not in self.legal:
             raise CheckpointError(
-                f"config.json: {self.theirs!r} is not supported",
+                f"config.json: {self.hf!r} is not supported",
                 got=repr(value),
                 legal=" or ".join(map(repr, self.legal)),
             )
@@ -94,11 +94,11 @@ class Only:
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
         """The entry as it was, or the first value."""
-        return {self.theirs: like.get(self.theirs, self.legal[0])}
+        return {self.hf: like.get(self.hf, self.legal[0])}
 
 
-class Always:
-    """Fields of ours that a family has no entry for, because they are always so."""
+class Fixed:
+    """Fields that a family has no entry for, because they are always so."""
 
     def __init__(self, **fields: Any) -> None:
         self.fields = fields
@@ -117,16 +117,16 @@ class Layers:
     """The number of their layers, each of these sub-layers."""
 
     block: str
-    theirs: str = "num_hidden_layers"
+    hf: str = "num_hidden_layers"
     default: int | None = None
 
     def read(self, config: Config) -> dict[str, Any]:
         """The pattern."""
-        return {"pattern": self.block * whole(config, self.theirs, self.default)}
+        return {"pattern": self.block * whole(config, self.hf, self.default)}
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
         """Their number."""
-        return {self.theirs: len(arch.pattern) // len(self.block)}
+        return {self.hf: len(arch.pattern) // len(self.block)}
 
 
 @dataclass(frozen=True)

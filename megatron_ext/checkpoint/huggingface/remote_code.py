@@ -1,4 +1,4 @@
-"""Families whose code is ours: it lies beside the weights, and `auto_map` names it (`trust_remote_code=True`)."""
+"""Families with remote code: it lies beside the weights, and `auto_map` names it (`trust_remote_code=True`)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ ENTRY = "layer_changes"
 
 
 @dataclass(frozen=True)
-class CodedFamily(Family):
+class RemoteCodeFamily(Family):
     """What a family of transformers' is not: it takes over where that cannot express a model.
 
     Attributes:
@@ -67,9 +67,7 @@ class LayerChanges:
     def read(self, config: Config) -> dict[str, Any]:
         """The sizes."""
         entries = changes_of(config)
-        sizes = {
-            ours: tuple(entry[theirs] for entry in entries if theirs in entry) for ours, theirs in self.sizes.items()
-        }
+        sizes = {megatron: tuple(entry[hf] for entry in entries if hf in entry) for megatron, hf in self.sizes.items()}
         return {"layer_sizes": {name: values for name, values in sizes.items() if values}}
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
@@ -79,9 +77,9 @@ class LayerChanges:
     def of(self, arch: Architecture, unit: int) -> dict[str, int]:
         """The sizes of one sub-layer that are its own."""
         return {
-            theirs: getattr(arch.at(unit), ours)
-            for ours, theirs in self.sizes.items()
-            if PER_LAYER[ours] == arch.pattern[unit] and ours in arch.layer_sizes
+            hf: getattr(arch.at(unit), megatron)
+            for megatron, hf in self.sizes.items()
+            if PER_LAYER[megatron] == arch.pattern[unit] and megatron in arch.layer_sizes
         }
 
 
