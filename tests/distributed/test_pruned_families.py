@@ -125,7 +125,7 @@ def test_it_is_used_as_any_model_of_transformers(models: Path, tmp_path: Path, n
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True).eval()
     assert torch.equal(again(prompt).logits, logits)
-    half = again.bfloat16()
+    half: Any = again.bfloat16()
     assert (half(prompt).logits.float() - logits).abs().max() < 0.1 * logits.abs().max()
     assert half.generate(prompt, **options).shape == (2, 9)
 
