@@ -10,9 +10,9 @@ from megatron_ext.checkpoint.atomic import check_new
 from megatron_ext.checkpoint.huggingface import families, hf_assets
 from megatron_ext.checkpoint.huggingface.convert import TYPES, to_hf, to_megatron
 from megatron_ext.checkpoint.huggingface.remote_code import RemoteCodeFamily
-from megatron_ext.checkpoint.progress import ByteProgress
 from megatron_ext.conversion.verify import ROUNDING, TOLERANCE, verify, verify_gpt
 from megatron_ext.errors import ConfigError
+from megatron_ext.reports.progress import ByteProgress
 
 FORMATS = "the format of the input: hf, Megatron in the pattern form of all programs here, or Megatron's GPTModel"
 

@@ -20,7 +20,6 @@ from megatron_ext.checkpoint.atomic import publish, write_text
 from megatron_ext.checkpoint.checksums import write_rest
 from megatron_ext.checkpoint.layout import Step
 from megatron_ext.checkpoint.outputs import hold_new
-from megatron_ext.checkpoint.progress import ByteProgress
 from megatron_ext.checkpoint.reader import Reader
 from megatron_ext.errors import ConfigError
 from megatron_ext.models.architecture import Architecture
@@ -40,6 +39,7 @@ from megatron_ext.pruning.report import Loss
 from megatron_ext.pruning.saved_scores import Kept, described
 from megatron_ext.pruning.scores import Scores
 from megatron_ext.pruning.select import make_plan
+from megatron_ext.reports.progress import ByteProgress
 from megatron_ext.training.dry_run import layout_of
 from megatron_ext.training.job import DryRun, Job, RunConfig, run_job
 from megatron_ext.training.run_directory import CONFIG, describe

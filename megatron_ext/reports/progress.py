@@ -47,3 +47,36 @@ class _Lines:
         if time.monotonic() - self._last > LINE_SECONDS:
             self._last = time.monotonic()
             print(f"{self._what}: {self._done:,} of {self._total:,}", file=sys.stderr, flush=True)
+
+
+class ByteProgress:
+    """Progress by bytes, on standard output, for `checkpoint.stream`; rank 0 shows it for all.
+
+    Args:
+        verb: What is done with the bytes, such as "converted".
+    """
+
+    def __init__(self, verb: str) -> None:
+        self._verb, self._shows = verb, int(os.environ.get("RANK", "0")) == 0
+        self.total, self._last, self._bar, self._task = 0, time.monotonic(), None, None
+
+    def __enter__(self) -> "ByteProgress":
+        if sys.stdout.isatty() and self._shows:
+            from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+            self._bar = Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            self._task = self._bar.add_task(self._verb, total=None)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        self.total = total
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, total=total)
+        elif self._shows and time.monotonic() - self._last > LINE_SECONDS:
+            self._last = time.monotonic()
+            print(f"{self._verb} {done / 1e9:.2f} of {total / 1e9:.2f} GB", flush=True)
