@@ -28,8 +28,9 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.models.pattern import MOE
 from megatron_ext.models.training_cost import Lesson
 from megatron_ext.training.dry_run import memory_per_gpu
-from megatron_ext.training.job import STOPPABLE, DryRun, Job, RunConfig, run_job
+from megatron_ext.training.job import STOPPABLE, DryRun, Job, RunConfig
 from megatron_ext.training.run_directory import hold
+from megatron_ext.training.run_job import run_job
 
 
 def check(run: RunConfig) -> Teacher | Cache | Writing:

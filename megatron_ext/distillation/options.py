@@ -6,7 +6,6 @@ from typing import Any, Literal
 from megatron_ext.distillation import intermediate_layers
 from megatron_ext.distillation.intermediate_layers import DISTANCES, Pair
 from megatron_ext.distillation.logit_cache.cache import Cache
-from megatron_ext.distillation.logit_cache.check import DEFAULT_K, compared
 from megatron_ext.distillation.teachers.exchange import Grid
 from megatron_ext.distillation.teachers.teacher import Teacher
 from megatron_ext.errors import ConfigError
@@ -16,6 +15,7 @@ from megatron_ext.options.fields import option
 from megatron_ext.training.job import RunConfig
 
 BALANCED = "balanced"
+DEFAULT_K = 100
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,19 @@ def source_of(options: DistillOptions) -> Teacher | Cache:
     if given := [f"--distill-{name.replace('_', '-')}" for name in wanting if getattr(options, name)]:
         raise ConfigError("a cache has no teacher to run", got=", ".join(given), legal="--distill-teacher")
     return Cache.find(options.cache)
+
+
+def compared(options: DistillOptions, source: Teacher | Cache) -> Objective:
+    """What the options ask for, weights aside, with defaults that a cache decides."""
+    default = Objective(k=DEFAULT_K)
+    if isinstance(source, Cache):
+        default = Objective("top-k-rest", source.manifest.temperature, k=source.manifest.k)
+    return Objective(
+        default.divergence if options.loss is None else options.loss,
+        default.temperature if options.temperature is None else options.temperature,
+        beta=options.jsd_beta,
+        k=default.k if options.top_k is None else options.top_k,
+    )
 
 
 def check_weights(options: DistillOptions, source: Teacher | Cache, tokens: int) -> None:

@@ -2,7 +2,8 @@
 
 import argparse
 
-from megatron_ext.training.job import STOPPABLE, Job, run_job
+from megatron_ext.training.job import STOPPABLE, Job
+from megatron_ext.training.run_job import run_job
 
 JOB = Job("pretrain", defaults=STOPPABLE, measures=1)
 

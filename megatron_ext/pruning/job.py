@@ -41,8 +41,9 @@ from megatron_ext.pruning.scores import Scores
 from megatron_ext.pruning.select import make_plan
 from megatron_ext.reports.progress import ByteProgress
 from megatron_ext.training.dry_run import layout_of
-from megatron_ext.training.job import DryRun, Job, RunConfig, run_job
+from megatron_ext.training.job import DryRun, Job, RunConfig
 from megatron_ext.training.run_directory import CONFIG, describe
+from megatron_ext.training.run_job import run_job
 
 SCORES = "scores.safetensors"
 REPORT = "report.md"

@@ -1,6 +1,6 @@
 """The engine: from a command line to a run in Megatron's own loop. It knows nothing of the jobs that use it.
 
-Read in this order: `job` (what a command is), `command_line` (parsing and every check), `family` (flags to a model;
-`language_model` is one), `step` (what is trained and measured), `loop` and `validation` (training, `--skip-train`),
-`run_directory`, `start` and `signals` (where a run goes on, and how it is stopped).
+Read in this order: `job` (what a command is), `run_job`, `command_line` (parsing and every check), `family` (flags to a
+model; `language_model` is one), `step` (what is trained and measured), `loop` and `validation` (training,
+`--skip-train`), `run_directory`, `start` and `signals` (where a run goes on, and how it is stopped).
 """

@@ -107,35 +107,6 @@ class RunConfig:
         return parse_pattern(self.args.hybrid_layer_pattern)
 
 
-def run_job(job: Job, argv: Sequence[str]) -> None:
-    """Parse and check a command line, and do what it asks for, or print it (`--dry-run`).
-
-    Args:
-        job: The kind of run.
-        argv: The command line without the program's name.
-
-    Raises:
-        MegatronExtError: Something is wrong with it; says what.
-    """
-    from megatron_ext.training import dry_run
-    from megatron_ext.training.command_line import parse_command_line
-
-    run = parse_command_line(job, argv)
-    checked = job.check(run)
-    if run.dry_run:
-        dry_run.show(run, job.dry_run(run, checked))
-    elif job.run is not None:
-        job.run(run, checked)
-    elif run.args.skip_train:
-        from megatron_ext.training import validation
-
-        validation.validate(run)
-    else:
-        from megatron_ext.training import loop
-
-        loop.train(run)
-
-
 def task_of(run: RunConfig) -> "Task":
     """What the job's model is trained and measured on."""
     from megatron_ext.training.step import language_modelling

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.cli import main
-from megatron_ext.training import command_line
+from megatron_ext.training import run_job
 
 if os.environ.get("ELSEWHERE") == os.environ.get("RANK", "0"):
     os.chdir("/")
-parse_command_line = command_line.parse_command_line
+parse_command_line = run_job.parse_command_line
 waits_at = os.environ["WAIT_AT"]
 
 
@@ -48,5 +48,5 @@ def parse_and_wait_later(*inputs: Any) -> Any:
     return parsed
 
 
-command_line.parse_command_line = parse_and_wait_later
+run_job.parse_command_line = parse_and_wait_later
 sys.exit(main(["pretrain", *sys.argv[1:]]))

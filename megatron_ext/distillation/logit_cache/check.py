@@ -4,23 +4,19 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_ext.checkpoint import layout, tokenizer
 from megatron_ext.checkpoint.outputs import check_writable
 from megatron_ext.distillation.logit_cache.cache import Cache, begin
 from megatron_ext.distillation.logit_cache.manifest import Manifest
 from megatron_ext.distillation.logit_cache.shards import Reader
+from megatron_ext.distillation.options import compared
 from megatron_ext.distillation.teachers.teacher import Teacher
 from megatron_ext.errors import ConfigError
 from megatron_ext.lm_head.objective import Objective
 from megatron_ext.training.job import RunConfig
 from megatron_ext.training.run_directory import git_commit, versions
-
-if TYPE_CHECKING:
-    from megatron_ext.distillation.options import DistillOptions
-
-DEFAULT_K = 100
 
 
 def command_line(argv: Sequence[str]) -> list[str]:
@@ -45,19 +41,6 @@ def command_line(argv: Sequence[str]) -> list[str]:
         )  # fmt: skip
     # A path is no preset's name, whatever the directory is called.
     return [*argv, "--preset", str(Path(early.distill_teacher).absolute()), "--skip-train"]
-
-
-def compared(options: "DistillOptions", source: Teacher | Cache) -> Objective:
-    """What the options ask for, weights aside, with defaults that a cache decides."""
-    default = Objective(k=DEFAULT_K)
-    if isinstance(source, Cache):
-        default = Objective("top-k-rest", source.manifest.temperature, k=source.manifest.k)
-    return Objective(
-        default.divergence if options.loss is None else options.loss,
-        default.temperature if options.temperature is None else options.temperature,
-        beta=options.jsd_beta,
-        k=default.k if options.top_k is None else options.top_k,
-    )
 
 
 def check_cache(run: RunConfig, cache: Cache, objective: Objective, tokens: int) -> None:
