@@ -111,7 +111,7 @@ def test_what_is_written_must_be_megatrons_choice_but_for_ties() -> None:
 )
 def test_the_length_reaches_past_what_the_configuration_names(context, config, vocab, length, told, capsys) -> None:
     arch = replace(LLAMA, max_position_embeddings=context, vocab_size=vocab)
-    assert verify._length(arch, architecture) == length
+    assert verify._length(arch, config) == length
     assert told in capsys.readouterr().out
 
 
