@@ -44,7 +44,8 @@ def verified(hf: Path, megatron: Path, lost: str | None = None) -> str:
         return f"error: {error}"
     finally:
         if not dist.is_initialized():  # for the runner to end
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     return printed.getvalue()
 
 

@@ -39,7 +39,7 @@ JOB, WRITER = "megatron_ext.pruning.job", "megatron_ext.checkpoint.writer"
 def content(run: Path) -> dict[str, Any]:
     """The files but for the checkpoint; of scores what they say, as what is in their headers has no order."""
     names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and path.parent.name != "release"}
-    names -= {"config.yaml"}  # which says --save
+    names -= {"config.yaml", "checksums.json"}  # which says --save; of which it is, too
     return {name: scores_in(run / name) if "scores" in name else (run / name).read_bytes() for name in names}
 
 
