@@ -13,7 +13,7 @@ from megatron_ext.checkpoint import layout
 from megatron_ext.errors import ConfigError
 from megatron_ext.reports.results import Results, read_results
 
-ARCHITECTURE = SimpleNamespace(to_dict=lambda: {"hidden_size": 8})
+ARCHITECTURE = {"hidden_size": 8}
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (run / step).mkdir(parents=True)
         (run / step / ".metadata").write_text(step)
     monkeypatch.setattr(layout, "find", lambda path: SimpleNamespace(path=Path(path)))
-    monkeypatch.setattr(layout, "architecture", lambda step: ARCHITECTURE)
+    monkeypatch.setattr(layout, "described", lambda step: ARCHITECTURE)
     return run
 
 
