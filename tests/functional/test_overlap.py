@@ -14,8 +14,8 @@ OVERLAPPED = ["--overlap-grad-reduce", "--overlap-param-gather"]
 # As for an output layer whose gradient is too large to be kept until the backward pass.
 LARGE = """
 import runpy, sys
-from megatron_ext.distillation import chunked
-chunked.KEPT["cpu"] = 0
+from megatron_ext.lm_head import fused_loss
+fused_loss.KEPT["cpu"] = 0
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
