@@ -268,3 +268,23 @@ def write_rest(directory: Path, but: Iterable[str] = ()) -> None:
     names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
     rest = [name for name in names if Path(name).parts[0] not in apart and name not in files]
     Checksums(directory, files | whole(directory, rest)).write()
+
+
+def add(directory: Path, folder: str) -> None:
+    """Write the checksums of the files in a folder of a directory, beside those that it has."""
+    known = Checksums.read(directory)
+    others = {} if known is None else {n: p for n, p in known.files.items() if Path(n).parts[0] != folder}
+    names = [f"{folder}/{path.name}" for path in sorted((directory / folder).iterdir()) if path.is_file()]
+    Checksums(directory, others | whole(directory, names)).write()
+
+
+def check_folder(directory: Path, folder: str) -> None:
+    """Compare the files in a folder of a directory, as far as it has their checksums.
+
+    Raises:
+        CheckpointError: One of them is not what was written.
+    """
+    sums = Checksums.read(directory)
+    for name in sums.files if sums is not None else ():
+        if Path(name).parts[0] == folder:
+            sums.check(name)

@@ -30,7 +30,8 @@ from megatron_ext.checkpoint.atomic import fresh_directory
 from megatron_ext.checkpoint.outputs import check_writable
 from megatron_ext.checkpoint.tokenizer import fingerprint
 from megatron_ext.data.documents import find_documents, size_of, texts_of
-from megatron_ext.data.manifest import MANIFEST, verify
+from megatron_ext.data.manifest import verify
+from megatron_ext.data.manifest import write as write_manifest
 from megatron_ext.errors import ConfigError, DataError
 
 EOD = "<|endoftext|>"
@@ -165,7 +166,7 @@ def build_dataset(
         )
         manifest = {key: value for key, value in asdict(summary).items() if key not in ("out", "seconds")}
         manifest["tokenizer_fingerprint"] = fingerprint(partial / "tokenizer")
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        write_manifest(partial, manifest)
     return summary
 
 

@@ -8,24 +8,45 @@ import json
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from megatron_ext.checkpoint.tokenizer import fingerprint
 from megatron_ext.data.index import Index
 from megatron_ext.errors import DataError
 
 MANIFEST = "manifest.json"
 NAME = "text_document"
+_ANEW = f"a copy of that file, or the data made anew; without {MANIFEST}, nothing is compared"
 CHECKED_BYTES = 64 << 20  # of a `.bin` whose checksum is looked at whenever it is used: a fraction of a second
 
 
 def read(prefix: str) -> dict[str, Any] | None:
-    """The manifest of the dataset `prefix`; None if it has none."""
-    if Path(prefix).name != NAME:
+    """The manifest of the dataset `prefix`; None if it has none of ours.
+
+    Raises:
+        DataError: It is damaged.
+    """
+    path = Path(prefix).parent / MANIFEST
+    if Path(prefix).name != NAME or not path.is_file():
         return None
     try:
-        content = json.loads((Path(prefix).parent / MANIFEST).read_bytes())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) and {"vocab_size", "bin_sha256"} <= content.keys() else None
+        content = json.loads(path.read_bytes())
+        told = content.pop("checksum", None)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise DataError("the manifest of the data is damaged", got=f"{path}: {error}", legal=_ANEW) from error
+    if told is not None and told != _checksum(content):
+        raise DataError("the manifest of the data is damaged", got=f"{path}: other content", legal=_ANEW)
+    return content if {"vocab_size", "bin_sha256"} <= content.keys() else None
+
+
+def write(directory: Path, manifest: dict[str, Any]) -> None:
+    """Note what a dataset is, beside it, with a checksum of the note."""
+    text = json.dumps(manifest | {"checksum": _checksum(manifest)}, indent=2) + "\n"
+    (directory / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(manifest, sort_keys=True).encode())
 
 
 def check(prefix: str, tokenizer: str | None, rows: int) -> None:

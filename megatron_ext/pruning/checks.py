@@ -146,7 +146,11 @@ def _check_effects(options: PruneOptions, arch: Architecture) -> None:
                 legal=f"with {_flag(sizes[0])} or a budget",
             )  # fmt: skip
     needs(options.num_attention_heads is not None, "no query heads are dropped", "merge_heads")
-    needs(options.cuts_depth, "no layers are to go", "depth_metric", "task", "depth_samples", "cache_gib")
+    by_depth = ("depth_metric", "task", "depth_samples", "cache_gib")
+    needs(options.cuts_depth, "no layers are to go", *by_depth)
+    targets = options.targets()
+    chooses = bool(targets.chosen_kinds(arch)) or not targets.kinds(arch)
+    needs(chooses, "of each kind all layers stay or none does, so nothing is chosen", *by_depth)
     # Of scores that are there, a depth metric chooses; the others say how scores are measured.
     needs(options.scores is None, "the scores are there", "iterations", "cache_gib", "task_folder")
     needs(searched, "it goes with --prune-depth-metric shapley_...", *(n for n in given if n.startswith("shapley_")))

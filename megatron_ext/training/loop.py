@@ -2,11 +2,12 @@
 
 import logging
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ext.checkpoint import checksums
+from megatron_ext.checkpoint import checksums, layout
 from megatron_ext.errors import ConfigError
 from megatron_ext.platform.loop import around_saves, before_saving, keep_random_state
 from megatron_ext.platform.scalars import divert_scalars
@@ -136,5 +137,13 @@ def _metrics_log(run: RunConfig, inner: Any) -> Any:
     def per_step() -> int:
         return get_current_global_batch_size() * (args.seq_length if text else 1)
 
-    path = Path(args.save) / metrics_file.FILE
-    return MetricsLog(path, run.resumed, per_step, args.train_iters, inner, "tokens" if text else "samples")
+    path, unit = Path(args.save) / metrics_file.FILE, "tokens" if text else "samples"
+    return MetricsLog(path, run.resumed, per_step, args.train_iters, inner, unit, _seen(run, text))
+
+
+def _seen(run: RunConfig, text: bool) -> int:
+    """Tokens, or samples, of which the step has learned that the run goes on from, which may be another run's."""
+    if run.start is None or not run.resumed:
+        return 0
+    before = vars(layout.common(run.start.step.path).get("args", Namespace()))
+    return before.get("consumed_train_samples", 0) * (before.get("seq_length", 0) if text else 1)

@@ -37,6 +37,7 @@ class MetricsLog:
         train_iters: The last step, for the bar and the remaining time.
         inner: The real TensorBoard writer, if the user asked for one.
         unit: What is counted: tokens, or samples.
+        before: How many of them the loaded checkpoint has seen, where the file has no line of it.
     """
 
     def __init__(
@@ -47,12 +48,13 @@ class MetricsLog:
         train_iters: int,
         inner: Any = None,
         unit: str = "tokens",
+        before: int = 0,
     ) -> None:
         self.path, self.inner = path, inner
         self._per_step, self._train_iters, self._unit = per_step, train_iters, unit
         self._time = time.perf_counter()
         earlier = [r for r in read_metrics(path) if r["step"] <= start] if path.exists() else []
-        self._count = int(earlier[-1].get(unit, 0)) if earlier else 0
+        self._count = int(earlier[-1].get(unit, before)) if earlier else before
         write_text(path, "".join(_line(r) for r in earlier))
         self._file: TextIO = path.open("r+")
         # The step in progress, and where its line begins.

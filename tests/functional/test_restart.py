@@ -25,7 +25,8 @@ def in_two_starts(workspace: Workspace, name: str, *flags: str) -> list[str]:
 def test_a_preset_with_a_tokenizer_goes_on(workspace: Workspace) -> None:
     """The tokenizer decides the vocabulary, so only once it is there can the models be compared."""
     data = [*workspace.data]
-    del data[data.index("--padded-vocab-size") :][:2]
+    place = data.index("--padded-vocab-size")
+    del data[place : place + 2]
     small = ["--preset", "tiny-hybrid", "--hybrid-layer-pattern", "M-*-", "--hidden-size", "64"]
     preset = Workspace(workspace.path, data)
     command = in_two_starts(preset, "preset", *small)
@@ -214,7 +215,7 @@ def test_going_back_is_branching_off(workspace: Workspace, teacher: str) -> None
     workspace.run("pretrain_hybrid.py", *flags, "--save", "branched off", "--ckpt-step", "2")
     straight = workspace.metrics(teacher)[2]
     (step,) = workspace.metrics("branched off")
-    assert (step["step"], step["loss"]) == (3, straight["loss"])
+    assert (step["step"], step["loss"], step["tokens"]) == (3, straight["loss"], straight["tokens"])
 
 
 def test_nothing_is_trained_into_a_directory_in_which_another_job_works(workspace: Workspace, teacher: str) -> None:

@@ -71,8 +71,13 @@ def copy(paths: Iterable[Path], destination: Path) -> None:
 
 
 def attach(writer: Writer, paths: Sequence[Path]) -> None:
-    """Keep these files with a checkpoint that is being written."""
-    writer.attach(FOLDER, lambda folder: copy(paths, folder))
+    """Keep these files with a checkpoint that is being written, and their checksums."""
+    _keep(writer, FOLDER, paths)
+
+
+def _keep(writer: Writer, name: str, paths: Sequence[Path]) -> None:
+    writer.attach(name, lambda folder: copy(paths, folder))
+    writer.attach(checksums.FILE, lambda file: checksums.add(file.parent, name))
 
 
 def beside(step: Path) -> Path | None:
@@ -80,9 +85,13 @@ def beside(step: Path) -> Path | None:
 
     Raises:
         UntrustedError: It is a link that leads out of the checkpoint.
+        CheckpointError: A file in it is not what was written.
     """
     folder = inside(step.parent, FOLDER)
-    return folder if (folder / CONFIG).is_file() else None
+    if not (folder / CONFIG).is_file():
+        return None
+    checksums.check_folder(step.parent, FOLDER)
+    return folder
 
 
 def tokenizer(step: Path) -> Path | None:
@@ -90,6 +99,7 @@ def tokenizer(step: Path) -> Path | None:
 
     Raises:
         UntrustedError: It is the checkpoint's own, and a link that leads out of it.
+        CheckpointError: It is the checkpoint's own, and not what was written.
     """
     named = trained_with(step)
     for found in (beside(step), step.parent / TOKENIZER_FOLDER, Path(named) if named else None):
@@ -97,6 +107,7 @@ def tokenizer(step: Path) -> Path | None:
             if found.parent == step.parent:
                 for path in tokenizer_files(found):
                     inside(step.parent, f"{found.name}/{path.name}")
+                checksums.check_folder(step.parent, found.name)
             return found
     return None
 
@@ -114,11 +125,13 @@ def tokenizer_files(directory: Path) -> list[Path]:
 def keep_tokenizer(directory: Path, run: Path) -> None:
     """Keep a tokenizer with a run directory, unless it is there."""
     kept = run / TOKENIZER_FOLDER
-    for path in tokenizer_files(directory):
+    for path in (files := tokenizer_files(directory)):
         kept.mkdir(exist_ok=True)
         if not (kept / path.name).is_file() or (kept / path.name).read_bytes() != path.read_bytes():
             with atomic_write(kept / path.name) as temporary:
                 shutil.copyfile(path, temporary)
+    if files:
+        checksums.add(run, TOKENIZER_FOLDER)
 
 
 def hand_on(step: Path, writer: Writer) -> None:
@@ -126,7 +139,7 @@ def hand_on(step: Path, writer: Writer) -> None:
     if folder := beside(step):
         attach(writer, files(folder))
     elif found := tokenizer(step):
-        writer.attach(TOKENIZER_FOLDER, lambda folder: copy(tokenizer_files(found), folder))
+        _keep(writer, TOKENIZER_FOLDER, tokenizer_files(found))
 
 
 def words(directory: Path) -> int:

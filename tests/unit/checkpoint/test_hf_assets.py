@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from random_models import random_weights
 
+from megatron_ext import cli
 from megatron_ext.checkpoint import gpt
 from megatron_ext.checkpoint.huggingface import hf_assets
-from megatron_ext.checkpoint.huggingface.convert import to_hf
+from megatron_ext.checkpoint.huggingface.convert import to_hf, to_megatron
 from megatron_ext.checkpoint.tokenizer import fingerprint
 from megatron_ext.checkpoint.writer import writing
-from megatron_ext.errors import ConfigError
+from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.models.architecture import Architecture
 
 ARCH = Architecture(
@@ -78,3 +79,19 @@ def test_a_tokenizer_is_handed_on(run: Path, tmp_path: Path) -> None:
     gpt.to_gpt(run, tmp_path / "gpt")
     gpt.to_pattern(tmp_path / "gpt", tmp_path / "again")
     assert hf_assets.tokenizer(tmp_path / "again" / "release") == tmp_path / "again" / "tokenizer"
+
+
+def test_damage_to_what_lies_beside_is_found(run: Path, tmp_path: Path) -> None:
+    hf_assets.keep_tokenizer(tokenizer(tmp_path / "own"), run)
+    to_hf(run, tmp_path / "exported")
+    to_megatron(tmp_path / "exported", tmp_path / "imported")
+    for place, folder in ((run, hf_assets.TOKENIZER_FOLDER), (tmp_path / "imported", hf_assets.FOLDER)):
+        assert cli.main(["verify", str(place)]) == 0
+        file = place / folder / "tokenizer.json"
+        content = file.read_bytes()
+        file.write_bytes(content.replace(b"w7", b"v7"))
+        assert cli.main(["verify", str(place)]) == 2
+        with pytest.raises(CheckpointError, match=f"damaged: {folder}/tokenizer.json"):
+            to_hf(place, tmp_path / "no")
+        file.write_bytes(content)
+        to_hf(place, tmp_path / f"again {folder}")

@@ -367,7 +367,17 @@ def test_a_dataset_agrees_with_its_manifest_and_with_the_run(
         with pytest.raises(DataError, match="not what `megatron-ext data` wrote"):
             check()
     assert cli.main(["verify", str(tmp_path / "one")]) == 2
-    (tmp_path / "one/manifest.json").unlink()
+    note = tmp_path / "one/manifest.json"
+    for content in (
+        note.read_text().replace('"vocab_size": 300', '"vocab_size": 301'),
+        note.read_text()[:-9],
+        "[]",
+        "",
+    ):
+        note.write_text(content)
+        with pytest.raises(DataError, match="manifest of the data is damaged"):
+            manifest.check(prefix, one, 300)
+    note.unlink()
     manifest.check(prefix, two, 1)
     with pytest.raises(DataError, match="no dataset of"):
         manifest.verify(tmp_path / "one")

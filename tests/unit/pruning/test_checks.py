@@ -111,6 +111,8 @@ def test_a_plan_alone_is_right(model) -> None:
         ({"num_query_groups": 1, "merge_heads": True}, "merge"),
         ({"hidden_size": 32, "depth_metric": "loss"}, "depth-metric"),
         ({"hidden_size": 32, "depth_metric": "relative_l1"}, "depth-metric"),
+        ({"attention_layers": 0, "depth_metric": "loss"}, "depth-metric loss"),
+        ({"attention_layers": 0, "cache_gib": 1.0}, "cache-gib"),
         ({**DEPTH, "depth_samples": 4}, "depth-samples"),
         ({**DEPTH, "cache_gib": 1.0}, "cache-gib"),
         ({**DEPTH, "depth_metric": "loss", "shapley_keep": 0.5}, "shapley-keep"),
