@@ -284,7 +284,7 @@ def check_folder(directory: Path, folder: str) -> None:
     Raises:
         CheckpointError: One of them is not what was written.
     """
-    sums = Checksums.read(directory)
-    for name in sums.files if sums is not None else ():
-        if Path(name).parts[0] == folder:
-            sums.check(name)
+    if (sums := Checksums.read(directory)) is not None:
+        for name in sums.files:
+            if Path(name).parts[0] == folder:
+                sums.check(name)
