@@ -27,7 +27,7 @@ import machine
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
@@ -121,7 +121,7 @@ def measure(directory: Path, gigabytes: float, repeats: int) -> dict[str, Any]:
     source, out = directory / "source", directory / "out"
     save(arch, source)
     size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
-    reader = Reader(source)
+    reader = CheckpointReader(source)
     largest = max(2 * torch.Size(shape).numel() for shape in reader.shapes.values())
     os.sync()
     results = []

@@ -18,7 +18,7 @@ from machine import describe
 
 from megatron_ext.platform.device import device_type
 from megatron_ext.pruning import job
-from megatron_ext.pruning.depth import Influence
+from megatron_ext.pruning.depth import BlockInfluence
 from megatron_ext.pruning.importance import Importance
 from megatron_ext.training.command_line import parse_command_line
 
@@ -63,7 +63,7 @@ def main() -> None:
     ratios, plains = [], []
     for _ in range(sizes.repeats):
         plain = seconds()
-        hooks = Importance(chunks, started.architecture), Influence(chunks, started.architecture)
+        hooks = Importance(chunks, started.architecture), BlockInfluence(chunks, started.architecture)
         ratios.append(seconds() / plain)
         plains.append(plain)
         for hook in hooks:

@@ -29,10 +29,10 @@ from peak import PeakMeter
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from megatron_ext.lm_head.fused_loss import CHUNK, Compare, Head
-from megatron_ext.lm_head.losses import compare_in_torch, distillation_losses
+from megatron_ext.lm_head.fused_loss import CHUNK, Compare, LMHead
+from megatron_ext.lm_head.losses import distillation_losses, loss_in_torch
 from megatron_ext.lm_head.objective import Objective
-from megatron_ext.lm_head.vocab_parallel import Vocabulary
+from megatron_ext.lm_head.vocab_parallel import VocabParallel
 
 SIZES = {"cuda": (8192, 128256, 4096), "cpu": (4096, 32000, 512)}
 LARGE = (16, 128256, 1024)
@@ -53,8 +53,8 @@ def ours(compare: Compare) -> Case:
 
     def case(x: Tensor, w: Tensor, xt: Tensor, wt: Tensor) -> Tensor:
         labels = torch.zeros(len(x), 1, dtype=torch.long, device=x.device)
-        student, teacher = Head(x.unsqueeze(1), w), Head(xt.unsqueeze(1), wt)
-        mask, vocabulary = torch.ones_like(labels).float(), Vocabulary(len(w), len(w))
+        student, teacher = LMHead(x.unsqueeze(1), w), LMHead(xt.unsqueeze(1), wt)
+        mask, vocabulary = torch.ones_like(labels).float(), VocabParallel(len(w), len(w))
         return distillation_losses(student, teacher, labels, mask, Objective(), vocabulary, compare).total
 
     return case
@@ -63,7 +63,7 @@ def ours(compare: Compare) -> Case:
 def comparison(name: str) -> Compare:
     """Ours by name."""
     if name == "ours":
-        return compare_in_torch
+        return loss_in_torch
     from megatron_ext.lm_head import triton_kl
 
     return triton_kl.compare
@@ -99,7 +99,7 @@ def collect(weight: Weight) -> None:
 
 def measure_large(name: str, size: tuple[int, int, int]) -> dict[str, Any]:
     """Bytes of tensors beyond inputs and gradient buffer, on a CPU: at the most, and between the two passes."""
-    case: Case = plain if name == "plain" else ours(compare_in_torch)
+    case: Case = plain if name == "plain" else ours(loss_in_torch)
     tokens, vocabulary, hidden = size
     with PeakMeter() as meter:
         x, xt = (torch.randn(tokens, hidden).bfloat16() for _ in range(2))
@@ -153,7 +153,7 @@ def measure_chunk(name: str, vocabulary: int, repeats: int) -> dict[str, Any]:
     for _ in range(repeats + 2):
         _wait("cuda")
         start = time.perf_counter()
-        compare(logits, target, labels, mask, Objective(), Vocabulary(vocabulary, vocabulary), True)
+        compare(logits, target, labels, mask, Objective(), VocabParallel(vocabulary, vocabulary), True)
         _wait("cuda")
         seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds[2:])

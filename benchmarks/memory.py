@@ -74,7 +74,7 @@ def child(out: Path, flags: list[str]) -> None:
 
         started = parse_command_line(job.JOB, flags)
         source: Any = job.check(started)
-        train, lesson = partial(job.distill, started, source), job.lesson(started, source)
+        train, lesson = partial(job.distill, started, source), job.teacher_setup(started, source)
     else:
         from megatron_ext.training import loop
 

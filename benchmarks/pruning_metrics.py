@@ -28,9 +28,9 @@ from pruning_metrics_report import markdown
 from small_model import BATCH, SEQUENCE
 from torch import Tensor
 
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.errors import PlanError
-from megatron_ext.inference.passage import Passage
+from megatron_ext.inference.passage import LoglikelihoodRequest
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP
 from megatron_ext.pruning import job, leave_out
@@ -38,7 +38,7 @@ from megatron_ext.pruning import scores as score_names
 from megatron_ext.pruning.ablation import Ablation, Passes
 from megatron_ext.pruning.apply import apply
 from megatron_ext.pruning.budget import Targets
-from megatron_ext.pruning.depth import Influence
+from megatron_ext.pruning.depth import BlockInfluence
 from megatron_ext.pruning.importance import Importance, WidthMetric
 from megatron_ext.pruning.magnitude import magnitudes
 from megatron_ext.pruning.scores import DEPTH_METRICS, Scores
@@ -76,7 +76,7 @@ class Bench:
         self.text = {split: micro_batches(self.run, self.model, split, self.samples) for split in ("train", "valid")}
         self.asked = {
             split: [
-                Passage([*sample.prompt, *sample.answer], len(sample.prompt))
+                LoglikelihoodRequest([*sample.prompt, *sample.answer], len(sample.prompt))
                 for sample in small_model.questions(tokenizer, arguments.questions, seed)
             ]
             for split, seed in (("train", 2), ("valid", 3))
@@ -129,7 +129,7 @@ def score(bench: Bench, arguments: argparse.Namespace) -> tuple[dict[str, Tensor
                for s in aggregations for b in aggregations}  # fmt: skip
     metrics["weight times activation (Wanda)"] = WidthMetric("wanda")
     hooks = {name: Importance(bench.chunks, bench.arch, metric) for name, metric in metrics.items()}
-    influence = Influence(bench.chunks, bench.arch)
+    influence = BlockInfluence(bench.chunks, bench.arch)
     with torch.no_grad():
         bench.loss("train")
     for hook in (*hooks.values(), influence):
@@ -137,7 +137,7 @@ def score(bench: Bench, arguments: argparse.Namespace) -> tuple[dict[str, Tensor
     depth = influence.gather()
     assert depth is not None
     width = {name: hook.gather() or {} for name, hook in hooks.items()}
-    width["weight magnitude"] = magnitudes(Reader(bench.path), bench.arch)
+    width["weight magnitude"] = magnitudes(CheckpointReader(bench.path), bench.arch)
 
     left = Left(bench, "train")
     count = len(bench.arch.layers.blocks)
@@ -152,7 +152,7 @@ def score(bench: Bench, arguments: argparse.Namespace) -> tuple[dict[str, Tensor
         else:
             depth |= leave_out.measure(
                 left.ablation, bench.arch, metric, blocks=blocks, run=run,
-                sampling=leave_out.Sampling(max_samples=arguments.shapley_samples),
+                sampling=leave_out.ShapleySampling(max_samples=arguments.shapley_samples),
             )  # fmt: skip
         what = "blocks" if blocks else "sub-layers"
         print(f"scored {metric} of {what} {run or ''}: {time.monotonic() - started:.0f} s", flush=True)

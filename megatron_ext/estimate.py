@@ -9,7 +9,7 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.training_cost import (
     GPUS,
-    Lesson,
+    TeacherSetup,
     forward_flops_per_token,
     memory,
     step_seconds,
@@ -64,7 +64,7 @@ def estimate(
         dollars_per_gpu_hour: Price.
     """
     architecture, layout, kind = started.architecture, layout_of(started), GPUS[gpu]
-    parts = memory(architecture, layout, None if teacher is None else Lesson(teacher))
+    parts = memory(architecture, layout, None if teacher is None else TeacherSetup(teacher))
     seconds = step_seconds(architecture, layout, kind, efficiency, teacher)
     step = sum(seconds.values())
     flops = training_flops_per_token(architecture, layout.seq_length)

@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext.lm_head import triton_kl
-from megatron_ext.lm_head.losses import Head, distillation_losses
+from megatron_ext.lm_head.losses import LMHead, distillation_losses
 from megatron_ext.lm_head.objective import Objective
-from megatron_ext.lm_head.vocab_parallel import Vocabulary
+from megatron_ext.lm_head.vocab_parallel import VocabParallel
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ def ours(case: Case, device: str, group: Any = None) -> tuple[Tensor, ...]:
     rank = dist.get_rank(group) if group is not None else 0
     rows = slice(rank * case.columns // case.ranks, (rank + 1) * case.columns // case.ranks)
     hidden, weight, other, other_weight = (x.to(device, case.dtype) for x in values)
-    own = Head(hidden.requires_grad_(), weight[rows].clone().requires_grad_())
-    vocabulary = Vocabulary(len(own.weight), case.tokens, group)
-    teacher = Head(other, other_weight[rows].contiguous())
+    own = LMHead(hidden.requires_grad_(), weight[rows].clone().requires_grad_())
+    vocabulary = VocabParallel(len(own.weight), case.tokens, group)
+    teacher = LMHead(other, other_weight[rows].contiguous())
     losses = distillation_losses(
-        own, teacher, labels.to(device), mask.float().to(device), case.objective, vocabulary, triton_kl.compare
+        own, teacher, labels.to(device), mask.float().to(device), case.objective, vocabulary, triton_kl.loss_in_triton
     )
     losses.total.backward()
     assert losses.finite.all()
@@ -124,7 +124,7 @@ def not_finite(device: str) -> None:
         logits, target = (torch.randn(3, 9, device=device) for _ in range(2))
         target[1, 4] = bad
         labels, mask = torch.zeros(3, dtype=torch.long, device=device), torch.tensor([1.0, 0.0, 1.0], device=device)
-        *_, finite = triton_kl.compare(logits, target, labels, mask, Objective(), Vocabulary(9, 9), True)
+        *_, finite = triton_kl.loss_in_triton(logits, target, labels, mask, Objective(), VocabParallel(9, 9), True)
         assert finite.tolist() == [True, False, True]
         assert logits.isfinite().all()
 
@@ -134,9 +134,9 @@ def far_rows(device: str) -> None:
     n, v = 17_000, 131_072
     logits, target = (torch.randn(n, v, dtype=torch.bfloat16, device=device) for _ in range(2))
     labels, mask = torch.zeros(n, dtype=torch.long, device=device), torch.ones(n, device=device)
-    last = logits[-1:].clone(), target[-1:], labels[-1:], mask[-1:], Objective(), Vocabulary(v, v), True
-    far = triton_kl.compare(logits, target, labels, mask, Objective(), Vocabulary(v, v), True)
-    near = triton_kl.compare(*last)
+    last = logits[-1:].clone(), target[-1:], labels[-1:], mask[-1:], Objective(), VocabParallel(v, v), True
+    far = triton_kl.loss_in_triton(logits, target, labels, mask, Objective(), VocabParallel(v, v), True)
+    near = triton_kl.loss_in_triton(*last)
     assert far[0][-1] == near[0][0]
     assert torch.equal(logits[-1:], last[0])
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ext.models.architecture import Architecture
-from megatron_ext.models.axes import Kept
+from megatron_ext.models.axes import KeptIndices
 from megatron_ext.ops.causal_conv1d.naive import causal_conv1d
 from megatron_ext.ops.ssd.naive import ssd
 from megatron_ext.pruning.plan import Plan
@@ -38,7 +38,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, counted: Tensor) -> Tensor:
     )
 
 
-def attention(arch: Architecture, w: dict[str, Tensor], x: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
+def attention(arch: Architecture, w: dict[str, Tensor], x: Tensor, kept: KeptIndices) -> tuple[Tensor, Tensor]:
     """The update of an attention layer without positions, and its heads' outputs (b, s, n, d)."""
     b, s, _ = x.shape
     groups, d = arch.num_query_groups, arch.kv_channels
@@ -56,14 +56,14 @@ def attention(arch: Architecture, w: dict[str, Tensor], x: Tensor, kept: Kept) -
     return (inner * stay[:, None]).flatten(2) @ w["self_attention.linear_proj.weight"].T, inner
 
 
-def mlp(w: dict[str, Tensor], x: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
+def mlp(w: dict[str, Tensor], x: Tensor, kept: KeptIndices) -> tuple[Tensor, Tensor]:
     """The update of a gated MLP, and its neurons (b, s, f)."""
     gate, up = (x @ w["mlp.linear_fc1.weight"].T).chunk(2, dim=-1)
     neurons = F.silu(gate) * up
     return neurons * mask(kept.ffn, neurons.shape[-1]) @ w["mlp.linear_fc2.weight"].T, neurons
 
 
-def experts(arch: Architecture, w: dict[str, Tensor], x: Tensor, kept: Kept) -> tuple[Tensor, dict[str, Tensor]]:
+def experts(arch: Architecture, w: dict[str, Tensor], x: Tensor, kept: KeptIndices) -> tuple[Tensor, dict[str, Tensor]]:
     """The update of a mixture of experts, and of the experts (e of them) that each token is sent to or not.
 
     `probability` (b, s, e), 0 for experts it is not sent to; `neurons` (b, s, e, f) and `outputs` (b, s, e, h), before
@@ -102,7 +102,7 @@ def experts(arch: Architecture, w: dict[str, Tensor], x: Tensor, kept: Kept) -> 
     return update, seen
 
 
-def mamba(arch: Architecture, w: dict[str, Tensor], u: Tensor, kept: Kept) -> tuple[Tensor, dict[str, Tensor]]:
+def mamba(arch: Architecture, w: dict[str, Tensor], u: Tensor, kept: KeptIndices) -> tuple[Tensor, dict[str, Tensor]]:
     """The update of a Mamba-2 layer, and the parts x (b, s, n, d), B and C (b, s, g, state) of its input projection."""
     groups = arch.mamba_num_groups
     group = mask(kept.mamba_groups, groups)
@@ -155,7 +155,7 @@ def forward(
     for i, kind in enumerate(arch.pattern):
         if i in skip or (plan and i not in plan.units):
             continue
-        kept, own = plan.kept(i) if plan else Kept(), arch.at(i)
+        kept, own = plan.kept(i) if plan else KeptIndices(), arch.at(i)
         prefix = f"decoder.layers.{i}."
         w = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
         (norm_weight,) = (value for key, value in w.items() if key.endswith(("layer_norm_weight", "layernorm.weight")))

@@ -12,7 +12,7 @@ from megatron_ext.checkpoint import layout, stream
 from megatron_ext.checkpoint.atomic import refuse_existing
 from megatron_ext.checkpoint.blocks import TensorEntry
 from megatron_ext.checkpoint.huggingface import hf_assets
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.stream import Move, Part, Progress, silent
 from megatron_ext.checkpoint.writer import CheckpointSchema, check_shapes, check_tensors, writing
 from megatron_ext.errors import CheckpointError
@@ -156,7 +156,7 @@ def to_pattern(source: str | Path, destination: str | Path, progress: Progress =
         CheckpointError: The source is missing, damaged or of a kind that is not converted, or the destination exists.
     """
     refuse_existing(Path(destination))
-    reader = Reader(source)
+    reader = CheckpointReader(source)
     arch = architecture(reader.step.path)
     stacked = _check_gpt(arch, reader)
     args = layout.common(reader.step.path)["args"]
@@ -187,7 +187,7 @@ def to_gpt(source: str | Path, destination: str | Path, progress: Progress = sil
         CheckpointError: The source is missing or damaged, no GPTModel can be it, or the destination exists.
     """
     refuse_existing(Path(destination))
-    reader = Reader(source)
+    reader = CheckpointReader(source)
     arch = layout.architecture(reader.step.path)
     check(arch)
     check_shapes(arch, reader.shapes)
@@ -203,11 +203,11 @@ def to_gpt(source: str | Path, destination: str | Path, progress: Progress = sil
     return arch
 
 
-def _alias(gpt_key: str, reader: Reader) -> str:
+def _alias(gpt_key: str, reader: CheckpointReader) -> str:
     return gpt_key if gpt_key in reader.shapes else gpt_key.replace(*_LOCAL_NORM)
 
 
-def _check_gpt(arch: Architecture, reader: Reader) -> bool:
+def _check_gpt(arch: Architecture, reader: CheckpointReader) -> bool:
     """Check that a checkpoint holds exactly the tensors of a GPTModel; whether its layers are stacked.
 
     Raises:

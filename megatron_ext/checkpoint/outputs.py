@@ -15,8 +15,9 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from megatron_ext.errors import ConfigError
@@ -69,15 +70,23 @@ def contents(directory: Path) -> list[Path]:
     return [path for path, name in names.items() if path not in locks and not name.endswith(PARTIAL)]
 
 
-def hold_run(directory: Path) -> None:
+def hold_run(directory: Path, own: Sequence[str] = ()) -> None:
     """Let no other job write into a run directory as long as this process lives; clear what a killed one has left.
+
+    Args:
+        directory: Where.
+        own: Names of files (`*` for anything) that only such a job writes, and not before this process is here; what
+            is left of others is cleared once it is too old to be another job's work.
 
     Raises:
         ConfigError: Another job writes there.
     """
     _hold(directory / LOCK, directory)
     begun = time.time() - STARTING
-    _clear(path for path in directory.glob(f".*{PARTIAL}") if path.lstat().st_mtime < begun)
+    names = [f".????????{PARTIAL}", *(f".{name}.????????{PARTIAL}" for name in own)]  # the first are `check_writable`'s
+    for path in directory.glob(f".*{PARTIAL}"):
+        if any(fnmatchcase(path.name, name) for name in names) or path.lstat().st_mtime < begun:
+            _clear([path])
 
 
 def hold_new(path: Path) -> None:

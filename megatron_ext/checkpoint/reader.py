@@ -23,7 +23,7 @@ WRAPPING = 2**14  # bytes that torch.save puts around a tensor's values, at most
 Offset = tuple[int, ...]
 
 
-class Reader:
+class CheckpointReader:
     """The model weights of one saved step.
 
     Args:

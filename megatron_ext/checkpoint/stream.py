@@ -74,7 +74,7 @@ class Move:
 
 
 class Source(Protocol):
-    """A checkpoint that is read: `Reader`, `Shards`, `Pickled`."""
+    """A checkpoint that is read: `CheckpointReader`, `Shards`, `Pickled`."""
 
     @property
     def entries(self) -> Mapping[str, TensorEntry]:
@@ -93,7 +93,7 @@ class Source(Protocol):
 
 
 class Target(Protocol):
-    """A checkpoint that is written: `Writer`, `ShardWriter`."""
+    """A checkpoint that is written: `CheckpointWriter`, `ShardWriter`."""
 
     def write(self, key: str, tensor: Tensor, layer: tuple[int, int] | None = None) -> None:
         """Write a tensor."""

@@ -52,7 +52,7 @@ def of_step(step: Path) -> str | None:
         args = None
     if kept := getattr(args, "tokenizer_fingerprint", None):
         return kept
-    if folder := hf_assets.beside(step):
+    if folder := hf_assets.assets_of(step):
         return fingerprint(folder)
     named = given(args) if isinstance(args, Namespace) else None
     return fingerprint(named) if named is not None and named.is_absolute() else None

@@ -60,7 +60,7 @@ PATTERN = CheckpointSchema(
 )
 
 
-class Writer:
+class CheckpointWriter:
     """The weights of one step, being written. Made by `writing`."""
 
     def __init__(self, step: Path, file: DiskFile) -> None:
@@ -228,7 +228,7 @@ def _without_checksums() -> Iterator[None]:
 @contextmanager
 def writing(
     path: str | Path, arch: Architecture, args: Namespace | None = None, schema: CheckpointSchema = PATTERN
-) -> Iterator[Writer]:
+) -> Iterator[CheckpointWriter]:
     """Write a checkpoint of `arch` that Megatron loads in any layout; the block writes its tensors.
 
     It becomes a `release`: weights only, from iteration 0, with a fresh optimizer. All of it appears when the block
@@ -249,7 +249,7 @@ def writing(
         step = directory / layout.RELEASE
         step.mkdir(exist_ok=True)
         with DiskFile(step / f"__{ranks.rank()}_0.distcp") as file:
-            writer = Writer(step, file)
+            writer = CheckpointWriter(step, file)
             with ranks.all_or_none():
                 yield writer
                 os.fsync(file.fileno())

@@ -12,7 +12,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_
 from megatron.training import get_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_ext.data.sample_id import identify
+from megatron_ext.data.sample_id import hash_samples
 from megatron_ext.errors import DataError
 
 # The keys that Megatron's batch functions expect; those of packed sequences stay None.
@@ -173,7 +173,7 @@ def get_identified_batch(data: Iterator[dict[str, Any]] | None, vp_stage: int | 
         args: Any = get_args()
         own = torch.empty(args.micro_batch_size, 2, dtype=torch.int64)
         if sample is not None:
-            own = identify(sample["tokens"], sample["labels"])
+            own = hash_samples(sample["tokens"], sample["labels"])
         own = own.cuda()
         group: Any = mpu.get_tensor_model_parallel_group()
         torch.distributed.broadcast(own, mpu.get_tensor_model_parallel_src_rank(), group)

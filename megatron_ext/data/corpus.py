@@ -280,7 +280,7 @@ def _load_tokenizer(path: Path) -> Any:
     """The tokenizer as Megatron's `HuggingFaceTokenizer` will see it: fast, and with an EOD."""
     from transformers import AutoTokenizer
 
-    platform.quiet()
+    platform.silence_warnings()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise whatever the first broken file makes them raise
@@ -309,7 +309,7 @@ def _write_indexed(
         warnings.simplefilter("ignore")  # what megatron says about absent GPU packages does not matter here
         import torch
 
-        platform.quiet()
+        platform.silence_warnings()
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     encoder = tokenizer.backend_tokenizer

@@ -59,7 +59,7 @@ def epochs(size: int, wanted: int, seed: int, first: np.ndarray | None = None) -
     return np.concatenate(orders if first is None else [first.astype(np.uint32), *orders[1:]])
 
 
-def repeated(seed: int) -> Callable[..., Any]:
+def replayed(seed: int) -> Callable[..., Any]:
     """Megatron's dataset provider for training on the sequences of one pass, packed by `seed`.
 
     There is no test set: it is not part of a cache.
@@ -77,7 +77,7 @@ def repeated(seed: int) -> Callable[..., Any]:
     return provide
 
 
-def one_pass(seed: int, vp_stage: int | None = None) -> list[Any]:
+def single_pass(seed: int, vp_stage: int | None = None) -> list[Any]:
     """All sequences of the training and of the validation split, each once, whatever the weights of a blend.
 
     Empty on ranks that read no data. A collective of all ranks.

@@ -9,7 +9,7 @@ from torch import Tensor
 BYTES = 16
 
 
-def identify(tokens: Int[Tensor, "b s"], labels: Int[Tensor, "b s"]) -> Int[Tensor, "b 2"]:
+def hash_samples(tokens: Int[Tensor, "b s"], labels: Int[Tensor, "b s"]) -> Int[Tensor, "b 2"]:
     """The 128-bit BLAKE2b hash (RFC 7693) of each sequence, whole: of its tokens and the last label, as int32.
 
     Args:
@@ -21,6 +21,6 @@ def identify(tokens: Int[Tensor, "b s"], labels: Int[Tensor, "b s"]) -> Int[Tens
     return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.int64).view(-1, 2)
 
 
-def name(sample_id: Int[Tensor, "2"]) -> str:
+def to_hex(sample_id: Int[Tensor, "2"]) -> str:
     """A sample's identity for people: 32 hex digits."""
     return sample_id.cpu().numpy().tobytes().hex()

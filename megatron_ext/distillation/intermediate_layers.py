@@ -31,7 +31,7 @@ _LEGAL = (
 )
 
 
-class Pair(NamedTuple):
+class LayerPair(NamedTuple):
     """A state of the student that should become one of the teacher's."""
 
     student: LayerOutput
@@ -41,7 +41,7 @@ class Pair(NamedTuple):
         return f"{self.student}:{self.teacher}"
 
 
-def parse(words: Sequence[str], student: Pattern, teacher: Pattern) -> tuple[Pair, ...]:
+def parse(words: Sequence[str], student: Pattern, teacher: Pattern) -> tuple[LayerPair, ...]:
     """The pairs that were asked for.
 
     A kind of sub-layer (`*`, `M`, `-`, `E`) stands for a pair for each of the student's sub-layers of that kind, with
@@ -51,7 +51,7 @@ def parse(words: Sequence[str], student: Pattern, teacher: Pattern) -> tuple[Pai
     Raises:
         ConfigError: A word is no pair, or a point does not exist.
     """
-    pairs: list[Pair] = []
+    pairs: list[LayerPair] = []
     for word in words:
         norm, kind = ("norm", word[4:]) if word.startswith("norm") else ("after", word)
         if kind == ALL or kind in KINDS:
@@ -59,12 +59,12 @@ def parse(words: Sequence[str], student: Pattern, teacher: Pattern) -> tuple[Pai
             if not own or not other:
                 raise ConfigError(f"not both models have sub-layers of kind {kind!r}", got=word, legal=_LEGAL)
             matched = [other[-(-(i + 1) * len(other) // len(own)) - 1] for i in range(len(own))]
-            pairs += [Pair(LayerOutput(norm, s), LayerOutput(norm, t)) for s, t in zip(own, matched, strict=True)]
+            pairs += [LayerPair(LayerOutput(norm, s), LayerOutput(norm, t)) for s, t in zip(own, matched, strict=True)]
             continue
         sides = (word.split(":") * 2)[:2] if word.count(":") < 2 else []
         if not sides:
             raise ConfigError("no pair of states", got=word, legal=_LEGAL)
-        pairs.append(Pair(*(_point(side, word, p) for side, p in zip(sides, (student, teacher), strict=True))))
+        pairs.append(LayerPair(*(_point(side, word, p) for side, p in zip(sides, (student, teacher), strict=True))))
     if len(set(pairs)) < len(pairs):
         raise ConfigError("a pair of states is named twice", got=" ".join(map(str, pairs)))
     return tuple(pairs)
@@ -95,7 +95,7 @@ def cosine_distance(student: Float[Tensor, "s b h"], teacher: Float[Tensor, "s b
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mean_squared_error, "cosine": cosine_distance}
 
 
-class Part(NamedTuple):
+class MessagePart(NamedTuple):
     """One of the tensors that a pipeline stage hands to the next, side by side in the last dimension.
 
     Attributes:
@@ -113,7 +113,7 @@ STUDENT, TEACHER = "student", "teacher"
 
 
 @dataclass(frozen=True)
-class Route:
+class PipelineRouting:
     """What travels between pipeline stages, so that each pair meets on the first stage where both its states exist.
 
     A state that is there earlier than its partner is carried on. What a pair's loss came to is carried on, too, so that
@@ -127,7 +127,7 @@ class Route:
         trained: Whether the teacher is trained, too.
     """
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[LayerPair, ...]
     widths: tuple[int, int]
     student: tuple[int, ...]
     teacher: tuple[int, ...] | None
@@ -141,28 +141,28 @@ class Route:
     def points(self, stage: int, side: str) -> list[LayerOutput]:
         """The states of one model that are needed and come to be on this stage."""
         wanted = {getattr(pair, side) for pair in self.pairs}
-        return sorted(point for point in wanted if self._born(point, side) == stage)
+        return sorted(point for point in wanted if self._stage_of(point, side) == stage)
 
     def meeting(self, stage: int) -> list[int]:
         """Numbers of the pairs that meet on this stage."""
-        return [i for i, pair in enumerate(self.pairs) if self._met(pair) == stage]
+        return [i for i, pair in enumerate(self.pairs) if self._loss_stage(pair) == stage]
 
-    def leaving(self, stage: int, dtype: torch.dtype) -> list[Part]:
+    def leaving(self, stage: int, dtype: torch.dtype) -> list[MessagePart]:
         """What this stage hands to the next."""
-        parts = [Part(STUDENT, self.widths[0], True)]
+        parts = [MessagePart(STUDENT, self.widths[0], True)]
         if self.teacher is not None:
-            parts.append(Part(TEACHER, self.widths[1], self.trained))
+            parts.append(MessagePart(TEACHER, self.widths[1], self.trained))
         for side, width in ((STUDENT, self.widths[0]), (TEACHER, self.widths[1])):
             waiting = {
                 getattr(pair, side)
                 for pair in self.pairs
-                if self._born(getattr(pair, side), side) <= stage < self._met(pair)
+                if self._stage_of(getattr(pair, side), side) <= stage < self._loss_stage(pair)
             }
-            parts += [Part(state(side, point), width, side == STUDENT) for point in sorted(waiting)]
-        met = [i for i, pair in enumerate(self.pairs) if self._met(pair) <= stage]
-        return parts + [Part(distance(i), pieces(dtype), True) for i in met]
+            parts += [MessagePart(state(side, point), width, side == STUDENT) for point in sorted(waiting)]
+        met = [i for i, pair in enumerate(self.pairs) if self._loss_stage(pair) <= stage]
+        return parts + [MessagePart(distance(i), bf16_terms(dtype), True) for i in met]
 
-    def _born(self, point: LayerOutput, side: str) -> int:
+    def _stage_of(self, point: LayerOutput, side: str) -> int:
         layers = self.student if side == STUDENT else self.teacher
         if layers is None or point.kind == FINAL:
             return self.stages - 1
@@ -170,8 +170,8 @@ class Route:
             return 0
         return next(stage for stage, end in enumerate(accumulate(layers)) if point.layer < end)
 
-    def _met(self, pair: Pair) -> int:
-        return max(self._born(pair.student, STUDENT), self._born(pair.teacher, TEACHER))
+    def _loss_stage(self, pair: LayerPair) -> int:
+        return max(self._stage_of(pair.student, STUDENT), self._stage_of(pair.teacher, TEACHER))
 
 
 def state(side: str, point: LayerOutput) -> str:
@@ -184,42 +184,42 @@ def distance(pair: int) -> str:
     return f"distance {pair}"
 
 
-def pack(parts: Sequence[Part], tensors: dict[str, Tensor]) -> Float[Tensor, "s b w"]:
+def pack(parts: Sequence[MessagePart], tensors: dict[str, Tensor]) -> Float[Tensor, "s b w"]:
     """Put the parts side by side, in the type of the first."""
     first = tensors[parts[0].name]
     return torch.cat([tensors[part.name].to(first.dtype) for part in parts], dim=-1)
 
 
-def unpack(parts: Sequence[Part], tensor: Float[Tensor, "s b w"]) -> dict[str, Tensor]:
+def unpack(parts: Sequence[MessagePart], tensor: Float[Tensor, "s b w"]) -> dict[str, Tensor]:
     """The parts again; no gradient goes back to those that are not trained."""
     split = tensor.split([part.width for part in parts], dim=-1)
     return {p.name: (x if p.trained else x.detach()).contiguous() for p, x in zip(parts, split, strict=True)}
 
 
-def pieces(dtype: torch.dtype) -> int:
+def bf16_terms(dtype: torch.dtype) -> int:
     """How many numbers of this type a number in fp32 is the sum of, digit by digit."""
     return {torch.float32: 1, torch.bfloat16: 3}.get(dtype, 3)
 
 
-def to_pieces(value: Float[Tensor, "s b"], dtype: torch.dtype) -> Float[Tensor, "s b p"]:
+def split_bf16(value: Float[Tensor, "s b"], dtype: torch.dtype) -> Float[Tensor, "s b p"]:
     """A value in fp32 as one that travels in another type without loss; the gradient comes back the same way."""
-    return _ToPieces.apply(value, dtype)
+    return _SplitBf16.apply(value, dtype)
 
 
-def from_pieces(split: Float[Tensor, "s b p"]) -> Float[Tensor, "s b"]:
+def join_bf16(split: Float[Tensor, "s b p"]) -> Float[Tensor, "s b"]:
     """The value in fp32 again."""
-    return _FromPieces.apply(split)
+    return _JoinBf16.apply(split)
 
 
 def _split(value: Tensor, dtype: torch.dtype) -> Tensor:
     parts, rest = [], value
-    for _ in range(pieces(dtype)):
+    for _ in range(bf16_terms(dtype)):
         parts.append(rest.to(dtype))
         rest = rest - parts[-1].float()
     return torch.stack(parts, dim=-1)
 
 
-class _ToPieces(torch.autograd.Function):
+class _SplitBf16(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, dtype):
         return _split(value, dtype)
@@ -229,7 +229,7 @@ class _ToPieces(torch.autograd.Function):
         return grad_outputs[0].float().sum(-1), None
 
 
-class _FromPieces(torch.autograd.Function):
+class _JoinBf16(torch.autograd.Function):
     @staticmethod
     def forward(ctx, split):
         ctx.dtype = split.dtype

@@ -15,21 +15,21 @@ from megatron_ext.distillation.logit_cache.check import Writing, check_cache, ch
 from megatron_ext.distillation.options import (
     DistillOptions,
     check_weights,
-    grid_of,
     objective_at,
     pairs,
     source_of,
+    teacher_sizes,
     vocabulary_size,
 )
 from megatron_ext.distillation.teachers.identity import remember
-from megatron_ext.distillation.teachers.rank_split import Apart, divide, teach
+from megatron_ext.distillation.teachers.rank_split import RankSplit, serve_teacher, split_ranks
 from megatron_ext.distillation.teachers.teacher import Teacher
 from megatron_ext.errors import ConfigError
 from megatron_ext.models.pattern import MOE
-from megatron_ext.models.training_cost import Lesson
+from megatron_ext.models.training_cost import TeacherSetup
 from megatron_ext.training.dry_run import memory_per_gpu
 from megatron_ext.training.job import STOPPABLE, DryRun, Job, RunConfig
-from megatron_ext.training.run_directory import hold
+from megatron_ext.training.run_directory import lock_run_directory
 from megatron_ext.training.run_job import run_job
 
 
@@ -55,7 +55,7 @@ def check(run: RunConfig) -> Teacher | Cache | Writing:
         check_cache(run, source, compared(options, source), vocabulary_size())
         remember(run, source)
         return source
-    grid = grid_of(run, options)
+    grid = teacher_sizes(run, options)
     stages = args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)
     source.check(
         run.architecture,
@@ -74,18 +74,18 @@ def check(run: RunConfig) -> Teacher | Cache | Writing:
     return source
 
 
-def lesson(run: RunConfig, source: Teacher | Cache | Writing) -> Lesson | None:
+def teacher_setup(run: RunConfig, source: Teacher | Cache | Writing) -> TeacherSetup | None:
     """What a student learns from, for an estimate; None where a cache is written, which trains nothing."""
     options: DistillOptions = run.options["distill"]
     if not isinstance(source, Teacher):
-        return Lesson(None) if isinstance(source, Cache) else None
+        return TeacherSetup(None) if isinstance(source, Cache) else None
     together = options.correct_teacher == "together"
-    grid = grid_of(run, options)
-    own = source.beside(run.architecture) if grid is None else source.architecture
-    return Lesson(own, None if grid is None else (grid.tp, grid.pp), options.teacher_ranks is not None, together)
+    grid = teacher_sizes(run, options)
+    own = source.with_student_vocab(run.architecture) if grid is None else source.architecture
+    return TeacherSetup(own, None if grid is None else (grid.tp, grid.pp), options.teacher_ranks is not None, together)
 
 
-def teacher_row(lesson: Lesson) -> str:
+def teacher_row(lesson: TeacherSetup) -> str:
     """A teacher and where it runs, in words."""
     if lesson.teacher is None:
         return "a cache"
@@ -96,7 +96,7 @@ def teacher_row(lesson: Lesson) -> str:
     return ", ".join(words)
 
 
-def distill(run: RunConfig, source: Teacher | Cache, apart: Apart | None = None) -> None:
+def distill(run: RunConfig, source: Teacher | Cache, apart: RankSplit | None = None) -> None:
     """Train the student until `--train-iters`.
 
     `metrics.jsonl` has `loss` and `val_loss`, the student's cross-entropy as in pre-training, and `kd_loss`; of
@@ -114,8 +114,8 @@ def distill(run: RunConfig, source: Teacher | Cache, apart: Apart | None = None)
     options: DistillOptions = run.options["distill"]
     if options.correct_teacher != "only" and loop.finished(run):
         return
-    if options.correct_teacher != "only" and (apart is None or not apart.teaches):
-        hold(run)  # also while a teacher is corrected first
+    if options.correct_teacher != "only" and (apart is None or not apart.is_teacher):
+        lock_run_directory(run)  # also while a teacher is corrected first
     steps = options.correction_iters or run.args.train_iters
     if run.args.rank == 0:
         print(f"learning from {run.args.distill_source['flag']}", flush=True)
@@ -124,17 +124,17 @@ def distill(run: RunConfig, source: Teacher | Cache, apart: Apart | None = None)
         return
     if isinstance(source, Teacher) and options.correct_teacher == "first":
         source = corrected_first(run, source, steps)
-    if apart is not None and apart.teaches:
-        teach(run, source, apart)
+    if apart is not None and apart.is_teacher:
+        serve_teacher(run, source, apart)
         return
     setup = Setup(run, source, options, apart)
     before_saving(setup.save)
-    if grid_of(run, options) is not None:
+    if teacher_sizes(run, options) is not None:
         before_schedule(setup.before_schedule)
     weights = [(o.kd_weight, o.ce_weight) for o in (objective_at(options, source, share) for share in (0.0, 1.0))]
     mixed = weights not in ([(1.0, 0.0)] * 2, [(0.0, 1.0)] * 2) or bool(options.states)
     step = partial(forward_step, loss=partial(masked_sums, mixed), batch_of=get_identified_batch)
-    datasets = packing.repeated(source.manifest.seed) if isinstance(source, Cache) else build_datasets
+    datasets = packing.replayed(source.manifest.seed) if isinstance(source, Cache) else build_datasets
     try:
         loop.train(run, Task(step, datasets, {"loss": "nats per token"}), hooks=(setup.hook,))
     except SystemExit as end:
@@ -160,7 +160,7 @@ def masked_sums(mixed: bool, loss_mask: Float[Tensor, "b s"], losses: Any) -> tu
     return losses.total, count, {name: torch.cat([x.detach().view(1), count.view(1)]) for name, x in sums.items()}
 
 
-def run(run: RunConfig, source: Teacher | Cache | Writing, split: Apart | None = None) -> None:
+def run(run: RunConfig, source: Teacher | Cache | Writing, split: RankSplit | None = None) -> None:
     """Write a cache, or train the student."""
     if isinstance(source, Writing):
         from megatron_ext.distillation.logit_cache.write import write
@@ -171,7 +171,7 @@ def run(run: RunConfig, source: Teacher | Cache | Writing, split: Apart | None =
 
 
 def _dry_run(run: RunConfig, source: Teacher | Cache | Writing) -> DryRun:
-    found = lesson(run, source)
+    found = teacher_setup(run, source)
     rows = {} if found is None else {"teacher": teacher_row(found)}
     return DryRun(rows, memory=memory_per_gpu(run, found))
 
@@ -183,5 +183,5 @@ JOB = Job(
 
 def main(args: argparse.Namespace) -> None:
     """Run the job on `args.words`; ranks that are the teacher's alone part from the student's first."""
-    split = divide(args.words)
+    split = split_ranks(args.words)
     run_job(replace(JOB, run=partial(run, split=split)), command_line(args.words))

@@ -13,17 +13,24 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from megatron_ext.data.sample_id import name
+from megatron_ext.data.sample_id import to_hex
 from megatron_ext.distillation import intermediate_layers
-from megatron_ext.distillation.intermediate_layers import DISTANCES, FINAL, STUDENT, TEACHER, LayerOutput, Route
-from megatron_ext.distillation.projections import Balance, Projections
+from megatron_ext.distillation.intermediate_layers import (
+    DISTANCES,
+    FINAL,
+    STUDENT,
+    TEACHER,
+    LayerOutput,
+    PipelineRouting,
+)
+from megatron_ext.distillation.projections import LossBalancer, Projections
 from megatron_ext.distillation.student import StudentWrapper
 from megatron_ext.errors import CheckpointError
 from megatron_ext.lm_head.divergences import TopK
 from megatron_ext.lm_head.hidden_states import hidden_states, output_weight
-from megatron_ext.lm_head.losses import Head, distillation_losses
+from megatron_ext.lm_head.losses import LMHead, distillation_losses
 from megatron_ext.lm_head.objective import Objective
-from megatron_ext.lm_head.vocab_parallel import Vocabulary
+from megatron_ext.lm_head.vocab_parallel import VocabParallel
 from megatron_ext.models.hooks import HiddenStateRecorder
 
 
@@ -42,7 +49,7 @@ class StepLosses:
     parts: dict[str, Float[Tensor, "s b"]]
 
 
-class TeacherSide(Protocol):
+class TeacherStage(Protocol):
     """Where the teacher's states come from, on one stage."""
 
     def run(self, arrived: dict[str, Tensor], inputs: tuple[Any, ...]) -> dict[str, Tensor]:
@@ -56,7 +63,7 @@ class TeacherSide(Protocol):
 
     def target(
         self, found: dict[str, Tensor], sample_id: Int[Tensor, "b 2"], labels: Int[Tensor, "b s"], k: int
-    ) -> Head | TopK:
+    ) -> LMHead | TopK:
         """On the last stage, what the student's logits are compared with.
 
         Args:
@@ -75,7 +82,7 @@ class TeacherSide(Protocol):
 
 
 @dataclass(frozen=True)
-class Matching:
+class IntermediateLossConfig:
     """How intermediate states are matched.
 
     Attributes:
@@ -86,11 +93,11 @@ class Matching:
         balance: The balancing weight.
     """
 
-    route: Route
+    route: PipelineRouting
     distance: str
     weight: Callable[[], float | None]
     projections: Projections
-    balance: Balance
+    balance: LossBalancer
 
 
 class DistillationModel(StudentWrapper):
@@ -99,7 +106,7 @@ class DistillationModel(StudentWrapper):
     Teacher and projections are not registered: they are in none of the student's checkpoints, optimizers and gradient
     buffers.
 
-    Between stages travels what `Route.leaving` lists, side by side in the last dimension.
+    Between stages travels what `PipelineRouting.leaving` lists, side by side in the last dimension.
 
     Args:
         student: A chunk of the student.
@@ -109,13 +116,13 @@ class DistillationModel(StudentWrapper):
         tokens: Entries of the vocabulary, without padding.
     """
 
-    teacher: TeacherSide
+    teacher: TeacherStage
 
     def __init__(
         self,
         student: HybridModel,
-        teacher: TeacherSide,
-        matching: Matching,
+        teacher: TeacherStage,
+        matching: IntermediateLossConfig,
         objective: Callable[[], Objective],
         tokens: int,
     ) -> None:
@@ -156,7 +163,7 @@ class DistillationModel(StudentWrapper):
             attention_mask: Megatron's.
             labels: The next tokens; on the last stage, like the others.
             loss_mask: 1 where a token counts.
-            sample_id: Identities of the sequences (`identity.identify`).
+            sample_id: Identities of the sequences (`sample_id.hash_samples`).
 
         Raises:
             CheckpointError: The teacher's logits are not finite.
@@ -175,7 +182,7 @@ class DistillationModel(StudentWrapper):
                 found[intermediate_layers.state(TEACHER, pair.teacher)],
             )
             value = DISTANCES[self._matching.distance](self._matching.projections(i, own), other.detach())
-            found[intermediate_layers.distance(i)] = intermediate_layers.to_pieces(value, dtype)
+            found[intermediate_layers.distance(i)] = intermediate_layers.split_bf16(value, dtype)
         if not self.module.post_process:
             return intermediate_layers.pack(route.leaving(self.stage, dtype), found)
         assert labels is not None
@@ -191,7 +198,7 @@ class DistillationModel(StudentWrapper):
         sample_id: Int[Tensor, "b 2"],
     ) -> StepLosses:
         own, objective = head(self.module, found[STUDENT]), self._objective()
-        vocabulary = Vocabulary(own.weight.shape[0], self._tokens, self.pg_collection.tp)
+        vocabulary = VocabParallel(own.weight.shape[0], self._tokens, self.pg_collection.tp)
         mask, transposed = loss_mask.T.contiguous(), labels.T.contiguous()
         target = self.teacher.target(found, sample_id, labels, objective.k)
         losses = distillation_losses(own, target, transposed, mask, objective, vocabulary)
@@ -220,7 +227,7 @@ class DistillationModel(StudentWrapper):
         """The distance of every pair, whole in the sequence."""
         values = {}
         for i, pair in enumerate(self._matching.route.pairs):
-            value = intermediate_layers.from_pieces(found[intermediate_layers.distance(i)])
+            value = intermediate_layers.join_bf16(found[intermediate_layers.distance(i)])
             if self.config.sequence_parallel:
                 # Every tensor rank makes the whole loss of it, and so the whole gradient.
                 value = gather_from_sequence_parallel_region(
@@ -237,17 +244,19 @@ def named(side: str, taken: dict[LayerOutput, Tensor], output: Tensor) -> dict[s
     }
 
 
-def head(model: HybridModel, hidden: Float[Tensor, "s b h"]) -> Head:
+def head(model: HybridModel, hidden: Float[Tensor, "s b h"]) -> LMHead:
     """The end of a model: its states, whole in the sequence, and this rank's rows of the output layer."""
     weight, group = output_weight(model), model.pg_collection.tp
     # Each rank makes its part of the gradient of `hidden`: on the way back the parts are summed.
     if model.config.sequence_parallel:
-        return Head(gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group), weight)
-    return Head(copy_to_tensor_model_parallel_region(hidden, group=group), weight)
+        return LMHead(
+            gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group), weight
+        )
+    return LMHead(copy_to_tensor_model_parallel_region(hidden, group=group), weight)
 
 
 def _refuse(wrong: Tensor, labels: Int[Tensor, "b s"], sample_id: Int[Tensor, "b 2"]) -> None:
-    names = ", ".join(name(each) for each in sample_id[wrong])
+    names = ", ".join(to_hex(each) for each in sample_id[wrong])
     raise CheckpointError(
         f"the teacher's logits are not finite on {wrong.sum()} of {len(labels)} sequences of a micro-batch",
         got=f"{names} whose labels begin with {labels[wrong][:, :8].tolist()}",

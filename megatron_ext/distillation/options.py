@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_ext.distillation import intermediate_layers
-from megatron_ext.distillation.intermediate_layers import DISTANCES, Pair
+from megatron_ext.distillation.intermediate_layers import DISTANCES, LayerPair
 from megatron_ext.distillation.logit_cache.cache import Cache
-from megatron_ext.distillation.teachers.exchange import Grid
+from megatron_ext.distillation.teachers.exchange import ParallelSizes
 from megatron_ext.distillation.teachers.teacher import Teacher
 from megatron_ext.errors import ConfigError
 from megatron_ext.lm_head.divergences import NAMES
@@ -138,7 +138,7 @@ def check_weights(options: DistillOptions, source: Teacher | Cache, tokens: int)
         raise ConfigError("unknown --distill-states-loss", got=options.states_loss, legal=", ".join(DISTANCES))
 
 
-def pairs(run: RunConfig, options: DistillOptions, teacher: Teacher) -> tuple[Pair, ...]:
+def pairs(run: RunConfig, options: DistillOptions, teacher: Teacher) -> tuple[LayerPair, ...]:
     """The pairs of states that are to be matched.
 
     Raises:
@@ -154,15 +154,15 @@ def pairs(run: RunConfig, options: DistillOptions, teacher: Teacher) -> tuple[Pa
     return intermediate_layers.parse(options.states, run.pattern, teacher.architecture.layers)
 
 
-def grid_of(run: RunConfig, options: DistillOptions) -> Grid | None:
+def teacher_sizes(run: RunConfig, options: DistillOptions) -> ParallelSizes | None:
     """The teacher's layout if it is not the student's.
 
     Raises:
         ConfigError: It does not divide the ranks, or something else asks for the student's.
     """
     args = run.args
-    student = Grid(args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
-    grid = Grid(
+    student = ParallelSizes(args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
+    grid = ParallelSizes(
         options.teacher_tensor_model_parallel_size or student.tp,
         options.teacher_pipeline_model_parallel_size or student.pp,
     )

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_ext.checkpoint.atomic import atomic_write
-from megatron_ext.distillation.intermediate_layers import Route
+from megatron_ext.distillation.intermediate_layers import PipelineRouting
 from megatron_ext.errors import CheckpointError
 
 AGAIN = "all that distill_gpt.py saved, in the directory that is resumed; or --finetune and a new --save to begin anew"
@@ -35,7 +35,12 @@ class Projections:
     """
 
     def __init__(
-        self, route: Route, stages: list[int], seed: int, clip: float, schedule: Callable[[torch.optim.Optimizer], Any]
+        self,
+        route: PipelineRouting,
+        stages: list[int],
+        seed: int,
+        clip: float,
+        schedule: Callable[[torch.optim.Optimizer], Any],
     ) -> None:
         student, teacher = route.widths
         self._weights: dict[int, torch.nn.Parameter] = {}
@@ -114,7 +119,7 @@ class Projections:
             self._optimizer.state[weight] = {"step": tensors["step"], **state}
 
 
-class Balance:
+class LossBalancer:
     """The weight of the intermediate states that makes their loss as large as the logits': alpha = L_logits / L_is.
 
     Minitron (arXiv 2407.14679, section 3). It is the ratio over all tokens of the step before, so that it does not

@@ -13,26 +13,26 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training.training import get_optimizer_param_scheduler
 
 from megatron_ext.checkpoint.atomic import atomic_write
-from megatron_ext.distillation.intermediate_layers import TEACHER, Route
+from megatron_ext.distillation.intermediate_layers import TEACHER, PipelineRouting
 from megatron_ext.distillation.logit_cache.cache import Cache
-from megatron_ext.distillation.model import DistillationModel, Matching, TeacherSide
+from megatron_ext.distillation.model import DistillationModel, IntermediateLossConfig, TeacherStage
 from megatron_ext.distillation.options import (
     DistillOptions,
-    grid_of,
     objective_at,
     pairs,
     states_weight_at,
+    teacher_sizes,
     vocabulary_size,
 )
-from megatron_ext.distillation.projections import AGAIN, Balance, Projections
+from megatron_ext.distillation.projections import AGAIN, LossBalancer, Projections
 from megatron_ext.distillation.teachers import colocated
-from megatron_ext.distillation.teachers.cached import TeacherCached, over_entries
-from megatron_ext.distillation.teachers.colocated import TeacherBeside, TrainedTeacherBeside
+from megatron_ext.distillation.teachers.cached import CachedTeacher, as_top_k_objective
+from megatron_ext.distillation.teachers.colocated import ColocatedTeacher, TrainedColocatedTeacher
 from megatron_ext.distillation.teachers.correction import CorrectedTeacher
-from megatron_ext.distillation.teachers.exchange import Grid
+from megatron_ext.distillation.teachers.exchange import ParallelSizes
 from megatron_ext.distillation.teachers.identity import check_alike
-from megatron_ext.distillation.teachers.rank_split import Apart
-from megatron_ext.distillation.teachers.remote import Elsewhere, TeacherElsewhere
+from megatron_ext.distillation.teachers.rank_split import RankSplit
+from megatron_ext.distillation.teachers.remote import RemoteForward, RemoteTeacher
 from megatron_ext.distillation.teachers.teacher import Teacher
 from megatron_ext.errors import CheckpointError
 from megatron_ext.lm_head.objective import Objective
@@ -53,13 +53,13 @@ class Setup:
     """
 
     def __init__(
-        self, run: RunConfig, source: Teacher | Cache, options: DistillOptions, apart: Apart | None = None
+        self, run: RunConfig, source: Teacher | Cache, options: DistillOptions, apart: RankSplit | None = None
     ) -> None:
         self._run, self._source, self._options, self._apart = run, source, options, apart
-        self._balance, self._samples = Balance(), 0
+        self._balance, self._samples = LossBalancer(), 0
         self._projections: Projections | None = None
         self._correction: CorrectedTeacher | None = None
-        self._elsewhere: Elsewhere | None = None
+        self._elsewhere: RemoteForward | None = None
         self._groups: Any = None
 
     def hook(self, students: list[HybridModel]) -> list[DistillationModel]:
@@ -75,7 +75,7 @@ class Setup:
         step = run.resumed or None
         if isinstance(self._source, Cache):
             route, sides = self._from_cache(students, self._source)
-        elif (grid := grid_of(run, options)) is not None:
+        elif (grid := teacher_sizes(run, options)) is not None:
             route, sides = self._from_elsewhere(students, self._source, grid)
         else:
             route, sides = self._from_beside(students, self._source, step)
@@ -84,7 +84,7 @@ class Setup:
         if route.pairs and step is not None:
             self._resume(step)
         students[0].config.finalize_model_grads_func = self._finalize
-        matching = Matching(
+        matching = IntermediateLossConfig(
             route,
             options.states_loss,
             lambda: states_weight_at(options, self._done()),
@@ -96,25 +96,25 @@ class Setup:
             for student, side in zip(students, sides, strict=True)
         ]
 
-    def _from_cache(self, students: list[HybridModel], cache: Cache) -> tuple[Route, Sequence[TeacherSide]]:
+    def _from_cache(self, students: list[HybridModel], cache: Cache) -> tuple[PipelineRouting, Sequence[TeacherStage]]:
         width = students[0].config.hidden_size
-        route = Route((), (width, width), stage_sizes(students[0]), None)
-        return route, [TeacherCached(cache, student) for student in students]
+        route = PipelineRouting((), (width, width), stage_sizes(students[0]), None)
+        return route, [CachedTeacher(cache, student) for student in students]
 
     def _from_elsewhere(
-        self, students: list[HybridModel], teacher: Teacher, grid: Grid
-    ) -> tuple[Route, Sequence[TeacherSide]]:
+        self, students: list[HybridModel], teacher: Teacher, grid: ParallelSizes
+    ) -> tuple[PipelineRouting, Sequence[TeacherStage]]:
         run, wanted = self._run, pairs(self._run, self._options, teacher)
         widths = (students[0].config.hidden_size, teacher.architecture.hidden_size)
         points = sorted({pair.teacher for pair in wanted})
         bridge = self._apart.bridge(run.args) if self._apart else None
-        self._elsewhere = Elsewhere(teacher, grid, run.args, points, run.architecture, self._groups, bridge)
-        sides = [TeacherElsewhere(self._elsewhere, student) for student in students]
-        return Route(wanted, widths, stage_sizes(students[0]), None), sides
+        self._elsewhere = RemoteForward(teacher, grid, run.args, points, run.architecture, self._groups, bridge)
+        sides = [RemoteTeacher(self._elsewhere, student) for student in students]
+        return PipelineRouting(wanted, widths, stage_sizes(students[0]), None), sides
 
     def _from_beside(
         self, students: list[HybridModel], teacher: Teacher, step: int | None
-    ) -> tuple[Route, Sequence[TeacherSide]]:
+    ) -> tuple[PipelineRouting, Sequence[TeacherStage]]:
         run, trained = self._run, self._options.correct_teacher == "together"
         if trained:
             self._correction = CorrectedTeacher(run, teacher, step)
@@ -123,11 +123,15 @@ class Setup:
             chunks = colocated.build(students, teacher, run.args, run.architecture)
         wanted = pairs(run, self._options, teacher)
         widths = (students[0].config.hidden_size, chunks[0].config.hidden_size)
-        route = Route(wanted, widths, stage_sizes(students[0]), stage_sizes(chunks[0]), trained)
-        sides: list[TeacherSide] = []
+        route = PipelineRouting(wanted, widths, stage_sizes(students[0]), stage_sizes(chunks[0]), trained)
+        sides: list[TeacherStage] = []
         for student, chunk in zip(students, chunks, strict=True):
             points = route.points(stage_number(student), TEACHER)
-            side = TrainedTeacherBeside(chunk, points, vocabulary_size()) if trained else TeacherBeside(chunk, points)
+            side = (
+                TrainedColocatedTeacher(chunk, points, vocabulary_size())
+                if trained
+                else ColocatedTeacher(chunk, points)
+            )
             sides.append(side)
         return route, sides
 
@@ -189,7 +193,7 @@ class Setup:
 
     def _objective(self) -> Objective:
         objective = objective_at(self._options, self._source, self._done())
-        return over_entries(objective, self._source) if isinstance(self._source, Cache) else objective
+        return as_top_k_objective(objective, self._source) if isinstance(self._source, Cache) else objective
 
 
 def stage_number(chunk: HybridModel) -> int:

@@ -16,11 +16,11 @@ from lm_eval.models.utils import handle_stop_sequences
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation import generation
 from megatron_ext.evaluation.perplexity import Window
-from megatron_ext.evaluation.request_cache import Answers
+from megatron_ext.evaluation.request_cache import RequestCache
 from megatron_ext.inference.chat import render
 from megatron_ext.inference.generate import generate
-from megatron_ext.inference.passage import Passage, Score
-from megatron_ext.inference.prompts import Writer, document_start
+from megatron_ext.inference.passage import Loglikelihood, LoglikelihoodRequest
+from megatron_ext.inference.prompts import TextCodec, document_start
 from megatron_ext.inference.request import Request
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.inference.score import score
@@ -53,7 +53,9 @@ class MegatronLM(TemplateLM):
         answers: Where answers are kept; without it nothing is.
     """
 
-    def __init__(self, model: ShardedModel, writer: Writer, limits: Limits, answers: Answers | None = None) -> None:
+    def __init__(
+        self, model: ShardedModel, writer: TextCodec, limits: Limits, answers: RequestCache | None = None
+    ) -> None:
         super().__init__()
         self.model, self.writer, self.limits, self.answers = model, writer, limits, answers
         self.tokenizer = writer.tokenizer
@@ -117,7 +119,7 @@ class MegatronLM(TemplateLM):
             assert before, (context, continuation)
             self._count(len(before) + len(after), self.limits.length + 1)
             tokens = [*before, *after][-(self.limits.length + 1) :]
-            passages.append([Passage(tokens, len(tokens) - len(after))])
+            passages.append([LoglikelihoodRequest(tokens, len(tokens) - len(after))])
         questions = [("loglikelihood", before, after, self.limits.length) for _, before, after in requests]
         return [(total, greedy) for total, greedy in self._scored(questions, passages)]
 
@@ -131,12 +133,12 @@ class MegatronLM(TemplateLM):
         return [total for total, _ in self._scored(questions, passages)]
 
     def _scored(
-        self, questions: Sequence[tuple[Any, ...]], passages: Sequence[list[Passage]]
+        self, questions: Sequence[tuple[Any, ...]], passages: Sequence[list[LoglikelihoodRequest]]
     ) -> list[tuple[float, bool]]:
         """For each question the log-probability of its passages, and whether all of them are greedy."""
         found = self._known(questions)
         flat = [(i, passage) for i, answer in enumerate(found) if answer is None for passage in passages[i]]
-        parts: dict[int, list[Score]] = {}
+        parts: dict[int, list[Loglikelihood]] = {}
         with progress(f"{self._task}: scoring", len(flat)) as advance:
             for number, result in score(self.model, [passage for _, passage in flat], self.limits.batch_tokens):
                 i = flat[number][0]
@@ -174,7 +176,7 @@ class MegatronLM(TemplateLM):
                     advance()
         return found
 
-    def _request(self, context: str, settings: dict[str, Any]) -> tuple[Request, Writer, Sampling]:
+    def _request(self, context: str, settings: dict[str, Any]) -> tuple[Request, TextCodec, Sampling]:
         values = generation.normalized(settings)
         end = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
         stops = [stop for stop in handle_stop_sequences(values["until"], end) if stop]
@@ -185,7 +187,7 @@ class MegatronLM(TemplateLM):
                 "a task asks for more new tokens than the model reads", got=f"{self._task}: {new} tokens",
                 legal=f"less than {self.limits.length}: --gen-kwargs max_gen_toks=N, or a larger --window",
             )  # fmt: skip
-        writer = Writer(self.tokenizer, self.writer.ends, stops)
+        writer = TextCodec(self.tokenizer, self.writer.ends, stops)
         prompt = self.tok_encode(context) or [self.prefix_token_id]
         self._count(len(prompt), room)
         return writer.request(prompt[-room:], new), writer, generation.sampling(settings)

@@ -18,7 +18,7 @@ from megatron_ext.evaluation.synthetic import SUITES, curves
 from megatron_ext.evaluation.synthetic.curves import SHORTEST
 from megatron_ext.inference import session
 from megatron_ext.inference.interrupt import Interrupted, interruptible, stop_if_asked
-from megatron_ext.inference.passage import Passage, Score
+from megatron_ext.inference.passage import Loglikelihood, LoglikelihoodRequest
 from megatron_ext.inference.tokenizer import identity, tokenizer_of, words_of
 from megatron_ext.reports.progress import progress
 from megatron_ext.reports.results import SETTINGS, Results
@@ -102,7 +102,7 @@ def main(args: argparse.Namespace) -> None:
         measures.append(SyntheticMeasure(args, tokenizer, longest, settings))
     if args.speed:
         measures.append(SpeedMeasure(sorted(set(args.speed)), args.batch_size, settings))
-    with session.opened(started, words_of(args.checkpoint, tokenizer)) as model:
+    with session.open_checkpoint(started, words_of(args.checkpoint, tokenizer)) as model:
         stopped = _measure(measures, model, results)
         if rank() == 0:
             # Now that all of it is on disk.
@@ -142,7 +142,7 @@ class TextMeasure:
     def __call__(self, model: "ShardedModel") -> Iterator[dict[str, Any]]:
         """Score them."""
 
-        def score(passages: Sequence[Passage]) -> list[Score]:
+        def score(passages: Sequence[LoglikelihoodRequest]) -> list[Loglikelihood]:
             stop_if_asked()
             return scored(model, passages, self._batch_tokens)
 
@@ -216,11 +216,13 @@ class SpeedMeasure:
         )
 
 
-def scored(model: "ShardedModel", passages: Sequence[Passage], batch_tokens: int, what: str = "scoring") -> list[Score]:
+def scored(
+    model: "ShardedModel", passages: Sequence[LoglikelihoodRequest], batch_tokens: int, what: str = "scoring"
+) -> list[Loglikelihood]:
     """The scores of passages in order, on every rank, with progress."""
     from megatron_ext.inference.score import score
 
-    found: dict[int, Score] = {}
+    found: dict[int, Loglikelihood] = {}
     with progress(what, len(passages)) as advance:
         for number, result in score(model, passages, batch_tokens):
             found[number] = result

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_ext.data.lines import JSONL_SUFFIXES, read_strings, read_text
 from megatron_ext.errors import ConfigError, DataError
-from megatron_ext.inference.passage import Passage, Score
+from megatron_ext.inference.passage import Loglikelihood, LoglikelihoodRequest
 from megatron_ext.inference.prompts import document_start
 from megatron_ext.reports.results import UNFINISHED
 
@@ -37,19 +37,19 @@ class Window:
                 "the window's stride", got=f"stride {self.stride}, window {self.size}", legal="1 to the window's size"
             )
 
-    def passages(self, tokens: Sequence[int]) -> list[Passage]:
+    def passages(self, tokens: Sequence[int]) -> list[LoglikelihoodRequest]:
         """What is to be scored so that each token but the first is predicted once."""
         found, done = [], 1
         while done < len(tokens):
             stop = min(len(tokens), self.size + 1 if done == 1 else done + self.stride)
             start = max(0, stop - self.size - 1)
-            found.append(Passage(tokens[start:stop], done - start))
+            found.append(LoglikelihoodRequest(tokens[start:stop], done - start))
             done = stop
         return found
 
 
 @dataclass(frozen=True)
-class Fit:
+class TextLoss:
     """How well a text is predicted.
 
     Attributes:
@@ -62,8 +62,8 @@ class Fit:
     tokens: int
     bytes: int
 
-    def __add__(self, other: "Fit") -> "Fit":
-        return Fit(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
+    def __add__(self, other: "TextLoss") -> "TextLoss":
+        return TextLoss(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
 
     def to_dict(self) -> dict[str, float]:
         """With `loss` (nats per token), its exponential, and `bits_per_byte`, which no tokenizer has a part in."""
@@ -105,7 +105,7 @@ class Perplexity:
 
     def __init__(self, files: Sequence[Path], tokenizer: Any, window: Window) -> None:
         self.window = window
-        self._passages: dict[str, list[Passage]] = {}
+        self._passages: dict[str, list[LoglikelihoodRequest]] = {}
         self._bytes: dict[str, int] = {}
         start, content = document_start(tokenizer), hashlib.sha256()
         for name, file in {str(file): file for file in files}.items():
@@ -119,7 +119,9 @@ class Perplexity:
                 content.update(hashlib.sha256(text.encode()).digest())
         self.texts = content.hexdigest()[:16]
 
-    def results(self, score: Callable[[Sequence[Passage]], Sequence[Score]], at_once: int) -> Iterator[dict[str, Any]]:
+    def results(
+        self, score: Callable[[Sequence[LoglikelihoodRequest]], Sequence[Loglikelihood]], at_once: int
+    ) -> Iterator[dict[str, Any]]:
         """Score file after file, small ones together.
 
         Args:
@@ -129,7 +131,7 @@ class Perplexity:
         Yields:
             The fit of each file that is done, and of all of them together; `unfinished` says which are not.
         """
-        fits: dict[str, Fit] = {}
+        fits: dict[str, TextLoss] = {}
         files = list(self._passages)
         while len(fits) < len(files):
             group: list[str] = []
@@ -139,8 +141,8 @@ class Perplexity:
             for file in group:
                 own = list(islice(scores, len(self._passages[file])))
                 nats, tokens = -sum(score.total for score in own), sum(len(score.greedy) for score in own)
-                fits[file] = Fit(nats, tokens, self._bytes[file])
-            together = sum(fits.values(), Fit(0.0, 0, 0))
+                fits[file] = TextLoss(nats, tokens, self._bytes[file])
+            together = sum(fits.values(), TextLoss(0.0, 0, 0))
             left = {UNFINISHED: files[len(fits) :]} if len(fits) < len(files) else {}
             done = {file: fit.to_dict() for file, fit in fits.items()}
             yield {**together.to_dict(), **asdict(self.window), "files": done, **left}

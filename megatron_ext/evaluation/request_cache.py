@@ -8,7 +8,7 @@ from typing import Any
 from megatron_ext.checkpoint.ranks import gather, rank
 
 
-class Answers:
+class RequestCache:
     """A file with one answer on each line, which the first rank writes and all ranks know.
 
     Args:

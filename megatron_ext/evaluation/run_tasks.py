@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ext.checkpoint.ranks import rank
 from megatron_ext.errors import ConfigError
-from megatron_ext.evaluation.request_cache import Answers
+from megatron_ext.evaluation.request_cache import RequestCache
 from megatron_ext.inference.chat import check_template
-from megatron_ext.inference.prompts import Writer, stop_tokens
+from megatron_ext.inference.prompts import TextCodec, stop_tokens
 from megatron_ext.reports.results import SETTINGS, Results
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class TaskMeasure:
         self._tasks = Tasks(args.tasks, args.task_folder, args.num_fewshot, args.limit, chat, given)
         self._loaded = self._tasks.load()
         self._limits = harness.Limits(length, args.batch_tokens, args.batch_size)
-        self._writer = Writer(tokenizer, stop_tokens(args.checkpoint, tokenizer))
+        self._writer = TextCodec(tokenizer, stop_tokens(args.checkpoint, tokenizer))
         self._results, self._log_samples = results, args.log_samples
         conversation = {"system": args.system, "fewshot_as_multiturn": args.fewshot_as_multiturn} if args.chat else None
         self._settings = {**settings, "window": length, "limit": args.limit, "chat": conversation, "generation": given}
@@ -100,7 +100,7 @@ class TaskMeasure:
         from megatron_ext.evaluation.harness import MegatronLM
 
         kept = self._results.directory / "answers.jsonl"
-        answers = Answers(kept, {**self._results.about, "dtype": self._settings["dtype"]})
+        answers = RequestCache(kept, {**self._results.about, "dtype": self._settings["dtype"]})
         lm = MegatronLM(model, self._writer, self._limits, answers)
         for name, found, samples in self._tasks.run(lm, self._loaded, self._log_samples):
             found[SETTINGS] = {**self._settings, "num_fewshot": found.get("num_fewshot")}

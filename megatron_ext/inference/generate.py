@@ -46,7 +46,7 @@ def generate(
     """
     _check(model, requests)
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-    speaks = model.speaks
+    speaks = model.is_output_rank
     if mpu.get_expert_model_parallel_world_size() > 1:
         # Ranks that share experts go through the layers together, token by token: they all work on the same.
         speaks, rank, size = speaks and rank == 0, 0, 1
@@ -107,7 +107,7 @@ def _continue(
     new: list[list[int]] = [[] for _ in owners]
     ended = [owner.ended([]) for owner in owners]
     position, start = shortest, 0
-    with model.whole_sequences(), InferenceMode.active(), warnings.catch_warnings():
+    with model.no_sequence_parallel(), InferenceMode.active(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         while position < end and not all(ended):
             logits = next_logits(model, contexts, tokens, start, position)

@@ -16,7 +16,7 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.inference import session
 from megatron_ext.inference.chat import check_template, conversation, render
 from megatron_ext.inference.interrupt import Interrupted, interruptible
-from megatron_ext.inference.prompts import Writer, read_prompts, stop_tokens
+from megatron_ext.inference.prompts import TextCodec, read_prompts, stop_tokens
 from megatron_ext.inference.request import Request
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.inference.tokenizer import tokenizer_of, words_of
@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
     if args.chat:
         check_template(tokenizer)
     ends = frozenset() if args.ignore_eos else stop_tokens(args.checkpoint, tokenizer)
-    writer = Writer(tokenizer, ends, args.stop)
+    writer = TextCodec(tokenizer, ends, args.stop)
     encoded = [_encoded(prompt, writer, args) for prompt in prompts]
     started = session.prepare(args.checkpoint, args.dtype, args.megatron_flags)
     from megatron_ext.inference.generate import generate
@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
         _warn(requests, started.architecture)
     made: dict[int, Sequence[int]] = {}
     stopped = None
-    with session.opened(started, min(words_of(args.checkpoint, tokenizer), len(tokenizer))) as model:
+    with session.open_checkpoint(started, min(words_of(args.checkpoint, tokenizer), len(tokenizer))) as model:
         begun = time.monotonic()
         try:
             with progress("continuing", len(requests)) as advance, interruptible():
@@ -106,7 +106,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _encoded(prompt: str, writer: Writer, args: argparse.Namespace) -> list[int]:
+def _encoded(prompt: str, writer: TextCodec, args: argparse.Namespace) -> list[int]:
     if not args.chat:
         return writer.encode(prompt)
     # The template spells out the token that begins a text, if there is one.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Passage:
+class LoglikelihoodRequest:
     """A text, of which the last tokens are scored.
 
     Attributes:
@@ -21,7 +21,7 @@ class Passage:
 
 
 @dataclass(frozen=True)
-class Score:
+class Loglikelihood:
     """What the model says about a text.
 
     Attributes:

@@ -34,7 +34,7 @@ def read_prompts(file: Path) -> list[str]:
 def stop_tokens(checkpoint: Path, tokenizer: Any) -> frozenset[int]:
     """The tokens that end a text: the tokenizer's, and those that the original's `generation_config.json` names."""
     found = {tokenizer.eos_token_id}
-    if folder := hf_assets.beside(layout.find(checkpoint).path):
+    if folder := hf_assets.assets_of(layout.find(checkpoint).path):
         config = folder / "generation_config.json"
         named = json.loads(config.read_text()).get("eos_token_id") if config.is_file() else None
         found |= set(named) if isinstance(named, list) else {named}
@@ -42,7 +42,7 @@ def stop_tokens(checkpoint: Path, tokenizer: Any) -> frozenset[int]:
 
 
 @dataclass(frozen=True)
-class Writer:
+class TextCodec:
     """Between text and tokens.
 
     Attributes:

@@ -16,15 +16,17 @@ from torch import Tensor
 
 from megatron_ext.errors import ConfigError
 from megatron_ext.inference.interrupt import Interrupted, exchange
-from megatron_ext.inference.passage import Passage, Score
+from megatron_ext.inference.passage import Loglikelihood, LoglikelihoodRequest
 from megatron_ext.inference.sharded import ShardedModel
 from megatron_ext.lm_head.hidden_states import hidden_states, output_weight
-from megatron_ext.lm_head.vocab_parallel import Vocabulary, row_max
+from megatron_ext.lm_head.vocab_parallel import VocabParallel, row_max
 
 ROWS = 1024  # of logits at a time
 
 
-def score(model: ShardedModel, passages: Sequence[Passage], batch_tokens: int = 8192) -> Iterator[tuple[int, Score]]:
+def score(
+    model: ShardedModel, passages: Sequence[LoglikelihoodRequest], batch_tokens: int = 8192
+) -> Iterator[tuple[int, Loglikelihood]]:
     """Score texts; every rank gives the same texts and gets every score, in batches as they are done.
 
     Args:
@@ -59,7 +61,7 @@ def score(model: ShardedModel, passages: Sequence[Passage], batch_tokens: int = 
                 lambda chunk, batch: hidden_states(chunk, batch.tokens, batch.positions, None),
                 partial(_scores, model.words),
             )  # fmt: skip
-        parts, asked = exchange(done if model.speaks else [])
+        parts, asked = exchange(done if model.is_output_rank else [])
         for part in parts:
             for scores in part:
                 yield from scores.items()
@@ -87,7 +89,7 @@ class _Batch:
     wanted: Bool[Tensor, "b whole"]
 
 
-def _batch(passages: Sequence[Passage], owners: list[int], rows: int, length: int) -> _Batch:
+def _batch(passages: Sequence[LoglikelihoodRequest], owners: list[int], rows: int, length: int) -> _Batch:
     tokens = torch.zeros(rows, length + 1, dtype=torch.int64)
     wanted = torch.zeros(rows, length, dtype=torch.bool)
     for row, owner in enumerate(owners):
@@ -110,7 +112,7 @@ def _places(length: int) -> Int[Tensor, " s"]:
     return torch.cat([pieces[rank], pieces[2 * size - 1 - rank]])
 
 
-def _scores(words: int, chunk: HybridModel, batch: _Batch, hidden: Float[Tensor, "s b h"]) -> dict[int, Score]:
+def _scores(words: int, chunk: HybridModel, batch: _Batch, hidden: Float[Tensor, "s b h"]) -> dict[int, Loglikelihood]:
     """From the last stage's states to the scores of a micro-batch."""
     groups: Any = chunk.pg_collection
     if chunk.config.sequence_parallel:
@@ -118,7 +120,7 @@ def _scores(words: int, chunk: HybridModel, batch: _Batch, hidden: Float[Tensor,
     here = batch.positions[0]
     wanted = batch.wanted[:, here]
     weight = output_weight(chunk)
-    vocabulary = Vocabulary(weight.shape[0], words, groups.tp)
+    vocabulary = VocabParallel(weight.shape[0], words, groups.tp)
     scored = log_probabilities(hidden.transpose(0, 1)[wanted], weight, batch.labels[:, here][wanted], vocabulary)
     whole = scored.new_zeros(2, *batch.labels.shape)
     whole[:, :, here] = whole[:, :, here].masked_scatter(wanted, scored)
@@ -128,12 +130,12 @@ def _scores(words: int, chunk: HybridModel, batch: _Batch, hidden: Float[Tensor,
     found = {}
     for row, owner in enumerate(batch.owners):
         log_probability, greedy = whole[:, row, batch.wanted[row].cpu()]
-        found[owner] = Score(log_probability.clone(), greedy > 0)
+        found[owner] = Loglikelihood(log_probability.clone(), greedy > 0)
     return found
 
 
 def log_probabilities(
-    hidden: Float[Tensor, "n h"], weight: Float[Tensor, "v h"], labels: Int[Tensor, " n"], vocabulary: Vocabulary
+    hidden: Float[Tensor, "n h"], weight: Float[Tensor, "v h"], labels: Int[Tensor, " n"], vocabulary: VocabParallel
 ) -> Float[Tensor, "2 n"]:
     """The log-probability of each label in nats, and 1 where it is the most probable token, 0 elsewhere.
 
@@ -153,7 +155,7 @@ def log_probabilities(
 
 
 def _log_probabilities(
-    logits: Float[Tensor, "n v"], labels: Int[Tensor, " n"], vocabulary: Vocabulary
+    logits: Float[Tensor, "n v"], labels: Int[Tensor, " n"], vocabulary: VocabParallel
 ) -> Float[Tensor, "2 n"]:
     logits[:, vocabulary.tokens :] = -torch.inf
     largest = row_max(logits)
@@ -166,7 +168,7 @@ def _log_probabilities(
     return torch.stack([label - top - total.log(), (labels == -minus).float()])
 
 
-def _check(model: ShardedModel, passages: Sequence[Passage]) -> None:
+def _check(model: ShardedModel, passages: Sequence[LoglikelihoodRequest]) -> None:
     for number, passage in enumerate(passages):
         if not 1 <= passage.first < len(passage.tokens):
             raise ConfigError(

@@ -65,7 +65,7 @@ def prepare(checkpoint: Path, dtype: str | None, flags: Sequence[str]) -> RunCon
 
 
 @contextmanager
-def opened(started: RunConfig, words: int) -> "Iterator[ShardedModel]":
+def open_checkpoint(started: RunConfig, words: int) -> "Iterator[ShardedModel]":
     """Start Megatron and load the model; ends the process group afterwards.
 
     Args:

@@ -34,7 +34,7 @@ class ShardedModel:
         return mpu.get_pipeline_model_parallel_world_size()
 
     @property
-    def speaks(self) -> bool:
+    def is_output_rank(self) -> bool:
         """Whether this rank, of all that work on the same texts, is the one that tells the others what came out."""
         first = mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_context_parallel_rank() == 0
         return first and mpu.is_pipeline_last_stage(ignore_virtual=True)
@@ -85,7 +85,7 @@ class ShardedModel:
         return value
 
     @contextmanager
-    def whole_sequences(self) -> Iterator[None]:
+    def no_sequence_parallel(self) -> Iterator[None]:
         """Without sequence parallelism, which needs more than one token at a time.
 
         Nothing is lost: it saves activations, and one token has few. Experts get each token from every tensor rank and

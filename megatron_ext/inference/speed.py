@@ -38,7 +38,7 @@ def speed(model: ShardedModel, length: int, batch_size: int) -> dict[str, float]
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.words, (rows * pieces, length + WARM + STEPS), generator=generator)
     tokens = tokens.to(torch.cuda.current_device())
-    with model.whole_sequences(), InferenceMode.active():
+    with model.no_sequence_parallel(), InferenceMode.active():
         next_logits(model, [StaticInferenceContext(rows, length) for _ in range(pieces)], tokens, 0, length)
         contexts = [StaticInferenceContext(rows, tokens.shape[1]) for _ in range(pieces)]
         began = _now()

@@ -20,7 +20,7 @@ def load_tokenizer(directory: Path) -> Any:
 
     if not directory.is_dir():
         raise DataError("no such tokenizer", got=directory, legal=f"a directory with {hf_assets.TOKENIZER}")
-    platform.quiet()
+    platform.silence_warnings()
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the first broken file makes transformers raise
@@ -51,7 +51,7 @@ def words_of(checkpoint: Path, tokenizer: Any | None) -> int:
     """Entries of the vocabulary that are words: what the model was converted from, or else its tokenizer, says."""
     step = layout.find(checkpoint).path
     rows = layout.architecture(step).vocab_size
-    if folder := hf_assets.beside(step):
+    if folder := hf_assets.assets_of(step):
         return min(rows, hf_assets.read_config(folder).get("vocab_size", rows))
     return rows if tokenizer is None else min(rows, len(tokenizer))
 

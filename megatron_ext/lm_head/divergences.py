@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from megatron_ext.lm_head.vocab_parallel import Vocabulary, row_max
+from megatron_ext.lm_head.vocab_parallel import VocabParallel, row_max
 
 TINY = 1e-37
 """Stands for a probability that underflowed, where a logarithm is taken of it."""
@@ -66,7 +66,7 @@ class Distribution(NamedTuple):
 
 
 def softmax(
-    vocabulary: Vocabulary, *logits: Float[Tensor, "n t"], temperature: float = 1.0
+    vocabulary: VocabParallel, *logits: Float[Tensor, "n t"], temperature: float = 1.0
 ) -> tuple[Distribution, ...]:
     """The distributions of several logits over a split vocabulary, with two reductions in all.
 
@@ -85,14 +85,14 @@ def softmax(
     )
 
 
-def forward_kl(student: Distribution, teacher: Distribution, vocabulary: Vocabulary, gradient: bool) -> Divergence:
+def forward_kl(student: Distribution, teacher: Distribution, vocabulary: VocabParallel, gradient: bool) -> Divergence:
     """KL(teacher || student) = sum q (log q - log p); gradient p - q."""
     (value,) = vocabulary.sum(_dot(teacher.probability, teacher.log - student.log))
     slope = student.probability - teacher.probability if gradient else None
     return Divergence(value, slope, teacher.log_sum.isfinite())
 
 
-def reverse_kl(student: Distribution, teacher: Distribution, vocabulary: Vocabulary, gradient: bool) -> Divergence:
+def reverse_kl(student: Distribution, teacher: Distribution, vocabulary: VocabParallel, gradient: bool) -> Divergence:
     """KL(student || teacher) = sum p (log p - log q); gradient p (log p - log q - KL)."""
     difference = student.log - teacher.log
     (value,) = vocabulary.sum(_dot(student.probability, difference))
@@ -101,7 +101,7 @@ def reverse_kl(student: Distribution, teacher: Distribution, vocabulary: Vocabul
 
 
 def jensen_shannon(
-    student: Distribution, teacher: Distribution, vocabulary: Vocabulary, gradient: bool, beta: float
+    student: Distribution, teacher: Distribution, vocabulary: VocabParallel, gradient: bool, beta: float
 ) -> Divergence:
     """Generalised JSD, beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p.
 
@@ -119,7 +119,7 @@ def jensen_shannon(
 
 
 def squared_error(
-    student: Float[Tensor, "n t"], teacher: Float[Tensor, "n t"], vocabulary: Vocabulary, gradient: bool
+    student: Float[Tensor, "n t"], teacher: Float[Tensor, "n t"], vocabulary: VocabParallel, gradient: bool
 ) -> Divergence:
     """Mean squared difference of the logits over the vocabulary; gradient 2 (student - teacher) / tokens."""
     difference = student - teacher
@@ -129,7 +129,7 @@ def squared_error(
 
 
 def cosine(
-    student: Float[Tensor, "n t"], teacher: Float[Tensor, "n t"], vocabulary: Vocabulary, gradient: bool
+    student: Float[Tensor, "n t"], teacher: Float[Tensor, "n t"], vocabulary: VocabParallel, gradient: bool
 ) -> Divergence:
     """One minus the cosine of the logits; gradient (cos student / |student| - teacher / |teacher|) / |student|."""
     ss, tt, st = vocabulary.sum(_dot(student, student), _dot(teacher, teacher), _dot(student, teacher))
@@ -142,7 +142,7 @@ def cosine(
     return Divergence(1 - cos, slope, tt.isfinite())
 
 
-def top_k(teacher: Distribution, vocabulary: Vocabulary, k: int) -> TopK:
+def top_k(teacher: Distribution, vocabulary: VocabParallel, k: int) -> TopK:
     """The teacher's k likeliest entries over the whole vocabulary, and the rest. Uses up `teacher.probability`."""
     here = min(k, vocabulary.columns)
     log_q, index = _padded_columns(teacher.log, vocabulary.columns).topk(here, sorted=False)
@@ -154,7 +154,7 @@ def top_k(teacher: Distribution, vocabulary: Vocabulary, k: int) -> TopK:
 
 
 def top_k_kl(
-    student: Distribution, teacher: TopK, vocabulary: Vocabulary, gradient: bool, with_rest: bool
+    student: Distribution, teacher: TopK, vocabulary: VocabParallel, gradient: bool, with_rest: bool
 ) -> Divergence:
     """KL over the teacher's likeliest entries.
 
@@ -202,7 +202,9 @@ def _padded_columns(log: Float[Tensor, "n t"], columns: int) -> Float[Tensor, "n
     return torch.nn.functional.pad(log, (0, columns - log.shape[-1]), value=-torch.inf)
 
 
-def _rest(probability: Float[Tensor, "n t"], index: Int[Tensor, "n k"], vocabulary: Vocabulary) -> Float[Tensor, " n"]:
+def _rest(
+    probability: Float[Tensor, "n t"], index: Int[Tensor, "n k"], vocabulary: VocabParallel
+) -> Float[Tensor, " n"]:
     """What is left when the entries of `index` are set to zero, in place: no difference of nearly equal sums."""
     if probability.shape[-1]:
         column, here = vocabulary.local(index)

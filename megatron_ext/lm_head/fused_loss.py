@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_ext.lm_head.divergences import TopK
 from megatron_ext.lm_head.objective import Objective
-from megatron_ext.lm_head.vocab_parallel import Vocabulary
+from megatron_ext.lm_head.vocab_parallel import VocabParallel
 
 CHUNK = {"cpu": 2**26, "cuda": 13 * 2**25}
 """Bytes of logits, of both models together, that are held at a time: 64 MB; 436 MB, 850 tokens of a vocabulary of 128K
@@ -32,7 +32,7 @@ KEPT = {"cpu": 2**27, "cuda": 2**27}
 """Bytes of the weights' gradient in fp32 up to which it is kept from the forward to the backward pass."""
 
 
-class Head(NamedTuple):
+class LMHead(NamedTuple):
     """The end of a model: what its logits are made of.
 
     Attributes:
@@ -45,7 +45,7 @@ class Head(NamedTuple):
 
 
 Compare = Callable[..., tuple[Tensor, Tensor, Tensor]]
-"""Of a chunk of logits; see `losses.compare_in_torch`."""
+"""Of a chunk of logits; see `losses.loss_in_torch`."""
 
 
 class Comparison(NamedTuple):
@@ -59,10 +59,10 @@ class Comparison(NamedTuple):
         compare: What compares.
     """
 
-    teacher: Head | TopK | None
+    teacher: LMHead | TopK | None
     labels: Int[Tensor, " n"]
     objective: Objective
-    vocabulary: Vocabulary
+    vocabulary: VocabParallel
     compare: Compare
 
 
@@ -113,7 +113,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`kd`, `ce` and `finite` chunk by chunk, and the gradients of their weighted sum."""
     n, teacher = hidden.shape[0], comparison.teacher
-    weights = [weight, teacher.weight] if isinstance(teacher, Head) else [weight]
+    weights = [weight, teacher.weight] if isinstance(teacher, LMHead) else [weight]
     step = _tokens_at_a_time(n, sum(w.shape[0] * w.element_size() for w in weights), hidden.device)
     logits, *target = (w.new_empty(step, w.shape[0]) for w in weights)
     kd, ce = (hidden.new_empty(n, dtype=torch.float32) for _ in range(2))
@@ -122,7 +122,7 @@ def _run(
         rows = slice(start, min(start + step, n))
         own, other = logits[: rows.stop - start], teacher
         torch.mm(hidden[rows], weight.T, out=own)
-        if isinstance(teacher, Head):
+        if isinstance(teacher, LMHead):
             other = torch.mm(teacher.hidden[rows], teacher.weight.T, out=target[0][: rows.stop - start])
         elif isinstance(teacher, TopK):
             other = teacher[rows]

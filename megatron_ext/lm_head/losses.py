@@ -16,9 +16,9 @@ from torch import Tensor
 
 from megatron_ext.lm_head import divergences
 from megatron_ext.lm_head.divergences import Divergence, TopK, softmax
-from megatron_ext.lm_head.fused_loss import ChunkedLoss, Compare, Comparison, Head
+from megatron_ext.lm_head.fused_loss import ChunkedLoss, Compare, Comparison, LMHead
 from megatron_ext.lm_head.objective import Objective
-from megatron_ext.lm_head.vocab_parallel import Vocabulary, row_max
+from megatron_ext.lm_head.vocab_parallel import VocabParallel, row_max
 
 SLICE = {"cpu": 2**18, "cuda": 2**22}
 """Logits that are compared at a time in fp32; on a CPU the temporaries must stay in the cache."""
@@ -41,12 +41,12 @@ class Losses(NamedTuple):
 
 
 def distillation_losses(
-    student: Head,
-    teacher: Head | TopK,
+    student: LMHead,
+    teacher: LMHead | TopK,
     labels: Int[Tensor, "s b"],
     mask: Float[Tensor, "s b"],
     objective: Objective,
-    vocabulary: Vocabulary,
+    vocabulary: VocabParallel,
     compare: Compare | None = None,
 ) -> Losses:
     """The distillation loss of a micro-batch, exact under a vocabulary that is split over tensor-parallel ranks.
@@ -61,10 +61,10 @@ def distillation_losses(
         objective: What is compared.
         vocabulary: This rank's columns. The divergence leaves padding out of both distributions; the cross entropy does
             not, as Megatron's does not.
-        compare: What compares a chunk of logits; by default the fastest that can (`comparison`).
+        compare: What compares a chunk of logits; by default the fastest that can (`choose_kernel`).
     """
-    compare = compare or comparison(student.hidden.device, teacher, objective)
-    flat: Any = teacher if isinstance(teacher, TopK) else Head(teacher.hidden.detach().flatten(0, 1), teacher.weight)
+    compare = compare or choose_kernel(student.hidden.device, teacher, objective)
+    flat: Any = teacher if isinstance(teacher, TopK) else LMHead(teacher.hidden.detach().flatten(0, 1), teacher.weight)
     total, kd, ce, finite = _chunked(student, flat, labels, mask, objective, vocabulary, compare)
     return Losses(total, kd, ce, finite)
 
@@ -82,7 +82,7 @@ class CrossEntropy(NamedTuple):
 
 
 def cross_entropy(
-    model: Head, labels: Int[Tensor, "s b"], mask: Float[Tensor, "s b"], vocabulary: Vocabulary
+    model: LMHead, labels: Int[Tensor, "s b"], mask: Float[Tensor, "s b"], vocabulary: VocabParallel
 ) -> CrossEntropy:
     """The cross entropy of a model with the next tokens, made as `distillation_losses` are; padding counts.
 
@@ -93,27 +93,27 @@ def cross_entropy(
         vocabulary: This rank's columns.
     """
     alone = Objective(kd_weight=0.0, ce_weight=1.0)
-    total, _, ce, _ = _chunked(model, None, labels, mask, alone, vocabulary, compare_in_torch)
+    total, _, ce, _ = _chunked(model, None, labels, mask, alone, vocabulary, loss_in_torch)
     return CrossEntropy(total, ce)
 
 
-def comparison(device: torch.device, teacher: Head | TopK | None, objective: Objective) -> Compare:
+def choose_kernel(device: torch.device, teacher: LMHead | TopK | None, objective: Objective) -> Compare:
     """What compares a chunk of logits: Triton's kernels on CUDA for the divergences that they know, torch otherwise."""
-    if device.type == "cuda" and isinstance(teacher, Head) and importlib.util.find_spec("triton") is not None:
+    if device.type == "cuda" and isinstance(teacher, LMHead) and importlib.util.find_spec("triton") is not None:
         from megatron_ext.lm_head import triton_kl
 
         if objective.divergence in triton_kl.DIVERGENCES:
-            return triton_kl.compare
-    return compare_in_torch
+            return triton_kl.loss_in_triton
+    return loss_in_torch
 
 
 def _chunked(
-    model: Head,
-    teacher: Head | TopK | None,
+    model: LMHead,
+    teacher: LMHead | TopK | None,
     labels: Int[Tensor, "s b"],
     mask: Float[Tensor, "s b"],
     objective: Objective,
-    vocabulary: Vocabulary,
+    vocabulary: VocabParallel,
     compare: Compare,
 ) -> tuple[Tensor, ...]:
     gradient = torch.is_grad_enabled() and (model.hidden.requires_grad or model.weight.requires_grad)
@@ -122,13 +122,13 @@ def _chunked(
     return total, *(value.view(labels.shape) for value in each)
 
 
-def compare_in_torch(
+def loss_in_torch(
     logits: Float[Tensor, "n v"],
     target: Float[Tensor, "n u"] | TopK | None,
     labels: Int[Tensor, " n"],
     mask: Float[Tensor, " n"],
     objective: Objective,
-    vocabulary: Vocabulary,
+    vocabulary: VocabParallel,
     gradient: bool,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Tensor]:
     """`kd`, `ce` and `finite`, slice by slice; with `gradient` the logits become that of their weighted sum."""
@@ -152,7 +152,7 @@ def _slice(
     target: Float[Tensor, "n u"] | TopK | None,
     labels: Int[Tensor, " n"],
     objective: Objective,
-    vocabulary: Vocabulary,
+    vocabulary: VocabParallel,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Float[Tensor, "n v"] | None]:
     """`kd`, `ce`, `finite` and the gradient of the weighted sum. Logits and target are working memory."""
@@ -197,7 +197,7 @@ def _diverge(
     student: Float[Tensor, "n t"],
     target: Float[Tensor, "n u"] | TopK,
     objective: Objective,
-    vocabulary: Vocabulary,
+    vocabulary: VocabParallel,
     gradient: bool,
 ) -> tuple[Divergence, Any]:
     """The divergence, and the student's distribution where it is one of distributions."""
@@ -217,7 +217,7 @@ def _diverge(
     return divergences.DISTRIBUTIONS[objective.divergence](own, other, vocabulary, gradient, **extra), own
 
 
-def _log_sum_exp(logits: Float[Tensor, "n p"], vocabulary: Vocabulary) -> Float[Tensor, " n"]:
+def _log_sum_exp(logits: Float[Tensor, "n p"], vocabulary: VocabParallel) -> Float[Tensor, " n"]:
     (top,) = vocabulary.max(row_max(logits))
     (total,) = vocabulary.sum((logits - top.unsqueeze(-1)).exp().sum(-1))
     return top + total.log()

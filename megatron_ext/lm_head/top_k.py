@@ -8,11 +8,11 @@ from torch import Tensor
 
 from megatron_ext.lm_head.divergences import TopK, softmax, top_k
 from megatron_ext.lm_head.fused_loss import CHUNK
-from megatron_ext.lm_head.losses import SLICE, Head
-from megatron_ext.lm_head.vocab_parallel import Vocabulary
+from megatron_ext.lm_head.losses import SLICE, LMHead
+from megatron_ext.lm_head.vocab_parallel import VocabParallel
 
 
-class Likeliest(NamedTuple):
+class TeacherTopK(NamedTuple):
     """What is known of each token, n = s b of them.
 
     Attributes:
@@ -25,7 +25,7 @@ class Likeliest(NamedTuple):
 
 
 @torch.no_grad()
-def likeliest(teacher: Head, vocabulary: Vocabulary, k: int, temperature: float) -> Likeliest:
+def teacher_top_k(teacher: LMHead, vocabulary: VocabParallel, k: int, temperature: float) -> TeacherTopK:
     """The k likeliest entries of softmax(logits / temperature) over a vocabulary that may be split and padded.
 
     As in `losses`, logits are made for a chunk of tokens and compared a slice at a time in fp32.
@@ -48,4 +48,4 @@ def likeliest(teacher: Head, vocabulary: Vocabulary, k: int, temperature: float)
             log_q, order = found.log_q.sort(dim=-1, descending=True)
             parts.append((found.index.gather(-1, order), log_q, found.log_rest, distribution.log_sum.isfinite()))
     index, log_q, log_rest, finite = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Likeliest(TopK(index, log_q, log_rest), finite)
+    return TeacherTopK(TopK(index, log_q, log_rest), finite)

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from megatron_ext.lm_head.objective import Objective
-from megatron_ext.lm_head.vocab_parallel import Vocabulary
+from megatron_ext.lm_head.vocab_parallel import VocabParallel
 
 DIVERGENCES = ("forward-kl", "reverse-kl")
 """What these kernels can compare by."""
@@ -31,13 +31,13 @@ BLOCK = 4096
 WARPS = 8
 
 
-def compare(
+def loss_in_triton(
     logits: Float[Tensor, "n v"],
     target: Float[Tensor, "n u"],
     labels: Int[Tensor, " n"],
     mask: Float[Tensor, " n"],
     objective: Objective,
-    vocabulary: Vocabulary,
+    vocabulary: VocabParallel,
     gradient: bool,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Tensor]:
     """`kd`, `ce` and `finite` of each token; with `gradient` the logits become that of their weighted sum.

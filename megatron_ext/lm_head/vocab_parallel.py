@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class VocabParallel:
     """This rank's columns of the logits.
 
     Attributes:

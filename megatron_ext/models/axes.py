@@ -33,7 +33,7 @@ LAYER = "decoder.layers"
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptIndices:
     """What is kept of one sub-layer: ascending indices on each prunable axis, `None` for all of it.
 
     What lies in groups is numbered over all groups of the original, and every group that stays keeps the same number.
@@ -68,13 +68,13 @@ class Kept:
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: its length, the positions that a `Kept` leaves (`None`: all), and the parallelism that splits it.
+    """One axis: its length, the positions that `KeptIndices` leave (`None`: all), and the parallelism that splits it.
 
     Positions are `(kept,)`, or `(kept experts, kept)` where each expert, dimension 0 of its weight, keeps its own.
     """
 
     size: Callable[["Architecture"], int]
-    index: Callable[["Architecture", Kept], Tensor | None] = lambda arch, kept: None
+    index: Callable[["Architecture", KeptIndices], Tensor | None] = lambda arch, kept: None
     split: Literal["tp", "ep", "etp"] | None = "tp"
 
 
@@ -111,15 +111,15 @@ def _members(
     return [group * per_group + i for group in groups for i in range(per_group)]
 
 
-def _query_heads(arch: "Architecture", kept: Kept) -> Sequence[int] | None:
+def _query_heads(arch: "Architecture", kept: KeptIndices) -> Sequence[int] | None:
     return _members(kept.kv_groups, arch.num_query_groups, kept.query_heads, arch.num_attention_heads)
 
 
-def _mamba_heads(arch: "Architecture", kept: Kept) -> Sequence[int] | None:
+def _mamba_heads(arch: "Architecture", kept: KeptIndices) -> Sequence[int] | None:
     return _members(kept.mamba_groups, arch.mamba_num_groups, kept.mamba_heads, arch.mamba_num_heads)
 
 
-def _states(arch: "Architecture", kept: Kept) -> Sequence[int] | None:
+def _states(arch: "Architecture", kept: KeptIndices) -> Sequence[int] | None:
     total = arch.mamba_num_groups * arch.mamba_state_dim
     return _members(kept.mamba_groups, arch.mamba_num_groups, kept.states, total)
 
@@ -133,21 +133,21 @@ def _gate_and_up(arch: "Architecture", kept: Sequence[int] | None, size: int) ->
     return _outer(None, _halves(arch), kept, size)
 
 
-def _expert_neurons(arch: "Architecture", kept: Kept) -> Tensor | None:
+def _expert_neurons(arch: "Architecture", kept: KeptIndices) -> Tensor | None:
     if kept.expert_ffn is None:
         return None
     experts = arch.num_experts if kept.experts is None else len(kept.experts)
     return torch.tensor(kept.expert_ffn).view(experts, -1) % arch.moe_ffn_hidden_size
 
 
-def _expert_gate_and_up(arch: "Architecture", kept: Kept) -> Tensor | None:
+def _expert_gate_and_up(arch: "Architecture", kept: KeptIndices) -> Tensor | None:
     neurons = _expert_neurons(arch, kept)
     if neurons is None:
         return None
     return torch.cat([neurons + half * arch.moe_ffn_hidden_size for half in range(_halves(arch))], dim=1)
 
 
-def _qkv(arch: "Architecture", kept: Kept) -> Tensor | None:
+def _qkv(arch: "Architecture", kept: KeptIndices) -> Tensor | None:
     # per kv group: its query heads, then its key head, then its value head
     query_heads = _query_heads(arch, kept)
     if query_heads is None:
@@ -342,7 +342,7 @@ def tensors(arch: "Architecture") -> dict[str, tuple[int, ...]]:
     return {key: shape(arch, key) for key in keys(arch)}
 
 
-def indices(arch: "Architecture", key: str, kept: Kept) -> tuple[Tensor | None, ...]:
+def indices(arch: "Architecture", key: str, kept: KeptIndices) -> tuple[Tensor | None, ...]:
     """For each dimension of a weight of `arch`, the positions that `kept` leaves of it (see `Axis`), `None` for all.
 
     Args:

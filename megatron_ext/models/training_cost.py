@@ -103,7 +103,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherSetup:
     """Whom a model learns from, and where that is.
 
     Attributes:
@@ -144,7 +144,7 @@ def training_flops_per_token(arch: Architecture, seq_length: int) -> float:
     return 3 * forward_flops_per_token(arch, seq_length)
 
 
-def memory(arch: Architecture, layout: Layout, lesson: Lesson | None = None) -> dict[str, float]:
+def memory(arch: Architecture, layout: Layout, lesson: TeacherSetup | None = None) -> dict[str, float]:
     """Bytes of the fullest pipeline stage's GPU, by component.
 
     Adam keeps two fp32 moments and, beside 16-bit weights, an fp32 copy. Activations are what each kind of layer keeps
@@ -269,7 +269,7 @@ def _largest(arch: Architecture, layout: Layout, stage: int) -> float:
     return max(sizes)
 
 
-def _distillation(arch: Architecture, lesson: Lesson, layout: Layout, stage: int) -> float:
+def _distillation(arch: Architecture, lesson: TeacherSetup, layout: Layout, stage: int) -> float:
     """On the GPU of a student's stage."""
     total, teacher = 0.0, lesson.teacher
     if stage == layout.pp - 1:
@@ -296,7 +296,7 @@ def _forward_only(teacher: Architecture, layout: Layout, stage: int) -> float:
     return counts[stage] * layout.width + working
 
 
-def _loss(arch: Architecture, lesson: Lesson, layout: Layout) -> float:
+def _loss(arch: Architecture, lesson: TeacherSetup, layout: Layout) -> float:
     """A chunk of logits of both models, and what is made of the gradients before it is where it belongs."""
     tokens, columns = layout.micro_batch * layout.seq_length / layout.cp, arch.vocab_size / layout.tp
     models = 1 if lesson.teacher is None else 2

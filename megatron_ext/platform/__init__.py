@@ -14,7 +14,7 @@ import warnings
 from megatron_ext.platform import replacements, state_space
 from megatron_ext.platform.device import backend, device_type
 
-__all__ = ["backend", "device_type", "install", "installed", "quiet", "uninstall"]
+__all__ = ["backend", "device_type", "install", "installed", "silence_warnings", "uninstall"]
 
 
 def installed() -> bool:
@@ -34,7 +34,7 @@ def install(kernels: state_space.Kernels, always: bool = False) -> None:
     """
     if installed():
         return
-    quiet()
+    silence_warnings()
     # Megatron wants its kernels in one hardware queue under tensor and context parallelism, and refuses to start else.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     on_cpu = device_type() == "cpu"
@@ -64,7 +64,7 @@ def uninstall() -> None:
     replacements.restore()
 
 
-def quiet() -> None:
+def silence_warnings() -> None:
     """Hide the warnings of other packages about what this platform has already dealt with."""
     for message in (
         ".*Transformer Engine and Apex are not installed.*",

@@ -64,10 +64,10 @@ class FusedAdam(torch.optim.Optimizer):
         first = [self.state[p]["exp_avg"] for p in params]
         second = [self.state[p]["exp_avg_sq"] for p in params]
         one_kernel = group["bias_correction"] and all(p.is_cuda and p.dtype == torch.float32 for p in params)
-        update = self.in_one_kernel if one_kernel else self.in_turn
+        update = self.fused if one_kernel else self.unfused
         update(group, params, grads, first, second)
 
-    def in_one_kernel(self, group: dict[str, Any], params: Any, grads: Any, first: Any, second: Any) -> None:
+    def fused(self, group: dict[str, Any], params: Any, grads: Any, first: Any, second: Any) -> None:
         """Torch's own fused kernel, which reads and writes each float32 value once: 28 bytes a parameter, not 100."""
         step = torch.tensor(float(group["step"]), device=params[0].device)
         (beta1, beta2), update = group["betas"], _T._fused_adamw_ if self.adam_w_mode else _T._fused_adam_
@@ -76,7 +76,7 @@ class FusedAdam(torch.optim.Optimizer):
             weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False,
         )  # fmt: skip
 
-    def in_turn(self, group: dict[str, Any], params: Any, grads: Any, first: Any, second: Any) -> None:
+    def unfused(self, group: dict[str, Any], params: Any, grads: Any, first: Any, second: Any) -> None:
         """The same, an operation at a time, in any dtype and on any device."""
         beta1, beta2 = group["betas"]
         lr, decay, step = group["lr"], group["weight_decay"], group["step"]

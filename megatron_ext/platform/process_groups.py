@@ -13,7 +13,7 @@ def rendezvous(host: str, port: int, timeout: timedelta) -> Any:
     return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)  # type: ignore[reportPrivateImportUsage]
 
 
-def within(name: str, store: Any) -> Any:
+def prefix_store(name: str, store: Any) -> Any:
     """A part of the store that others do not see."""
     return c10d.PrefixStore(name, store)
 
@@ -23,7 +23,7 @@ def form_group(name: str, store: Any, rank: int, size: int, backend: str, timeou
 
     Collectives and point-to-point calls take it as `group`; peers are numbered as in the group.
     """
-    group, _ = c10d._new_process_group_helper(size, rank, [], backend, within(name, store), name, timeout=timeout)  # type: ignore[arg-type]
+    group, _ = c10d._new_process_group_helper(size, rank, [], backend, prefix_store(name, store), name, timeout=timeout)  # type: ignore[arg-type]
     c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
     return group
 

@@ -9,7 +9,7 @@ from megatron_ext.checkpoint import layout, stream
 from megatron_ext.checkpoint.atomic import refuse_existing
 from megatron_ext.checkpoint.blocks import TensorEntry
 from megatron_ext.checkpoint.huggingface import hf_assets
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.stream import Move, Part, Progress, silent
 from megatron_ext.checkpoint.writer import check_shapes, writing
 from megatron_ext.models import axes
@@ -51,7 +51,7 @@ def apply(
     """
     destination = Path(destination)
     refuse_existing(destination)
-    reader = Reader(source)
+    reader = CheckpointReader(source)
     plan.check(layout.architecture(reader.step.path))
     check_shapes(plan.source, reader.shapes)
     check_weights("a plan", plan.provenance.fingerprint, plan.provenance.iteration, reader.step.path)

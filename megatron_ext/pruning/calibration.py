@@ -9,9 +9,9 @@ import torch
 
 from megatron_ext.errors import ConfigError
 from megatron_ext.pruning.ablation import Ablation, Passes
-from megatron_ext.pruning.depth import STATIC, Influence
+from megatron_ext.pruning.depth import STATIC, BlockInfluence
 from megatron_ext.pruning.importance import Importance, WidthMetric
-from megatron_ext.pruning.leave_out import Sampling, compares_logits, measure, scan_task
+from megatron_ext.pruning.leave_out import ShapleySampling, compares_logits, measure, scan_task
 from megatron_ext.pruning.left_out import LeftOut
 from megatron_ext.training.forward import forward_all, forward_sums, micro_batches
 from megatron_ext.training.job import RunConfig
@@ -44,7 +44,7 @@ class Calibration:
     blocks: bool = True
     kinds: str = ""
     run: int = 0
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: ShapleySampling = field(default_factory=ShapleySampling)
     depth_samples: int = 0
     memory: int = 8 * 2**30
 
@@ -90,7 +90,7 @@ def calibrate(
         asked, task = _whole_score(run, chunks, judge)  # before an hour of other work
     batches = micro_batches(run, model, "train", calibration.samples)
     steps = calibration.samples // args.global_batch_size
-    hooks: list[Any] = [Influence(chunks, run.architecture)]
+    hooks: list[Any] = [BlockInfluence(chunks, run.architecture)]
     if calibration.width is not None:
         hooks.append(Importance(chunks, run.architecture, calibration.width))
     loss = forward_all(run, model, _iterators(batches), steps, _scored(args.rank))["loss"]

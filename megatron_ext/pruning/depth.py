@@ -55,7 +55,7 @@ def change(before: Float[Tensor, "s b h"], after: Float[Tensor, "s b h"]) -> Flo
     return torch.stack([*(torch.where(there, e, 0.0).double().sum() for e in each), there.double().sum()])
 
 
-class Influence:
+class BlockInfluence:
     """Hooks on the chunks of one rank that measure each sub-layer and block while data runs through the model.
 
     Args:

@@ -10,7 +10,7 @@ from math import ceil
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.training_cost import Layout, forward_flops_per_token
 from megatron_ext.pruning.depth import STATIC
-from megatron_ext.pruning.leave_out import Sampling, compares_logits, units_of
+from megatron_ext.pruning.leave_out import ShapleySampling, compares_logits, sublayers_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class DepthCost:
 
 def depth_cost(
     arch: Architecture, metric: str, samples: int, layout: Layout, *, blocks: bool, kinds: str = "",
-    run: int = 0, sampling: Sampling | None = None,
+    run: int = 0, sampling: ShapleySampling | None = None,
 ) -> DepthCost:  # fmt: skip
     """The cost of a depth metric of `budget.DEPTH_CHOICES` on calibration sequences (a task's are its own).
 
@@ -49,7 +49,7 @@ def depth_cost(
     """
     if metric in STATIC:
         return DepthCost(0, 0.0, 0, 0)
-    evaluations = 1 + _without(metric, len(units_of(arch, blocks, kinds)), run, sampling or Sampling())
+    evaluations = 1 + _without(metric, len(sublayers_of(arch, blocks, kinds)), run, sampling or ShapleySampling())
     flops = evaluations * samples * layout.seq_length * forward_flops_per_token(arch, layout.seq_length)
     tokens = samples // layout.dp * layout.seq_length // layout.cp
     state = tokens * arch.hidden_size * layout.width // (layout.tp if layout.sequence_parallel else 1)
@@ -57,7 +57,7 @@ def depth_cost(
     return DepthCost(evaluations, flops, ceil(len(arch.pattern) / layout.pp) * state + least, least)
 
 
-def _without(metric: str, units: int, run: int, sampling: Sampling) -> int:
+def _without(metric: str, units: int, run: int, sampling: ShapleySampling) -> int:
     if metric.startswith("scan_"):
         return units - run + 1
     if not metric.startswith("shapley_"):

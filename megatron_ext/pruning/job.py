@@ -20,7 +20,7 @@ from megatron_ext.checkpoint.atomic import publish, write_text
 from megatron_ext.checkpoint.checksums import write_rest
 from megatron_ext.checkpoint.layout import Step
 from megatron_ext.checkpoint.outputs import hold_new
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.errors import ConfigError
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.training_cost import forward_flops_per_token
@@ -30,19 +30,19 @@ from megatron_ext.pruning.budget import Targets
 from megatron_ext.pruning.checks import Request, check, check_layout, read_scores, source_step
 from megatron_ext.pruning.depth import STATIC
 from megatron_ext.pruning.depth_cost import depth_cost
-from megatron_ext.pruning.leave_out import units_of
+from megatron_ext.pruning.leave_out import sublayers_of
 from megatron_ext.pruning.magnitude import magnitudes
 from megatron_ext.pruning.options import GIB, PruneOptions
 from megatron_ext.pruning.pictures import plot_losses
 from megatron_ext.pruning.plan import Plan
 from megatron_ext.pruning.report import Loss
-from megatron_ext.pruning.saved_scores import Kept, described
+from megatron_ext.pruning.saved_scores import SavedScores, described
 from megatron_ext.pruning.scores import Scores
 from megatron_ext.pruning.select import make_plan
 from megatron_ext.reports.progress import ByteProgress
 from megatron_ext.training.dry_run import layout_of
 from megatron_ext.training.job import DryRun, Job, RunConfig
-from megatron_ext.training.run_directory import CONFIG, describe
+from megatron_ext.training.run_directory import CONFIG, config_yaml
 from megatron_ext.training.run_job import run_job
 
 SCORES = "scores.safetensors"
@@ -55,7 +55,7 @@ def changes(run: RunConfig, target: Architecture) -> Table:
     table = Table("", "before", "after", "kept", title="what pruning changes")
     for column in table.columns[1:]:
         column.justify = "right"
-    for row in report.compare(run.architecture, target, workload):
+    for row in report.size_rows(run.architecture, target, workload):
         table.add_row(*row.cells())
     return table
 
@@ -71,7 +71,7 @@ def costs(run: RunConfig) -> Table:
     table.add_row("calibration", f"{options.samples:,} sequences, {flops:.3g} operations")
     asked = options.calibration(arch, options.targets(), run.args.seed, run.args.global_batch_size)
     if asked.depth == "scan_task":
-        units = len(units_of(arch, asked.blocks))
+        units = len(sublayers_of(arch, asked.blocks))
         table.add_row("the task", f"asked {units - asked.run + 2:,} times")
     elif asked.depth not in STATIC:
         cost = depth_cost(
@@ -98,7 +98,7 @@ class Found:
     plan: Plan
     scores: list[Scores] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
-    kept: list[Kept] = field(default_factory=list)
+    kept: list[SavedScores] = field(default_factory=list)
 
 
 def prune(run: RunConfig, request: Request) -> None:
@@ -137,7 +137,7 @@ def _write(run: RunConfig, source: Step, found: Found) -> None:
     plan, losses = found.plan, found.losses
     page = partial(report.markdown, plan, options.served, found.scores)
     attachments: dict[str, Any] = {
-        CONFIG: lambda path: path.write_text(describe(run)),
+        CONFIG: lambda path: path.write_text(config_yaml(run)),
         REPORT: lambda path: path.write_text(page(losses)),
     }
     for number, scores in enumerate(found.scores):
@@ -174,10 +174,10 @@ def measure(run: RunConfig, request: Request, source: Step) -> Found:
     whole: Plan | None = None
     every: list[Scores] = []
     losses: list[Loss] = []
-    waiting: list[Kept] = []
+    waiting: list[SavedScores] = []
     for number, targets in enumerate(options.rounds(run.architecture)):
         arch = run.architecture if whole is None else whole.target
-        kept = Kept.of(run, arch, targets, source, whole)
+        kept = SavedScores.of(run, arch, targets, source, whole)
         scores = kept.found()
         if not ranks.gather(scores is not None)[0]:
             scores = _score(run, request, source, whole, number, targets)
@@ -224,7 +224,7 @@ def _score(
     arch = run.architecture if plan is None else plan.target
     values = dict(measured.values or {})
     if options.width_metric == "magnitude":
-        values |= magnitudes(Reader(step), arch)
+        values |= magnitudes(CheckpointReader(step), arch)
     if between is not None:
         _remove(between)
     return described(run, arch, targets, source, plan, values, measured) if ranks.rank() == 0 else None

@@ -17,7 +17,7 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Sampling:
+class ShapleySampling:
     """How Shapley values are sampled; see `shapley.shapley`."""
 
     max_samples: int = 16
@@ -39,7 +39,7 @@ def measure(
     blocks: bool,
     kinds: str = "",
     run: int = 0,
-    sampling: Sampling | None = None,
+    sampling: ShapleySampling | None = None,
     progress: Progress = lambda line: None,
 ) -> dict[str, Tensor]:
     """The scores that a depth metric asks for beyond the static ones. A collective of all ranks.
@@ -59,7 +59,7 @@ def measure(
     """
     if metric in STATIC:
         return {}
-    units = units_of(architecture, blocks, kinds)
+    units = sublayers_of(architecture, blocks, kinds)
     if metric == "scan_loss":
 
         def lost(gone: Sequence[int]) -> float:
@@ -69,7 +69,7 @@ def measure(
 
         return {names.scan("loss", run, blocks=blocks): _scan(units, run, lost)}
     if metric.startswith("shapley_"):
-        options = sampling or Sampling()
+        options = sampling or ShapleySampling()
         details = _shapley(ablation, units, metric.removeprefix("shapley_"), options, progress)
         return {
             name + detail: part
@@ -119,10 +119,10 @@ def scan_task(
         progress(f"without sub-layers {min(gone)} to {max(gone)}: task {score:.4f}, of {whole:.4f}")
         return whole - score
 
-    return {names.scan("task", run, blocks=blocks): _scan(units_of(architecture, blocks), run, lost)}
+    return {names.scan("task", run, blocks=blocks): _scan(sublayers_of(architecture, blocks), run, lost)}
 
 
-def units_of(architecture: Architecture, blocks: bool, kinds: str = "") -> Sequence[Sequence[int]]:
+def sublayers_of(architecture: Architecture, blocks: bool, kinds: str = "") -> Sequence[Sequence[int]]:
     """The sub-layers of each block, or each sub-layer, of these kinds or of all."""
     if blocks:
         return architecture.layers.blocks
@@ -130,10 +130,10 @@ def units_of(architecture: Architecture, blocks: bool, kinds: str = "") -> Seque
 
 
 def _named(architecture: Architecture, metric: str, values: Tensor, blocks: bool, kinds: str) -> dict[str, Tensor]:
-    """The values of `units_of` by the names of their scores."""
+    """The values of `sublayers_of` by the names of their scores."""
     if not kinds:
         return {names.depth(metric, blocks=blocks): values}
-    own = [architecture.pattern[i] for (i,) in units_of(architecture, blocks, kinds)]
+    own = [architecture.pattern[i] for (i,) in sublayers_of(architecture, blocks, kinds)]
     places = {kind: [place for place, each in enumerate(own) if each == kind] for kind in kinds}
     return {names.depth(metric, kind=kind): values[place] for kind, place in places.items()}
 
@@ -147,7 +147,7 @@ def _shapley(
     ablation: Ablation,
     units: Sequence[Sequence[int]],
     value: str,
-    sampling: Sampling,
+    sampling: ShapleySampling,
     progress: Progress,
 ) -> dict[str, Tensor]:
     """The values, and with what their names end in, what else is known of them."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_ext.checkpoint import ranks
 from megatron_ext.checkpoint.blocks import ReusableBuffer
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
@@ -17,7 +17,7 @@ from megatron_ext.pruning import scores as names
 ELEMENTS = 2**22  # squared in float64 at a time
 
 
-def magnitudes(reader: Reader, arch: Architecture) -> dict[str, Tensor]:
+def magnitudes(reader: CheckpointReader, arch: Architecture) -> dict[str, Tensor]:
     """Width scores from a checkpoint's weights alone; float32, names as in `scores`. A collective of all processes.
 
     Each process reads a share of the tensors, one at a time, and squares some rows of it at once: memory holds the

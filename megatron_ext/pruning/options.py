@@ -10,7 +10,7 @@ from megatron_ext.options.fields import option
 from megatron_ext.pruning.budget import Targets
 from megatron_ext.pruning.calibration import Calibration
 from megatron_ext.pruning.importance import Aggregation, WidthMetric
-from megatron_ext.pruning.leave_out import Sampling
+from megatron_ext.pruning.leave_out import ShapleySampling
 
 GIB = 2**30
 DepthMetric = Literal[
@@ -158,7 +158,7 @@ class PruneOptions:
             blocks=blocks,
             kinds=kinds,
             run=run,
-            sampling=Sampling(self.shapley_samples, self.shapley_tolerance, self.shapley_keep, seed),
+            sampling=ShapleySampling(self.shapley_samples, self.shapley_tolerance, self.shapley_keep, seed),
             depth_samples=self.depth_sequences(global_batch_size),
             memory=round(self.cache_gib * GIB),
         )

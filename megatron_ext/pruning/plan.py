@@ -11,7 +11,7 @@ from typing import Any, Self
 from megatron_ext.checkpoint.atomic import atomic_write
 from megatron_ext.errors import ConfigError, PlanError, nearest
 from megatron_ext.models.architecture import PER_LAYER, Architecture
-from megatron_ext.models.axes import Kept
+from megatron_ext.models.axes import KeptIndices
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
 
 FORMAT = "megatron_ext.plan/1"
@@ -45,7 +45,7 @@ class PrunedAxis:
     """An axis of one kind of sub-layer on which a plan keeps positions.
 
     Attributes:
-        field: Of `Plan`, and of `Kept`.
+        field: Of `Plan`, and of `KeptIndices`.
         kind: Sub-layers that have it.
         size: Of `Architecture`: how many positions there are, per group if `per_group`.
         groups: Of `Architecture`: how many groups the positions lie in, each of which keeps as many; None for none.
@@ -97,7 +97,7 @@ class Plan:
         units: Sub-layers that stay.
         hidden: Channels of the residual stream that stay.
         ffn, kv_groups, query_heads, mamba_groups, mamba_heads, head_channels, states, experts, expert_ffn, shared_ffn:
-            Positions that stay, for each sub-layer; what they are says `megatron_ext.models.axes.Kept`.
+            Positions that stay, for each sub-layer; what they are says `megatron_ext.models.axes.KeptIndices`.
         merged_heads: For each attention layer, pairs (kept query head, dropped one): the kept head becomes twice itself
             minus the dropped one (Minitron's head merge, arXiv 2407.14679).
 
@@ -193,12 +193,12 @@ class Plan:
         """The plan that changes nothing."""
         return cls(source=arch, target=arch, units=tuple(range(len(arch.pattern))))
 
-    def kept(self, layer: int | None = None) -> Kept:
+    def kept(self, layer: int | None = None) -> KeptIndices:
         """What is kept of a sub-layer of the source; of the model's own weights for `None`."""
         if layer is None:
-            return Kept(hidden=self.hidden)
+            return KeptIndices(hidden=self.hidden)
         own = {axis.field: getattr(self, axis.field).get(layer) for axis in PRUNED_AXES}
-        return Kept(hidden=self.hidden, **own)
+        return KeptIndices(hidden=self.hidden, **own)
 
     def then(self, later: "Plan") -> "Plan":
         """One plan that cuts as this one and then `later` does.

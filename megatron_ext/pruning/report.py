@@ -56,7 +56,7 @@ class Loss:
     nats: float
 
 
-def compare(source: Architecture, target: Architecture, workload: Workload) -> list[Row]:
+def size_rows(source: Architecture, target: Architecture, workload: Workload) -> list[Row]:
     """The table: parameters, what serving needs, and every axis that the source has."""
     served = f"at {workload.batch} x {workload.context:,} tokens"
     both = (source, target)
@@ -89,7 +89,7 @@ def markdown(
 ) -> str:
     """`report.md`."""
     lines = ["# Pruned", "", "| | before | after | kept |", "|---|---:|---:|---:|"]
-    lines += ["| " + " | ".join(row.cells()) + " |" for row in compare(plan.source, plan.target, workload)]
+    lines += ["| " + " | ".join(row.cells()) + " |" for row in size_rows(plan.source, plan.target, workload)]
     lines += ["", f"Pattern `{plan.source.pattern}` to `{plan.target.pattern}`."]
     for name, sizes in plan.target.layer_sizes.items():
         lines += [f"`{name}` layer by layer: {', '.join(map(str, sizes))}."]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Kept:
+class SavedScores:
     """A file beside `--save` that holds scores until the run directory is there.
 
     Attributes:

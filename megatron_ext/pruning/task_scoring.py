@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation import questions
-from megatron_ext.inference.passage import Passage
-from megatron_ext.inference.prompts import Writer, stop_tokens
+from megatron_ext.inference.passage import LoglikelihoodRequest
+from megatron_ext.inference.prompts import TextCodec, stop_tokens
 from megatron_ext.inference.tokenizer import tokenizer_of, words_of
 from megatron_ext.training.job import RunConfig
 
@@ -72,7 +72,7 @@ def _of_questions(
 
         asked = list(task(get_tokenizer(), args.seq_length, args.seed))[:limit]
         texts = questions.texts(asked, args.seq_length)
-        passages = [Passage([*text.prompt, *text.answer], len(text.prompt)) for text in texts]
+        passages = [LoglikelihoodRequest([*text.prompt, *text.answer], len(text.prompt)) for text in texts]
 
         def measure() -> float:
             found = dict(score(model, passages, args.micro_batch_size * args.seq_length))
@@ -100,7 +100,7 @@ def _of_harness(
     loaded = asked.load()
     _check_metric(name, metric, loaded["tasks"].values())
     limits = Limits(args.seq_length, args.micro_batch_size * args.seq_length, args.micro_batch_size)
-    writer = Writer(tokenizer, stop_tokens(Path(args.load), tokenizer))
+    writer = TextCodec(tokenizer, stop_tokens(Path(args.load), tokenizer))
 
     def judge(model: "ShardedModel") -> Judge:
         def measure() -> float:

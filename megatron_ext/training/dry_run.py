@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ext.models.training_cost import Layout, Lesson, memory
+from megatron_ext.models.training_cost import Layout, TeacherSetup, memory
 from megatron_ext.training.job import DryRun, RunConfig
 
 GIB = 2**30
@@ -37,7 +37,7 @@ def layout_of(run: RunConfig) -> Layout:
     )
 
 
-def memory_per_gpu(run: RunConfig, lesson: Lesson | None = None) -> dict[str, float]:
+def memory_per_gpu(run: RunConfig, lesson: TeacherSetup | None = None) -> dict[str, float]:
     """Bytes on the fullest rank, by component; see `training_cost.memory`."""
     return memory(run.architecture, layout_of(run), lesson)
 

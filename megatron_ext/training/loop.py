@@ -16,7 +16,7 @@ from megatron_ext.reports import metrics_file, training_plot
 from megatron_ext.training import signals
 from megatron_ext.training.job import RunConfig, task_of
 from megatron_ext.training.metrics_log import MetricsLog
-from megatron_ext.training.run_directory import claim, hold
+from megatron_ext.training.run_directory import create_run_directory, lock_run_directory
 
 if TYPE_CHECKING:
     from megatron_ext.training.step import Task
@@ -47,7 +47,7 @@ def train(run: RunConfig, task: "Task | None" = None, hooks: tuple[Hook, ...] = 
         args.save_interval = run.resumed  # the last step is there, and is not saved again
     if not args.save:
         logger.warning("no --save: what is trained will be gone at the end")
-    hold(run)
+    lock_run_directory(run)
     if not args.async_save:
         keep_write_results()
     keep_random_state()
@@ -57,7 +57,7 @@ def train(run: RunConfig, task: "Task | None" = None, hooks: tuple[Hook, ...] = 
     def begin(chunks: list[Any]) -> list[Any]:
         """Write the first files, now that the ranks have met: each of them has found the directory free."""
         nonlocal log
-        claim(run)
+        create_run_directory(run)
         log = divert_scalars(lambda inner: _metrics_log(run, inner))
         if isinstance(log, MetricsLog):
             before_saving(lambda _: log.flush())  # the step's line is there when its checkpoint is

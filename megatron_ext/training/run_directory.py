@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from megatron_ext.checkpoint import checksums
 from megatron_ext.checkpoint.atomic import write_text
 from megatron_ext.checkpoint.huggingface import hf_assets
 from megatron_ext.checkpoint.outputs import check_writable, contents, hold_run
 from megatron_ext.checkpoint.resume import has_checkpoint
 from megatron_ext.errors import ConfigError
+from megatron_ext.reports import metrics_file
 
 if TYPE_CHECKING:
     from megatron_ext.training.job import RunConfig
@@ -82,27 +84,27 @@ def _owner(config: Path) -> str | None:
     return content.get("job")
 
 
-def hold(run: "RunConfig") -> None:
+def lock_run_directory(run: "RunConfig") -> None:
     """Let no other job write into the run directory while this one works (rank 0), before anything is started.
 
     Raises:
         ConfigError: Another job writes there.
     """
     if run.args.save and run.args.rank == 0:
-        hold_run(Path(run.args.save))
+        hold_run(Path(run.args.save), (CONFIG, metrics_file.FILE, checksums.FILE))
 
 
-def claim(run: "RunConfig") -> None:
+def create_run_directory(run: "RunConfig") -> None:
     """Write `config.yaml` and the tokenizer into the run directory (rank 0)."""
     if run.args.save and run.args.rank == 0:
         save = Path(run.args.save)
         save.mkdir(parents=True, exist_ok=True)
-        write_text(save / CONFIG, describe(run))
+        write_text(save / CONFIG, config_yaml(run))
         if run.args.tokenizer_model is not None:
             hf_assets.keep_tokenizer(Path(run.args.tokenizer_model), save)
 
 
-def describe(run: "RunConfig") -> str:
+def config_yaml(run: "RunConfig") -> str:
     """The run as YAML: job, model, versions, the source's commit, and every flag."""
     content: dict[str, Any] = {
         "job": run.job.name,

@@ -14,7 +14,7 @@ from megatron_ext.reports.results import FILE, SETTINGS, VALIDATION, WHOLE, Resu
 from megatron_ext.training import signals
 from megatron_ext.training.forward import load_model, mean_metrics
 from megatron_ext.training.job import RunConfig, task_of
-from megatron_ext.training.run_directory import claim
+from megatron_ext.training.run_directory import create_run_directory
 
 
 def validate(run: RunConfig) -> None:
@@ -38,7 +38,7 @@ def validate(run: RunConfig) -> None:
         for name, value in metrics.items():
             print(f"validation {name.replace('_', ' ')} {value:.6f} {task.units[name]} over {what}")
         if args.save:
-            claim(run)
+            create_run_directory(run)
             size = {"sequences": samples, "tokens": samples * args.seq_length} if text else {"samples": samples}
             settings: dict[str, Any] = {"tokens": samples * args.seq_length} if text else {"samples": samples}
             settings |= {"source": WHOLE, "data": args.valid_data_path or args.data_path, "split": args.split}

@@ -11,7 +11,7 @@ from distributed.runner import run_ranks
 from random_models import random_scores, random_weights
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.presets import PRESETS
@@ -48,7 +48,7 @@ def test_processes_share_the_work(source: Path, tmp_path: Path, count: int) -> N
     alone, together = tmp_path / "alone", tmp_path / "together"
     apply(small(), source, alone)
     assert run_ranks(apply_together, count, source, together) == ["done"] * count
-    left, right = Reader(alone), Reader(together)
+    left, right = CheckpointReader(alone), CheckpointReader(together)
     assert left.shapes == right.shapes
     assert all(torch.equal(left.read(key), right.read(key)) for key in left.shapes)
     sizes = [(together / "release" / f"__{rank}_0.distcp").stat().st_size for rank in range(count)]
@@ -57,7 +57,7 @@ def test_processes_share_the_work(source: Path, tmp_path: Path, count: int) -> N
 
 
 def measure_together(source: Path) -> dict[str, torch.Tensor]:
-    return magnitudes(Reader(source), ARCH)
+    return magnitudes(CheckpointReader(source), ARCH)
 
 
 def test_processes_measure_magnitudes_together(source: Path) -> None:
@@ -68,13 +68,13 @@ def test_processes_measure_magnitudes_together(source: Path) -> None:
         assert all(torch.equal(found[name], value) for name, value in alone.items())
 
 
-def lose_the_disk(self: Reader, key: str, place: torch.Tensor, rows: tuple[int, int] | None = None) -> None:
+def lose_the_disk(self: CheckpointReader, key: str, place: torch.Tensor, rows: tuple[int, int] | None = None) -> None:
     raise OSError("disk gone")
 
 
 def fail_together(source: Path, destination: Path) -> str:
     if torch.distributed.get_rank() == 1:
-        Reader.fill = lose_the_disk
+        CheckpointReader.fill = lose_the_disk
     try:
         apply(small(), source, destination)
     except (OSError, CheckpointError) as error:
@@ -92,18 +92,18 @@ def test_one_that_fails_stops_all(source: Path, tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from megatron_ext.checkpoint.writer import Writer
+from megatron_ext.checkpoint.writer import CheckpointWriter
 from megatron_ext.pruning.apply import apply
 from megatron_ext.pruning.plan import Plan
 
-append, left = Writer._append, int(sys.argv[4])
+append, left = CheckpointWriter._append, int(sys.argv[4])
 def append_and_die(self, *args):
     global left
     append(self, *args)
     left -= 1
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-Writer._append = append_and_die
+CheckpointWriter._append = append_and_die
 apply(Plan.load(sys.argv[1]), sys.argv[2], sys.argv[3])
 """
 
@@ -121,4 +121,7 @@ def test_a_killed_process_leaves_nothing_that_looks_complete(source: Path, tmp_p
             with pytest.raises(CheckpointError):
                 layout.find(remains)
     assert fork_server.run_code(KILLED, plan, source, out, "-1").returncode == 0
-    assert Reader(out).shapes.keys() == Reader(apply(small(), source, tmp_path / "again")).shapes.keys()
+    assert (
+        CheckpointReader(out).shapes.keys()
+        == CheckpointReader(apply(small(), source, tmp_path / "again")).shapes.keys()
+    )

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from megatron_ext.lm_head import fused_loss
 from megatron_ext.lm_head.divergences import NAMES
-from megatron_ext.lm_head.losses import Head, distillation_losses
+from megatron_ext.lm_head.losses import LMHead, distillation_losses
 from megatron_ext.lm_head.objective import Objective
-from megatron_ext.lm_head.top_k import likeliest
-from megatron_ext.lm_head.vocab_parallel import Vocabulary
+from megatron_ext.lm_head.top_k import teacher_top_k
+from megatron_ext.lm_head.vocab_parallel import VocabParallel
 
 COLUMNS = 16
 MASK = torch.linspace(0, 1, 10).view(5, 2)
@@ -41,9 +41,9 @@ def losses_of_a_part(tokens: int) -> list[tuple[Tensor, ...]]:
     for name, kept in product(NAMES, (True, False)):
         fused_loss.KEPT["cpu"] = 2**20 * kept
         hidden, weight, other, other_weight = tensors()
-        own = Head(hidden.requires_grad_(), weight[rows].clone().requires_grad_())
-        vocabulary = Vocabulary(COLUMNS // size, tokens, dist.group.WORLD if size > 1 else None)
-        losses = distillation_losses(own, Head(other, other_weight[rows]), LABELS, MASK, objective(name), vocabulary)
+        own = LMHead(hidden.requires_grad_(), weight[rows].clone().requires_grad_())
+        vocabulary = VocabParallel(COLUMNS // size, tokens, dist.group.WORLD if size > 1 else None)
+        losses = distillation_losses(own, LMHead(other, other_weight[rows]), LABELS, MASK, objective(name), vocabulary)
         losses.total.backward()
         assert own.hidden.grad is not None
         assert own.weight.grad is not None
@@ -74,8 +74,8 @@ def finite_of_a_part(who: str) -> list[Tensor]:
     rows = slice(rank * COLUMNS // size, (rank + 1) * COLUMNS // size)
     hidden, weight, other, other_weight = tensors()
     (weight if who == "student" else other_weight)[-1, 0] = torch.nan
-    vocabulary, heads = Vocabulary(COLUMNS // size, COLUMNS, dist.group.WORLD), (Head(hidden, weight[rows]),)
-    heads += (Head(other, other_weight[rows]),)
+    vocabulary, heads = VocabParallel(COLUMNS // size, COLUMNS, dist.group.WORLD), (LMHead(hidden, weight[rows]),)
+    heads += (LMHead(other, other_weight[rows]),)
     return [distillation_losses(*heads, LABELS, MASK, objective(name), vocabulary).finite for name in NAMES]
 
 
@@ -92,8 +92,8 @@ def likeliest_of_a_part(tokens: int) -> list[Tensor]:
     rank, size = dist.get_rank(), dist.get_world_size()
     rows = slice(rank * COLUMNS // size, (rank + 1) * COLUMNS // size)
     _, _, hidden, weight = tensors()
-    vocabulary = Vocabulary(COLUMNS // size, tokens, dist.group.WORLD if size > 1 else None)
-    kept, finite = likeliest(Head(hidden, weight[rows]), vocabulary, 6, temperature=1.5)
+    vocabulary = VocabParallel(COLUMNS // size, tokens, dist.group.WORLD if size > 1 else None)
+    kept, finite = teacher_top_k(LMHead(hidden, weight[rows]), vocabulary, 6, temperature=1.5)
     return [kept.index, kept.log_q, kept.log_rest, finite]
 
 

@@ -7,24 +7,24 @@ import torch.distributed as dist
 from distributed.runner import run_ranks
 from torch import Tensor
 
-from megatron_ext.distillation.teachers.exchange import Bridge, Place, shares
+from megatron_ext.distillation.teachers.exchange import BridgeGroup, RankCoordinates, split_batch
 
 LENGTH, PER_REPLICA = 6, 3
 TOKENS = torch.arange(2 * PER_REPLICA * LENGTH).view(-1, LENGTH)
 # Two replicas of two tensor ranks learn; two replicas of two stages teach.
-STUDENTS = [Place(replica, 0, shard, 0) for replica in range(2) for shard in range(2)]
-TEACHERS = [Place(replica, 0, 0, stage) for stage in range(2) for replica in range(2)]
+STUDENTS = [RankCoordinates(replica, 0, shard, 0) for replica in range(2) for shard in range(2)]
+TEACHERS = [RankCoordinates(replica, 0, 0, stage) for stage in range(2) for replica in range(2)]
 
 
 @dataclass
 class Echo:
     """A model whose states are its tokens; its stages tell each other nothing, so the last one reads its share."""
 
-    place: Place
+    place: RankCoordinates
     read: Tensor | None = None
 
     def share(self, samples: int) -> range:
-        return shares(samples, 2)[self.place.replica]
+        return split_batch(samples, 2)[self.place.replica]
 
     def run(self, tokens: Tensor, size: int) -> list[Tensor]:
         self.read = tokens
@@ -41,7 +41,7 @@ def stepped() -> tuple[Tensor | None, dict[int, Tensor], int]:
     from megatron_ext.distillation.teachers import remote
 
     rank = dist.get_rank()
-    bridge, runner = Bridge(None, rank, 4), Echo(TEACHERS[rank])
+    bridge, runner = BridgeGroup(None, rank, 4), Echo(TEACHERS[rank])
     places = bridge.places(STUDENTS[rank], TEACHERS[rank])
     received = []
     real = dist.all_gather
@@ -56,7 +56,7 @@ def stepped() -> tuple[Tensor | None, dict[int, Tensor], int]:
 def test_nobody_gets_the_whole_step() -> None:
     for rank, (read, arrived, gathered) in enumerate(run_ranks(stepped, 4)):
         assert gathered == 0
-        run = shares(len(TOKENS), 2)[TEACHERS[rank].replica]
+        run = split_batch(len(TOKENS), 2)[TEACHERS[rank].replica]
         assert read is not None
         if TEACHERS[rank].stage == 0:
             assert read.equal(TOKENS[run.start : run.stop])

@@ -12,7 +12,7 @@ from random_models import random_weights
 from reference_model import forward
 from torch import Tensor
 
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
@@ -107,7 +107,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(checkpoint: Path) -> list[dict[str, Tensor]]:
     """By the formulas."""
-    reader = Reader(checkpoint)
+    reader = CheckpointReader(checkpoint)
     values = {key: reader.read(key).double() for key in reader.shapes}
     _, layers = forward(ARCH, values, tokens())
     for i in MIXTURES:
@@ -172,7 +172,7 @@ def test_scores_of_experts_are_their_formulas(
             torch.testing.assert_close(scores[key].double(), value, rtol=1e-4, atol=0, msg=lambda m, k=key: f"{k}: {m}")
     assert all(scores is None for other, _ in found[1:] for scores in other)
     assert len(found[0][1]) == (len(ROUTERS) if ranks == 1 else 0)
-    reader = Reader(checkpoint)
+    reader = CheckpointReader(checkpoint)
     for router, logits in zip(ROUTERS, found[0][1], strict=False):
         variant = replace(ARCH, **router)
         values = {key: reader.read(key) for key in axes.keys(variant)}

@@ -11,7 +11,7 @@ from distributed.runner import run_ranks
 from torch import Tensor
 
 from megatron_ext.checkpoint import gpt, layout
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.models.architecture import Architecture
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -104,7 +104,7 @@ def test_both_forms_are_one_model(tmp_path: Path, name: str) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
 
     gpt.to_gpt(tmp_path / "pattern", tmp_path / "back")
-    old, new = Reader(tmp_path / "saved"), Reader(tmp_path / "back")
+    old, new = CheckpointReader(tmp_path / "saved"), CheckpointReader(tmp_path / "back")
     for key, shape in gpt.tensors(arch).items():
         assert new.shapes[key] == shape
         if key in old.shapes:

@@ -10,7 +10,7 @@ from distributed.runner import run_ranks
 from reference_model import forward
 from torch import Tensor
 
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
@@ -53,7 +53,7 @@ def measured(checkpoint: str, save: str) -> dict[str, Any]:
     from megatron.core.utils import unwrap_model
 
     from megatron_ext.pruning.ablation import Ablation, Passes
-    from megatron_ext.pruning.depth import Influence
+    from megatron_ext.pruning.depth import BlockInfluence
     from megatron_ext.pruning.importance import Importance
     from megatron_ext.pruning.left_out import LeftOut
     from megatron_ext.training.forward import load_model
@@ -68,7 +68,7 @@ def measured(checkpoint: str, save: str) -> dict[str, Any]:
         return float(sum(loss.sum() for loss in losses)), float(sum(loss.numel() for loss in losses))
 
     widths = [Importance([model], ARCH, metric) for metric in METRICS]
-    influence = Influence([model], ARCH)
+    influence = BlockInfluence([model], ARCH)
     with torch.no_grad():
         logits = torch.cat([model(micro, positions, None) for micro in tokens().split(2)])
     found: dict[str, Any] = {"logits": logits, "widths": [width.gather() for width in widths]}
@@ -108,7 +108,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], d
     path = tmp_path_factory.mktemp("importance")
     random_checkpoint(path / "model")
     (found,) = run_ranks(measured, 1, str(path / "model"), str(path / "run"))
-    reader = Reader(path / "model")
+    reader = CheckpointReader(path / "model")
     return found, {key: reader.read(key) for key in reader.shapes}
 
 

@@ -108,7 +108,7 @@ def inferred(model: Any) -> dict[str, Any]:
 
     from megatron_ext.errors import ConfigError
     from megatron_ext.inference.generate import generate
-    from megatron_ext.inference.passage import Passage
+    from megatron_ext.inference.passage import LoglikelihoodRequest
     from megatron_ext.inference.request import Request
     from megatron_ext.inference.sampling import Sampling
     from megatron_ext.inference.score import score
@@ -118,7 +118,7 @@ def inferred(model: Any) -> dict[str, Any]:
         made = dict(generate(model, requests, sampling, batch_size))
         return [made[i] for i in range(len(requests))]
 
-    scores = dict(score(model, [Passage(*text) for text in TEXTS], batch_tokens=12))
+    scores = dict(score(model, [LoglikelihoodRequest(*text) for text in TEXTS], batch_tokens=12))
     found: dict[str, Any] = {
         "scores": [scores[i].log_probabilities.tolist() for i in range(len(TEXTS))],
         "greedy": [scores[i].greedy.tolist() for i in range(len(TEXTS))],

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.huggingface import hf_assets
 from megatron_ext.checkpoint.huggingface.convert import to_hf, to_megatron
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.conversion.verify import hf_logits
 from megatron_ext.errors import CheckpointError
@@ -103,7 +103,7 @@ def test_it_generates_with_a_cache_as_without(models: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_there_and_back_is_bit_identical(models: Path, tmp_path: Path, name: str) -> None:
     to_megatron(models / f"{name}-cut", tmp_path / "back")
-    old, new = Reader(models / f"{name}-megatron"), Reader(tmp_path / "back")
+    old, new = CheckpointReader(models / f"{name}-megatron"), CheckpointReader(tmp_path / "back")
     assert layout.architecture(old.step.path).layer_sizes == layout.architecture(new.step.path).layer_sizes
     assert all(torch.equal(old.read(key), new.read(key)) for key in old.shapes)
     to_hf(tmp_path / "back", tmp_path / "again")

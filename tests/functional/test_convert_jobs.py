@@ -16,7 +16,7 @@ from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.huggingface import hf_assets
 from megatron_ext.checkpoint.huggingface.convert import to_megatron
 from megatron_ext.checkpoint.huggingface.shards import Shards
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.writer import writing
 
 
@@ -79,7 +79,7 @@ def test_a_model_becomes_a_gpt_model_and_a_pattern_again(workspace: Workspace) -
     refused = workspace.run("pretrain_hybrid.py", "--load", "llama-gpt", *workspace.data, *TRAIN, ok=False)
     assert "--from gpt --to megatron" in refused.stderr
     convert(workspace, "--from", "gpt", "--to", "megatron", "llama-gpt", "llama-again")
-    old, new = Reader(workspace.path / "llama-pattern"), Reader(workspace.path / "llama-again")
+    old, new = CheckpointReader(workspace.path / "llama-pattern"), CheckpointReader(workspace.path / "llama-again")
     assert all(torch.equal(old.read(key), new.read(key)) for key in old.shapes)
     assert (workspace.path / "llama-again" / "huggingface" / "config.json").is_file()
 

@@ -18,7 +18,7 @@ from distributed.test_meeting_place import two_free_ports
 from workspace import ROOT, TRAIN, Workspace
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.models import axes
 
@@ -229,7 +229,7 @@ def test_a_teacher_is_corrected_first(workspace: Workspace, teacher: str, studen
 
 def test_a_teacher_that_is_not_finite_stops_the_run(workspace: Workspace, teacher: str, student: str) -> None:
     """And the error names the sequences, as a cache of the teacher would."""
-    whole = Reader(workspace.path / teacher)
+    whole = CheckpointReader(workspace.path / teacher)
     with writing(workspace.path / "nan-teacher", layout.architecture(whole.step.path)) as writer:
         for key in axes.tensors(layout.architecture(whole.step.path)):
             tensor = whole.read(key)

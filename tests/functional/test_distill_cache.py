@@ -14,7 +14,7 @@ from workspace import ROOT, TRAIN, Workspace
 
 from megatron_ext import cli
 from megatron_ext.distillation.logit_cache.manifest import Manifest
-from megatron_ext.distillation.logit_cache.shards import Reader
+from megatron_ext.distillation.logit_cache.shards import CacheReader
 
 DATA = [
     "--data-path", "small/text_document", "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model",
@@ -61,11 +61,11 @@ def whole(workspace: Workspace, teacher: str, student: str) -> str:
         (stays,) = set(cache.glob("*.safetensors"))
         written = stays.stat().st_mtime_ns
         replace(manifest, sequences=None).write(cache)
-        known = len(Reader(cache, manifest).known())
+        known = len(CacheReader(cache, manifest).known())
         ended = workspace.run("distill_gpt.py", *flags, *layout, ranks=4 if layout else 2)
         assert f"{known} are stored already" in ended.stdout
         assert Manifest.read(cache) == manifest
-        assert Manifest.read(cache).sequences == manifest.sequences == len(Reader(cache, manifest).known())
+        assert Manifest.read(cache).sequences == manifest.sequences == len(CacheReader(cache, manifest).known())
         assert stays.stat().st_mtime_ns == written
         (added,) = set(cache.glob("*.safetensors")) - {stays}
         assert added.stat().st_size == size
@@ -161,4 +161,4 @@ def test_a_stopped_writing_keeps_what_it_has(workspace: Workspace, teacher: str)
     assert "stopped: the same command goes on from here" in said
     stored = Manifest.read(manifest.parent)
     assert stored.sequences is None
-    assert Reader(manifest.parent, stored).known()
+    assert CacheReader(manifest.parent, stored).known()

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from workspace import MODEL, TRAIN, Workspace
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.models import axes
 from megatron_ext.pruning.plan import Plan
 
@@ -50,7 +50,7 @@ def pruned(workspace: Workspace, mixture: str) -> str:
 
 
 def test_the_checkpoint_is_the_table(workspace: Workspace, mixture: str) -> None:
-    reader = Reader(workspace.path / mixture)
+    reader = CheckpointReader(workspace.path / mixture)
     assert reader.shapes == axes.tensors(layout.architecture(reader.step.path))
 
 
@@ -76,7 +76,7 @@ def test_any_layout_trains_the_same(workspace: Workspace, mixture: str, trained:
     for step, expected in zip(workspace.metrics(other), workspace.metrics(trained), strict=True):
         for value in ("loss", "grad_norm", "load_balancing_loss"):
             assert step[value] == pytest.approx(expected[value], rel=1e-5)
-    left, right = Reader(workspace.path / other), Reader(workspace.path / trained)
+    left, right = CheckpointReader(workspace.path / other), CheckpointReader(workspace.path / trained)
     assert left.shapes == right.shapes
     for key in left.shapes:
         torch.testing.assert_close(left.read(key), right.read(key), rtol=0, atol=2e-4)
@@ -104,7 +104,7 @@ def test_a_pruned_mixture_trains_on(workspace: Workspace, pruned: str) -> None:
     flags = ["--lr", "1e-3", "--train-iters", "2", "--eval-iters", "0", "--save-interval", "2", "--save", "fewer-on"]
     workspace.run("pretrain_hybrid.py", "--pretrained-checkpoint", pruned, *workspace.data, *flags, *EP2, ranks=2)
     assert len(workspace.metrics("fewer-on")) == 2
-    reader = Reader(workspace.path / "fewer-on")
+    reader = CheckpointReader(workspace.path / "fewer-on")
     assert reader.shapes["decoder.layers.3.mlp.experts.experts.linear_fc1.weight"] == (4, 48, 48)
 
 
@@ -115,7 +115,7 @@ def test_a_mixture_is_corrected_as_it_is_trained(workspace: Workspace, mixture: 
     workspace.run("pretrain_hybrid.py", *common, *alone)
     together = ["--distill-teacher", mixture, "--distill-correct-teacher", "together", "--save", "mixture-together"]
     workspace.run("distill_gpt.py", *STUDENT, *common, *together)
-    left, right = (Reader(workspace.path / name) for name in ("mixture-alone", "mixture-together/teacher"))
+    left, right = (CheckpointReader(workspace.path / name) for name in ("mixture-alone", "mixture-together/teacher"))
     assert left.shapes.keys() == right.shapes.keys()
     for key in left.shapes:
         torch.testing.assert_close(
@@ -128,7 +128,7 @@ def test_weights_alone_can_choose_experts(workspace: Workspace, mixture: str) ->
     flags = ["--load", mixture, "--save", "light", *workspace.data, *sizes, "--prune-width-metric", "magnitude"]
     workspace.run("prune_gpt.py", *flags)
     experts = load_file(workspace.path / "light" / "scores.safetensors")["layers.3.expert"]
-    reader = Reader(workspace.path / mixture)
+    reader = CheckpointReader(workspace.path / mixture)
     names = ("experts.experts.linear_fc1", "experts.experts.linear_fc2", "router")
     squares = [reader.read(f"decoder.layers.3.mlp.{name}.weight").square().flatten(1).sum(1) for name in names]
     torch.testing.assert_close(experts, sum(squares, torch.zeros(())).sqrt(), rtol=1e-5, atol=0)

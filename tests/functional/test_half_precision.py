@@ -10,7 +10,7 @@ from functional.test_distill import PP, STATES, STUDENT, TP
 from workspace import MODEL, TRAIN, Workspace
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 
 COMMAND = str(Path(sys.executable).parent / "megatron-ext")
 TWO_STEPS = [*TRAIN, "--train-iters", "2"]
@@ -85,7 +85,7 @@ def test_what_was_trained_in_bfloat16_goes_the_whole_way(workspace: Workspace, t
     workspace.run("distill_gpt.py", *learn, *half, *TWO_STEPS, "--use-distributed-optimizer", ranks=2)
     first, second = workspace.metrics("bf16-distilled")
     assert 0 < second["kd_loss"] < first["kd_loss"] < 1
-    weights = Reader(workspace.path / "bf16-distilled")
+    weights = CheckpointReader(workspace.path / "bf16-distilled")
     assert {weights.read(key).dtype for key in weights.shapes} == {torch.bfloat16}
     assert layout.architecture(weights.step.path).hidden_size == 48
     (workspace.path / "half.jsonl").write_text('{"text": "import os\\nimport sys\\n"}\n' * 4)

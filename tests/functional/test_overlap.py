@@ -6,7 +6,7 @@ import torch
 from functional.test_distill import STATES, STUDENT
 from workspace import MODEL, ROOT, TRAIN, Workspace
 
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 
 # The output layer has a bucket of its own, as that of a large vocabulary has.
 SHARDED = ["--use-distributed-optimizer", "--ddp-bucket-size", "1000", "--untie-embeddings-and-output-weights"]
@@ -35,7 +35,7 @@ def test_overlapping_changes_nothing(workspace: Workspace, teacher: str, program
     for before, after in zip(in_turn, together, strict=True):
         for key in {"loss", "grad_norm", "val_loss", "kd_loss", "states_loss"} & before.keys():
             assert after[key] == pytest.approx(before[key], rel=1e-6), key
-    left, right = (Reader(workspace.path / save) for save in runs)
+    left, right = (CheckpointReader(workspace.path / save) for save in runs)
     for key in left.shapes:
         torch.testing.assert_close(right.read(key), left.read(key), rtol=1e-4, atol=1e-5)
 
@@ -47,6 +47,6 @@ def test_resume_is_bit_exact(workspace: Workspace) -> None:
     halves = [*flags, "--save", "overlap halves", "--load", "overlap halves"]
     workspace.run("pretrain_hybrid.py", *halves, "--exit-interval", "2", ranks=2)
     workspace.run("pretrain_hybrid.py", *halves, ranks=2)
-    left, right = (Reader(workspace.path / name) for name in ("overlap straight", "overlap halves"))
+    left, right = (CheckpointReader(workspace.path / name) for name in ("overlap straight", "overlap halves"))
     for key in left.shapes:
         assert torch.equal(left.read(key), right.read(key)), key

@@ -15,7 +15,7 @@ from workspace import MODEL, ROOT, TRAIN, Workspace
 
 from megatron_ext.checkpoint import checksums
 from megatron_ext.checkpoint.layout import read_metadata
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 
 GOLDEN = Path(__file__).parent / "golden_losses.txt"
 LAYOUTS = {
@@ -108,7 +108,7 @@ def test_resume_is_bit_exact(workspace: Workspace, teacher: str) -> None:
     )
     assert resumed == straight
     assert (workspace.path / "half" / "metrics.png").is_file()
-    left, right = (Reader(workspace.path / name) for name in ("half", teacher))
+    left, right = (CheckpointReader(workspace.path / name) for name in ("half", teacher))
     assert left.shapes.keys() == right.shapes.keys()
     for key in left.shapes:
         assert torch.equal(left.read(key), right.read(key)), key

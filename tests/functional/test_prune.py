@@ -13,7 +13,7 @@ from workspace import Workspace
 
 from megatron_ext import cli
 from megatron_ext.checkpoint import checksums, layout
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.models import axes
 from megatron_ext.pruning.apply import apply
@@ -184,16 +184,16 @@ def test_rounds_make_one_plan_whatever_the_layout(workspace: Workspace, teacher:
     assert second["hidden"].shape == (48,)
     assert "| after round 1 |" in (workspace.path / "rounds" / "report.md").read_text()
     assert not list(workspace.path.glob(".rounds*"))
-    assert sum(value.numel() for value in map(Reader(workspace.path / "rounds").read, axes.keys(left.target))) == (
-        left.target.num_parameters()
-    )
+    assert sum(
+        value.numel() for value in map(CheckpointReader(workspace.path / "rounds").read, axes.keys(left.target))
+    ) == (left.target.num_parameters())
 
 
 def test_cutting_again_by_the_scores_gives_the_same_weights(workspace: Workspace, teacher: str, pruned: str) -> None:
     scores = f"{pruned}/scores.safetensors"
     # Neither data nor tokenizer.
     workspace.start("prune_gpt.py", "--load", teacher, "--save", "again", "--prune-scores", scores, *SMALLER)
-    left, right = Reader(workspace.path / pruned), Reader(workspace.path / "again")
+    left, right = CheckpointReader(workspace.path / pruned), CheckpointReader(workspace.path / "again")
     assert left.shapes == right.shapes
     assert all(torch.equal(left.read(key), right.read(key)) for key in left.shapes)
 
@@ -205,7 +205,7 @@ def test_a_masked_model_equals_the_sliced_one(workspace: Workspace, teacher: str
     are loud (ten times the initial ones), so that every slice matters and the fixed epsilon of the gated norm does not.
     """
     plan = Plan.load(workspace.path / pruned / "plan.json")
-    reader = Reader(workspace.path / teacher)
+    reader = CheckpointReader(workspace.path / teacher)
     source, target = plan.source, plan.target
     args = layout.common(reader.step.path)["args"]
     loud = {key: reader.read(key) * (10 if reader.read(key).dim() == 2 else 1) for key in axes.keys(source)}
@@ -247,7 +247,7 @@ def test_keeping_everything_is_the_identity(workspace: Workspace, teacher: str, 
     Plan.keep_everything(layout.architecture(source)).save(workspace.path / "identity.json")
     flags = ["--prune-plan", "identity.json", "--ckpt-step", str(step), *workspace.data]
     workspace.run("prune_gpt.py", "--load", teacher, "--save", f"identity-{step}", *flags)
-    left, right = Reader(source), Reader(workspace.path / f"identity-{step}")
+    left, right = CheckpointReader(source), CheckpointReader(workspace.path / f"identity-{step}")
     assert left.shapes == right.shapes
     assert all(torch.equal(left.read(key), right.read(key)) for key in left.shapes)
     if step == 4:

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from workspace import ROOT, Workspace
 
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.pruning.scores import Scores
 
 ROUNDS = [
@@ -74,7 +74,7 @@ def test_a_job_that_dies_goes_on_as_if_nothing_had_been(workspace: Workspace, te
     assert content(left) == content(right)
     settings = [(run / "config.yaml").read_text().replace(f"save: {run.name}\n", "") for run in (left, right)]
     assert settings[0] == settings[1]
-    weights = Reader(left), Reader(right)
+    weights = CheckpointReader(left), CheckpointReader(right)
     assert weights[0].shapes == weights[1].shapes
     assert all(torch.equal(weights[0].read(key), weights[1].read(key)) for key in weights[0].shapes)
     assert [path.name for path in workspace.path.glob(".disturbed*")] == []
@@ -111,5 +111,5 @@ def test_magnitudes_run_no_model_and_any_processes_find_the_same(workspace: Work
     for ranks in (1, 2):
         done = workspace.run("prune_gpt.py", *flags, *workspace.data, "--save", f"light-{ranks}", ranks=ranks)
         assert "sequences" not in done.stdout
-    left, right = (Reader(workspace.path / f"light-{ranks}") for ranks in (1, 2))
+    left, right = (CheckpointReader(workspace.path / f"light-{ranks}") for ranks in (1, 2))
     assert all(torch.equal(left.read(key), right.read(key)) for key in left.shapes)

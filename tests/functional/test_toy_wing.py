@@ -7,7 +7,7 @@ import torch
 from workspace import Workspace
 
 from megatron_ext import cli
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 
 WING = "tests/toy_wing.py"
 FLAGS = [
@@ -25,7 +25,7 @@ def wing(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 def weights(wing: Workspace, run: str, step: int = 4) -> dict[str, torch.Tensor]:
-    reader = Reader(wing.path / run / f"iter_{step:07d}")
+    reader = CheckpointReader(wing.path / run / f"iter_{step:07d}")
     names = ("first.weight", "first.bias", "last.weight", "last.bias")
     return {name: reader.read(name) for name in names}
 

@@ -21,7 +21,7 @@ from megatron_ext.checkpoint.huggingface.mappings import BoundMapping, hf_shapes
 from megatron_ext.checkpoint.huggingface.remote_code import RemoteCodeFamily
 from megatron_ext.checkpoint.huggingface.shards import SHARD_BYTES, writing_shards
 from megatron_ext.checkpoint.huggingface.weights import check_tensors, weights_of
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.stream import Move, Progress, silent
 from megatron_ext.checkpoint.tokenizer import check as check_tokenizer
 from megatron_ext.checkpoint.writer import check_shapes, writing
@@ -126,10 +126,10 @@ def to_hf(
     """
     destination = Path(destination)
     refuse_existing(destination)
-    reader = Reader(source)
+    reader = CheckpointReader(source)
     arch = layout.architecture(reader.step.path)
     check_shapes(arch, reader.shapes)
-    folder = hf_assets.find(like) if like is not None else hf_assets.beside(reader.step.path)
+    folder = hf_assets.find(like) if like is not None else hf_assets.assets_of(reader.step.path)
     config = original = hf_assets.read_config(folder) if folder else {}
     words = _tokenizer(reader.step.path, tokenizer, folder, vocab_size)
     arch = replace(arch, vocab_size=_words(arch, {} if tokenizer else config, words, vocab_size))

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_ext.checkpoint import checksums, layout
 from megatron_ext.checkpoint.atomic import atomic_write
-from megatron_ext.checkpoint.writer import Writer
+from megatron_ext.checkpoint.writer import CheckpointWriter
 from megatron_ext.errors import CheckpointError
 from megatron_ext.untrusted import inside
 
@@ -70,17 +70,17 @@ def copy(paths: Iterable[Path], destination: Path) -> None:
         shutil.copyfile(path, destination / path.name)
 
 
-def attach(writer: Writer, paths: Sequence[Path]) -> None:
+def attach(writer: CheckpointWriter, paths: Sequence[Path]) -> None:
     """Keep these files with a checkpoint that is being written, and their checksums."""
     _keep(writer, FOLDER, paths)
 
 
-def _keep(writer: Writer, name: str, paths: Sequence[Path]) -> None:
+def _keep(writer: CheckpointWriter, name: str, paths: Sequence[Path]) -> None:
     writer.attach(name, lambda folder: copy(paths, folder))
     writer.attach(checksums.FILE, lambda file: checksums.add(file.parent, name))
 
 
-def beside(step: Path) -> Path | None:
+def assets_of(step: Path) -> Path | None:
     """Where a converted checkpoint keeps them: beside its steps; None if it was not converted.
 
     Raises:
@@ -102,7 +102,7 @@ def tokenizer(step: Path) -> Path | None:
         CheckpointError: It is the checkpoint's own, and not what was written.
     """
     named = trained_with(step)
-    for found in (beside(step), step.parent / TOKENIZER_FOLDER, Path(named) if named else None):
+    for found in (assets_of(step), step.parent / TOKENIZER_FOLDER, Path(named) if named else None):
         if found is not None and (found / TOKENIZER).is_file():
             if found.parent == step.parent:
                 for path in tokenizer_files(found):
@@ -134,9 +134,9 @@ def keep_tokenizer(directory: Path, run: Path) -> None:
         checksums.add(run, TOKENIZER_FOLDER)
 
 
-def hand_on(step: Path, writer: Writer) -> None:
+def hand_on(step: Path, writer: CheckpointWriter) -> None:
     """Keep what a step was converted from, or else its tokenizer, with a checkpoint that is made of it."""
-    if folder := beside(step):
+    if folder := assets_of(step):
         attach(writer, files(folder))
     elif found := tokenizer(step):
         _keep(writer, TOKENIZER_FOLDER, tokenizer_files(found))

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_ext.checkpoint.outputs import contents
 from megatron_ext.distillation.logit_cache.manifest import MANIFEST, Manifest
-from megatron_ext.distillation.logit_cache.shards import Reader
+from megatron_ext.distillation.logit_cache.shards import CacheReader
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.lm_head.objective import Objective
 
@@ -36,7 +36,7 @@ class Cache:
                 "the writing of this cache was not finished", got=path,
                 legal="run the same command with --distill-cache-write again: it goes on where it stopped",
             )  # fmt: skip
-        if (held := len(Reader(path, manifest).known())) < manifest.sequences:
+        if (held := len(CacheReader(path, manifest).known())) < manifest.sequences:
             raise DataError(
                 "the cache has lost samples", got=f"{held:,} of {manifest.sequences:,} in {path}",
                 legal="all shards; --distill-cache-write with this directory computes what is missing",

@@ -10,7 +10,7 @@ from megatron_ext.checkpoint import layout, tokenizer
 from megatron_ext.checkpoint.outputs import check_writable
 from megatron_ext.distillation.logit_cache.cache import Cache, begin
 from megatron_ext.distillation.logit_cache.manifest import Manifest
-from megatron_ext.distillation.logit_cache.shards import Reader
+from megatron_ext.distillation.logit_cache.shards import CacheReader
 from megatron_ext.distillation.options import compared
 from megatron_ext.distillation.teachers.teacher import Teacher
 from megatron_ext.errors import ConfigError
@@ -129,7 +129,7 @@ def check_writing(run: RunConfig, tokens: int) -> Writing:
         },
     )
     manifest = begin(directory, manifest)
-    return Writing(directory, manifest, teacher, Reader(directory, manifest).known())
+    return Writing(directory, manifest, teacher, CacheReader(directory, manifest).known())
 
 
 def _resets(args: Any) -> list[bool]:

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from megatron_ext.checkpoint.atomic import atomic_write
-from megatron_ext.data.sample_id import name
+from megatron_ext.data.sample_id import to_hex
 from megatron_ext.distillation.logit_cache.manifest import Manifest
 from megatron_ext.errors import DataError
 from megatron_ext.lm_head.divergences import TopK
@@ -32,7 +32,7 @@ ROUNDING = 1e-3
 """By which the stored logarithm of a probability may lie above 0."""
 
 
-class Writer:
+class CacheWriter:
     """Adds samples to a cache, each once, a shard at a time; on leaving it stores what it has, whatever happened.
 
     Several processes may write into one directory.
@@ -80,7 +80,7 @@ class Writer:
             some, self._samples = self._samples[: self._per_shard], self._samples[self._per_shard :]
             self._store(some)
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "CacheWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -103,7 +103,7 @@ class Writer:
             ) from problem  # fmt: skip
 
 
-class Reader:
+class CacheReader:
     """Finds samples in a cache. Shards are mapped into memory, so what is read of them is what is asked for.
 
     Args:
@@ -151,7 +151,7 @@ class Reader:
             missing = found.index(None)
             begins = f", which begins with {labels[missing, :8].tolist()}" if labels is not None else ""
             raise DataError(
-                f"a sample is not in the cache: {name(sample_id[missing])}{begins}", got=self._directory,
+                f"a sample is not in the cache: {to_hex(sample_id[missing])}{begins}", got=self._directory,
                 legal="the data, --split, tokenizer and --seq-length that it was written with; or add these data to "
                 "it: --distill-cache-write with this directory and the same settings",
             )  # fmt: skip

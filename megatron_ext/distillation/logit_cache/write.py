@@ -18,10 +18,10 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from megatron_ext.checkpoint.outputs import hold_run
 from megatron_ext.checkpoint.ranks import gather
-from megatron_ext.data.sample_id import identify, name
+from megatron_ext.data.sample_id import hash_samples, to_hex
 from megatron_ext.distillation.logit_cache.check import Writing
-from megatron_ext.distillation.logit_cache.manifest import Manifest
-from megatron_ext.distillation.logit_cache.shards import Reader, Writer
+from megatron_ext.distillation.logit_cache.manifest import MANIFEST, Manifest
+from megatron_ext.distillation.logit_cache.shards import CacheReader, CacheWriter
 from megatron_ext.errors import CheckpointError, ConfigError, DataError, MegatronExtError
 from megatron_ext.lm_head.divergences import TopK
 from megatron_ext.training.job import RunConfig
@@ -49,12 +49,12 @@ def write(run: RunConfig, writing: Writing) -> None:
 
     args, manifest, directory, known = run.args, writing.manifest, writing.directory, writing.known
     if args.rank == 0:
-        hold_run(directory)
+        hold_run(directory, (MANIFEST, "*.safetensors"))
     start(run)
     stages = range(args.virtual_pipeline_model_parallel_size or 1)
     shares = [_Share(manifest.seed, stage, known) for stage in stages]
     total, missing, most = _sizes(shares)
-    with _together():
+    with _all_or_none():
         if args.rank == 0:
             _announce(writing, total, missing)
             directory.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def write(run: RunConfig, writing: Writing) -> None:
     stopped = False
     if args.exit_signal_handler:
         signal.signal(signal.SIGINT, partial(_interrupt, args.exit_signal))
-    with _together(), Writer(directory, manifest, known) as writer:
+    with _all_or_none(), CacheWriter(directory, manifest, known) as writer:
         stored = _Stored(writer, manifest, len(shares[-1].missing) if _writes() else 0)
         for step in range(steps):
             schedule(
@@ -89,7 +89,7 @@ def write(run: RunConfig, writing: Writing) -> None:
                 break
         if stored.problem is not None:
             raise stored.problem
-    with _together():
+    with _all_or_none():
         _finish(run, writing, stored, stopped)
     dist.destroy_process_group()
 
@@ -101,7 +101,7 @@ def _finish(run: RunConfig, writing: Writing, stored: "_Stored", stopped: bool) 
         DataError: It has not.
     """
     directory, manifest = writing.directory, writing.manifest
-    held = Reader(directory, manifest).known()
+    held = CacheReader(directory, manifest).known()
     lost = len(stored.writer.known - held) + (0 if stopped else stored.left)
     if lost:
         raise DataError(
@@ -141,7 +141,7 @@ def _interrupt(exit_signal: signal.Signals, *_: Any) -> None:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def _all_or_none() -> Iterator[None]:
     """End the block on all ranks, or raise the first rank's error on all of them, which end it before they do.
 
     The process group is gone then, so that one of them says it. A collective.
@@ -174,7 +174,7 @@ class _Stored:
         problem: Why no more may be stored. The ranks meet in every step, so it waits for its end.
     """
 
-    def __init__(self, writer: Writer, manifest: Manifest, left: int) -> None:
+    def __init__(self, writer: CacheWriter, manifest: Manifest, left: int) -> None:
         self.writer, self.manifest, self.left = writer, manifest, left
         self.problem: MegatronExtError | None = None
 
@@ -190,7 +190,7 @@ class _Stored:
         if not finite.all():
             self.problem = self.problem or CheckpointError(
                 "the teacher's logits are not finite",
-                got="sample " + ", ".join(name(each) for each in sample_id[~finite]),
+                got="sample " + ", ".join(to_hex(each) for each in sample_id[~finite]),
                 legal="a teacher whose weights and activations are finite on these data",
             )
         b = len(sample_id)
@@ -226,9 +226,9 @@ class _Share:
     def __init__(self, seed: int, stage: int, known: set[bytes]) -> None:
         from megatron.core import mpu
 
-        from megatron_ext.data.packing import one_pass
+        from megatron_ext.data.packing import single_pass
 
-        splits = one_pass(seed, stage)
+        splits = single_pass(seed, stage)
         self._data = _Samples(splits) if splits else None
         self.total = len(self._data) if self._data is not None else 0
         own = range(mpu.get_data_parallel_rank(), self.total, mpu.get_data_parallel_world_size())
@@ -246,7 +246,7 @@ class _Share:
     def _identity(self, number: int) -> bytes:
         assert self._data is not None
         sample = self._data[number]
-        return identify(sample["tokens"].unsqueeze(0), sample["labels"].unsqueeze(0)).numpy().tobytes()
+        return hash_samples(sample["tokens"].unsqueeze(0), sample["labels"].unsqueeze(0)).numpy().tobytes()
 
 
 def _sizes(shares: list[_Share]) -> tuple[int, int, int]:
@@ -307,8 +307,8 @@ def _forward_step(data: Iterator[dict[str, Any]], model: torch.nn.Module, stored
     from megatron_ext.data.batch import get_identified_batch
     from megatron_ext.distillation.model import head
     from megatron_ext.lm_head.hidden_states import hidden_states
-    from megatron_ext.lm_head.top_k import likeliest
-    from megatron_ext.lm_head.vocab_parallel import Vocabulary
+    from megatron_ext.lm_head.top_k import teacher_top_k
+    from megatron_ext.lm_head.vocab_parallel import VocabParallel
 
     chunk: Any = unwrap_model(model)
     batch, manifest = get_identified_batch(data, chunk.vp_stage), stored.manifest
@@ -316,8 +316,8 @@ def _forward_step(data: Iterator[dict[str, Any]], model: torch.nn.Module, stored
     if not chunk.post_process:
         return states, None
     own, groups, sample_id = head(chunk, states), chunk.pg_collection, batch["sample_id"]
-    vocabulary = Vocabulary(own.weight.shape[0], manifest.vocabulary, groups.tp)
-    found = likeliest(own, vocabulary, manifest.k, manifest.temperature)
+    vocabulary = VocabParallel(own.weight.shape[0], manifest.vocabulary, groups.tp)
+    found = teacher_top_k(own, vocabulary, manifest.k, manifest.temperature)
     kept = _whole(found.kept, len(sample_id), manifest.sequence_length, groups.cp)
     finite = found.finite.view(-1, len(sample_id)).all(0).int()
     if groups.cp.size() > 1:

@@ -10,14 +10,14 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from megatron_ext.distillation.logit_cache.cache import Cache
-from megatron_ext.distillation.logit_cache.shards import Reader
+from megatron_ext.distillation.logit_cache.shards import CacheReader
 from megatron_ext.distillation.model import StepLosses
 from megatron_ext.lm_head.divergences import TopK
 from megatron_ext.lm_head.objective import Objective
 
 
-class TeacherCached:
-    """A cache on one stage (see `model.TeacherSide`); only the last one reads it.
+class CachedTeacher:
+    """A cache on one stage (see `model.TeacherStage`); only the last one reads it.
 
     Args:
         cache: Of the teacher.
@@ -25,7 +25,7 @@ class TeacherCached:
     """
 
     def __init__(self, cache: Cache, student: HybridModel) -> None:
-        self._reader = Reader(cache.path, cache.manifest) if student.post_process else None
+        self._reader = CacheReader(cache.path, cache.manifest) if student.post_process else None
         self._positions = positions(cache.manifest.sequence_length, student.pg_collection.cp)
 
     def run(self, arrived: dict[str, Tensor], inputs: tuple[Any, ...]) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ class TeacherCached:
         return None
 
 
-def over_entries(objective: Objective, cache: Cache) -> Objective:
+def as_top_k_objective(objective: Objective, cache: Cache) -> Objective:
     """`forward-kl` as what it is when no entry is left out."""
     return objective if objective.sparse else replace(objective, divergence="top-k-rest", k=cache.manifest.k)
 

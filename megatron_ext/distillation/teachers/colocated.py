@@ -15,15 +15,15 @@ from megatron_ext.distillation.intermediate_layers import TEACHER, LayerOutput
 from megatron_ext.distillation.model import StepLosses, head, named
 from megatron_ext.distillation.teachers.teacher import Teacher
 from megatron_ext.lm_head.hidden_states import hidden_states
-from megatron_ext.lm_head.losses import Head, cross_entropy
-from megatron_ext.lm_head.vocab_parallel import Vocabulary
+from megatron_ext.lm_head.losses import LMHead, cross_entropy
+from megatron_ext.lm_head.vocab_parallel import VocabParallel
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.builder import PatternModelBuilder, model_config
 from megatron_ext.models.hooks import HiddenStateRecorder
 
 
-class TeacherBeside:
-    """One chunk of a frozen teacher (see `model.TeacherSide`).
+class ColocatedTeacher:
+    """One chunk of a frozen teacher (see `model.TeacherStage`).
 
     Args:
         chunk: The chunk, with its weights.
@@ -44,7 +44,7 @@ class TeacherBeside:
         output = hidden_states(self.chunk, *inputs)
         return {TEACHER: output, **named(TEACHER, self._taps.take(), output)}
 
-    def target(self, found: dict[str, Tensor], sample_id: Tensor, labels: Tensor, k: int) -> Head:
+    def target(self, found: dict[str, Tensor], sample_id: Tensor, labels: Tensor, k: int) -> LMHead:
         """What its logits are made of."""
         return head(self.chunk, found[TEACHER].detach())
 
@@ -53,7 +53,7 @@ class TeacherBeside:
         return None
 
 
-class TrainedTeacherBeside(TeacherBeside):
+class TrainedColocatedTeacher(ColocatedTeacher):
     """One chunk of a teacher that is corrected while it teaches: it minimises its own cross entropy with the data.
 
     Minitron in practice (arXiv 2408.11796, section 2.1). The student's loss does not reach it.
@@ -74,7 +74,7 @@ class TrainedTeacherBeside(TeacherBeside):
     def loss(self, found: dict[str, Tensor], labels: Int[Tensor, "s b"], mask: Float[Tensor, "s b"]) -> StepLosses:
         """Its cross entropy with the data."""
         own = head(self.chunk, found[TEACHER])
-        vocabulary = Vocabulary(own.weight.shape[0], self._tokens, self.chunk.pg_collection.tp)
+        vocabulary = VocabParallel(own.weight.shape[0], self._tokens, self.chunk.pg_collection.tp)
         losses = cross_entropy(own, labels, mask, vocabulary)
         return StepLosses(losses.total, {"teacher loss": losses.ce})
 
@@ -90,7 +90,7 @@ def build(
         args: Megatron's validated namespace.
         architecture: The student's.
     """
-    config = model_config(args, teacher.beside(architecture))
+    config = model_config(args, teacher.with_student_vocab(architecture))
     config.transformer.perform_initialization = False  # every weight is read
     builder = PatternModelBuilder(config)
     chunks = []

@@ -38,7 +38,7 @@ from megatron_ext.models.builder import model_config, with_architecture
 from megatron_ext.platform.process_groups import new_meeting_place
 from megatron_ext.training import loop
 from megatron_ext.training.job import RunConfig
-from megatron_ext.training.run_directory import claim
+from megatron_ext.training.run_directory import create_run_directory
 from megatron_ext.training.start import Start, tell_megatron
 
 SHARE = 0.2  # of the student's learning rate
@@ -62,7 +62,7 @@ class CorrectedTeacher:
 
     def __init__(self, run: RunConfig, teacher: Teacher, step: int | None) -> None:
         self._run = run
-        architecture = teacher.beside(run.architecture)
+        architecture = teacher.with_student_vocab(run.architecture)
         self._args = _own_args(run, architecture, run.args.train_iters)
         if step is not None:
             folder = Path(run.args.load) / FOLDER
@@ -75,7 +75,7 @@ class CorrectedTeacher:
         # The student's schedule does not know of this model: no communication may wait for it.
         self._args.overlap_grad_reduce = self._args.overlap_param_gather = False
         self._args.hidden_dropout = self._args.attention_dropout = 0.0  # it teaches
-        with self._in_charge():
+        with self._as_global_args():
             config = model_config(self._args, architecture)
             config.transformer.perform_initialization = False  # every weight is read
             model, optimizer, scheduler = setup_model_and_optimizer(
@@ -111,11 +111,11 @@ class CorrectedTeacher:
         """Write the teacher of this step."""
         student = self._run.args
         self._args.consumed_train_samples, self._args.iteration = student.consumed_train_samples, iteration
-        with self._in_charge():
+        with self._as_global_args():
             save_checkpoint(iteration, self._model, self._optimizer, self._scheduler, 0)
 
     @contextmanager
-    def _in_charge(self) -> Iterator[None]:
+    def _as_global_args(self) -> Iterator[None]:
         """Megatron reads its namespace from a global."""
         set_args(self._args)
         try:
@@ -132,7 +132,7 @@ def correct(run: RunConfig, teacher: Teacher, steps: int) -> None:
         teacher: The teacher as it was given.
         steps: How long.
     """
-    architecture = teacher.beside(run.architecture)
+    architecture = teacher.with_student_vocab(run.architecture)
     args = _own_args(run, architecture, steps)
     if (own := own_resume_point(Path(args.save))) is not None:
         args.load, start = args.save, Start("--load", Path(args.save), own)
@@ -158,7 +158,7 @@ def corrected_first(run: RunConfig, teacher: Teacher, steps: int) -> Teacher:
     """
     folder = Path(run.args.save) / FOLDER
     if not _is_done(folder, steps):
-        claim(run)
+        create_run_directory(run)
         minutes = run.args.distributed_timeout_minutes
         status = _run_again(minutes, "--distill-correct-teacher", "only", "--distill-teacher", str(teacher.step))
         if status or not _is_done(folder, steps):

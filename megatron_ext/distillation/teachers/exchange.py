@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-class Grid(NamedTuple):
+class ParallelSizes(NamedTuple):
     """A teacher's layout; the other ranks are replicas that share the sequences.
 
     Attributes:
@@ -23,7 +23,7 @@ class Grid(NamedTuple):
     pp: int
 
 
-class Place(NamedTuple):
+class RankCoordinates(NamedTuple):
     """A rank's place in a layout.
 
     Attributes:
@@ -40,7 +40,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Bridge:
+class BridgeGroup:
     """All ranks of student and teacher.
 
     Attributes:
@@ -59,11 +59,13 @@ class Bridge:
         dist.all_gather(everywhere, own, group=self.group)
         return everywhere
 
-    def places(self, student: Place | None, teacher: Place | None) -> tuple[list[Place | None], list[Place | None]]:
+    def places(
+        self, student: RankCoordinates | None, teacher: RankCoordinates | None
+    ) -> tuple[list[RankCoordinates | None], list[RankCoordinates | None]]:
         """Of each rank its place in the student's layout and in the teacher's; None where it has none."""
-        nowhere = Place(-1, -1, -1, -1)
+        nowhere = RankCoordinates(-1, -1, -1, -1)
         own = torch.tensor([student or nowhere, teacher or nowhere], device=torch.cuda.current_device())
-        known = [[Place(*row) for row in rows.tolist()] for rows in self.gather(own)]
+        known = [[RankCoordinates(*row) for row in rows.tolist()] for rows in self.gather(own)]
         students, teachers = ([None if p == nowhere else p for p in column] for column in zip(*known, strict=True))
         return students, teachers
 
@@ -84,13 +86,15 @@ class Transfer(NamedTuple):
     part: int
 
 
-def shares(samples: int, replicas: int) -> list[range]:
+def split_batch(samples: int, replicas: int) -> list[range]:
     """The sequences of a global batch that each of the teacher's replicas runs: as even as possible, in order."""
     edges = [samples * i // replicas for i in range(replicas + 1)]
     return [range(start, stop) for start, stop in pairwise(edges)]
 
 
-def requests(students: Sequence[Place | None], teachers: Sequence[Place | None], samples: int) -> list[Transfer]:
+def token_transfers(
+    students: Sequence[RankCoordinates | None], teachers: Sequence[RankCoordinates | None], samples: int
+) -> list[Transfer]:
     """The transfers of a step's tokens, which a replica's first rank reads, to the teacher's first stage; ordered.
 
     Args:
@@ -99,8 +103,8 @@ def requests(students: Sequence[Place | None], teachers: Sequence[Place | None],
         samples: Sequences in the global batch, ordered by the student's replicas.
     """
     readers = {p.replica: rank for rank, p in enumerate(students) if p is not None and p[1:] == (0, 0, 0)}
-    known = shares(samples, len(readers))
-    runs = shares(samples, max(place.replica for place in teachers if place is not None) + 1)
+    known = split_batch(samples, len(readers))
+    runs = split_batch(samples, max(place.replica for place in teachers if place is not None) + 1)
     result = []
     for destination, place in enumerate(teachers):
         if place is None or place.stage:
@@ -111,7 +115,9 @@ def requests(students: Sequence[Place | None], teachers: Sequence[Place | None],
     return sorted(result)
 
 
-def transfers(students: Sequence[Place | None], teachers: Sequence[Place | None], samples: int) -> list[Transfer]:
+def state_transfers(
+    students: Sequence[RankCoordinates | None], teachers: Sequence[RankCoordinates | None], samples: int
+) -> list[Transfer]:
     """All transfers of a step's states, in the order of the sources, then of the destinations.
 
     Args:
@@ -126,11 +132,11 @@ def transfers(students: Sequence[Place | None], teachers: Sequence[Place | None]
         if place.stage == last_stages[1]:
             ends.setdefault(place.replica, []).append(rank)
     result = []
-    wanted = shares(samples, max(place.replica for place in learning.values()) + 1)
+    wanted = split_batch(samples, max(place.replica for place in learning.values()) + 1)
     for destination, place in learning.items():
         if place.stage != last_stages[0]:
             continue
-        for replica, run in enumerate(shares(samples, len(ends))):
+        for replica, run in enumerate(split_batch(samples, len(ends))):
             if both := _both(run, wanted[place.replica]):
                 known = ends[replica]
                 source = destination if destination in known else known[destination % len(known)]
@@ -151,7 +157,7 @@ def part_of_sequence(states: Float[Tensor, "s b w"], part: int, parts: int) -> F
 
 
 def exchange(
-    bridge: Bridge,
+    bridge: BridgeGroup,
     plan: Sequence[Transfer],
     states: dict[int, Float[Tensor, "s w"]],
     like: Float[Tensor, "l w"],

@@ -14,9 +14,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_ext.distillation import intermediate_layers
-from megatron_ext.distillation.intermediate_layers import EMBEDDING, FINAL, TEACHER, LayerOutput, Part
+from megatron_ext.distillation.intermediate_layers import EMBEDDING, FINAL, TEACHER, LayerOutput, MessagePart
 from megatron_ext.distillation.model import named
-from megatron_ext.distillation.teachers.exchange import Grid, Place, shares
+from megatron_ext.distillation.teachers.exchange import ParallelSizes, RankCoordinates, split_batch
 from megatron_ext.distillation.teachers.teacher import Teacher
 from megatron_ext.lm_head.hidden_states import hidden_states
 from megatron_ext.models.architecture import Architecture
@@ -24,7 +24,7 @@ from megatron_ext.models.builder import PatternModelBuilder, model_config, with_
 from megatron_ext.models.hooks import HiddenStateRecorder, pattern_of
 
 
-class Runner:
+class TeacherForward:
     """This rank's part of a teacher on a layout of its own.
 
     Args:
@@ -36,9 +36,14 @@ class Runner:
     """
 
     def __init__(
-        self, teacher: Teacher, grid: Grid, args: Namespace, points: Sequence[LayerOutput], architecture: Architecture
+        self,
+        teacher: Teacher,
+        grid: ParallelSizes,
+        args: Namespace,
+        points: Sequence[LayerOutput],
+        architecture: Architecture,
     ) -> None:
-        own = teacher.beside(architecture)
+        own = teacher.with_student_vocab(architecture)
         self._type = args.params_dtype
         self._groups = _process_groups(grid)
         self._chunk = _build(own, grid, args, self._groups)
@@ -46,11 +51,11 @@ class Runner:
         self._stage, self._last = self._groups.pp.rank(), grid.pp - 1
         self._points = by_stage(points, [len(stage) for stage in pattern_of(self._chunk).stages])
         self._taps, self._width = HiddenStateRecorder(self._chunk, self._points[self._stage]), own.hidden_size
-        self.place = Place(self._groups.dp.rank(), 0, self._groups.tp.rank(), self._stage)
+        self.place = RankCoordinates(self._groups.dp.rank(), 0, self._groups.tp.rank(), self._stage)
 
     def share(self, samples: int) -> range:
         """The sequences of a global batch that this rank's replica runs."""
-        return shares(samples, self._groups.dp.size())[self.place.replica]
+        return split_batch(samples, self._groups.dp.size())[self.place.replica]
 
     @torch.no_grad()
     def run(self, tokens: Int[Tensor, "n s"], size: int) -> list[Float[Tensor, "s w"]]:
@@ -82,22 +87,22 @@ class Runner:
             work.wait()
         return outputs
 
-    def _parts(self, stage: int) -> list[Part]:
+    def _parts(self, stage: int) -> list[MessagePart]:
         known = [point for points in self._points[: stage + 1] for point in points]
         names = [TEACHER, *(intermediate_layers.state(TEACHER, point) for point in known)]
-        return [Part(name, self._width, False) for name in names]
+        return [MessagePart(name, self._width, False) for name in names]
 
 
 def by_stage(points: Sequence[LayerOutput], sizes: Sequence[int]) -> list[list[LayerOutput]]:
     """The states that come to be on each stage of the teacher; the last ones are not counted."""
 
-    def born(point: LayerOutput) -> int:
+    def stage_of(point: LayerOutput) -> int:
         if point.kind == EMBEDDING:
             return 0
         return next(stage for stage in range(len(sizes)) if point.layer < sum(sizes[: stage + 1]))
 
     wanted = [point for point in points if point.kind != FINAL]
-    return [[point for point in wanted if born(point) == stage] for stage in range(len(sizes))]
+    return [[point for point in wanted if stage_of(point) == stage] for stage in range(len(sizes))]
 
 
 def empty(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -105,7 +110,7 @@ def empty(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device=torch.cuda.current_device())
 
 
-def _process_groups(grid: Grid) -> ProcessGroupCollection:
+def _process_groups(grid: ParallelSizes) -> ProcessGroupCollection:
     replicas = dist.get_world_size() // (grid.tp * grid.pp)
     ranks = HyperCommGrid([grid.tp, 1, replicas, grid.pp], ["tp", "cp", "dp", "pp"])
     names: dict[str, str | list[str]] = {
@@ -116,7 +121,7 @@ def _process_groups(grid: Grid) -> ProcessGroupCollection:
     return ProcessGroupCollection(**groups, embd=None, pos_embd=None)
 
 
-def _build(own: Architecture, grid: Grid, args: Namespace, groups: Any) -> HybridModel:
+def _build(own: Architecture, grid: ParallelSizes, args: Namespace, groups: Any) -> HybridModel:
     layout = Namespace(**vars(args))
     layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size = grid
     layout.tensor_parallel_num_weight_shards = grid.tp

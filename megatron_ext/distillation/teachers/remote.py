@@ -16,21 +16,28 @@ from jaxtyping import Float, Int
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor
 
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.distillation import intermediate_layers
 from megatron_ext.distillation.intermediate_layers import FINAL, TEACHER, LayerOutput
 from megatron_ext.distillation.model import StepLosses
-from megatron_ext.distillation.teachers.exchange import Bridge, Grid, Place, exchange, requests, transfers
-from megatron_ext.distillation.teachers.forward import Runner, by_stage, empty
+from megatron_ext.distillation.teachers.exchange import (
+    BridgeGroup,
+    ParallelSizes,
+    RankCoordinates,
+    exchange,
+    state_transfers,
+    token_transfers,
+)
+from megatron_ext.distillation.teachers.forward import TeacherForward, by_stage, empty
 from megatron_ext.distillation.teachers.teacher import Teacher
-from megatron_ext.lm_head.losses import Head
+from megatron_ext.lm_head.losses import LMHead
 from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
 
 STOP, RUN = 0, 1
 
 
-class Elsewhere:
+class RemoteForward:
     """The student's rank of a student whose teacher has another layout, on its ranks or on others.
 
     Args:
@@ -46,22 +53,22 @@ class Elsewhere:
     def __init__(
         self,
         teacher: Teacher,
-        grid: Grid,
+        grid: ParallelSizes,
         args: Namespace,
         points: Sequence[LayerOutput],
         architecture: Architecture,
         groups: Any,
-        bridge: Bridge | None,
+        bridge: BridgeGroup | None,
     ) -> None:
         self._args, self._groups, self._apart = args, groups, bridge is not None
-        self._runner = None if bridge else Runner(teacher, grid, args, points, architecture)
-        self._bridge = bridge or Bridge(None, dist.get_rank(), dist.get_world_size())
-        own = teacher.beside(architecture)
+        self._runner = None if bridge else TeacherForward(teacher, grid, args, points, architecture)
+        self._bridge = bridge or BridgeGroup(None, dist.get_rank(), dist.get_world_size())
+        own = teacher.with_student_vocab(architecture)
         self.width = own.hidden_size
         stages = by_stage(points, [len(stage) for stage in own.layers.split(grid.pp).stages])
         self.order = [point for stage in stages for point in stage]
         """The states beside the last ones, as they come side by side."""
-        here = Place(groups.dp.rank(), groups.cp.rank(), groups.tp.rank(), groups.pp.rank())
+        here = RankCoordinates(groups.dp.rank(), groups.cp.rank(), groups.tp.rank(), groups.pp.rank())
         self._reads = here[1:] == (0, 0, 0)
         self._places = self._bridge.places(here, self._runner.place if self._runner else None)
         self.rows: Tensor | None = None
@@ -109,7 +116,7 @@ class Sizes(NamedTuple):
     micro_batch: int
 
 
-def serve(bridge: Bridge, runner: Runner, length: int, like: Float[Tensor, "l w"], parts: int) -> None:
+def serve(bridge: BridgeGroup, runner: TeacherForward, length: int, like: Float[Tensor, "l w"], parts: int) -> None:
     """What a rank of a teacher on ranks of its own does until the student ends.
 
     Args:
@@ -128,15 +135,15 @@ def serve(bridge: Bridge, runner: Runner, length: int, like: Float[Tensor, "l w"
         step(bridge, places, runner, None, sizes, like, parts)
 
 
-def call(bridge: Bridge, *own: int) -> list[int]:
+def call(bridge: BridgeGroup, *own: int) -> list[int]:
     """What the student's first rank says: run, micro-batches and sequences of each, or stop."""
     return bridge.gather(torch.tensor(own, device=torch.cuda.current_device()))[0].tolist()
 
 
 def step(
-    bridge: Bridge,
-    places: tuple[list[Place | None], list[Place | None]],
-    runner: Runner | None,
+    bridge: BridgeGroup,
+    places: tuple[list[RankCoordinates | None], list[RankCoordinates | None]],
+    runner: TeacherForward | None,
     tokens: Int[Tensor, "n s"] | None,
     sizes: Sizes,
     like: Float[Tensor, "l w"],
@@ -166,7 +173,7 @@ def step(
         first = places[0][bridge.rank].replica * sizes.per_replica  # type: ignore[union-attr] - it reads the data
         own = {first + i: row.to(device, torch.int32).unsqueeze(-1) for i, row in enumerate(tokens)}
     row = torch.empty(sizes.length, 1, dtype=torch.int32, device=device)
-    arrived = exchange(bridge, requests(*places, samples), own, row, parts=1)
+    arrived = exchange(bridge, token_transfers(*places, samples), own, row, parts=1)
     known: dict[int, Tensor] = {}
     if runner is not None:
         run = runner.share(samples)
@@ -175,13 +182,13 @@ def step(
         inputs = torch.stack(wanted) if wanted else torch.zeros((), dtype=torch.long, device=device)
         outputs = runner.run(inputs.expand(len(run), sizes.length), sizes.micro_batch) if run else []
         known = dict(zip(run, outputs, strict=False))
-    return exchange(bridge, transfers(*places, samples), known, like, parts)
+    return exchange(bridge, state_transfers(*places, samples), known, like, parts)
 
 
-class TeacherElsewhere:
-    """What the student's stages see of it (see `model.TeacherSide`)."""
+class RemoteTeacher:
+    """What the student's stages see of it (see `model.TeacherStage`)."""
 
-    def __init__(self, teacher: Elsewhere, student: HybridModel) -> None:
+    def __init__(self, teacher: RemoteForward, student: HybridModel) -> None:
         self._teacher, self._student = teacher, student
 
     def run(self, arrived: dict[str, Tensor], inputs: tuple[Any, ...]) -> dict[str, Tensor]:
@@ -198,10 +205,10 @@ class TeacherElsewhere:
             **{intermediate_layers.state(TEACHER, point): value for point, value in found.items()},
         }
 
-    def target(self, found: dict[str, Tensor], sample_id: Tensor, labels: Tensor, k: int) -> Head:
+    def target(self, found: dict[str, Tensor], sample_id: Tensor, labels: Tensor, k: int) -> LMHead:
         """What its logits are made of."""
         assert self._teacher.rows is not None
-        return Head(found[TEACHER], self._teacher.rows)
+        return LMHead(found[TEACHER], self._teacher.rows)
 
     def loss(self, found: dict[str, Tensor], labels: Tensor, mask: Tensor) -> StepLosses | None:
         """None: it is not trained."""
@@ -211,7 +218,7 @@ class TeacherElsewhere:
 def _output_rows(teacher: Teacher, own: Architecture, groups: Any) -> Float[Tensor, "v h"]:
     """The teacher's output rows of this rank's part of the student's vocabulary; padding that it lacks is zero."""
     key = axes.OUTPUT_LAYER if own.untie_embeddings_and_output_weights else axes.EMBEDDING
-    whole = Reader(teacher.step).read(key)
+    whole = CheckpointReader(teacher.step).read(key)
     columns = own.vocab_size // groups.tp.size()
     rows = whole[groups.tp.rank() * columns : (groups.tp.rank() + 1) * columns]
     return torch.nn.functional.pad(rows, (0, 0, 0, columns - len(rows))).to(torch.cuda.current_device())

@@ -97,7 +97,7 @@ class Teacher:
                 "sequences (docs/long_context.md)",
             )
 
-    def beside(self, student: Architecture) -> Architecture:
+    def with_student_vocab(self, student: Architecture) -> Architecture:
         """This teacher, its vocabulary padded as the student's is, so that the ranks' parts of both line up."""
         return replace(self.architecture, vocab_size=student.vocab_size)
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 from megatron_ext.errors import ConfigError, nearest
 from megatron_ext.evaluation.synthetic import SUITES
 from megatron_ext.evaluation.synthetic.suite import Suite
-from megatron_ext.inference.passage import Passage, Score
+from megatron_ext.inference.passage import Loglikelihood, LoglikelihoodRequest
 from megatron_ext.reports.figures import GREY, STYLE, save
 
 SHORTEST, LONGEST = 256, 131_072
@@ -66,13 +66,13 @@ def _fits(suite: Suite, length: int, tokenizer: Any) -> bool:
     return True
 
 
-def passages(suite: Suite, tokenizer: Any, length: int, seed: int, count: int) -> list[Passage]:
+def passages(suite: Suite, tokenizer: Any, length: int, seed: int, count: int) -> list[LoglikelihoodRequest]:
     """Questions with their answers, of which the answers are scored."""
     asked = islice(suite.samples(tokenizer, length, seed), count)
-    return [Passage([*sample.prompt, *sample.answer], len(sample.prompt)) for sample in asked]
+    return [LoglikelihoodRequest([*sample.prompt, *sample.answer], len(sample.prompt)) for sample in asked]
 
 
-def accuracy(scores: Sequence[Score]) -> dict[str, float]:
+def accuracy(scores: Sequence[Loglikelihood]) -> dict[str, float]:
     """What share of the answers greedy decoding would give as a whole, and what share of their tokens.
 
     One forward pass says so: each token of a right answer is the most probable one after the right ones before it.

@@ -16,7 +16,7 @@ from megatron_ext.checkpoint.blocks import TensorEntry
 from megatron_ext.checkpoint.checksums import Checksums, verify_step
 from megatron_ext.checkpoint.huggingface import hf_assets
 from megatron_ext.checkpoint.huggingface.shards import Shards, writing_shards
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models import axes
@@ -48,7 +48,7 @@ def flip(file: Path, place: int) -> None:
 
 
 def read_all(step: Path) -> dict[str, Tensor]:
-    reader = Reader(step)
+    reader = CheckpointReader(step)
     return {key: reader.read(key) for key in reader.shapes}
 
 
@@ -57,7 +57,7 @@ def load(step: Path) -> None:
     verify_step(layout.find(step).path)
 
 
-def copy_all(reader: Reader, destination: Path) -> None:
+def copy_all(reader: CheckpointReader, destination: Path) -> None:
     with writing(destination, ARCH) as writer:
         for key in reader.shapes:
             writer.copy(key, reader.entries[key], reader.chunks(key))
@@ -94,7 +94,7 @@ def test_what_is_read_is_compared(step: Path, tmp_path: Path) -> None:
     key = max(whole, key=lambda name: whole[name].numel())
     (place,) = (info.offset + info.length // 2 for index, info in storage.items() if index.fqn == key)
     flip(step / "__0_0.distcp", place)
-    reader = Reader(step)
+    reader = CheckpointReader(step)
     with pytest.raises(CheckpointError, match=f"__0_0.distcp {DAMAGED}"):
         reader.read(key)
     with pytest.raises(CheckpointError, match=DAMAGED):

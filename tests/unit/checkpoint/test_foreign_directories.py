@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from megatron_ext import cli
 from megatron_ext.checkpoint.huggingface import families, hf_assets
 from megatron_ext.checkpoint.huggingface.convert import to_hf, to_megatron
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.errors import CheckpointError, UntrustedError
 from megatron_ext.models.architecture import Architecture
@@ -57,7 +57,7 @@ def held(directory: Path) -> dict[str, torch.Tensor]:
 def norm(tmp_path: Path, source: Path) -> torch.Tensor:
     """The last norm of a converted directory."""
     to_megatron(source, tmp_path / "out")
-    return Reader(tmp_path / "out").read("decoder.final_norm.weight")
+    return CheckpointReader(tmp_path / "out").read("decoder.final_norm.weight")
 
 
 def reindex(hf: Path, name: str) -> None:

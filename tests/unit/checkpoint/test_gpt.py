@@ -10,8 +10,8 @@ import torch
 
 from megatron_ext.checkpoint import gpt, layout
 from megatron_ext.checkpoint.blocks import DiskFile
-from megatron_ext.checkpoint.reader import Reader
-from megatron_ext.checkpoint.writer import PATTERN, Writer, writing
+from megatron_ext.checkpoint.reader import CheckpointReader
+from megatron_ext.checkpoint.writer import PATTERN, CheckpointWriter, writing
 from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
@@ -76,25 +76,25 @@ def test_what_no_gpt_model_is(tmp_path: Path, changes: dict[str, object], messag
 
 def test_one_layer_is_read_of_a_stack(tmp_path: Path) -> None:
     with DiskFile(tmp_path / "__0_0.distcp") as file:
-        writer = Writer(tmp_path, file)
+        writer = CheckpointWriter(tmp_path, file)
         layers = torch.arange(24.0).view(3, 4, 2)
         for layer in (2, 0, 1):
             writer.write("w", layers[layer], (layer, 3))
         with pytest.raises(CheckpointError, match="written twice"):
             writer.write("w", layers[0], (0, 3))
         writer.finish({})
-    reader = Reader(tmp_path)
+    reader = CheckpointReader(tmp_path)
     assert torch.equal(reader.read("w"), layers)
     assert all(torch.equal(reader.read("w", layer=layer), layers[layer]) for layer in range(3))
 
 
 def test_a_layer_that_is_missing_is_named(tmp_path: Path) -> None:
     with DiskFile(tmp_path / "__0_0.distcp") as file:
-        writer = Writer(tmp_path, file)
+        writer = CheckpointWriter(tmp_path, file)
         writer.write("w", torch.ones(4), (0, 2))
         writer.finish({})
     with pytest.raises(CheckpointError, match="'w' is not whole"):
-        Reader(tmp_path).read("w", layer=1)
+        CheckpointReader(tmp_path).read("w", layer=1)
 
 
 def test_arguments_of_older_versions_mean_what_they_meant(tmp_path: Path) -> None:

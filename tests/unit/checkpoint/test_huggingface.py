@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from megatron_ext.checkpoint import checksums, layout
 from megatron_ext.checkpoint.huggingface import convert, families
 from megatron_ext.checkpoint.huggingface.convert import to_hf, to_megatron
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.cli import main
 from megatron_ext.errors import CheckpointError, ConfigError
@@ -90,7 +90,7 @@ def test_there_and_back_with_files_types_and_padding(hf: Path, tmp_path: Path) -
     arch = to_megatron(hf, tmp_path / "m", vocab_multiple=64)
     assert arch == replace(ARCH, vocab_size=64)
     assert layout.architecture(tmp_path / "m" / "release") == arch
-    embedding = Reader(tmp_path / "m").read("embedding.word_embeddings.weight")
+    embedding = CheckpointReader(tmp_path / "m").read("embedding.word_embeddings.weight")
     assert embedding.dtype == torch.bfloat16
     assert embedding[40:].count_nonzero() == 0
     to_hf(tmp_path / "m", tmp_path / "back", shard_bytes=6000)
@@ -325,7 +325,7 @@ def test_mamba_ssms_own_layout(tmp_path: Path) -> None:
     to_hf(checkpoint(tmp_path / "m", tied), tmp_path / "hf")
     state_spaces(tmp_path / "ss", tmp_path / "hf")
     to_megatron(tmp_path / "ss", tmp_path / "from-ss")
-    left, right = Reader(tmp_path / "m"), Reader(tmp_path / "from-ss")
+    left, right = CheckpointReader(tmp_path / "m"), CheckpointReader(tmp_path / "from-ss")
     assert left.shapes == right.shapes
     assert all(torch.equal(left.read(key), right.read(key)) for key in left.shapes)
     to_hf(tmp_path / "from-ss", tmp_path / "back")

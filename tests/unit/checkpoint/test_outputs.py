@@ -96,7 +96,11 @@ def test_leftovers_in_a_run_go_when_no_process_of_the_job_can_be_writing_them(tm
     for file in (old, young, mine):
         file.write_text("x")
     os.utime(old, (time.time() - 3600,) * 2)
-    hold_run(tmp_path)
+    own = tmp_path / f".one.safetensors.abcd1234{outputs.PARTIAL}", tmp_path / f".abcd1234{outputs.PARTIAL}"
+    for file in own:
+        file.write_text("x")
+    hold_run(tmp_path, ["*.safetensors"])
+    assert not any(file.exists() for file in own)
     assert [path.name for path in contents(tmp_path)] == [".notes"]
     assert not old.exists()
     assert young.exists()

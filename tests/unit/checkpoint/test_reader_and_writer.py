@@ -11,8 +11,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from megatron_ext.checkpoint import checksums, layout
 from megatron_ext.checkpoint.blocks import DiskFile
-from megatron_ext.checkpoint.reader import Reader
-from megatron_ext.checkpoint.writer import Writer, writing
+from megatron_ext.checkpoint.reader import CheckpointReader
+from megatron_ext.checkpoint.writer import CheckpointWriter, writing
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models import axes
 from megatron_ext.models.presets import PRESETS
@@ -34,7 +34,7 @@ def save(path, tensors, args=None):
 
 def test_what_is_written_is_read_bit_for_bit(tmp_path):
     save(tmp_path / "out", weights(), Namespace(lr=1e-3, iteration=7, consumed_train_samples=9, hidden_size=99))
-    reader = Reader(tmp_path / "out")
+    reader = CheckpointReader(tmp_path / "out")
     for key, tensor in weights().items():
         assert reader.read(key).dtype == tensor.dtype
         assert torch.equal(reader.read(key), tensor)
@@ -55,7 +55,7 @@ def test_torchs_own_loader_reads_it(tmp_path):
 def test_a_view_does_not_drag_its_storage_along(tmp_path):
     big = torch.zeros(1000, 1000)
     with DiskFile(tmp_path / "data") as file:
-        Writer(tmp_path, file).write("x", big[:2, :2])
+        CheckpointWriter(tmp_path, file).write("x", big[:2, :2])
     assert (tmp_path / "data").stat().st_size < 5000
 
 
@@ -65,7 +65,7 @@ def test_a_view_does_not_drag_its_storage_along(tmp_path):
 def test_chunks_of_any_grid_make_the_whole(tmp_path, parts):
     whole = torch.arange(24.0).view(6, 4)
     write_chunks(tmp_path, whole, parts)
-    assert torch.equal(Reader(tmp_path).read("w"), whole)
+    assert torch.equal(CheckpointReader(tmp_path).read("w"), whole)
 
 
 def test_a_copied_tensor_keeps_its_parts(tmp_path):
@@ -74,21 +74,21 @@ def test_a_copied_tensor_keeps_its_parts(tmp_path):
     (tmp_path / "new").mkdir()
     write_chunks(tmp_path / "old", whole, parts)
     with DiskFile(tmp_path / "new" / "__0_0.distcp") as file:
-        writer = Writer(tmp_path / "new", file)
-        reader = Reader(tmp_path / "old")
+        writer = CheckpointWriter(tmp_path / "new", file)
+        reader = CheckpointReader(tmp_path / "old")
         writer.copy("v", reader.entries["w"], reader.chunks("w"))
         writer.finish({})
     _, storage = writer.part()
     assert {tuple(index.offset or ()) for index in storage if index.fqn == "v"} == {(0, 0), (0, 1)}
-    assert torch.equal(Reader(tmp_path / "new").read("v"), whole)
+    assert torch.equal(CheckpointReader(tmp_path / "new").read("v"), whole)
 
 
 def test_a_missing_chunk_is_an_error(tmp_path):
     write_chunks(tmp_path, torch.arange(24.0).view(6, 4), [(0, 0, 3, 4)])
     with pytest.raises(CheckpointError, match="'w' is not whole"):
-        Reader(tmp_path).read("w")
+        CheckpointReader(tmp_path).read("w")
     with pytest.raises(CheckpointError, match="no tensor 'v'"):
-        Reader(tmp_path).read("v")
+        CheckpointReader(tmp_path).read("v")
 
 
 def test_damaged_bytes_are_an_error(tmp_path):
@@ -97,13 +97,13 @@ def test_damaged_bytes_are_an_error(tmp_path):
     (tmp_path / "__0_0.distcp").write_bytes(b"\0" * size)
     (tmp_path / checksums.FILE).unlink()
     with pytest.raises(CheckpointError, match="'w' cannot be read"):
-        Reader(tmp_path).read("w")
+        CheckpointReader(tmp_path).read("w")
 
 
 def write_chunks(path, whole, parts):
     """A step with one tensor in several chunks, as several ranks save it."""
     with DiskFile(path / "__0_0.distcp") as file:
-        writer = Writer(path, file)
+        writer = CheckpointWriter(path, file)
         writer.write("w", whole)
         (entry, storage) = writer._metadata["w"], writer._storage
         entry.chunks, position = [], file.tell()

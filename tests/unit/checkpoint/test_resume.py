@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.resume import (
     architecture_on_disk,
     check_experts,
@@ -74,7 +74,7 @@ def test_a_damaged_last_step_falls_back_to_the_one_before(run, caplog):
     assert (run / layout.TRACKER).read_text() == "4", "Megatron is told the step: the file is left alone"
 
 
-@pytest.mark.parametrize("read", [architecture_on_disk, layout.find, Reader])
+@pytest.mark.parametrize("read", [architecture_on_disk, layout.find, CheckpointReader])
 def test_whoever_takes_another_step_than_the_tracker_names_says_so_once(run, read, caplog, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     os.truncate(run / "iter_0000004" / "__0_0.distcp", 100)

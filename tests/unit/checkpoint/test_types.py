@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_ext.checkpoint.huggingface.convert import to_hf, to_megatron
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.architecture import Architecture
@@ -43,7 +43,7 @@ def test_every_type_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype, p
     source = save(tmp_path / "m", dtype, arch)
     to_hf(source, tmp_path / "hf", shard_bytes=4000)
     to_megatron(tmp_path / "hf", tmp_path / "back")
-    old, new = Reader(source), Reader(tmp_path / "back")
+    old, new = CheckpointReader(source), CheckpointReader(tmp_path / "back")
     for key in old.shapes:
         left, right = old.read(key), new.read(key)
         assert left.dtype == right.dtype
@@ -58,7 +58,7 @@ def test_parts_of_one_tensor_take_the_type_that_holds_them_all(tmp_path: Path) -
     projection = load_file(tmp_path / "hf" / "model.safetensors")["backbone.layers.0.mixer.in_proj.weight"]
     assert projection.dtype == torch.float32
     assert bool((projection[-ARCH.mamba_num_heads :] == fine).all())
-    first = Reader(source).read("decoder.layers.0.mixer.in_proj.weight.z")
+    first = CheckpointReader(source).read("decoder.layers.0.mixer.in_proj.weight.z")
     assert torch.equal(projection[: len(first)], first.float())
 
 

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, MetadataIndex, StorageMeta
 
 from megatron_ext.checkpoint import checksums, layout
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.errors import CheckpointError, MegatronExtError, UntrustedError
 from megatron_ext.models import axes
@@ -205,7 +205,7 @@ def test_a_tensor_runs_nothing(step: Path, tmp_path: Path) -> None:
     (step / ".metadata").write_bytes(pickle.dumps(place))
     checksums.forget(step)  # as whoever means harm would
     with pytest.raises(UntrustedError, match=r"asks for posix\.mkdir"):
-        Reader(step).read(axes.EMBEDDING)
+        CheckpointReader(step).read(axes.EMBEDDING)
     assert not (tmp_path / "hit").exists()
 
 
@@ -233,7 +233,7 @@ def test_an_index_names_no_file_elsewhere(step: Path, tmp_path: Path, name: str)
         place.storage_data[key] = _StorageInfo(name, info.offset, info.length)
     (step / ".metadata").write_bytes(pickle.dumps(place))
     with pytest.raises(UntrustedError, match=r"outside|no name of a file"):
-        Reader(step)
+        CheckpointReader(step)
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "metadata.json"])
@@ -241,12 +241,12 @@ def test_a_link_is_not_followed_out_of_a_checkpoint(step: Path, tmp_path: Path, 
     (step / name).rename(tmp_path / "elsewhere")
     (step / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UntrustedError, match="leads out of the directory"):
-        Reader(step)
+        CheckpointReader(step)
 
 
 def test_a_checkpoint_itself_may_be_a_link(step: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(step.parent)
-    assert Reader(tmp_path / "link").shapes == Reader(step).shapes
+    assert CheckpointReader(tmp_path / "link").shapes == CheckpointReader(step).shapes
 
 
 WRONG = {

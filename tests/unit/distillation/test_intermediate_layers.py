@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 
 from megatron_ext.distillation.intermediate_layers import (
     LayerOutput,
-    Pair,
-    Part,
-    Route,
-    from_pieces,
+    LayerPair,
+    MessagePart,
+    PipelineRouting,
+    join_bf16,
     pack,
     parse,
-    to_pieces,
+    split_bf16,
     unpack,
 )
 from megatron_ext.errors import ConfigError
@@ -69,9 +69,9 @@ def test_each_pair_meets_once_and_both_states_are_there(sizes: list[tuple[int, i
         numbered = st.builds(LayerOutput, st.sampled_from(["after", "norm"]), st.integers(0, layers - 1))
         return st.one_of(numbered, st.sampled_from([LayerOutput("embedding"), LayerOutput("final")]))
 
-    pairs = data.draw(st.lists(st.builds(Pair, point(sum(student)), point(sum(teacher))), unique=True, max_size=6))
+    pairs = data.draw(st.lists(st.builds(LayerPair, point(sum(student)), point(sum(teacher))), unique=True, max_size=6))
     on_last = data.draw(st.booleans())
-    route = Route(tuple(pairs), (8, 16), student, None if on_last else teacher)
+    route = PipelineRouting(tuple(pairs), (8, 16), student, None if on_last else teacher)
     known: set[str] = set()
     met: list[int] = []
     for stage in range(route.stages):
@@ -90,7 +90,7 @@ def test_each_pair_meets_once_and_both_states_are_there(sizes: list[tuple[int, i
 
 
 def test_parts_travel_side_by_side_and_only_trained_ones_have_gradients() -> None:
-    parts = [Part("student", 3, True), Part("teacher", 2, False)]
+    parts = [MessagePart("student", 3, True), MessagePart("teacher", 2, False)]
     tensors = {part.name: torch.randn(4, 2, part.width, requires_grad=True) for part in parts}
     arrived = unpack(parts, pack(parts, tensors))
     for name, value in tensors.items():
@@ -106,7 +106,7 @@ def test_a_loss_travels_in_any_type_without_loss_of_digits(dtype: torch.dtype) -
     """Both ways: forward the value, backward its gradient."""
     generator = torch.Generator().manual_seed(3)
     value = torch.rand(5, 2, generator=generator).requires_grad_()
-    arrived = from_pieces(to_pieces(value, dtype))
+    arrived = join_bf16(split_bf16(value, dtype))
     assert torch.equal(arrived, value)
     gradient = torch.rand(5, 2, generator=generator)
     arrived.backward(gradient)

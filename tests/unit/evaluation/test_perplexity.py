@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.evaluation.perplexity import Perplexity, Window, documents
-from megatron_ext.inference.passage import Passage, Score
+from megatron_ext.inference.passage import Loglikelihood, LoglikelihoodRequest
 
 
 class Bytes:
@@ -52,11 +52,11 @@ def test_files_are_told_apart_and_counted_in_bytes(tmp_path: Path) -> None:
     task = Perplexity([first, second, first], Bytes(), Window(3, 2))
     asked: list[int] = []
 
-    def score(passages: Sequence[Passage]) -> list[Score]:
+    def score(passages: Sequence[LoglikelihoodRequest]) -> list[Loglikelihood]:
         asked.append(len(passages))
         assert passages[0].tokens[0] == 256  # each text begins after the end of another
         counts = [len(p.tokens) - p.first for p in passages]
-        return [Score(torch.full((n,), -2 * math.log(2.0)), torch.ones(n) > 0) for n in counts]
+        return [Loglikelihood(torch.full((n,), -2 * math.log(2.0)), torch.ones(n) > 0) for n in counts]
 
     (result,) = task.results(score, at_once=1000)
     half, again = task.results(score, at_once=1)  # a file at a time

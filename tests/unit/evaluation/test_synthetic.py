@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation.questions import Sample, load_task
 from megatron_ext.evaluation.synthetic import SUITES, Suite, curves
-from megatron_ext.inference.passage import Score
+from megatron_ext.inference.passage import Loglikelihood
 
 
 def byte_pairs() -> PreTrainedTokenizerFast:
@@ -180,7 +180,7 @@ def test_special_tokens_are_not_drawn() -> None:
 
 def test_accuracy_counts_answers_and_tokens() -> None:
     flags = ([True, True], [True, False], [False, False, False, True])
-    scores = [Score(torch.zeros(len(own)), torch.tensor(own)) for own in flags]
+    scores = [Loglikelihood(torch.zeros(len(own)), torch.tensor(own)) for own in flags]
     assert curves.accuracy(scores) == {"accuracy": 1 / 3, "token_accuracy": 4 / 8, "samples": 3}
 
 

@@ -34,7 +34,7 @@ def test_what_there_is_at_a_signal_is_kept_under_another_name(
     for name, value in (("tokenizer_of", tokenizer), ("stop_tokens", frozenset()), ("words_of", 128)):
         monkeypatch.setattr(job, name, lambda *_, value=value: value)
     monkeypatch.setattr(job.layout, "find", lambda path: None)
-    monkeypatch.setattr(job.session, "opened", opened)
+    monkeypatch.setattr(job.session, "open_checkpoint", opened)
     monkeypatch.setattr(job.session, "prepare", lambda *_: SimpleNamespace(architecture=architecture))
     output = tmp_path / "out.jsonl"
     flags = ["--prompt", "ab", "--prompt", "c", "--max-new-tokens", "3", "--output", str(output)]

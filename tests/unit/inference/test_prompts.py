@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_ext.errors import DataError
-from megatron_ext.inference.prompts import Writer, document_start, read_prompts
+from megatron_ext.inference.prompts import TextCodec, document_start, read_prompts
 
 
 def characters(**special: str) -> PreTrainedTokenizerFast:
@@ -56,7 +56,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_the_first_stop_string_ends_the_text() -> None:
-    writer = Writer(characters(), frozenset(), stops=["x", "ab"])
+    writer = TextCodec(characters(), frozenset(), stops=["x", "ab"])
     prompt, new = writer.encode("12ab"), writer.tokenizer("12abx")["input_ids"]
     request = writer.request(prompt, max_new_tokens=9)
     assert [request.ended(new[:count]) for count in range(6)] == [False] * 4 + [True, True]
@@ -75,7 +75,7 @@ def test_the_first_stop_string_ends_the_text() -> None:
     ],
 )
 def test_a_stop_string_may_be_a_special_token_or_have_one_in_it(new: str, stop: str, ends: int, text: str) -> None:
-    writer = Writer(characters(additional_special_tokens=["<turn>"]), frozenset(), stops=[stop])
+    writer = TextCodec(characters(additional_special_tokens=["<turn>"]), frozenset(), stops=[stop])
     prompt, tokens = writer.encode("<turn>"), writer.tokenizer(new)["input_ids"]
     request = writer.request(prompt, max_new_tokens=20)
     assert next(count for count in range(len(tokens) + 1) if request.ended(tokens[:count])) == ends
@@ -101,7 +101,7 @@ def test_prompt_and_continuation_together_are_the_text_that_the_tokens_are(start
     new = tokenizer.convert_tokens_to_ids(["▁the", "▁and", "<0xE2>", "<0x82>", "<0xAC>", "</s>", "a", "▁the"])
     for count in range(len(new) + 1):
         whole = tokenizer.decode([*prompt, *new[:count]], skip_special_tokens=True)
-        text = tokenizer.decode(prompt, skip_special_tokens=True) + Writer(tokenizer, frozenset()).text(
+        text = tokenizer.decode(prompt, skip_special_tokens=True) + TextCodec(tokenizer, frozenset()).text(
             prompt, new[:count]
         )
         assert text == whole
@@ -111,13 +111,13 @@ def test_prompt_and_continuation_together_are_the_text_that_the_tokens_are(start
         ("</s>", 6, " the and€"),
         ("a the", 8, " the and€"),
     ):
-        writer = Writer(tokenizer, frozenset(), stops=[stop])
+        writer = TextCodec(tokenizer, frozenset(), stops=[stop])
         request = writer.request(prompt, max_new_tokens=20)
         assert next(count for count in range(len(new) + 1) if request.ended(new[:count])) == ends
         assert writer.text(prompt, new) == before
     # Late in a long text as well.
     later = [*tokenizer.convert_tokens_to_ids(["b", "▁a"]) * 40, *new]
-    request = Writer(tokenizer, frozenset(), stops=[" and"]).request(prompt, max_new_tokens=900)
+    request = TextCodec(tokenizer, frozenset(), stops=[" and"]).request(prompt, max_new_tokens=900)
     assert next(count for count in range(len(later) + 1) if request.ended(later[:count])) == 82
 
 

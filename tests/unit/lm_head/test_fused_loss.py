@@ -8,9 +8,9 @@ from torch import Tensor
 from unit.lm_head.test_losses import HIDDEN, data, heads
 
 from megatron_ext.lm_head import fused_loss
-from megatron_ext.lm_head.losses import Head, distillation_losses
+from megatron_ext.lm_head.losses import LMHead, distillation_losses
 from megatron_ext.lm_head.objective import Objective
-from megatron_ext.lm_head.vocab_parallel import Vocabulary
+from megatron_ext.lm_head.vocab_parallel import VocabParallel
 
 
 class Bucket(torch.nn.Parameter):
@@ -36,9 +36,9 @@ def test_the_gradient_is_added_to_megatrons(
     seen: list[Tensor | None] = []
     accumulation = weight.expand_as(weight).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
     accumulation.register_hook(lambda *_: seen.append(weight.grad))
-    own = Head(student[0].detach().to(dtype).requires_grad_(), weight)
-    other = Head(*(x.to(dtype) for x in teacher))
-    got = distillation_losses(own, other, labels, mask.float(), Objective(ce_weight=0.5), Vocabulary(50, 50))
+    own = LMHead(student[0].detach().to(dtype).requires_grad_(), weight)
+    other = LMHead(*(x.to(dtype) for x in teacher))
+    got = distillation_losses(own, other, labels, mask.float(), Objective(ce_weight=0.5), VocabParallel(50, 50))
     used = torch.nn.functional.embedding(labels, weight).float().sum() if tied else 0.0
     (0.25 * got.total + used).backward()
     assert weight.grad_added_to_main_grad
@@ -62,11 +62,11 @@ def test_nothing_of_the_weights_size_is_held() -> None:
     with PeakMeter() as meter:
         weight = Bucket(torch.zeros(words, hidden, dtype=torch.bfloat16))
         weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(words, hidden), False
-        own = Head(torch.randn(8, 2, hidden).bfloat16().requires_grad_(), weight)
-        other = Head(torch.randn(8, 2, hidden).bfloat16(), torch.zeros_like(weight.detach()))
+        own = LMHead(torch.randn(8, 2, hidden).bfloat16().requires_grad_(), weight)
+        other = LMHead(torch.randn(8, 2, hidden).bfloat16(), torch.zeros_like(weight.detach()))
         labels, mask = torch.zeros(8, 2, dtype=torch.long), torch.ones(8, 2)
         before = meter.peak = meter.alive
-        losses = distillation_losses(own, other, labels, mask, Objective(ce_weight=1.0), Vocabulary(words, words))
+        losses = distillation_losses(own, other, labels, mask, Objective(ce_weight=1.0), VocabParallel(words, words))
         assert meter.alive - before < 2**20
         losses.total.backward()
     assert weight.main_grad.any()

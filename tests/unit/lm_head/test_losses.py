@@ -13,9 +13,9 @@ from torch import Tensor
 from megatron_ext.errors import ConfigError
 from megatron_ext.lm_head import fused_loss, losses
 from megatron_ext.lm_head.divergences import NAMES, TopK
-from megatron_ext.lm_head.losses import Head, Losses, distillation_losses
+from megatron_ext.lm_head.losses import LMHead, Losses, distillation_losses
 from megatron_ext.lm_head.objective import Objective
-from megatron_ext.lm_head.vocab_parallel import Vocabulary
+from megatron_ext.lm_head.vocab_parallel import VocabParallel
 
 HIDDEN, OTHER = 5, 7
 
@@ -33,10 +33,10 @@ def heads(length: int, columns: int) -> tuple[tuple[Tensor, Tensor], tuple[Tenso
 
 def run(
     student: Any, teacher: Any, labels: Tensor, mask: Tensor, objective: Objective, tokens: int
-) -> tuple[Losses, Head]:
-    own = Head(*(x.detach().float().requires_grad_() for x in student))
-    other = teacher if isinstance(teacher, TopK) else Head(*(x.float() for x in teacher))
-    return distillation_losses(own, other, labels, mask.float(), objective, Vocabulary(len(own.weight), tokens)), own
+) -> tuple[Losses, LMHead]:
+    own = LMHead(*(x.detach().float().requires_grad_() for x in student))
+    other = teacher if isinstance(teacher, TopK) else LMHead(*(x.float() for x in teacher))
+    return distillation_losses(own, other, labels, mask.float(), objective, VocabParallel(len(own.weight), tokens)), own
 
 
 def data(length: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -145,8 +145,8 @@ def test_half_precision_rounds_the_logits_and_nothing_else(name: str, dtype: tor
     labels, mask = data(64, 50)
     objective = Objective(name, ce_weight=0.5, k=5)
     half = [tuple(x.detach().to(dtype) for x in pair) for pair in (student, teacher)]
-    own = Head(*(x.requires_grad_() for x in half[0]))
-    got = distillation_losses(own, Head(*half[1]), labels, mask.float(), objective, Vocabulary(50, 50))
+    own = LMHead(*(x.requires_grad_() for x in half[0]))
+    got = distillation_losses(own, LMHead(*half[1]), labels, mask.float(), objective, VocabParallel(50, 50))
     got.total.backward()
     made = [((h.flatten(0, 1) @ w.T).detach().double().unflatten(0, (64, 2)), torch.eye(50).double()) for h, w in half]
     logits = made[0][0].requires_grad_()

@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from megatron_ext.lm_head import top_k as module
-from megatron_ext.lm_head.losses import Head
-from megatron_ext.lm_head.top_k import likeliest
-from megatron_ext.lm_head.vocab_parallel import Vocabulary
+from megatron_ext.lm_head.losses import LMHead
+from megatron_ext.lm_head.top_k import teacher_top_k
+from megatron_ext.lm_head.vocab_parallel import VocabParallel
 
 S, B, H, COLUMNS, TOKENS = 5, 2, 6, 16, 13
 
 
-def heads() -> Head:
+def heads() -> LMHead:
     generator = torch.Generator().manual_seed(3)
-    return Head(torch.randn(S, B, H, generator=generator), torch.randn(COLUMNS, H, generator=generator))
+    return LMHead(torch.randn(S, B, H, generator=generator), torch.randn(COLUMNS, H, generator=generator))
 
 
 @pytest.mark.parametrize("k", [1, 4, TOKENS])
@@ -23,7 +23,7 @@ def test_agrees_with_float64(monkeypatch: pytest.MonkeyPatch, k: int, chunk: int
     monkeypatch.setattr(module, "CHUNK", {"cpu": 4 * chunk})
     monkeypatch.setattr(module, "SLICE", {"cpu": 2 * COLUMNS})
     teacher = heads()
-    got = likeliest(teacher, Vocabulary(COLUMNS, TOKENS), k, temperature=1.5)
+    got = teacher_top_k(teacher, VocabParallel(COLUMNS, TOKENS), k, temperature=1.5)
     log = (teacher.hidden.flatten(0, 1).double() @ teacher.weight.double().T)[:, :TOKENS].div(1.5).log_softmax(-1)
     log_q, index = log.sort(dim=-1, descending=True)
     assert got.kept.index.equal(index[:, :k])
@@ -36,6 +36,6 @@ def test_agrees_with_float64(monkeypatch: pytest.MonkeyPatch, k: int, chunk: int
 def test_says_which_logits_are_not_finite(value: float) -> None:
     teacher = heads()
     teacher.hidden[3, 1, 0] = value
-    finite = likeliest(teacher, Vocabulary(COLUMNS, TOKENS), 4, 1.0).finite.view(S, B)
+    finite = teacher_top_k(teacher, VocabParallel(COLUMNS, TOKENS), 4, 1.0).finite.view(S, B)
     assert not finite[3, 1]
     assert finite.sum() == S * B - 1

@@ -12,7 +12,7 @@ import torch
 
 from megatron_ext.lm_head import losses
 from megatron_ext.lm_head.divergences import TopK
-from megatron_ext.lm_head.losses import Head
+from megatron_ext.lm_head.losses import LMHead
 from megatron_ext.lm_head.objective import Objective
 
 PROGRAM = Path(__file__).parents[2] / "distillation_kernels.py"
@@ -64,11 +64,11 @@ def test_the_kernels_compile_for_a_gpu(
 def test_they_are_chosen_on_cuda_where_they_can() -> None:
     from megatron_ext.lm_head import triton_kl
 
-    head = Head(torch.empty(1, 1, 1), torch.empty(1, 1))
+    head = LMHead(torch.empty(1, 1, 1), torch.empty(1, 1))
     stored = TopK(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1), torch.zeros(1))
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    for name, expected in (("forward-kl", triton_kl.compare), ("reverse-kl", triton_kl.compare)):
-        assert losses.comparison(cuda, head, Objective(name)) is expected
-        assert losses.comparison(cpu, head, Objective(name)) is losses.compare_in_torch
-    assert losses.comparison(cuda, head, Objective("jsd")) is losses.compare_in_torch
-    assert losses.comparison(cuda, stored, Objective("top-k")) is losses.compare_in_torch
+    for name, expected in (("forward-kl", triton_kl.loss_in_triton), ("reverse-kl", triton_kl.loss_in_triton)):
+        assert losses.choose_kernel(cuda, head, Objective(name)) is expected
+        assert losses.choose_kernel(cpu, head, Objective(name)) is losses.loss_in_torch
+    assert losses.choose_kernel(cuda, head, Objective("jsd")) is losses.loss_in_torch
+    assert losses.choose_kernel(cuda, stored, Objective("top-k")) is losses.loss_in_torch

@@ -5,7 +5,7 @@ import torch
 
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models import axes
-from megatron_ext.models.axes import Kept
+from megatron_ext.models.axes import KeptIndices
 from megatron_ext.models.presets import PRESETS
 
 ARCH = replace(
@@ -60,7 +60,7 @@ def test_biases_exist_where_asked_for():
     assert set(axes.tensors(ARCH)) - set(axes.tensors(biased)) == {"output_layer.weight"}
 
 
-def cut(key: str, tensor: torch.Tensor, kept: Kept) -> torch.Tensor:
+def cut(key: str, tensor: torch.Tensor, kept: KeptIndices) -> torch.Tensor:
     for dimension, index in enumerate(axes.indices(ARCH, key, kept)):
         if index is not None:
             tensor = tensor.index_select(dimension, index)
@@ -76,7 +76,7 @@ def test_gate_and_up_are_cut_alike():
     weight = numbered(key)
     gate, up = weight[:10], weight[10:]
     expected = torch.cat([gate[[1, 4]], up[[1, 4]]])[:, [0, 5]]
-    assert torch.equal(cut(key, weight, Kept(hidden=(0, 5), ffn=(1, 4))), expected)
+    assert torch.equal(cut(key, weight, KeptIndices(hidden=(0, 5), ffn=(1, 4))), expected)
 
 
 def test_qkv_keeps_keys_and_values_of_every_group():
@@ -84,14 +84,14 @@ def test_qkv_keeps_keys_and_values_of_every_group():
     weight = numbered(key)
     heads = weight.view(10, 4, 24)  # q0 q1 q2 k v | q3 q4 q5 k v
     expected = heads[[2, 3, 4, 5, 8, 9]].reshape(-1, 24)
-    assert torch.equal(cut(key, weight, Kept(query_heads=(2, 3))), expected)
+    assert torch.equal(cut(key, weight, KeptIndices(query_heads=(2, 3))), expected)
     key = "decoder.layers.2.self_attention.linear_proj.weight"
     weight = numbered(key)
-    assert torch.equal(cut(key, weight, Kept(query_heads=(2, 3))), weight[:, 8:16])
+    assert torch.equal(cut(key, weight, KeptIndices(query_heads=(2, 3))), weight[:, 8:16])
 
 
 def test_mamba_heads_and_channels():
-    kept = Kept(hidden=(3, 7), mamba_heads=(1, 2), head_channels=(0, 6))
+    kept = KeptIndices(hidden=(3, 7), mamba_heads=(1, 2), head_channels=(0, 6))
     inner = [head * 8 + channel for head in (1, 2) for channel in (0, 6)]
     for key, expected in {
         "in_proj.weight.x": lambda w: w[inner][:, [3, 7]],
@@ -109,7 +109,7 @@ def test_mamba_heads_and_channels():
 
 def test_keeping_everything_cuts_nothing():
     for key in axes.keys(ARCH):
-        assert set(axes.indices(ARCH, key, Kept())) == {None}
+        assert set(axes.indices(ARCH, key, KeptIndices())) == {None}
 
 
 def test_unknown_keys_are_refused():
@@ -130,24 +130,24 @@ def test_parameters_per_rank_add_up():
 def test_whole_groups_take_their_heads_and_states_along():
     qkv = numbered("decoder.layers.2.self_attention.linear_qkv.weight").view(10, 4, 24)  # q0 q1 q2 k v | q3 q4 q5 k v
     key = "decoder.layers.2.self_attention.linear_qkv.weight"
-    assert torch.equal(cut(key, numbered(key), Kept(kv_groups=(1,))), qkv[5:].reshape(-1, 24))
-    one_head = Kept(kv_groups=(1,), query_heads=(4,))
+    assert torch.equal(cut(key, numbered(key), KeptIndices(kv_groups=(1,))), qkv[5:].reshape(-1, 24))
+    one_head = KeptIndices(kv_groups=(1,), query_heads=(4,))
     assert torch.equal(cut(key, numbered(key), one_head), qkv[[6, 8, 9]].reshape(-1, 24))
     key = "decoder.layers.2.self_attention.linear_proj.weight"
-    assert torch.equal(cut(key, numbered(key), Kept(kv_groups=(1,))), numbered(key)[:, 12:])
+    assert torch.equal(cut(key, numbered(key), KeptIndices(kv_groups=(1,))), numbered(key)[:, 12:])
     rows_of = {"in_proj.weight.B": range(16, 32), "in_proj.weight.dt": (2, 3), "norm.weight": range(16, 32)}
     for name, rows in rows_of.items():
         key = f"decoder.layers.0.mixer.{name}"
-        assert torch.equal(cut(key, numbered(key), Kept(mamba_groups=(1,))), numbered(key)[list(rows)]), key
+        assert torch.equal(cut(key, numbered(key), KeptIndices(mamba_groups=(1,))), numbered(key)[list(rows)]), key
 
 
 def test_states_are_rows_of_b_and_c():
     states = (0, 5, 17, 30)
     for name in ("in_proj.weight.B", "in_proj.weight.C", "conv1d.weight.C", "conv1d.bias.B"):
         key = f"decoder.layers.0.mixer.{name}"
-        assert torch.equal(cut(key, numbered(key), Kept(states=states)), numbered(key)[list(states)]), key
+        assert torch.equal(cut(key, numbered(key), KeptIndices(states=states)), numbered(key)[list(states)]), key
     key = "decoder.layers.0.mixer.in_proj.weight.x"
-    assert torch.equal(cut(key, numbered(key), Kept(states=states)), numbered(key))
+    assert torch.equal(cut(key, numbered(key), KeptIndices(states=states)), numbered(key))
 
 
 EXPERTS = replace(
@@ -178,7 +178,7 @@ def test_a_mixture_of_experts_is_one_tensor_over_the_experts():
 
 
 def test_each_expert_keeps_its_own_neurons():
-    def cut_expert(name: str, kept: Kept) -> tuple[torch.Tensor, torch.Tensor]:
+    def cut_expert(name: str, kept: KeptIndices) -> tuple[torch.Tensor, torch.Tensor]:
         key = f"decoder.layers.0.mlp.{name}"
         weight = torch.arange(axes.size(EXPERTS, key)).view(axes.shape(EXPERTS, key))
         result = weight
@@ -187,7 +187,7 @@ def test_each_expert_keeps_its_own_neurons():
                 result = axes.take(result, dimension, index)
         return weight, result
 
-    kept = Kept(hidden=(2, 5, 7), experts=(1, 3), expert_ffn=(6 + 0, 6 + 4, 18 + 2, 18 + 3))
+    kept = KeptIndices(hidden=(2, 5, 7), experts=(1, 3), expert_ffn=(6 + 0, 6 + 4, 18 + 2, 18 + 3))
     weight, result = cut_expert("experts.experts.linear_fc1.weight", kept)
     rows = {1: [0, 4, 6, 10], 3: [2, 3, 8, 9]}  # gate, then up
     assert torch.equal(result, torch.stack([weight[e][rows[e]][:, [2, 5, 7]] for e in (1, 3)]))
@@ -196,9 +196,9 @@ def test_each_expert_keeps_its_own_neurons():
     assert torch.equal(result, torch.stack([weight[e][[2, 5, 7]][:, columns[e]] for e in (1, 3)]))
     weight, result = cut_expert("router.weight", kept)
     assert torch.equal(result, weight[[1, 3]][:, [2, 5, 7]])
-    weight, result = cut_expert("experts.experts.linear_fc1.weight", Kept(experts=(0, 2)))
+    weight, result = cut_expert("experts.experts.linear_fc1.weight", KeptIndices(experts=(0, 2)))
     assert torch.equal(result, weight[[0, 2]])
-    weight, result = cut_expert("shared_experts.linear_fc1.weight", Kept(shared_ffn=(1, 9)))
+    weight, result = cut_expert("shared_experts.linear_fc1.weight", KeptIndices(shared_ffn=(1, 9)))
     assert torch.equal(result, weight[[1, 9, 11, 19]])
 
 

@@ -17,7 +17,7 @@ from megatron_ext.models.presets import PRESETS  # noqa: E402
 from megatron_ext.models.training_cost import (  # noqa: E402
     GPUS,
     Layout,
-    Lesson,
+    TeacherSetup,
     forward_flops_per_token,
     kept_per_token,
     memory,
@@ -96,7 +96,7 @@ def test_layouts_divide_memory() -> None:
 
 def test_a_teacher_adds_its_weights_and_takes_the_logits() -> None:
     layout = Layout(seq_length=8192)
-    alone, taught = memory(HYBRID, layout), memory(HYBRID, layout, Lesson(TRANSFORMER))
+    alone, taught = memory(HYBRID, layout), memory(HYBRID, layout, TeacherSetup(TRANSFORMER))
     logits, states = 13 * 2**25, 2 * 8192 * HYBRID.hidden_size  # the weights' gradient is too large to be kept
     widest = max(kept_per_token(TRANSFORMER, layer, layout) for layer in range(2)) * 8192
     weights = 2 * TRANSFORMER.num_parameters()
@@ -115,11 +115,11 @@ def test_what_a_model_learns_from_takes_by_hand() -> None:
     distillation = {
         name: memory(small, layout, lesson)["distillation"]
         for name, lesson in {
-            "cache": Lesson(None),
-            "beside": Lesson(teacher),
-            "trained": Lesson(teacher, trained=True),
-            "elsewhere": Lesson(teacher, (1, 1)),
-            "apart": Lesson(teacher, (1, 1), apart=True),
+            "cache": TeacherSetup(None),
+            "beside": TeacherSetup(teacher),
+            "trained": TeacherSetup(teacher, trained=True),
+            "elsewhere": TeacherSetup(teacher, (1, 1)),
+            "apart": TeacherSetup(teacher, (1, 1), apart=True),
         }.items()
     }
     counted = training_cost.LOGITS_AT_A_TIME, training_cost.LOGITS_IN_TORCH, training_cost.GRADIENT_KEPT
@@ -132,7 +132,7 @@ def test_what_a_model_learns_from_takes_by_hand() -> None:
     parameters = axes.parameters_per_rank(teacher, tp=2, pp=2)[1]
     widest = max(kept_per_token(teacher, layer, layout) for layer in (0, 1)) * tokens
     assert distillation["beside"] == pytest.approx(loss + 2 * parameters + widest)
-    alone = memory(teacher, layout, Lesson(None))
+    alone = memory(teacher, layout, TeacherSetup(None))
     assert distillation["trained"] == pytest.approx(loss + sum(alone.values()) - alone["distillation"], rel=0.02)
     states = (2 * tokens + half) * 2 * teacher.hidden_size  # of two micro-batches, and the output rows
     assert distillation["apart"] == pytest.approx(loss + states)

@@ -46,8 +46,8 @@ def test_one_kernel_is_the_same_update(mode, monkeypatch):
     torch.manual_seed(0)
     start = [torch.randn(7, 5), torch.randn(3)]
     results = []
-    for update in (FusedAdam.in_turn, FusedAdam.in_one_kernel):
-        monkeypatch.setattr(FusedAdam, "in_turn", update)
+    for update in (FusedAdam.unfused, FusedAdam.fused):
+        monkeypatch.setattr(FusedAdam, "unfused", update)
         optimizer = in_float32(start)
         params = optimizer.param_groups[0]["params"]
         for _ in range(25):

@@ -23,7 +23,7 @@ def test_a_class_of_ours_is_no_warning_where_only_its_tokenizer_is_read(tmp_path
     handler.emit = lambda record: heard.append(record.getMessage())
     logger.addHandler(handler)
     try:
-        platform.quiet()
+        platform.silence_warnings()
         PreTrainedConfig.from_pretrained(tmp_path)
         assert heard == []
         LlamaConfig.from_pretrained(tmp_path)
@@ -34,7 +34,7 @@ def test_a_class_of_ours_is_no_warning_where_only_its_tokenizer_is_read(tmp_path
 
 def test_what_one_rank_reads_alone_is_no_warning() -> None:
     with warnings.catch_warnings(record=True) as heard:
-        platform.quiet()
+        platform.silence_warnings()
         for message in (*MESSAGES, "something else"):
             warnings.warn(message, UserWarning, stacklevel=1)
     assert [str(each.message) for each in heard] == ["something else"]

@@ -7,7 +7,7 @@ import torch
 from random_models import random_scores, random_weights
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.errors import CheckpointError, PlanError
 from megatron_ext.models import axes
@@ -67,7 +67,7 @@ def source(tmp_path, weights):
 
 
 def test_keeping_everything_is_the_identity(source, weights, tmp_path):
-    reader = Reader(apply(Plan.keep_everything(ARCH), source, tmp_path / "out"))
+    reader = CheckpointReader(apply(Plan.keep_everything(ARCH), source, tmp_path / "out"))
     assert list(reader.shapes) == list(weights)
     assert all(torch.equal(reader.read(key), tensor) for key, tensor in weights.items())
 
@@ -85,13 +85,13 @@ def test_keeping_all_of_an_axis_is_the_identity(size, tmp_path):
     others = {"num_layers": len(MIXTURE.layers.blocks), "attention_layers": 1}
     number: Any = others[size] if size in others else getattr(MIXTURE, size)
     plan = make_plan(random_scores(MIXTURE), MIXTURE, Targets(**{size: number}))
-    reader = Reader(apply(plan, tmp_path / "mixture", tmp_path / "out"))
+    reader = CheckpointReader(apply(plan, tmp_path / "mixture", tmp_path / "out"))
     assert list(reader.shapes) == list(weights)
     assert all(torch.equal(reader.read(key), tensor) for key, tensor in weights.items())
 
 
 def test_cut_weights_are_the_ones_that_indexing_gives(source, weights, tmp_path):
-    reader = Reader(apply(PLAN, source, tmp_path / "out"))
+    reader = CheckpointReader(apply(PLAN, source, tmp_path / "out"))
     assert reader.shapes == axes.tensors(PLAN.target)
     w = {key.removeprefix("decoder.layers."): tensor for key, tensor in weights.items()}
     gate_and_up = [1, 4, 9, 11, 14, 19]
@@ -145,17 +145,17 @@ def test_two_cuts_equal_one(source, tmp_path):
     both = Plan(source=ARCH, target=second.target, units=first.units, hidden=(2, 8, 14))
     apply(second, apply(first, source, tmp_path / "first"), tmp_path / "second")
     apply(both, source, tmp_path / "both")
-    a, b = Reader(tmp_path / "second"), Reader(tmp_path / "both")
+    a, b = CheckpointReader(tmp_path / "second"), CheckpointReader(tmp_path / "both")
     assert all(torch.equal(a.read(key), b.read(key)) for key in axes.keys(both.target))
 
 
 def test_an_interrupted_cut_leaves_nothing(source, tmp_path, monkeypatch):
-    def interrupted(reader, key, place, rows=None, fill=Reader.fill):
+    def interrupted(reader, key, place, rows=None, fill=CheckpointReader.fill):
         if "final_norm" in key:
             raise KeyboardInterrupt
         fill(reader, key, place, rows)
 
-    monkeypatch.setattr(Reader, "fill", interrupted)
+    monkeypatch.setattr(CheckpointReader, "fill", interrupted)
     with pytest.raises(KeyboardInterrupt):
         apply(PLAN, source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

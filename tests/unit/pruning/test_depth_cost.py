@@ -45,10 +45,10 @@ class Counted:
 def test_evaluations_are_as_many_as_are_run(metric: str, blocks: bool) -> None:
     """Only units that are to be chosen are left out: 32 of 32 layers, where their 64 sub-layers had been, too."""
     counted: Any = Counted()
-    sampling = leave_out.Sampling(max_samples=3, tolerance=0.0, keep=0.5)
+    sampling = leave_out.ShapleySampling(max_samples=3, tolerance=0.0, keep=0.5)
     leave_out.measure(counted, ARCH, metric, blocks=blocks, run=2, sampling=sampling)
     said = depth_cost(ARCH, metric, 128, NODE, blocks=blocks, run=2, sampling=sampling).evaluations
-    units = len(leave_out.units_of(ARCH, blocks))
+    units = len(leave_out.sublayers_of(ARCH, blocks))
     exact = {"block_influence": 0, "loss": units + 1, "logit_mse": units + 1, "scan_loss": units}
     if metric in exact:
         assert said == exact[metric] == len(counted.asked)
@@ -60,7 +60,7 @@ def test_evaluations_are_as_many_as_are_run(metric: str, blocks: bool) -> None:
 def test_of_chosen_kinds_only_those_are_left_out(metric: str) -> None:
     """Their scores have names of their own, and are those of the same sub-layers among all."""
     counted: Any = Counted()
-    sampling = leave_out.Sampling(max_samples=2, tolerance=0.0)
+    sampling = leave_out.ShapleySampling(max_samples=2, tolerance=0.0)
     found = leave_out.measure(counted, ARCH, metric, blocks=False, kinds="-*", sampling=sampling)
     cut = {i for i, kind in enumerate(ARCH.pattern) if kind in "-*"}
     assert set().union(*counted.asked) == cut
@@ -86,7 +86,7 @@ def test_the_page_says_what_the_model_of_costs_says() -> None:
     rows = re.findall(r"^\| `(\w+)`[^|]*\| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", PAGE.read_text(), re.M)
     assert [row[0] for row in rows] == ["loss", "logit_mse", "scan_loss", "shapley_loss"]
     for metric, evaluations, minutes, states, least in rows:
-        sampling = leave_out.Sampling(keep=0.9)
+        sampling = leave_out.ShapleySampling(keep=0.9)
         cost = depth_cost(LLAMA, metric, 128, NODE, blocks=True, run=16, sampling=sampling)
         assert int(evaluations.replace(",", "")) == cost.evaluations
         assert float(minutes) == pytest.approx(cost.flops / (8 * GPUS["h100"].flops * 0.4) / 60, abs=0.06)

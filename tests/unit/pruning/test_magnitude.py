@@ -7,7 +7,7 @@ import torch
 from random_models import random_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.models.presets import PRESETS
 from megatron_ext.pruning import magnitude
@@ -47,7 +47,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scores(model):
-    return magnitudes(Reader(model), ARCH)
+    return magnitudes(CheckpointReader(model), ARCH)
 
 
 def check(score, squares):
@@ -116,10 +116,10 @@ def test_memory_holds_some_rows_of_a_weight_in_float64(tmp_path, monkeypatch):
     with writing(tmp_path / "model", arch) as writer:
         for key, tensor in weights.items():
             writer.write(key, tensor)
-    expected = magnitudes(Reader(tmp_path / "model"), arch)
+    expected = magnitudes(CheckpointReader(tmp_path / "model"), arch)
     monkeypatch.setattr(magnitude, "ELEMENTS", 5 * HIDDEN)
     with Largest() as largest:
-        found = magnitudes(Reader(tmp_path / "model"), arch)
+        found = magnitudes(CheckpointReader(tmp_path / "model"), arch)
     assert largest.elements <= 5 * HIDDEN
     assert found.keys() == expected.keys()
     for name, value in expected.items():

@@ -11,7 +11,7 @@ from random_models import random_scores, random_weights
 from reference_model import forward
 
 from megatron_ext.checkpoint.blocks import TensorEntry
-from megatron_ext.checkpoint.reader import Reader
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.stream import tensors
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.models import axes
@@ -152,7 +152,7 @@ def test_a_merged_head_is_twice_itself_minus_the_dropped_one(tmp_path) -> None:
     with writing(tmp_path / "source", arch) as writer:
         for name, tensor in weights.items():
             writer.write(name, tensor)
-    reader = Reader(apply(plan, tmp_path / "source", tmp_path / "out"))
+    reader = CheckpointReader(apply(plan, tmp_path / "source", tmp_path / "out"))
     for name in ("weight", "bias"):
         key = f"decoder.layers.1.self_attention.linear_qkv.{name}"
         heads, result = weights[key].view(2, 5, 4, -1), reader.read(key).view(2, 4, 4, -1)

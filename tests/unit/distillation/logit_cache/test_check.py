@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_ext.data.sample_id import name
+from megatron_ext.data.sample_id import to_hex
 from megatron_ext.distillation.logit_cache.cache import Cache
 from megatron_ext.distillation.logit_cache.check import command_line, compared
 from megatron_ext.distillation.logit_cache.manifest import Manifest
-from megatron_ext.distillation.logit_cache.shards import Reader, Writer
+from megatron_ext.distillation.logit_cache.shards import CacheReader, CacheWriter
 from megatron_ext.distillation.logit_cache.write import _Stored
 from megatron_ext.distillation.options import DistillOptions, source_of
 from megatron_ext.errors import ConfigError
@@ -60,9 +60,9 @@ def test_what_only_fills_a_batch_is_not_stored(tmp_path):
     manifest = replace(MANIFEST, k=2, sequence_length=3, dtype="float32")
     ids = torch.arange(8).view(4, 2)
     kept = TopK(torch.zeros(12, 2).long(), torch.full((12, 2), -1.0), torch.full((12,), -2.0))
-    with Writer(tmp_path, manifest) as writer:
+    with CacheWriter(tmp_path, manifest) as writer:
         stored = _Stored(writer, manifest, left=3)
         stored.add(ids, kept, torch.tensor([True, False, True, True]))
-    assert Reader(tmp_path, manifest).known() == {ids[i].numpy().tobytes() for i in (0, 2)}
+    assert CacheReader(tmp_path, manifest).known() == {ids[i].numpy().tobytes() for i in (0, 2)}
     assert stored.left == 0
-    assert f"sample {name(ids[1])}" in str(stored.problem)
+    assert f"sample {to_hex(ids[1])}" in str(stored.problem)

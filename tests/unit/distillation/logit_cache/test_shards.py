@@ -13,11 +13,11 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from megatron_ext import cli
-from megatron_ext.data.sample_id import identify, name
+from megatron_ext.data.sample_id import hash_samples, to_hex
 from megatron_ext.distillation.logit_cache import shards
 from megatron_ext.distillation.logit_cache.cache import Cache, begin
 from megatron_ext.distillation.logit_cache.manifest import MANIFEST, Manifest
-from megatron_ext.distillation.logit_cache.shards import Reader, Shard, Writer
+from megatron_ext.distillation.logit_cache.shards import CacheReader, CacheWriter, Shard
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.lm_head.divergences import TopK
 from megatron_ext.lm_head.objective import Objective
@@ -47,8 +47,8 @@ def kept(log: Tensor, k: int = K) -> TopK:
 def write(directory: Path, manifest: Manifest = OWN, count: int = B, **options: int) -> Tensor:
     directory.mkdir(exist_ok=True)
     manifest.write(directory)
-    sample_id = identify(*tokens(count))
-    with Writer(directory, manifest, **options) as writer:
+    sample_id = hash_samples(*tokens(count))
+    with CacheWriter(directory, manifest, **options) as writer:
         writer.add(sample_id, kept(distribution(count, vocabulary=manifest.vocabulary), manifest.k))
     replace(manifest, sequences=count).write(directory)
     return sample_id
@@ -56,13 +56,13 @@ def write(directory: Path, manifest: Manifest = OWN, count: int = B, **options: 
 
 def test_an_identity_is_of_the_content_and_nothing_else() -> None:
     read, labels = tokens()
-    ids = identify(read, labels)
+    ids = hash_samples(read, labels)
     window = [*read[1].tolist(), int(labels[1, -1])]
-    assert name(ids[1]) == hashlib.blake2b(struct.pack(f"<{S + 1}i", *window), digest_size=16).hexdigest()
-    assert identify(read[[2, 1]].int(), labels[[2, 1]].int()).equal(ids[[2, 1]])
+    assert to_hex(ids[1]) == hashlib.blake2b(struct.pack(f"<{S + 1}i", *window), digest_size=16).hexdigest()
+    assert hash_samples(read[[2, 1]].int(), labels[[2, 1]].int()).equal(ids[[2, 1]])
     for changed in (read, labels):
         changed[0, -1] = (changed[0, -1] + 1) % V
-        other = identify(read, labels)
+        other = hash_samples(read, labels)
         assert not other[0].equal(ids[0])
         assert other[1:].equal(ids[1:])
         ids = other
@@ -73,7 +73,7 @@ def test_gives_back_what_was_put_in(tmp_path: Path) -> None:
     ids, log = write(tmp_path), distribution()
     order, at = [2, 0], torch.tensor([4, 1])
     for k in (K, 2):
-        got, want = Reader(tmp_path, OWN).read(ids[order], at, k), kept(log[at][:, order], k)
+        got, want = CacheReader(tmp_path, OWN).read(ids[order], at, k), kept(log[at][:, order], k)
         assert got.index.equal(want.index)
         torch.testing.assert_close(got.log_q, want.log_q, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(got.log_rest, want.log_rest, rtol=1e-5, atol=1e-6)
@@ -81,7 +81,7 @@ def test_gives_back_what_was_put_in(tmp_path: Path) -> None:
 
 def test_the_whole_vocabulary_leaves_no_rest(tmp_path: Path) -> None:
     ids = write(tmp_path, own := replace(OWN, k=V))
-    got = Reader(tmp_path, own).read(ids, torch.arange(S), V)
+    got = CacheReader(tmp_path, own).read(ids, torch.arange(S), V)
     assert got.log_rest.eq(-torch.inf).all()
     expected = distribution().flatten(0, 1).gather(-1, got.index)
     torch.testing.assert_close(got.log_q.double(), expected, rtol=1e-6, atol=1e-6)
@@ -89,7 +89,7 @@ def test_the_whole_vocabulary_leaves_no_rest(tmp_path: Path) -> None:
 
 def test_half_precision_is_near_and_sums_to_one(tmp_path: Path) -> None:
     ids = write(tmp_path, own := replace(OWN, dtype="float16"))
-    got, want = Reader(tmp_path, own).read(ids, torch.arange(S), K), kept(distribution())
+    got, want = CacheReader(tmp_path, own).read(ids, torch.arange(S), K), kept(distribution())
     assert got.index.equal(want.index)
     torch.testing.assert_close(got.log_q, want.log_q, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(got.log_q, want.log_q, rtol=1e-6, atol=1e-6)  # it was rounded
@@ -107,53 +107,53 @@ def test_any_vocabulary_in_as_few_bytes_as_said(
     manifest = replace(OWN, vocabulary=vocabulary, dtype=dtype)
     last = TopK(torch.arange(vocabulary - K, vocabulary).expand(S, K), torch.full((S, K), -2.0), torch.full((S,), -1.0))
     manifest.write(tmp_path)
-    with Writer(tmp_path, manifest) as writer:
-        writer.add(ids := identify(*tokens(1)), last)
+    with CacheWriter(tmp_path, manifest) as writer:
+        writer.add(ids := hash_samples(*tokens(1)), last)
     (shard,) = tmp_path.glob("*.safetensors")
     held = load_file(shard)
     assert str(held["index"].dtype) == index
     assert str(held["log_q"].dtype) == dtype
     assert manifest.bytes_per_token == size
     assert sum(array.nbytes for array in held.values()) == S * size + 16 + 8
-    assert Reader(tmp_path, manifest).read(ids, torch.arange(S), K).index.equal(last.index)
+    assert CacheReader(tmp_path, manifest).read(ids, torch.arange(S), K).index.equal(last.index)
 
 
 def test_writing_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """Every sample is stored once, in shards of the size asked for; an interruption loses nothing that was added."""
-    first, second = identify(*tokens(4)), identify(*tokens(7))
+    first, second = hash_samples(*tokens(4)), hash_samples(*tokens(7))
     assert first.equal(second[:4])
     room = {"shard_bytes": 3 * S * OWN.bytes_per_token}
     OWN.write(tmp_path)
-    writer = Writer(tmp_path, OWN, **room)
+    writer = CacheWriter(tmp_path, OWN, **room)
     writer.__enter__().add(first, kept(distribution(4)))
     writer.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     before = set(tmp_path.glob("*.safetensors"))
     assert len(before) == 2
-    known = Reader(tmp_path, OWN).known()
+    known = CacheReader(tmp_path, OWN).known()
     assert known == {each.numpy().tobytes() for each in first}
-    with Writer(tmp_path, OWN, known, **room) as writer:
+    with CacheWriter(tmp_path, OWN, known, **room) as writer:
         writer.add(second, kept(distribution(7, seed=1)))
         writer.add(second, kept(distribution(7, seed=2)))
     assert before < set(tmp_path.glob("*.safetensors"))
-    assert len(Reader(tmp_path, OWN).known()) == 7
+    assert len(CacheReader(tmp_path, OWN).known()) == 7
     assert sum(len(load_file(shard)["index"]) for shard in tmp_path.glob("*.safetensors")) == 7
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json"] + [".safetensors"] * 3
-    got = Reader(tmp_path, OWN).read(first, torch.arange(S), K)
+    got = CacheReader(tmp_path, OWN).read(first, torch.arange(S), K)
     assert got.index.equal(kept(distribution(4)).index)  # what was there stays
 
 
 def test_a_missing_sample_is_named(tmp_path: Path) -> None:
     write(tmp_path)
     read, labels = tokens(1, seed=9)
-    foreign = identify(read, labels)
-    whose = torch.cat([identify(*tokens())[:1], foreign])
+    foreign = hash_samples(read, labels)
+    whose = torch.cat([hash_samples(*tokens())[:1], foreign])
     with pytest.raises(DataError) as error:
-        Reader(tmp_path, OWN).read(whose, torch.arange(S), K, labels.expand(2, S))
-    assert name(foreign[0]) in str(error.value)
+        CacheReader(tmp_path, OWN).read(whose, torch.arange(S), K, labels.expand(2, S))
+    assert to_hex(foreign[0]) in str(error.value)
     assert f"begins with {labels[0, :8].tolist()}" in str(error.value)
     assert "--distill-cache-write" in str(error.value)
     with pytest.raises(DataError, match="not in the cache"):
-        Reader(tmp_path / "empty", OWN).read(foreign, torch.arange(S), K)
+        CacheReader(tmp_path / "empty", OWN).read(foreign, torch.arange(S), K)
 
 
 def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
@@ -162,15 +162,15 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
     with pytest.raises(DataError, match=shard.name):
-        Reader(tmp_path, OWN)
+        CacheReader(tmp_path, OWN)
     for place in range(0, len(whole), 5):  # a bit of the header, of an identity, of a value, of a checksum
         damaged = bytearray(whole)
         damaged[place] ^= 1 << place % 8
         shard.write_bytes(damaged)
         with pytest.raises(DataError, match=shard.name):
-            Reader(tmp_path, OWN).read(ids, torch.arange(S), K)
+            CacheReader(tmp_path, OWN).read(ids, torch.arange(S), K)
     shard.write_bytes(whole)
-    Reader(tmp_path, OWN).read(ids, torch.arange(S), K)
+    CacheReader(tmp_path, OWN).read(ids, torch.arange(S), K)
 
 
 @pytest.mark.parametrize(
@@ -187,10 +187,10 @@ def test_values_that_cannot_be_are_refused(tmp_path: Path, column: str, value: f
     OWN.write(tmp_path)
     wrong = kept(distribution())
     getattr(wrong, column)[1] = value
-    with Writer(tmp_path, OWN) as writer:
-        writer.add(ids := identify(*tokens()), wrong)
+    with CacheWriter(tmp_path, OWN) as writer:
+        writer.add(ids := hash_samples(*tokens()), wrong)
     with pytest.raises(DataError, match=message):
-        Reader(tmp_path, OWN).read(ids, torch.arange(S), K)
+        CacheReader(tmp_path, OWN).read(ids, torch.arange(S), K)
 
 
 def test_a_changed_manifest_is_named(tmp_path: Path) -> None:
@@ -226,33 +226,33 @@ def test_a_lost_shard_is_missed(tmp_path: Path) -> None:
 
 def test_no_two_processes_write_under_one_name(tmp_path: Path) -> None:
     """Though their first sample is the same: one has it alone, the other has more."""
-    ids, log = identify(*tokens()), kept(distribution())
+    ids, log = hash_samples(*tokens()), kept(distribution())
     OWN.write(tmp_path)
     first = TopK(*(x.unflatten(0, (S, B))[:, :1].flatten(0, 1) for x in (log.index, log.log_q, log.log_rest)))
     for some, entries in ((ids, log), (ids[:1], first)):
-        with Writer(tmp_path, OWN) as writer:
+        with CacheWriter(tmp_path, OWN) as writer:
             writer.add(some, entries)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
-    assert Reader(tmp_path, OWN).known() == {each.numpy().tobytes() for each in ids}
-    torch.testing.assert_close(Reader(tmp_path, OWN).read(ids, torch.arange(S), K).log_q, log.log_q)
+    assert CacheReader(tmp_path, OWN).known() == {each.numpy().tobytes() for each in ids}
+    torch.testing.assert_close(CacheReader(tmp_path, OWN).read(ids, torch.arange(S), K).log_q, log.log_q)
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     OWN.write(tmp_path)
-    with Writer(tmp_path, OWN) as writer:
-        writer.add(identify(*tokens(1)), kept(distribution(1)))
+    with CacheWriter(tmp_path, OWN) as writer:
+        writer.add(hash_samples(*tokens(1)), kept(distribution(1)))
 
     def save_file(tensors: dict, path: Path, metadata: dict) -> None:
         path.write_bytes(b"a part")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(shards, "save_file", save_file)
-    full = Writer(tmp_path, OWN)
-    full.add(identify(*tokens(3, seed=1)), kept(distribution(3)))
+    full = CacheWriter(tmp_path, OWN)
+    full.add(hash_samples(*tokens(3, seed=1)), kept(distribution(3)))
     with pytest.raises(DataError, match=r"cannot be written[^@]*No space left on device") as error, full:
         pass
     assert len(str(error.value).splitlines()[0]) < 120
-    assert len(Reader(tmp_path, OWN).known()) == 1
+    assert len(CacheReader(tmp_path, OWN).known()) == 1
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
 
 

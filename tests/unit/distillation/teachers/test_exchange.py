@@ -8,13 +8,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.distillation.teachers.exchange import Place, part_of_sequence, requests, shares, transfers
+from megatron_ext.distillation.teachers.exchange import (
+    RankCoordinates,
+    part_of_sequence,
+    split_batch,
+    state_transfers,
+    token_transfers,
+)
 
 
-def places(replicas: int, parts: int, shards: int, stages: int) -> list[Place]:
+def places(replicas: int, parts: int, shards: int, stages: int) -> list[RankCoordinates]:
     """Megatron's order of ranks: tensor, context, data, pipeline."""
     return [
-        Place(replica, part, shard, stage)
+        RankCoordinates(replica, part, shard, stage)
         for stage in range(stages)
         for replica in range(replicas)
         for part in range(parts)
@@ -37,13 +43,13 @@ def test_everyone_gets_what_it_needs(
 ) -> None:
     """Whether the teacher is on the student's ranks or on others."""
     samples = per_replica * student[0]
-    students: list[Place | None] = list(places(*student))
-    teachers: list[Place | None] = list(places(*teacher))
+    students: list[RankCoordinates | None] = list(places(*student))
+    teachers: list[RankCoordinates | None] = list(places(*teacher))
     if apart:
         students, teachers = [*students, *[None] * 16], [*[None] * 16, *teachers]
-    plan = transfers(students, teachers, samples)
+    plan = state_transfers(students, teachers, samples)
     assert len({(t.source, t.destination) for t in plan}) == len(plan)  # one message for two ranks
-    runs = shares(samples, teacher[0])
+    runs = split_batch(samples, teacher[0])
     for rank, place in enumerate(students):
         if place is None:
             assert all(t.destination != rank for t in plan)
@@ -51,7 +57,7 @@ def test_everyone_gets_what_it_needs(
         got = sorted(sample for t in plan if t.destination == rank for sample in t.samples)
         last = place.stage == student[3] - 1
         assert got == ([place.replica * per_replica + i for i in range(per_replica)] if last else [])
-    asked = requests(students, teachers, samples)
+    asked = token_transfers(students, teachers, samples)
     for rank, place in enumerate(teachers):
         got = sorted(sample for t in asked if t.destination == rank for sample in t.samples)
         assert got == (list(runs[place.replica]) if place is not None and place.stage == 0 else [])
@@ -71,7 +77,7 @@ def test_everyone_gets_what_it_needs(
 
 @pytest.mark.parametrize(("samples", "replicas"), [(8, 2), (7, 3), (2, 4)])
 def test_the_teachers_replicas_share_evenly(samples: int, replicas: int) -> None:
-    runs = shares(samples, replicas)
+    runs = split_batch(samples, replicas)
     assert [i for run in runs for i in run] == list(range(samples))
     assert max(map(len, runs)) - min(map(len, runs)) <= 1
 

@@ -89,7 +89,7 @@ def test_of_one_tokenizer_any_padding_goes(checkpoint: Path, monkeypatch: pytest
 def test_is_padded_as_the_student_is(checkpoint: Path) -> None:
     teacher, student = Teacher.find(checkpoint), replace(STUDENT, vocab_size=104, hidden_size=8)
     check(teacher, student)
-    assert teacher.beside(student) == replace(STUDENT, vocab_size=104)
+    assert teacher.with_student_vocab(student) == replace(STUDENT, vocab_size=104)
 
 
 @pytest.mark.parametrize(
