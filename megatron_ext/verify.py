@@ -46,18 +46,19 @@ def _artefacts(directory: Path):
         raise DataError("no such directory", got=directory)
     if (directory / ".metadata").is_file():
         return [(directory, _step)]
+    beside = [] if Checksums.read(directory) is None else [(directory, _files)]
     if steps := layout.steps(directory):
-        beside = [] if Checksums.read(directory) is None else [(directory, _files)]
         return [*((step.path, _step) for step in steps), *beside]
     if (directory / f"{dataset.NAME}.idx").is_file():
-        return [(directory, _dataset)]
+        return [*beside, (directory, _dataset)]
+    if beside:
+        return beside
     if (directory / MANIFEST).is_file():
         return [*((path, _shard) for path in sorted(directory.glob("*.safetensors"))), (directory, _cache)]
-    if Checksums.read(directory) is not None:
-        return [(directory, _files)]
     raise DataError(
         "nothing that can be verified", got=directory,
-        legal="checkpoints, what `megatron-ext convert` or `data` wrote, or a cache of --distill-cache-write",
+        legal="checkpoints, what `megatron-ext convert` or `data` wrote, or a cache of --distill-cache-write, with its "
+        f"{MANIFEST}",
     )  # fmt: skip
 
 

@@ -58,6 +58,11 @@ ROWS = {
         "the same, gathering parameters while computing",
         [*OPTIMIZER, "--overlap-grad-reduce", "--overlap-param-gather"], ranks=2,
     ),
+    "dp2-buckets": Row(
+        "the same, in many buckets",
+        [*OPTIMIZER, "--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "1000"], ranks=2,
+    ),
+    "pp2-optimizer": Row("PP2, distributed optimizer", [PP, "2", *OPTIMIZER], ranks=2),
     "experts": Row("a mixture of experts", EXPERTS),
     "ramp-up": Row("batches that grow", ["--step-batch-size-schedule", "0:2 64:4 192:8"]),
     "kd": Row("distillation", TEACHER, DISTILL),

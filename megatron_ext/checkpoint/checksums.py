@@ -118,9 +118,14 @@ class Checksums:
 
 
 def forget(step: Path) -> None:
-    """Remove the checksums of an earlier save into the same directory, before it is written anew (rank 0)."""
+    """Remove what says that an earlier save into the same directory is complete, before any rank writes it anew.
+
+    A collective. Else whoever reads it after a kill would look for tensors where those of the earlier one lay.
+    """
     if ranks.rank() == 0:
-        (step / FILE).unlink(missing_ok=True)
+        for name in (FILE, "metadata.json", ".metadata"):
+            (step / name).unlink(missing_ok=True)
+    ranks.gather(None)
 
 
 def write_step(step: Path) -> None:
@@ -253,38 +258,3 @@ def whole(directory: Path, names: Iterable[str]) -> dict[str, Parts]:
     """Files that are one part."""
     sizes = {name: (directory / name).stat().st_size for name in names if (directory / name).is_file()}
     return {name: {0: (size, checksum(directory / name, 0, size))} for name, size in sizes.items()}
-
-
-def write_rest(directory: Path, but: Iterable[str] = ()) -> None:
-    """Write the checksums of all files of a directory that have none there yet, but of those in its steps.
-
-    Args:
-        directory: A run directory, or an exported model.
-        but: Files to be edited.
-    """
-    known = Checksums.read(directory)
-    files = known.files if known is not None else {}
-    apart = {step.path.name for step in layout.steps(directory)} | {FILE, layout.TRACKER, *but}
-    names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
-    rest = [name for name in names if Path(name).parts[0] not in apart and name not in files]
-    Checksums(directory, files | whole(directory, rest)).write()
-
-
-def add(directory: Path, folder: str) -> None:
-    """Write the checksums of the files in a folder of a directory, beside those that it has."""
-    known = Checksums.read(directory)
-    others = {} if known is None else {n: p for n, p in known.files.items() if Path(n).parts[0] != folder}
-    names = [f"{folder}/{path.name}" for path in sorted((directory / folder).iterdir()) if path.is_file()]
-    Checksums(directory, others | whole(directory, names)).write()
-
-
-def check_folder(directory: Path, folder: str) -> None:
-    """Compare the files in a folder of a directory, as far as it has their checksums.
-
-    Raises:
-        CheckpointError: One of them is not what was written.
-    """
-    if (sums := Checksums.read(directory)) is not None:
-        for name in sums.files:
-            if Path(name).parts[0] == folder:
-                sums.check(name)

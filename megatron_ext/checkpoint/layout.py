@@ -147,7 +147,9 @@ def verify(step: str | Path) -> Metadata:
     except ValueError:
         raise CheckpointError("the checkpoint is damaged: metadata.json is not JSON", got=step) from None
     if not isinstance(form, dict) or form.get("sharded_backend") != FORMAT["sharded_backend"]:
-        raise CheckpointError("the checkpoint is in another format", got=form, legal="torch_dist")
+        raise CheckpointError(
+            "the checkpoint is in another format, as metadata.json says", got=form, legal="torch_dist"
+        )
     metadata = read_metadata(step)
     ends: dict[str, int] = {}
     for info in metadata.storage_data.values():

@@ -136,8 +136,14 @@ class CheckpointWriter:
 
     def _append(self, value: Any, values: Iterable[Buffer] | None = None) -> None:
         """Write a record; the values of its only tensor are these blocks, if they are given."""
+        record = _Record(self._file, 0 if values is None else value.nbytes, values or ())
         with _without_checksums():
-            torch.save(value, cast(BinaryIO, _Record(self._file, 0 if values is None else value.nbytes, values or ())))
+            try:
+                torch.save(value, cast(BinaryIO, record))
+            except RuntimeError:  # all that torch says of what failed while it was writing
+                if record.problem is not None:
+                    raise record.problem from None
+                raise
         self._file.end_part()
 
     def part(self) -> tuple[dict[str, Any], dict[MetadataIndex, _StorageInfo]]:
@@ -198,6 +204,7 @@ class _Record:
 
     def __init__(self, file: DiskFile, size: int, blocks: Iterable[Buffer]) -> None:
         self._file, self._size, self._blocks, self._pieces = file, size, blocks, bytearray()
+        self.problem: Exception | None = None
 
     def write(self, data: Buffer, /) -> int:
         size = memoryview(data).nbytes
@@ -205,7 +212,11 @@ class _Record:
             self._pieces += data
             return size
         self.flush()
-        written = sum(map(self._file.write, self._blocks if size == self._size else (data,)))
+        try:
+            written = sum(map(self._file.write, self._blocks if size == self._size else (data,)))
+        except Exception as error:
+            self.problem = error
+            raise
         assert written == size
         return size
 

@@ -4,6 +4,7 @@
                                    and beginning with the BOS token where the tokenizer's own texts do
     DIR/tokenizer/                 tokenizer.json and tokenizer_config.json, for `AutoTokenizer`
     DIR/manifest.json              what went in, what came out
+    DIR/checksums.json             of all these files
 
 The documents are shuffled with a fixed seed, so that Megatron's `--split`, which cuts by position, validates on the
 distribution it trains on.  The same input, seed and tokenizer give the same bytes.
@@ -27,11 +28,11 @@ from typing import Any, Protocol
 
 from megatron_ext import platform
 from megatron_ext.checkpoint.atomic import fresh_directory
+from megatron_ext.checkpoint.file_checksums import write_rest
 from megatron_ext.checkpoint.outputs import check_writable
 from megatron_ext.checkpoint.tokenizer import fingerprint
 from megatron_ext.data.documents import find_documents, size_of, texts_of
-from megatron_ext.data.manifest import verify
-from megatron_ext.data.manifest import write as write_manifest
+from megatron_ext.data.manifest import MANIFEST, verify
 from megatron_ext.errors import ConfigError, DataError
 
 EOD = "<|endoftext|>"
@@ -166,7 +167,8 @@ def build_dataset(
         )
         manifest = {key: value for key, value in asdict(summary).items() if key not in ("out", "seconds")}
         manifest["tokenizer_fingerprint"] = fingerprint(partial / "tokenizer")
-        write_manifest(partial, manifest)
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        write_rest(partial)
     return summary
 
 

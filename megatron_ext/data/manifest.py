@@ -8,15 +8,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
+from megatron_ext.checkpoint.file_checksums import check_file
 from megatron_ext.checkpoint.tokenizer import fingerprint
 from megatron_ext.data.index import Index
 from megatron_ext.errors import DataError
 
 MANIFEST = "manifest.json"
 NAME = "text_document"
-_ANEW = f"a copy of that file, or the data made anew; without {MANIFEST}, nothing is compared"
 CHECKED_BYTES = 64 << 20  # of a `.bin` whose checksum is looked at whenever it is used: a fraction of a second
 
 
@@ -31,22 +29,12 @@ def read(prefix: str) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_bytes())
-        told = content.pop("checksum", None)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise DataError("the manifest of the data is damaged", got=f"{path}: {error}", legal=_ANEW) from error
-    if told is not None and told != _checksum(content):
-        raise DataError("the manifest of the data is damaged", got=f"{path}: other content", legal=_ANEW)
-    return content if {"vocab_size", "bin_sha256"} <= content.keys() else None
-
-
-def write(directory: Path, manifest: dict[str, Any]) -> None:
-    """Note what a dataset is, beside it, with a checksum of the note."""
-    text = json.dumps(manifest | {"checksum": _checksum(manifest)}, indent=2) + "\n"
-    (directory / MANIFEST).write_text(text, encoding="utf-8")
-
-
-def _checksum(manifest: dict[str, Any]) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(manifest, sort_keys=True).encode())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            "the manifest of the data is damaged", got=f"{path}: {error}",
+            legal="a copy of that file, or the data made anew; without it, nothing is compared",
+        ) from error  # fmt: skip
+    return content if isinstance(content, dict) and {"vocab_size", "bin_sha256"} <= content.keys() else None
 
 
 def check(prefix: str, tokenizer: str | None, rows: int) -> None:
@@ -59,7 +47,11 @@ def check(prefix: str, tokenizer: str | None, rows: int) -> None:
 
     Raises:
         DataError: It was made with another tokenizer, has tokens that the model does not, or is not what was written.
+        CheckpointError: A file beside it is not what was written.
     """
+    for file in (Path(prefix).parent / MANIFEST, Path(f"{prefix}.idx")):
+        if file.is_file() and file.stat().st_size <= CHECKED_BYTES:
+            check_file(file)
     manifest = read(prefix)
     if manifest is None:
         return

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from megatron_ext.checkpoint import ranks
 from megatron_ext.checkpoint.atomic import publish, write_text
-from megatron_ext.checkpoint.checksums import write_rest
+from megatron_ext.checkpoint.file_checksums import write_rest
 from megatron_ext.checkpoint.layout import Step
 from megatron_ext.checkpoint.outputs import hold_new
 from megatron_ext.checkpoint.reader import CheckpointReader

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from megatron_ext.checkpoint.atomic import atomic_write
+from megatron_ext.checkpoint.file_checksums import check_file
 from megatron_ext.errors import ConfigError, PlanError, nearest
 from megatron_ext.models.architecture import PER_LAYER, Architecture
 from megatron_ext.models.axes import KeptIndices
@@ -311,7 +312,9 @@ class Plan:
 
         Raises:
             PlanError: The file is missing, is not a plan, or not a valid one.
+            CheckpointError: It lies in the directory that it was written into, and is not what was written.
         """
+        check_file(path)
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_each_once)
         except PlanError:

@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_ext.checkpoint.atomic import atomic_write
+from megatron_ext.checkpoint.file_checksums import check_file
 from megatron_ext.errors import ConfigError, PlanError, nearest
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
@@ -197,7 +198,9 @@ class Scores:
 
         Raises:
             PlanError: The file is missing, damaged, or not a score file.
+            CheckpointError: It lies in the directory that it was written into, and is not what was written.
         """
+        check_file(path)
         if not Path(path).is_file():
             raise PlanError("the score file does not exist", got=path)
         try:

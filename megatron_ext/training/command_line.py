@@ -19,6 +19,7 @@ from typing import Any
 from megatron_ext.checkpoint import tokenizer
 from megatron_ext.checkpoint.atomic import check_new
 from megatron_ext.checkpoint.checksums import verify_start
+from megatron_ext.checkpoint.huggingface.hf_assets import check_tokenizer
 from megatron_ext.data.splits import check_splits, check_vocabulary
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.models.architecture import Architecture
@@ -155,6 +156,8 @@ def _check_tokenizer(args: Namespace, begins: Start | None) -> None:
         raise DataError("--tokenizer-model: no such tokenizer", got=model, legal="a directory with tokenizer.json")
     if model is not None and Path(model).exists():  # what is saved must mean the same from everywhere
         args.tokenizer_model = str(Path(model).absolute())
+        if args.tokenizer_type == "HuggingFaceTokenizer":
+            check_tokenizer(Path(model))
     if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
         raise ConfigError(
             "--tokenizer-type NullTokenizer knows no tokens", legal="--vocab-size N, as many as there are"

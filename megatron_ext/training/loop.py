@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ext.checkpoint import checksums, layout
 from megatron_ext.errors import ConfigError
+from megatron_ext.platform.bucket_padding import leave_out_padding
 from megatron_ext.platform.loop import around_saves, before_saving, keep_random_state
 from megatron_ext.platform.scalars import divert_scalars
 from megatron_ext.platform.write_results import keep_write_results
@@ -51,6 +52,7 @@ def train(run: RunConfig, task: "Task | None" = None, hooks: tuple[Hook, ...] = 
     if not args.async_save:
         keep_write_results()
     keep_random_state()
+    leave_out_padding()
     around_saves(checksums.forget, checksums.write_step)
     log: Any = None
 

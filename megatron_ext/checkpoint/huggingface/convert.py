@@ -14,7 +14,7 @@ import torch
 from megatron_ext.checkpoint import layout, ranks, stream
 from megatron_ext.checkpoint.atomic import refuse_existing, shared_directory
 from megatron_ext.checkpoint.blocks import TensorEntry
-from megatron_ext.checkpoint.checksums import write_rest
+from megatron_ext.checkpoint.file_checksums import write_rest
 from megatron_ext.checkpoint.huggingface import families, hf_assets
 from megatron_ext.checkpoint.huggingface.family import Family
 from megatron_ext.checkpoint.huggingface.mappings import BoundMapping, hf_shapes
@@ -63,6 +63,7 @@ def to_megatron(
     """
     source, destination = Path(source), Path(destination)
     refuse_existing(destination)
+    hf_assets.check(source)
     config = hf_assets.read_config(source)
     family = families.of_config(config)
     unpadded = family.read(config)

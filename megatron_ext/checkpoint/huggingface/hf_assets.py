@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.checkpoint import checksums, layout
+from megatron_ext.checkpoint import checksums, file_checksums, layout
 from megatron_ext.checkpoint.atomic import atomic_write
 from megatron_ext.checkpoint.writer import CheckpointWriter
 from megatron_ext.errors import CheckpointError
@@ -63,6 +63,25 @@ def files(directory: Path) -> list[Path]:
     ]  # fmt: skip
 
 
+def check(directory: Path) -> None:
+    """Compare everything beside the weights with its checksums, as far as there are any.
+
+    Raises:
+        CheckpointError: A file is not what was written, or gone.
+    """
+    file_checksums.check_all(directory, _WEIGHTS)
+
+
+def check_tokenizer(directory: Path) -> None:
+    """The same for the files of a tokenizer.
+
+    Raises:
+        CheckpointError: One of them is not what was written, or gone.
+    """
+    for name in _TOKENIZER_FILES:
+        file_checksums.check_file(directory / name)
+
+
 def copy(paths: Iterable[Path], destination: Path) -> None:
     """Copy files into a directory."""
     destination.mkdir(exist_ok=True)
@@ -77,7 +96,7 @@ def attach(writer: CheckpointWriter, paths: Sequence[Path]) -> None:
 
 def _keep(writer: CheckpointWriter, name: str, paths: Sequence[Path]) -> None:
     writer.attach(name, lambda folder: copy(paths, folder))
-    writer.attach(checksums.FILE, lambda file: checksums.add(file.parent, name))
+    writer.attach(checksums.FILE, lambda file: file_checksums.add(file.parent, name))
 
 
 def assets_of(step: Path) -> Path | None:
@@ -90,7 +109,7 @@ def assets_of(step: Path) -> Path | None:
     folder = inside(step.parent, FOLDER)
     if not (folder / CONFIG).is_file():
         return None
-    checksums.check_folder(step.parent, FOLDER)
+    file_checksums.check_folder(step.parent, FOLDER)
     return folder
 
 
@@ -107,7 +126,7 @@ def tokenizer(step: Path) -> Path | None:
             if found.parent == step.parent:
                 for path in tokenizer_files(found):
                     inside(step.parent, f"{found.name}/{path.name}")
-                checksums.check_folder(step.parent, found.name)
+                file_checksums.check_folder(step.parent, found.name)
             return found
     return None
 
@@ -131,7 +150,7 @@ def keep_tokenizer(directory: Path, run: Path) -> None:
             with atomic_write(kept / path.name) as temporary:
                 shutil.copyfile(path, temporary)
     if files:
-        checksums.add(run, TOKENIZER_FOLDER)
+        file_checksums.add(run, TOKENIZER_FOLDER)
 
 
 def hand_on(step: Path, writer: CheckpointWriter) -> None:

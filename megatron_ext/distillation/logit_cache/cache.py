@@ -37,8 +37,10 @@ class Cache:
                 legal="run the same command with --distill-cache-write again: it goes on where it stopped",
             )  # fmt: skip
         if (held := len(CacheReader(path, manifest).known())) < manifest.sequences:
+            gone = [name for name in manifest.shards or () if not (path / name).is_file()]
             raise DataError(
-                "the cache has lost samples", got=f"{held:,} of {manifest.sequences:,} in {path}",
+                "the cache has lost samples",
+                got=f"{held:,} of {manifest.sequences:,} in {path}" + f"; without {', '.join(gone[:3])}" * bool(gone),
                 legal="all shards; --distill-cache-write with this directory computes what is missing",
             )  # fmt: skip
         return cls(path, manifest)
@@ -95,4 +97,4 @@ def begin(directory: Path, manifest: Manifest) -> Manifest:
             got=", ".join(f"{key} {getattr(manifest, key)}" for key in foreign),
             legal=", ".join(f"{key} {getattr(there, key)}" for key in foreign) + f"{taught}, or a new directory",
         )
-    return dataclasses.replace(there, sequences=None)
+    return dataclasses.replace(there, sequences=None, shards=None)

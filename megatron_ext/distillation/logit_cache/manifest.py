@@ -36,6 +36,7 @@ class Manifest:
         tokenizer: Fingerprint of the tokenizer (`checkpoint.tokenizer`); None if it is not known.
         provenance: Where it all came from, for people.
         sequences: Samples in the cache; None while it is being written.
+        shards: The files that hold them; None while it is being written, or by an older version.
     """
 
     k: int
@@ -50,6 +51,7 @@ class Manifest:
     tokenizer: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict, compare=False)
     sequences: int | None = field(default=None, compare=False)
+    shards: list[str] | None = field(default=None, compare=False)
 
     @property
     def index_dtype(self) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_ext.checkpoint.atomic import atomic_write
 from megatron_ext.data.sample_id import to_hex
-from megatron_ext.distillation.logit_cache.manifest import Manifest
+from megatron_ext.distillation.logit_cache.manifest import MANIFEST, Manifest
 from megatron_ext.errors import DataError
 from megatron_ext.lm_head.divergences import TopK
 
@@ -212,7 +212,7 @@ class Shard:
         found = [(column.get_dtype(), column.get_shape()) for column in columns]
         if found != form or about.get("settings") != manifest.settings:
             raise DataError(
-                "a shard is of another cache than the manifest", got=path,
+                f"a shard is of another cache than {MANIFEST}", got=path,
                 legal="shards that one --distill-cache-write, or several with the same settings, have written",
             )  # fmt: skip
 

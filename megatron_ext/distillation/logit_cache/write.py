@@ -110,7 +110,8 @@ def _finish(run: RunConfig, writing: Writing, stored: "_Stored", stopped: bool) 
         )  # fmt: skip
     if run.args.rank == 0:
         if not stopped:
-            dataclasses.replace(manifest, sequences=len(held)).write(directory)
+            shards = sorted(path.name for path in directory.glob("*.safetensors"))
+            dataclasses.replace(manifest, sequences=len(held), shards=shards).write(directory)
         more = "; stopped: the same command goes on from here" if stopped else ""
         print(f"{directory} holds {len(held):,} sequences{more}", flush=True)
 

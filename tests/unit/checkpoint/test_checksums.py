@@ -121,6 +121,13 @@ def test_without_checksums_those_of_torch_are_compared(step: Path, tmp_path: Pat
         verify_step(foreign)
 
 
+def test_a_step_that_is_written_anew_is_not_complete_meanwhile(step: Path) -> None:
+    layout.verify(step)
+    checksums.forget(step)
+    with pytest.raises(CheckpointError, match="incomplete"):
+        layout.verify(step)
+
+
 def test_damaged_checksums_say_so(step: Path) -> None:
     for place in range(0, (step / checksums.FILE).stat().st_size - 1, 29):
         flip(step / checksums.FILE, place)
@@ -128,7 +135,7 @@ def test_damaged_checksums_say_so(step: Path) -> None:
             verify_step(step)
         flip(step / checksums.FILE, place)
     assert verify_step(step)
-    checksums.forget(step)
+    (step / checksums.FILE).unlink()
     assert Checksums.read(step) is None
 
 

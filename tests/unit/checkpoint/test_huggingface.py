@@ -52,6 +52,7 @@ def hf(tmp_path: Path) -> Path:
 
 
 def edit(directory: Path, **entries: Any) -> None:
+    (directory / checksums.FILE).unlink(missing_ok=True)  # as if it were of others
     path = directory / "config.json"
     config = json.loads(path.read_text()) | entries
     path.write_text(json.dumps({name: value for name, value in config.items() if value != "absent"}))
@@ -221,6 +222,7 @@ def bad_config(hf: Path) -> None:
 )
 def test_damage_is_named(hf: Path, tmp_path: Path, damage, message: str) -> None:
     damage(hf)
+    (hf / checksums.FILE).unlink()  # as of others
     with pytest.raises(CheckpointError, match=message):
         to_megatron(hf, tmp_path / "out")
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from megatron_ext import cli
 from megatron_ext.data import corpus
 from megatron_ext.data.documents import find_documents
-from megatron_ext.errors import ConfigError, DataError
+from megatron_ext.errors import CheckpointError, ConfigError, DataError
 
 TEXTS = {
     "a.py": "def f(x):\n    return x  # naïve\n" * 5,
@@ -77,14 +77,20 @@ def test_manifest_says_what_was_written(source: Path, tmp_path: Path):
     assert manifest["tokenizer"] == "trained"
     assert manifest["bytes_per_token"] == summary.bytes / summary.tokens
     assert sorted(path.name for path in out.iterdir()) == [
-        *("manifest.json", "text_document.bin", "text_document.idx", "tokenizer"),
+        *("checksums.json", "manifest.json", "text_document.bin", "text_document.idx", "tokenizer"),
     ]
 
 
 def test_the_same_input_gives_the_same_bytes(source: Path, tmp_path: Path):
     for name in ("one", "two"):
         corpus.build_dataset(tmp_path / name, [source], vocab_size=320)
-    for file in ("text_document.bin", "text_document.idx", "manifest.json", "tokenizer/tokenizer.json"):
+    for file in (
+        "text_document.bin",
+        "text_document.idx",
+        "manifest.json",
+        "tokenizer/tokenizer.json",
+        "checksums.json",
+    ):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
 
 
@@ -368,15 +374,13 @@ def test_a_dataset_agrees_with_its_manifest_and_with_the_run(
             check()
     assert cli.main(["verify", str(tmp_path / "one")]) == 2
     note = tmp_path / "one/manifest.json"
-    for content in (
-        note.read_text().replace('"vocab_size": 300', '"vocab_size": 301'),
-        note.read_text()[:-9],
-        "[]",
-        "",
-    ):
-        note.write_text(content)
-        with pytest.raises(DataError, match="manifest of the data is damaged"):
-            manifest.check(prefix, one, 300)
+    note.write_text(note.read_text().replace('"vocab_size": 300', '"vocab_size": 299'))
+    with pytest.raises(CheckpointError, match=r"damaged: manifest\.json"):
+        manifest.check(prefix, one, 300)
+    (tmp_path / "one/checksums.json").unlink()  # as beside data of an older version
+    note.write_text(note.read_text()[:-9])
+    with pytest.raises(DataError, match="manifest of the data is damaged"):
+        manifest.check(prefix, one, 300)
     note.unlink()
     manifest.check(prefix, two, 1)
     with pytest.raises(DataError, match="no dataset of"):
