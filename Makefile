@@ -11,6 +11,7 @@ READY := $(VENV)/.ready
 help:
 	@echo 'make demo        train a small hybrid model, halve it, distil it back; the report goes to runs/demo'
 	@echo 'make test        every check: ruff, import-linter, pyright, pytest'
+	@echo '  ONLY=pruning   the tests of one room, and no other check'
 	@echo 'make lint        the same without pytest'
 	@echo 'make clean-venv  remove the virtual environment $(VENV)'
 	@echo
@@ -19,8 +20,10 @@ help:
 demo: $(READY)
 	$(BIN)/megatron-ext demo
 
-test: lint
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile
+# With ONLY, what tests/support/rooms.py says of these rooms, and no other check.
+test: $(if $(ONLY),$(READY),lint)
+	only="$$($(BIN)/python tests/support/rooms.py $(ONLY))"; \
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile $$only
 
 lint: $(READY)
 	$(BIN)/ruff check .
