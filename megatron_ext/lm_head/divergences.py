@@ -18,6 +18,9 @@ from megatron_ext.lm_head.vocab_parallel import VocabParallel, row_max
 TINY = 1e-37
 """Stands for a probability that underflowed, where a logarithm is taken of it."""
 
+SMALL = 1e-30
+"""Below which a sum of probabilities is made of logarithms instead: its parts may have underflowed."""
+
 
 @dataclass(frozen=True)
 class TopK:
@@ -175,12 +178,21 @@ def top_k_kl(
         slope = torch.zeros_like(student.log)
         return Divergence(value, _scatter(slope, column, here, log_p.exp() - log_q.exp()), finite)
     rest_q = teacher.log_rest.exp()
-    rest_p = _rest(student.probability, teacher.index, vocabulary).clamp(min=TINY)
+    rest_p = _rest(student.probability, teacher.index, vocabulary)
+    log_rest_p = rest_p.clamp(min=TINY).log()
+    # At a low temperature a probability may be smaller than fp32 can say; its logarithm, and its share of the rest, not.
+    small = (rest_p < SMALL) & (rest_q > 0) if teacher.index.shape[-1] < vocabulary.size else rest_p < 0
+    shares = None
+    if small.any():
+        log_rest_p[small], shares = _small_rest(student.log[small], column[small], here[small], vocabulary)
     value = _dot(teacher.log_q.exp(), teacher.log_q - log_p)
-    value = value + torch.where(rest_q > 0, rest_q * (teacher.log_rest - rest_p.log()), 0)
+    value = value + torch.where(rest_q > 0, rest_q * (teacher.log_rest - log_rest_p), 0)
     if not gradient:
         return Divergence(value, None, finite)
-    slope = student.probability.mul_((1 - rest_q / rest_p).unsqueeze(-1))  # zero on the entries: `_rest` put it there
+    outside = 1 - rest_q / rest_p.clamp(min=TINY)
+    slope = student.probability.mul_(outside.unsqueeze(-1))  # zero on the entries: `_rest` put it there
+    if shares is not None:
+        slope[small] = shares.mul_(-rest_q[small].unsqueeze(-1))
     return Divergence(value, _scatter(slope, column, here, log_p.exp() - teacher.log_q.exp()), finite)
 
 
@@ -213,6 +225,19 @@ def _rest(
         probability.scatter_reduce_(-1, column, kept, "prod")
     (rest,) = vocabulary.sum(probability.sum(-1))
     return rest
+
+
+def _small_rest(
+    log: Float[Tensor, "n t"], column: Int[Tensor, "n k"], here: Tensor, vocabulary: VocabParallel
+) -> tuple[Float[Tensor, " n"], Float[Tensor, "n t"]]:
+    """The logarithm of what is left beside these entries, and the share that each other entry has of it."""
+    kept = torch.where(here, 1.0, 0.0).to(log.dtype)
+    entry = torch.zeros_like(log).scatter_reduce_(-1, column, kept, "amax") if log.shape[-1] else log
+    rest = log.masked_fill(entry > 0, -torch.inf)
+    (top,) = vocabulary.max(row_max(rest))
+    shares = rest.sub_(top.unsqueeze(-1)).exp_()
+    (total,) = vocabulary.sum(shares.sum(-1))
+    return top + total.log(), shares.div_(total.unsqueeze(-1))
 
 
 def _scatter(slope: Tensor, column: Tensor, here: Tensor, values: Tensor) -> Tensor:

@@ -107,6 +107,25 @@ def test_stored_entries_count_as_living_ones(name: str, k: int, tokens: int) -> 
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("gap", [0.1, 1.0, 3.0])
+def test_a_rest_that_underflows_still_has_its_gradient(gap: float) -> None:
+    """At a low temperature a student may leave less beside the teacher's likeliest entries than fp32 can say."""
+    length, columns, tokens = 4, 12, 11
+    student, teacher = heads(length, columns)
+    for (hidden, weight), size in ((student, gap), (teacher, 0.01)):
+        hidden.data.abs_().add_(1)
+        weight.data.mul_(0.01)[:3] += 10 * size
+    objective = Objective("top-k-rest", temperature=0.3, k=3)
+    labels, mask = data(length, tokens)
+    total, kd, _ = oracle.losses(student, teacher, labels, mask, objective, tokens)
+    total.backward()
+    got, own = run(student, teacher, labels, mask, objective, tokens)
+    got.total.backward()
+    torch.testing.assert_close(got.kd.double(), kd, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(own, student, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-4)  # logits of up to 700
+
+
 def test_all_entries_and_no_rest_are_the_whole_divergence() -> None:
     student, teacher = heads(6, 9)
     labels, mask = data(6, 9)
