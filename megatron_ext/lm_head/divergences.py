@@ -180,7 +180,7 @@ def top_k_kl(
     rest_q = teacher.log_rest.exp()
     rest_p = _rest(student.probability, teacher.index, vocabulary)
     log_rest_p = rest_p.clamp(min=TINY).log()
-    # At a low temperature a probability may be smaller than fp32 can say; its logarithm, and its share of the rest, not.
+    # A probability may be smaller than fp32 can say; its logarithm, and its share of the rest, not.
     small = (rest_p < SMALL) & (rest_q > 0) if teacher.index.shape[-1] < vocabulary.size else rest_p < 0
     shares = None
     if small.any():
