@@ -7,10 +7,7 @@ from typing import Any, Protocol
 import torch
 from jaxtyping import Float, Int
 from megatron.core.models.hybrid.hybrid_model import HybridModel
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_ext.data.sample_id import to_hex
@@ -27,7 +24,7 @@ from megatron_ext.distillation.projections import LossBalancer, Projections
 from megatron_ext.distillation.student import StudentWrapper
 from megatron_ext.errors import CheckpointError
 from megatron_ext.lm_head.divergences import TopK
-from megatron_ext.lm_head.hidden_states import hidden_states, output_weight
+from megatron_ext.lm_head.hidden_states import head, hidden_states
 from megatron_ext.lm_head.losses import LMHead, distillation_losses
 from megatron_ext.lm_head.objective import Objective
 from megatron_ext.lm_head.vocab_parallel import VocabParallel
@@ -242,17 +239,6 @@ def named(side: str, taken: dict[LayerOutput, Tensor], output: Tensor) -> dict[s
     return {
         intermediate_layers.state(side, point): value for point, value in (taken | {LayerOutput(FINAL): output}).items()
     }
-
-
-def head(model: HybridModel, hidden: Float[Tensor, "s b h"]) -> LMHead:
-    """The end of a model: its states, whole in the sequence, and this rank's rows of the output layer."""
-    weight, group = output_weight(model), model.pg_collection.tp
-    # Each rank makes its part of the gradient of `hidden`: on the way back the parts are summed.
-    if model.config.sequence_parallel:
-        return LMHead(
-            gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group), weight
-        )
-    return LMHead(copy_to_tensor_model_parallel_region(hidden, group=group), weight)
 
 
 def _refuse(wrong: Tensor, labels: Int[Tensor, "b s"], sample_id: Int[Tensor, "b 2"]) -> None:

@@ -7,21 +7,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from megatron.core import parallel_state as mpu
 from megatron.core.models.hybrid.hybrid_model import HybridModel
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_ext.errors import ConfigError
 from megatron_ext.inference.interrupt import Interrupted, exchange
 from megatron_ext.inference.passage import Loglikelihood, LoglikelihoodRequest
 from megatron_ext.inference.sharded import ShardedModel
-from megatron_ext.lm_head.hidden_states import hidden_states, output_weight
-from megatron_ext.lm_head.vocab_parallel import VocabParallel, row_max
-
-ROWS = 1024  # of logits at a time
+from megatron_ext.lm_head.hidden_states import head, hidden_states
+from megatron_ext.lm_head.log_probabilities import log_probabilities
+from megatron_ext.lm_head.losses import LMHead
+from megatron_ext.lm_head.vocab_parallel import VocabParallel
 
 
 def score(
@@ -115,13 +113,13 @@ def _places(length: int) -> Int[Tensor, " s"]:
 def _scores(words: int, chunk: HybridModel, batch: _Batch, hidden: Float[Tensor, "s b h"]) -> dict[int, Loglikelihood]:
     """From the last stage's states to the scores of a micro-batch."""
     groups: Any = chunk.pg_collection
-    if chunk.config.sequence_parallel:
-        hidden = gather_from_sequence_parallel_region(hidden, group=groups.tp)
+    states, weight = head(chunk, hidden)
     here = batch.positions[0]
     wanted = batch.wanted[:, here]
-    weight = output_weight(chunk)
     vocabulary = VocabParallel(weight.shape[0], words, groups.tp)
-    scored = log_probabilities(hidden.transpose(0, 1)[wanted], weight, batch.labels[:, here][wanted], vocabulary)
+    scored = log_probabilities(
+        LMHead(states.transpose(0, 1)[wanted], weight), batch.labels[:, here][wanted], vocabulary
+    )
     whole = scored.new_zeros(2, *batch.labels.shape)
     whole[:, :, here] = whole[:, :, here].masked_scatter(wanted, scored)
     if groups.cp.size() > 1:
@@ -132,40 +130,6 @@ def _scores(words: int, chunk: HybridModel, batch: _Batch, hidden: Float[Tensor,
         log_probability, greedy = whole[:, row, batch.wanted[row].cpu()]
         found[owner] = Loglikelihood(log_probability.clone(), greedy > 0)
     return found
-
-
-def log_probabilities(
-    hidden: Float[Tensor, "n h"], weight: Float[Tensor, "v h"], labels: Int[Tensor, " n"], vocabulary: VocabParallel
-) -> Float[Tensor, "2 n"]:
-    """The log-probability of each label in nats, and 1 where it is the most probable token, 0 elsewhere.
-
-    Of equally probable tokens the first counts as the most probable, as `argmax` has it.
-
-    Args:
-        hidden: States after the final norm.
-        weight: This rank's rows of the output layer.
-        labels: The tokens that follow, numbers in the whole vocabulary.
-        vocabulary: How it is split, and where its padding begins.
-    """
-    found = [
-        _log_probabilities(F.linear(states, weight).float(), own, vocabulary)
-        for states, own in zip(hidden.split(ROWS), labels.split(ROWS), strict=True)
-    ]
-    return torch.cat(found, dim=-1) if found else hidden.new_zeros(2, 0, dtype=torch.float32)
-
-
-def _log_probabilities(
-    logits: Float[Tensor, "n v"], labels: Int[Tensor, " n"], vocabulary: VocabParallel
-) -> Float[Tensor, "2 n"]:
-    logits[:, vocabulary.tokens :] = -torch.inf
-    largest = row_max(logits)
-    (top,) = vocabulary.max(largest)
-    local, mine = vocabulary.local(labels)
-    label = torch.where(mine, logits.gather(-1, local[:, None])[:, 0], 0.0)
-    total, label = vocabulary.sum((logits - top[:, None]).exp().sum(-1), label)
-    first = logits.argmax(-1) + vocabulary.first
-    (minus,) = vocabulary.max(torch.where(largest == top, -first.float(), -torch.inf))
-    return torch.stack([label - top - total.log(), (labels == -minus).float()])
 
 
 def _check(model: ShardedModel, passages: Sequence[LoglikelihoodRequest]) -> None:

@@ -4,8 +4,13 @@ from typing import Any
 
 from jaxtyping import Float, Int
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from torch import Tensor
 
+from megatron_ext.lm_head.fused_loss import LMHead
 from megatron_ext.platform.gathering import gathered
 
 
@@ -29,6 +34,17 @@ def hidden_states(
         length = model.rotary_pos_emb.get_rotary_seq_len(None, decoder, inputs, model.config, None)  # type: ignore[arg-type]
         rotary = model.rotary_pos_emb(length)
     return model.decoder(hidden_states=inputs, attention_mask=mask, rotary_pos_emb=rotary)
+
+
+def head(model: HybridModel, hidden: Float[Tensor, "s b h"]) -> LMHead:
+    """The end of a model: its states, whole in the sequence, and this rank's rows of the output layer."""
+    groups: Any = model.pg_collection
+    # Each rank makes its part of the gradient of `hidden`: on the way back the parts are summed.
+    if model.config.sequence_parallel:
+        whole = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=groups.tp)
+    else:
+        whole = copy_to_tensor_model_parallel_region(hidden, group=groups.tp)
+    return LMHead(whole, output_weight(model))
 
 
 def output_weight(model: HybridModel) -> Float[Tensor, "v h"]:

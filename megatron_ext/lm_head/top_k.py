@@ -7,8 +7,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from megatron_ext.lm_head.divergences import TopK, softmax, top_k
-from megatron_ext.lm_head.fused_loss import CHUNK
-from megatron_ext.lm_head.losses import SLICE, LMHead
+from megatron_ext.lm_head.fused_loss import LMHead
+from megatron_ext.lm_head.log_probabilities import fp32_logits
 from megatron_ext.lm_head.vocab_parallel import VocabParallel
 
 
@@ -28,24 +28,17 @@ class TeacherTopK(NamedTuple):
 def teacher_top_k(teacher: LMHead, vocabulary: VocabParallel, k: int, temperature: float) -> TeacherTopK:
     """The k likeliest entries of softmax(logits / temperature) over a vocabulary that may be split and padded.
 
-    As in `losses`, logits are made for a chunk of tokens and compared a slice at a time in fp32.
-
     Args:
         teacher: What its logits are made of.
         vocabulary: This rank's columns.
         k: At most `vocabulary.size`.
         temperature: Of the distribution.
     """
-    hidden, device = teacher.hidden.flatten(0, 1), teacher.hidden.device.type
-    chunk = max(1, CHUNK[device] // (vocabulary.columns * teacher.weight.element_size()))
-    slice_ = max(1, SLICE[device] // vocabulary.columns)
     parts = []
-    for rows in hidden.split(chunk):
-        logits = (rows @ teacher.weight.T)[:, : vocabulary.tokens]
-        for part in logits.split(slice_):
-            (distribution,) = softmax(vocabulary, part.to(torch.float32, copy=True), temperature=temperature)
-            found = top_k(distribution, vocabulary, k)
-            log_q, order = found.log_q.sort(dim=-1, descending=True)
-            parts.append((found.index.gather(-1, order), log_q, found.log_rest, distribution.log_sum.isfinite()))
+    for logits in fp32_logits(teacher, vocabulary):
+        (distribution,) = softmax(vocabulary, logits[:, : vocabulary.tokens], temperature=temperature)
+        found = top_k(distribution, vocabulary, k)
+        log_q, order = found.log_q.sort(dim=-1, descending=True)
+        parts.append((found.index.gather(-1, order), log_q, found.log_rest, distribution.log_sum.isfinite()))
     index, log_q, log_rest, finite = (torch.cat(column) for column in zip(*parts, strict=True))
     return TeacherTopK(TopK(index, log_q, log_rest), finite)

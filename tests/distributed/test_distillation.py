@@ -2,15 +2,15 @@
 
 from itertools import product
 
-import distillation_oracle as oracle
 import pytest
 import torch
 import torch.distributed as dist
 from distributed.runner import run_ranks
 from torch import Tensor
 
-from megatron_ext.lm_head import fused_loss
+from megatron_ext.lm_head import fused_loss, naive
 from megatron_ext.lm_head.divergences import NAMES
+from megatron_ext.lm_head.log_probabilities import log_probabilities
 from megatron_ext.lm_head.losses import LMHead, distillation_losses
 from megatron_ext.lm_head.objective import Objective
 from megatron_ext.lm_head.top_k import teacher_top_k
@@ -58,7 +58,9 @@ def test_a_split_vocabulary_changes_nothing(ranks: int, tokens: int) -> None:
     for i, (name, _) in enumerate(product(NAMES, (True, False))):
         hidden, weight, *teacher = (x.double() for x in tensors())
         hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-        expected = oracle.losses((hidden, weight), (teacher[0], teacher[1]), LABELS, MASK, objective(name), tokens)
+        expected = naive.distillation_losses(
+            (hidden, weight), (teacher[0], teacher[1]), LABELS, MASK, objective(name), tokens
+        )
         expected[0].backward()
         for part in parts:
             for got, want in zip(part[i][:3], expected, strict=True):
@@ -101,10 +103,29 @@ def likeliest_of_a_part(tokens: int) -> list[Tensor]:
 def test_a_split_vocabulary_has_the_same_likeliest_entries(ranks: int) -> None:
     """On every rank, though one of four holds nothing but padding."""
     _, _, hidden, weight = tensors()
-    log = (hidden.flatten(0, 1).double() @ weight.double().T)[:, :11].div(1.5).log_softmax(-1)
-    log_q, index = log.sort(dim=-1, descending=True)
+    logits = (hidden.flatten(0, 1).double() @ weight.double().T)[:, :11]
+    expected = naive.top_k(logits / 1.5, 6)
     for got in run_ranks(likeliest_of_a_part, ranks, 11):
-        assert got[0].equal(index[:, :6])
-        torch.testing.assert_close(got[1].double(), log_q[:, :6], rtol=1e-6, atol=2e-6)
-        torch.testing.assert_close(got[2].double(), log_q[:, 6:].logsumexp(-1), rtol=1e-5, atol=1e-6)
+        assert got[0].equal(expected.index)
+        torch.testing.assert_close(got[1].double(), expected.log_q, rtol=1e-6, atol=2e-6)
+        torch.testing.assert_close(got[2].double(), expected.log_rest, rtol=1e-5, atol=1e-6)
         assert got[3].all()
+
+
+def log_probabilities_of_a_part(labels: list[int], tokens: int) -> Tensor:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    rows = slice(rank * COLUMNS // size, (rank + 1) * COLUMNS // size)
+    hidden, weight, *_ = tensors()
+    vocabulary = VocabParallel(COLUMNS // size, tokens, dist.group.WORLD if size > 1 else None)
+    return log_probabilities(LMHead(hidden, weight[rows]), torch.tensor(labels), vocabulary)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_split_vocabulary_has_the_same_log_probabilities(ranks: int) -> None:
+    """On every rank, though one of four holds nothing but padding."""
+    hidden, weight, *_ = (x.double() for x in tensors())
+    logits = (hidden.flatten(0, 1) @ weight.T)[:, :11]
+    labels = LABELS.flatten().where(torch.arange(10) % 2 == 0, logits.argmax(-1))
+    expected = naive.log_probabilities(logits, labels)
+    for got in run_ranks(log_probabilities_of_a_part, ranks, labels.tolist(), 11):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=2e-6)

@@ -306,8 +306,7 @@ def _forward_step(data: Iterator[dict[str, Any]], model: torch.nn.Module, stored
     from megatron.core.utils import unwrap_model
 
     from megatron_ext.data.batch import get_identified_batch
-    from megatron_ext.distillation.model import head
-    from megatron_ext.lm_head.hidden_states import hidden_states
+    from megatron_ext.lm_head.hidden_states import head, hidden_states
     from megatron_ext.lm_head.top_k import teacher_top_k
     from megatron_ext.lm_head.vocab_parallel import VocabParallel
 

@@ -12,7 +12,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_ext.distillation.intermediate_layers import TEACHER, LayerOutput
-from megatron_ext.distillation.model import StepLosses, head, named
+from megatron_ext.distillation.model import StepLosses, named
 from megatron_ext.distillation.teachers.teacher import Teacher
 from megatron_ext.lm_head.hidden_states import hidden_states
 from megatron_ext.lm_head.losses import LMHead, cross_entropy

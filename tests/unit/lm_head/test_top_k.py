@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megatron_ext.lm_head import top_k as module
+from megatron_ext.lm_head import log_probabilities as chunks
+from megatron_ext.lm_head import naive
 from megatron_ext.lm_head.losses import LMHead
 from megatron_ext.lm_head.top_k import teacher_top_k
 from megatron_ext.lm_head.vocab_parallel import VocabParallel
@@ -20,15 +21,15 @@ def heads() -> LMHead:
 @pytest.mark.parametrize("chunk", [1, 3 * COLUMNS])
 def test_agrees_with_float64(monkeypatch: pytest.MonkeyPatch, k: int, chunk: int) -> None:
     """Whatever the chunks, and without the padding of the vocabulary."""
-    monkeypatch.setattr(module, "CHUNK", {"cpu": 4 * chunk})
-    monkeypatch.setattr(module, "SLICE", {"cpu": 2 * COLUMNS})
+    monkeypatch.setattr(chunks, "CHUNK", {"cpu": 4 * chunk})
+    monkeypatch.setattr(chunks, "SLICE", {"cpu": 2 * COLUMNS})
     teacher = heads()
     got = teacher_top_k(teacher, VocabParallel(COLUMNS, TOKENS), k, temperature=1.5)
-    log = (teacher.hidden.flatten(0, 1).double() @ teacher.weight.double().T)[:, :TOKENS].div(1.5).log_softmax(-1)
-    log_q, index = log.sort(dim=-1, descending=True)
-    assert got.kept.index.equal(index[:, :k])
-    torch.testing.assert_close(got.kept.log_q.double(), log_q[:, :k], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(got.kept.log_rest.double(), log_q[:, k:].logsumexp(-1), rtol=1e-5, atol=1e-6)
+    logits = (teacher.hidden.flatten(0, 1).double() @ teacher.weight.double().T)[:, :TOKENS]
+    expected = naive.top_k(logits / 1.5, k)
+    assert got.kept.index.equal(expected.index)
+    torch.testing.assert_close(got.kept.log_q.double(), expected.log_q, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got.kept.log_rest.double(), expected.log_rest, rtol=1e-5, atol=1e-6)
     assert got.finite.all()
 
 
