@@ -12,7 +12,10 @@ TESTS = Path(__file__).parents[1]
 ROOMS: dict[str, tuple[str, ...]] = {
     # The rooms of the package
     "checkpoint": ("distributed/test_gpt.py", "functional/test_before_the_move.py"),
-    "cli": ("unit/test_cli.py", "unit/test_program.py", "unit/test_torchrun.py", "functional/test_stop.py"),
+    "cli": (
+        "unit/test_cli.py", "unit/test_flag_list.py", "unit/test_program.py", "unit/test_torchrun.py",
+        "functional/test_stop.py",
+    ),
     "conversion": (
         "distributed/test_code_of_others.py", "distributed/test_convert.py", "distributed/test_gpt.py",
         "distributed/test_pruned_families.py", "distributed/test_verify.py", "functional/test_convert_jobs.py",
