@@ -89,8 +89,12 @@ def hold_run(directory: Path, own: Sequence[str] = ()) -> None:
             _clear([path])
 
 
-def hold_new(path: Path) -> None:
+def hold_new(path: Path, own: Sequence[str] = ()) -> None:
     """The same for a directory that is to appear whole; its lock and its beginnings lie beside it.
+
+    Args:
+        path: What is to appear.
+        own: What the job keeps beside it meanwhile, as `.NAME.OWN`; a `*` is anything without a dot.
 
     Raises:
         ConfigError: Another job writes it.
@@ -98,8 +102,10 @@ def hold_new(path: Path) -> None:
     lock = path.absolute().with_name(f".{path.name}{LOCK}")
     if lock not in _held:
         _hold(lock, path)
-        own = re.compile(rf"\.{re.escape(path.name)}\.[^.]+{re.escape(PARTIAL)}")
-        _clear(each for each in lock.parent.iterdir() if own.fullmatch(each.name))
+        name = re.escape(f".{path.name}.")
+        beside = [rf"\.{name}{re.escape(each)}\.".replace(r"\*", "[^.]+") for each in own]
+        left = re.compile(f"({'|'.join([name, *beside])})[^.]+{re.escape(PARTIAL)}")
+        _clear(each for each in lock.parent.iterdir() if left.fullmatch(each.name))
 
 
 def release_new(path: Path) -> None:

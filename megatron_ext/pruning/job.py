@@ -47,6 +47,8 @@ from megatron_ext.training.run_job import run_job
 
 SCORES = "scores.safetensors"
 REPORT = "report.md"
+BESIDE = ("scores-*.safetensors", "round-*", "pruned")
+"""What lies beside `--save` as `.NAME.*` until the run directory is there."""
 
 
 def changes(run: RunConfig, target: Architecture) -> Table:
@@ -111,7 +113,7 @@ def prune(run: RunConfig, request: Request) -> None:
     args, options = run.args, run.options["prune"]
     source = source_step(args)
     if args.rank == 0:
-        hold_new(Path(args.save))
+        hold_new(Path(args.save), BESIDE)
     if options.plan is not None:
         found = Found(Plan.load(options.plan))
     elif options.scores is not None:

@@ -91,6 +91,20 @@ def test_leftovers_of_the_same_output_go_and_nothing_else(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([mine.name, other.name, "out"])
 
 
+def test_leftovers_of_what_lies_beside_an_output_go_too(tmp_path: Path) -> None:
+    names = [
+        "..out.scores-1a2b.safetensors.abcd1234.partial",
+        "..out.round-1.abcd1234.partial",
+        ".out.abcd1234.partial",
+    ]
+    others = [".out.scores-1a2b.safetensors", "..out-two.round-1.abcd1234.partial", "..out.else.abcd1234.partial"]
+    for name in (*names, *others):
+        (tmp_path / name).write_text("x")
+    hold_new(tmp_path / "out", ("scores-*.safetensors", "round-*"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, ".out.lock"])
+    release_new(tmp_path / "out")
+
+
 def test_leftovers_in_a_run_go_when_no_process_of_the_job_can_be_writing_them(tmp_path: Path) -> None:
     old, young, mine = (tmp_path / name for name in (".metrics.jsonl.a1.partial", ".config.yaml.b2.partial", ".notes"))
     for file in (old, young, mine):
