@@ -1,6 +1,7 @@
-"""What a model is, as values: nothing here runs, trains or stores one.
+"""What a model is, as values and in formulas: nothing here trains or stores one.
 
 `pattern` is the layer string, `architecture` the whole model, `axes` which axis each dimension of each tensor lies on,
 `megatron_args` Megatron's arguments as an architecture, `presets` the named ones; `cost` and `training_cost` count;
-`builder`, `specs` and `module_builder` make Megatron build it, `bootstrap` chooses what stands behind its modules.
+`reference` is the model in plain float64, to read and to test against. `builder`, `specs` and `module_builder` make
+Megatron build it, `bootstrap` chooses what stands behind its modules; `hooks` takes states out of it.
 """

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from distributed.runner import run_ranks
-from reference_model import forward
 from torch import Tensor
 
 from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
+from megatron_ext.models.reference import forward
 from megatron_ext.pruning import scores as names
 from megatron_ext.pruning.importance import WidthMetric
 

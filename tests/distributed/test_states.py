@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from distributed.runner import run_ranks
 from random_models import random_weights
-from reference_model import forward, mask, rms_norm
 from torch import Tensor
 
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.models.architecture import Architecture
+from megatron_ext.models.reference import forward, mask, rms_norm
 
 TEACHER = Architecture(
     pattern="M-*-MM-", hidden_size=32, vocab_size=64, max_position_embeddings=32, ffn_hidden_size=48,

@@ -9,13 +9,13 @@ import pytest
 import torch
 import winograd
 from random_models import random_weights
-from reference_model import forward
 from safetensors.torch import load_file
 from workspace import ROOT, Workspace
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.evaluation.questions import accuracy, texts
+from megatron_ext.models.reference import forward
 
 COMMAND = str(Path(sys.executable).parent / "megatron-ext")
 SCAN = ["--prune-num-layers", "2", "--prune-depth-metric", "scan_task", "--prune-samples", "8"]

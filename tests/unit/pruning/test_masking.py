@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import random_scores, random_weights
-from reference_model import forward
 
 from megatron_ext.checkpoint.blocks import TensorEntry
 from megatron_ext.checkpoint.reader import CheckpointReader
@@ -16,6 +15,8 @@ from megatron_ext.checkpoint.stream import tensors
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
+from megatron_ext.models.axes import KeptIndices
+from megatron_ext.models.reference import forward
 from megatron_ext.pruning.apply import apply, compile_moves
 from megatron_ext.pruning.budget import SIZES, Targets
 from megatron_ext.pruning.plan import Plan
@@ -51,6 +52,11 @@ class InMemory:
 def sliced(plan: Plan, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     source = InMemory(weights)
     return {key: made.clone() for key, made in tensors(compile_moves(plan, source.entries), source)}
+
+
+def masked(plan: Plan) -> dict[int, KeptIndices]:
+    """What stays of each sub-layer that does."""
+    return {i: plan.kept(i) for i in plan.units}
 
 
 @st.composite
@@ -89,7 +95,7 @@ def test_a_sliced_model_is_the_masked_one(plan: Plan) -> None:
     weights = random_weights(plan.source)
     small = sliced(plan, weights)
     assert {key: tuple(value.shape) for key, value in small.items()} == axes.tensors(plan.target)
-    expected, _ = forward(plan.source, weights, TOKENS, plan=plan)
+    expected, _ = forward(plan.source, weights, TOKENS, kept=masked(plan))
     logits, _ = forward(plan.target, small, TOKENS)
     torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-12)
 
@@ -124,7 +130,7 @@ def test_the_cases_cut_every_axis() -> None:
     assert set(sizes) == set(SIZES)
     plan = make_plan(random_scores(ARCH), ARCH, Targets(**sizes))
     weights = random_weights(ARCH)
-    expected, _ = forward(ARCH, weights, TOKENS, plan=plan)
+    expected, _ = forward(ARCH, weights, TOKENS, kept=masked(plan))
     logits, _ = forward(plan.target, sliced(plan, weights), TOKENS)
     torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-12)
     whole, _ = forward(ARCH, weights, TOKENS)

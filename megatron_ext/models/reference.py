@@ -1,45 +1,49 @@
 """A hybrid model in plain formulas and float64, straight from a checkpoint's tensors: nothing of Megatron's, no layout.
 
-Shapes: b batch, s sequence, h hidden, g groups, n heads, d channels, e experts, f neurons.
+To read, from `forward` up, and to test against. Shapes: b batch, s sequence, h hidden, g groups, n heads, d channels,
+e experts, f neurons, v vocabulary.
 
-Positions that a plan drops can be masked: their activations are zero, and norms count the others only. So a masked
-model is the smaller one, found without slicing a weight.
+What is not kept can be masked: its activations are zero, and norms count the others only. So a masked model is the
+smaller one, found without slicing a weight.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from megatron_ext.errors import ConfigError
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.axes import KeptIndices
+from megatron_ext.models.pattern import ATTENTION, MLP, MOE
 from megatron_ext.ops.causal_conv1d.naive import causal_conv1d
 from megatron_ext.ops.ssd.naive import ssd
-from megatron_ext.pruning.plan import Plan
+
+WHOLE = KeptIndices()
 
 
-def mask(kept: Sequence[int] | None, size: int) -> Tensor:
-    """1.0 at what is kept, 0.0 elsewhere, (size,)."""
-    result = torch.ones(size, dtype=torch.float64)
-    if kept is not None:
-        result = torch.zeros(size, dtype=torch.float64)
-        result[list(kept)] = 1
+def mask(kept: Sequence[int] | None, size: int) -> Float[Tensor, " size"]:
+    """1.0 at what is kept, 0.0 elsewhere; `None` keeps all."""
+    if kept is None:
+        return torch.ones(size, dtype=torch.float64)
+    result = torch.zeros(size, dtype=torch.float64)
+    result[list(kept)] = 1
     return result
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, counted: Tensor) -> Tensor:
-    """x and `counted` (0 or 1): (..., h)."""
-    return (
-        x
-        * counted
-        / ((x * counted).square().sum(-1, keepdim=True) / counted.sum(-1, keepdim=True) + eps).sqrt()
-        * (weight)
-    )
+def rms_norm(x: Float[Tensor, "*b h"], weight: Tensor, eps: float, counted: Tensor) -> Float[Tensor, "*b h"]:
+    """x / sqrt(mean of x^2 + eps) * weight, over the positions that are `counted` (1; 0 elsewhere)."""
+    x = x * counted
+    mean_square = x.square().sum(-1, keepdim=True) / counted.sum(-1, keepdim=True)
+    return x / (mean_square + eps).sqrt() * weight
 
 
-def attention(arch: Architecture, w: dict[str, Tensor], x: Tensor, kept: KeptIndices) -> tuple[Tensor, Tensor]:
-    """The update of an attention layer without positions, and its heads' outputs (b, s, n, d)."""
+def attention(
+    arch: Architecture, w: dict[str, Tensor], x: Float[Tensor, "b s h"], kept: KeptIndices
+) -> tuple[Float[Tensor, "b s h"], Float[Tensor, "b s n d"]]:
+    """The update of an attention layer without positions, and its heads' outputs."""
     b, s, _ = x.shape
     groups, d = arch.num_query_groups, arch.kv_channels
     per_group = arch.num_attention_heads // groups
@@ -56,18 +60,22 @@ def attention(arch: Architecture, w: dict[str, Tensor], x: Tensor, kept: KeptInd
     return (inner * stay[:, None]).flatten(2) @ w["self_attention.linear_proj.weight"].T, inner
 
 
-def mlp(w: dict[str, Tensor], x: Tensor, kept: KeptIndices) -> tuple[Tensor, Tensor]:
-    """The update of a gated MLP, and its neurons (b, s, f)."""
+def mlp(
+    w: dict[str, Tensor], x: Float[Tensor, "b s h"], kept: KeptIndices
+) -> tuple[Float[Tensor, "b s h"], Float[Tensor, "b s f"]]:
+    """The update of a gated MLP, and its neurons."""
     gate, up = (x @ w["mlp.linear_fc1.weight"].T).chunk(2, dim=-1)
     neurons = F.silu(gate) * up
     return neurons * mask(kept.ffn, neurons.shape[-1]) @ w["mlp.linear_fc2.weight"].T, neurons
 
 
-def experts(arch: Architecture, w: dict[str, Tensor], x: Tensor, kept: KeptIndices) -> tuple[Tensor, dict[str, Tensor]]:
-    """The update of a mixture of experts, and of the experts (e of them) that each token is sent to or not.
+def experts(
+    arch: Architecture, w: dict[str, Tensor], x: Float[Tensor, "b s h"], kept: KeptIndices
+) -> tuple[Float[Tensor, "b s h"], dict[str, Tensor]]:
+    """The update of a mixture of experts, and what is inside it.
 
-    `probability` (b, s, e), 0 for experts it is not sent to; `neurons` (b, s, e, f) and `outputs` (b, s, e, h), before
-    they are weighted; `shared` (b, s, f of the shared expert).
+    That is `probability` (b, s, e), 0 for experts that a token is not sent to; `neurons` (b, s, e, f) and `outputs`
+    (b, s, e, h), before they are weighted; `shared` (b, s, f), the neurons of the shared expert.
     """
     logits = x @ w["mlp.router.weight"].T
     stay = mask(kept.experts, arch.num_experts) > 0
@@ -102,8 +110,13 @@ def experts(arch: Architecture, w: dict[str, Tensor], x: Tensor, kept: KeptIndic
     return update, seen
 
 
-def mamba(arch: Architecture, w: dict[str, Tensor], u: Tensor, kept: KeptIndices) -> tuple[Tensor, dict[str, Tensor]]:
-    """The update of a Mamba-2 layer, and the parts x (b, s, n, d), B and C (b, s, g, state) of its input projection."""
+def mamba(
+    arch: Architecture, w: dict[str, Tensor], u: Float[Tensor, "b s h"], kept: KeptIndices
+) -> tuple[Float[Tensor, "b s h"], dict[str, Tensor]]:
+    """The update of a Mamba-2 layer, and the parts x (b, s, n, d), B and C (b, s, g, state) of its input projection.
+
+    Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060, section 7), with the norm after the gate.
+    """
     groups = arch.mamba_num_groups
     group = mask(kept.mamba_groups, groups)
     head = group.repeat_interleave(arch.mamba_num_heads // groups) * mask(kept.mamba_heads, arch.mamba_num_heads)
@@ -133,43 +146,48 @@ def mamba(arch: Architecture, w: dict[str, Tensor], u: Tensor, kept: KeptIndices
 
 def forward(
     arch: Architecture,
-    weights: dict[str, Tensor],
-    tokens: Tensor,
+    weights: Mapping[str, Tensor],
+    tokens: Int[Tensor, "b s"],
     *,
     skip: Collection[int] = (),
-    plan: Plan | None = None,
-) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Logits (b, s, v), and for each sub-layer that is not skipped its `input`, `norm`, inner activations and `output`.
+    kept: Mapping[int, KeptIndices] | None = None,
+) -> tuple[Float[Tensor, "b s v"], list[dict[str, Tensor]]]:
+    """Logits, and for each sub-layer that is not left out its `input`, `norm`, inner activations and `output`.
 
     Args:
         arch: The model.
         weights: Its tensors by checkpoint key.
-        tokens: (b, s).
+        tokens: Of each sequence.
         skip: Sub-layers that are left out.
-        plan: What it drops is masked.
+        kept: Of each sub-layer that stays what is kept of it; all of all by default.
+
+    Raises:
+        ConfigError: The model has what these formulas have not.
     """
+    _check(arch)
     weights = {key: value.double() for key, value in weights.items()}
-    channels = mask(plan.hidden if plan else None, arch.hidden_size)
+    kept = dict.fromkeys(range(len(arch.pattern)), WHOLE) if kept is None else kept
+    channels = mask(next((own.hidden for own in kept.values()), None), arch.hidden_size)
     hidden = weights["embedding.word_embeddings.weight"][tokens] * channels
     seen = []
     for i, kind in enumerate(arch.pattern):
-        if i in skip or (plan and i not in plan.units):
+        if i in skip or i not in kept:
             continue
-        kept, own = plan.kept(i) if plan else KeptIndices(), arch.at(i)
+        sizes = arch.at(i)
         prefix = f"decoder.layers.{i}."
         w = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
         (norm_weight,) = (value for key, value in w.items() if key.endswith(("layer_norm_weight", "layernorm.weight")))
         normed = rms_norm(hidden, norm_weight, arch.norm_epsilon, channels)
         parts: dict[str, Tensor] = {}
-        if kind == "*":
-            update, inner = attention(own, w, normed, kept)
-        elif kind == "-":
-            update, inner = mlp(w, normed, kept)
-        elif kind == "E":
-            update, parts = experts(own, w, normed, kept)
+        if kind == ATTENTION:
+            update, inner = attention(sizes, w, normed, kept[i])
+        elif kind == MLP:
+            update, inner = mlp(w, normed, kept[i])
+        elif kind == MOE:
+            update, parts = experts(sizes, w, normed, kept[i])
             inner = parts["neurons"]
         else:
-            update, parts = mamba(own, w, normed, kept)
+            update, parts = mamba(sizes, w, normed, kept[i])
             inner = parts["x"]
         inputs = {"input": hidden, "norm": normed, "inner": inner}
         hidden = hidden + update * channels
@@ -177,3 +195,14 @@ def forward(
     final = rms_norm(hidden, weights["decoder.final_norm.weight"], arch.norm_epsilon, channels)
     output_layer = weights.get("output_layer.weight", weights["embedding.word_embeddings.weight"])
     return final @ output_layer.T, seen
+
+
+def _check(arch: Architecture) -> None:
+    plain = {
+        "normalization": "RMSNorm", "zero_centered_norm": False, "position_embedding_type": "none",
+        "add_bias_linear": False, "add_qkv_bias": False, "qk_layernorm": False, "gated_linear_unit": True,
+        "activation": "silu",
+    }  # fmt: skip
+    other = {name: getattr(arch, name) for name, value in plain.items() if getattr(arch, name) != value}
+    if other:
+        raise ConfigError("the reference model has no such thing", got=other, legal=plain)
