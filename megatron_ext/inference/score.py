@@ -12,6 +12,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor
 
+from megatron_ext.data.context_parallel import zigzag_split
 from megatron_ext.errors import ConfigError
 from megatron_ext.inference.interrupt import Interrupted, exchange
 from megatron_ext.inference.passage import Loglikelihood, LoglikelihoodRequest
@@ -96,18 +97,9 @@ def _batch(passages: Sequence[LoglikelihoodRequest], owners: list[int], rows: in
         wanted[row, passage.first - 1 : len(passage.tokens) - 1] = True
     device = torch.cuda.current_device()
     tokens, wanted = tokens.to(device), wanted.to(device)
-    places = _places(length)
-    return _Batch(owners, tokens[:, places], places.expand(rows, -1), tokens[:, 1:], wanted)
-
-
-def _places(length: int) -> Int[Tensor, " s"]:
-    """The positions that this context-parallel rank holds: of 2C pieces of the sequence, the r-th from either end."""
-    places = torch.arange(length, device=torch.cuda.current_device())
-    size, rank = mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank()
-    if size == 1:
-        return places
-    pieces = places.chunk(2 * size)
-    return torch.cat([pieces[rank], pieces[2 * size - 1 - rank]])
+    rank, ranks = mpu.get_context_parallel_rank(), mpu.get_context_parallel_world_size()
+    here = zigzag_split(torch.arange(length, device=device), rank, ranks)
+    return _Batch(owners, tokens[:, here], here.expand(rows, -1), tokens[:, 1:], wanted)
 
 
 def _scores(words: int, chunk: HybridModel, batch: _Batch, hidden: Float[Tensor, "s b h"]) -> dict[int, Loglikelihood]:

@@ -329,7 +329,7 @@ def _forward_step(data: Iterator[dict[str, Any]], model: torch.nn.Module, stored
 
 def _whole(kept: TopK, b: int, sequence_length: int, group: Any) -> TopK:
     """The entries of whole sequences, in the order (s, b), from the parts of the context-parallel ranks."""
-    from megatron_ext.distillation.teachers.cached import positions
+    from megatron_ext.data.context_parallel import zigzag_split
 
     if group.size() == 1:
         return kept
@@ -339,7 +339,7 @@ def _whole(kept: TopK, b: int, sequence_length: int, group: Any) -> TopK:
         dist.all_gather(parts, x.contiguous(), group=group)
         return torch.cat(parts)
 
-    own: Int[Tensor, " s"] = positions(sequence_length, group).to(kept.index.device)
+    own = zigzag_split(torch.arange(sequence_length, device=kept.index.device), group.rank(), group.size())
     order = gather(own).argsort()
     whole = (gather(x.view(len(own), b, *x.shape[1:]))[order] for x in (kept.index, kept.log_q, kept.log_rest))
     return TopK(*(x.flatten(0, 1) for x in whole))

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from megatron.core.models.hybrid.hybrid_model import HybridModel
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
+from megatron_ext.data.context_parallel import zigzag_split
 from megatron_ext.distillation.logit_cache.cache import Cache
 from megatron_ext.distillation.logit_cache.shards import CacheReader
 from megatron_ext.distillation.model import StepLosses
@@ -26,7 +26,8 @@ class CachedTeacher:
 
     def __init__(self, cache: Cache, student: HybridModel) -> None:
         self._reader = CacheReader(cache.path, cache.manifest) if student.post_process else None
-        self._positions = positions(cache.manifest.sequence_length, student.pg_collection.cp)
+        group: Any = student.pg_collection.cp
+        self._positions = zigzag_split(torch.arange(cache.manifest.sequence_length), group.rank(), group.size())
 
     def run(self, arrived: dict[str, Tensor], inputs: tuple[Any, ...]) -> dict[str, Tensor]:
         """Nothing: it has no states."""
@@ -51,11 +52,3 @@ class CachedTeacher:
 def as_top_k_objective(objective: Objective, cache: Cache) -> Objective:
     """`forward-kl` as what it is when no entry is left out."""
     return objective if objective.sparse else replace(objective, divergence="top-k-rest", k=cache.manifest.k)
-
-
-def positions(sequence_length: int, group: Any) -> Int[Tensor, " s"]:
-    """Which tokens of a sequence this context-parallel rank has, in its order."""
-    whole = {"tokens": torch.arange(sequence_length).view(1, -1)}
-    if group.size() == 1:
-        return whole["tokens"][0]
-    return get_batch_on_this_cp_rank(whole, is_hybrid_cp=False, cp_group=group)["tokens"][0]

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
+from megatron_ext.data.context_parallel import zigzag_split
+
 
 class ParallelSizes(NamedTuple):
     """A teacher's layout; the other ranks are replicas that share the sequences.
@@ -148,14 +150,6 @@ def _both(a: range, b: range) -> tuple[int, ...]:
     return tuple(range(max(a.start, b.start), min(a.stop, b.stop)))
 
 
-def part_of_sequence(states: Float[Tensor, "s b w"], part: int, parts: int) -> Float[Tensor, "l b w"]:
-    """A context-parallel rank's tokens: of 2 `parts` pieces, one from the front and its mirror image from the back."""
-    if parts == 1:
-        return states
-    pieces = states.chunk(2 * parts)
-    return torch.cat([pieces[part], pieces[2 * parts - 1 - part]])
-
-
 def exchange(
     bridge: BridgeGroup,
     plan: Sequence[Transfer],
@@ -183,7 +177,7 @@ def exchange(
             continue
         if transfer.source == rank:
             whole = torch.stack([states[sample] for sample in transfer.samples], dim=1)
-            sent = part_of_sequence(whole, transfer.part, parts).contiguous()
+            sent = zigzag_split(whole, transfer.part, parts).contiguous()
             if transfer.destination == rank:
                 arrived |= dict(zip(transfer.samples, sent.unbind(1), strict=True))
             else:

@@ -4,13 +4,11 @@ from itertools import product
 from math import prod
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.distillation.teachers.exchange import (
     RankCoordinates,
-    part_of_sequence,
     split_batch,
     state_transfers,
     token_transfers,
@@ -80,10 +78,3 @@ def test_the_teachers_replicas_share_evenly(samples: int, replicas: int) -> None
     runs = split_batch(samples, replicas)
     assert [i for run in runs for i in run] == list(range(samples))
     assert max(map(len, runs)) - min(map(len, runs)) <= 1
-
-
-def test_a_part_is_a_piece_and_its_mirror_image() -> None:
-    states = torch.arange(8.0).view(8, 1, 1)
-    assert part_of_sequence(states, 0, 2).flatten().tolist() == [0, 1, 6, 7]
-    assert part_of_sequence(states, 1, 2).flatten().tolist() == [2, 3, 4, 5]
-    assert part_of_sequence(states, 0, 1) is states
