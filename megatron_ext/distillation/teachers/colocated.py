@@ -14,8 +14,7 @@ from torch import Tensor
 from megatron_ext.distillation.intermediate_layers import TEACHER, LayerOutput
 from megatron_ext.distillation.model import StepLosses, named
 from megatron_ext.distillation.teachers.teacher import Teacher
-from megatron_ext.lm_head.hidden_states import hidden_states
-from megatron_ext.lm_head.hidden_states import head
+from megatron_ext.lm_head.hidden_states import head, hidden_states
 from megatron_ext.lm_head.losses import LMHead, cross_entropy
 from megatron_ext.lm_head.vocab_parallel import VocabParallel
 from megatron_ext.models.architecture import Architecture
