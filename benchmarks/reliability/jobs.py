@@ -166,7 +166,7 @@ def _free_port() -> int:
 def _serve() -> None:
     """Answer each request, a line of JSON; forks return from here and run their program."""
     from megatron_ext.models.bootstrap import prepare
-    from tests.fork_server import IMPORTED
+    from tests.support.fork_server import IMPORTED
 
     prepare()
     for name in (*IMPORTED, "megatron_ext.cli"):

@@ -7,8 +7,8 @@ from pathlib import Path
 import fork_server
 import pytest
 import torch
-from distributed.runner import run_ranks
 from random_models import random_scores, random_weights
+from run_ranks import run_ranks
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.reader import CheckpointReader

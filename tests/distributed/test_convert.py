@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed.runner import run_ranks
 from hf_models import MODELS, SEQUENCE, make, tokens
 from random_models import random_scores
+from run_ranks import run_ranks
 from torch import Tensor
 
 from megatron_ext.checkpoint import layout

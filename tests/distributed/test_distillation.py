@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-from distributed.runner import run_ranks
+from run_ranks import run_ranks
 from torch import Tensor
 
 from megatron_ext.lm_head import fused_loss, naive

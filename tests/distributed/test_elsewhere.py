@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from distributed.runner import run_ranks
+from run_ranks import run_ranks
 from torch import Tensor
 
 from megatron_ext.distillation.teachers.exchange import BridgeGroup, RankCoordinates, split_batch

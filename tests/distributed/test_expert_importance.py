@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed.runner import run_ranks
 from random_models import random_weights
+from run_ranks import run_ranks
 from torch import Tensor
 
 from megatron_ext.checkpoint.reader import CheckpointReader

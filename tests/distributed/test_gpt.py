@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed.runner import run_ranks
+from run_ranks import run_ranks
 from torch import Tensor
 
 from megatron_ext.checkpoint import gpt, layout

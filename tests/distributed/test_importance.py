@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.runner import run_ranks
+from run_ranks import run_ranks
 from torch import Tensor
 
 from megatron_ext.checkpoint.reader import CheckpointReader

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed.runner import run_ranks
 from hf_models import MODELS, make
+from run_ranks import run_ranks
 
 from megatron_ext.checkpoint.huggingface.convert import to_megatron
 

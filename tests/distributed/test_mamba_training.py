@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from distributed.runner import run_ranks
-from distributed.test_importance import ARCH, SEQUENCE, random_checkpoint, tokens
+from run_ranks import run_ranks
 from torch import Tensor
+
+from tests.distributed.test_importance import ARCH, SEQUENCE, random_checkpoint, tokens
 
 
 def gradients(checkpoint: str, save: str) -> dict[str, tuple[float, dict[str, Tensor], int]]:

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.runner import run_ranks
-from distributed.test_convert import logits_of
 from hf_models import make, tokens
 from random_models import random_weights
+from run_ranks import run_ranks
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +20,7 @@ from megatron_ext.checkpoint.writer import writing
 from megatron_ext.conversion.verify import hf_logits
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.architecture import Architecture
+from tests.distributed.test_convert import logits_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 # A layer without attention comes first: the cache of the whole model must not be asked of it.

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from distributed.runner import run_ranks
 from random_models import random_weights
+from run_ranks import run_ranks
 from torch import Tensor
 
 from megatron_ext.checkpoint.writer import writing

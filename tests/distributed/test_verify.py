@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed.runner import run_ranks
 from hf_models import make
 from random_models import random_weights
+from run_ranks import run_ranks
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from megatron_ext.checkpoint.huggingface.convert import to_hf, to_megatron

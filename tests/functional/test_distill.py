@@ -8,19 +8,18 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import fork_server
 import pytest
 import torch
 import yaml
-from distributed.test_meeting_place import two_free_ports
 from workspace import ROOT, TRAIN, Workspace
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.models import axes
+from tests.distributed.test_meeting_place import two_free_ports
 
 STUDENT = [
     "--hybrid-layer-pattern=M-*-", "--hidden-size", "32", "--ffn-hidden-size", "48", "--num-attention-heads", "4",
@@ -264,7 +263,7 @@ def test_signals_save_and_end_well(workspace: Workspace, teacher: str, student: 
 def test_memory_does_not_grow(workspace: Workspace, teacher: str, student: str) -> None:
     flags = [*corrects(teacher, student), *workspace.data, "--train-iters", "201", "--save", "long"]
     flags += ["--save-interval", "1000", "--eval-interval", "1000", "--global-batch-size", "2"]
-    done = fork_server.run([Path(__file__).with_name("memory_of_steps.py"), *flags], cwd=workspace.path)
+    done = fork_server.run([ROOT / "tests/support/memory_of_steps.py", *flags], cwd=workspace.path)
     assert done.returncode == 0, done.stderr[-3000:]
     memory = json.loads((workspace.path / "memory.json").read_text())
     (early, tensors), (late, others) = memory["20"], memory["200"]

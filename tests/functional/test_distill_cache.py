@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from functional.test_distill import STUDENT
 from workspace import ROOT, TRAIN, Workspace
 
 from megatron_ext import cli
 from megatron_ext.distillation.logit_cache.manifest import Manifest
 from megatron_ext.distillation.logit_cache.shards import CacheReader
+from tests.functional.test_distill import STUDENT
 
 DATA = [
     "--data-path", "small/text_document", "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model",

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from functional.test_distill import TP
 from hf_models import make
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from torch import Tensor
 from workspace import TRAIN, Workspace
 
 from megatron_ext.checkpoint.huggingface.convert import to_megatron
+from tests.functional.test_distill import TP
 
 TOKENS, LENGTH, SEQUENCES = 512, 64, 8
 ROWS = {"wide-teacher": 704, "narrow-student": 576}

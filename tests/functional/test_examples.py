@@ -110,7 +110,7 @@ def test_one_node_is_a_torchrun_of_the_same_flags(start, tmp_path):
 )
 def test_kernels_compile_in_the_environment_of_an_example(script, tmp_path):
     python = tmp_path / "python"
-    python.write_text(f"#!/usr/bin/env bash\nexec {sys.executable} {ROOT}/tests/triton_compile_one.py\n")
+    python.write_text(f"#!/usr/bin/env bash\nexec {sys.executable} {ROOT}/tests/support/triton_compile_one.py\n")
     python.chmod(0o755)
     environment = os.environ | {"PYTHON": str(python), "DATA": "/data", "SAVE": str(tmp_path / "run")}
     environment |= {"TMPDIR": str(tmp_path)}

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from functional.test_distill import STUDENT
 from safetensors.torch import load_file
 from workspace import MODEL, TRAIN, Workspace
 
@@ -10,6 +9,7 @@ from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.models import axes
 from megatron_ext.pruning.plan import Plan
+from tests.functional.test_distill import STUDENT
 
 EXPERTS = [
     "--hybrid-layer-pattern=M-*E", *MODEL[1:], "--num-experts", "6", "--moe-ffn-hidden-size", "32",

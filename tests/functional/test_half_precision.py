@@ -6,11 +6,11 @@ from pathlib import Path
 import fork_server
 import pytest
 import torch
-from functional.test_distill import PP, STATES, STUDENT, TP
 from workspace import MODEL, TRAIN, Workspace
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.reader import CheckpointReader
+from tests.functional.test_distill import PP, STATES, STUDENT, TP
 
 COMMAND = str(Path(sys.executable).parent / "megatron-ext")
 TWO_STEPS = [*TRAIN, "--train-iters", "2"]

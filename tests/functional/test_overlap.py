@@ -3,10 +3,10 @@
 import fork_server
 import pytest
 import torch
-from functional.test_distill import STATES, STUDENT
 from workspace import MODEL, ROOT, TRAIN, Workspace
 
 from megatron_ext.checkpoint.reader import CheckpointReader
+from tests.functional.test_distill import STATES, STUDENT
 
 # The output layer has a bucket of its own, as that of a large vocabulary has.
 SHARDED = ["--use-distributed-optimizer", "--ddp-bucket-size", "1000", "--untie-embeddings-and-output-weights"]

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from workspace import MODEL, ROOT, TRAIN, Workspace
@@ -19,7 +18,7 @@ OURS = ["-m", "megatron_ext", "torchrun"]
 TORCHRUN = ["-m", "torch.distributed.run"]
 TWO_RANKS = ["--standalone", "--nproc-per-node", "2"]
 ENDLESS = ["--train-iters", "100000", "--save-interval", "100000", "--eval-interval", "100000"]
-PROGRAM = str(Path(__file__).with_name("waiting.py"))
+PROGRAM = str(ROOT / "tests/support/waiting.py")
 
 
 @contextmanager

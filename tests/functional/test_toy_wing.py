@@ -9,7 +9,7 @@ from workspace import Workspace
 from megatron_ext import cli
 from megatron_ext.checkpoint.reader import CheckpointReader
 
-WING = "tests/toy_wing.py"
+WING = "tests/support/toy_wing.py"
 FLAGS = [
     "--micro-batch-size", "4", "--global-batch-size", "8", "--lr", "1e-2", "--lr-decay-style", "constant",
     "--eval-iters", "2", "--eval-interval", "2", "--save-interval", "2",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import fork_server
 import pytest
-from support.flag_list import line
+from flag_list import line
 
 LIST = Path(__file__).with_name("flags.txt")
 PROGRAM = Path(__file__).parents[1] / "support" / "flag_list.py"

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from support.rooms import ROOMS, TESTS, paths_of
+from rooms import ROOMS, TESTS, paths_of
 
 ROOT = TESTS.parent
 

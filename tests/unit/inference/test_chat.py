@@ -1,8 +1,8 @@
 import pytest
-from unit.inference.test_prompts import characters
 
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.inference.chat import check_template, conversation, render
+from tests.unit.inference.test_prompts import characters
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' and forbidden %}{{ raise_exception('no system role') }}{% endif %}"

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from unit.inference.test_prompts import characters
 
 from megatron_ext import cli
 from megatron_ext.inference import generate as generation
 from megatron_ext.inference import job
 from megatron_ext.inference.interrupt import Interrupted
+from tests.unit.inference.test_prompts import characters
 
 
 def test_what_there_is_at_a_signal_is_kept_under_another_name(

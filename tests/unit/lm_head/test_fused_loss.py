@@ -4,12 +4,12 @@ import pytest
 import torch
 from peak import PeakMeter
 from torch import Tensor
-from unit.lm_head.test_losses import HIDDEN, data, heads
 
 from megatron_ext.lm_head import fused_loss, naive
 from megatron_ext.lm_head.losses import LMHead, distillation_losses
 from megatron_ext.lm_head.objective import Objective
 from megatron_ext.lm_head.vocab_parallel import VocabParallel
+from tests.unit.lm_head.test_losses import HIDDEN, data, heads
 
 
 class Bucket(torch.nn.Parameter):

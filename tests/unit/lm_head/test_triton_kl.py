@@ -15,7 +15,7 @@ from megatron_ext.lm_head.divergences import TopK
 from megatron_ext.lm_head.losses import LMHead
 from megatron_ext.lm_head.objective import Objective
 
-PROGRAM = Path(__file__).parents[2] / "distillation_kernels.py"
+PROGRAM = Path(__file__).parents[2] / "support" / "distillation_kernels.py"
 
 
 def wrong_cases(device: str, environment: dict[str, str]) -> dict[str, str]:

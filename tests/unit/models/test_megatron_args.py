@@ -38,7 +38,7 @@ def test_every_argument_of_the_installed_megatron_is_classified() -> None:
     assert run.returncode == 0, run.stderr[-2000:]
     found = set(json.loads(run.stdout.rpartition("found ")[2]))
     known = [*FUNCTION, *RENAMED, *words(BESIDE), *words(TRAINING)]
-    assert found - set(known) == set(), "new arguments: see tests/megatron_arguments.py"
+    assert found - set(known) == set(), "new arguments: see tests/support/megatron_arguments.py"
     assert set(known) - found == {"ext_layer_sizes"}, "arguments that Megatron does not have any more"
     assert len(known) == len(set(known)), "two kinds at once"
     assert {*RENAMED.values(), *BESIDE} <= set(FUNCTION)

@@ -12,7 +12,7 @@ PRODUCTS = {"states_kernel", "scan_kernel", "states_backward_kernel", "scan_back
 
 def test_kernels_compile_for_hopper() -> None:
     """Types, shared memory and registers of every kernel at the benchmark's sizes; no GPU is needed to compile."""
-    script = Path(__file__).parents[2] / "hopper_compile.py"
+    script = Path(__file__).parents[2] / "support" / "hopper_compile.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -27,8 +27,8 @@ from typing import Any
 import numpy
 import torch
 
-TESTS = Path(__file__).parent
-ROOT = TESTS.parent
+SUPPORT = Path(__file__).parent
+ROOT = SUPPORT.parents[1]
 # What the programs import, once; nothing that starts a thread, a process group or a random number.
 IMPORTED = (
     "matplotlib.pyplot", "matplotlib.backends.backend_agg", "megatron.core.models.hybrid.hybrid_model",
@@ -140,7 +140,7 @@ def _become(request: dict[str, Any], environment: dict[str, str]) -> None:
     os.environ.update(environment)
     script = request["command"][0]
     sys.argv = request["command"]
-    sys.path[:1] = [str(Path(script).parent), str(ROOT), str(TESTS)]
+    sys.path[:1] = [str(Path(script).parent), str(ROOT), str(SUPPORT)]
     runpy.run_path(script, run_name="__main__")
 
 

@@ -1,7 +1,7 @@
 """The Triton kernels of the distillation loss against the float64 oracle; a program, because of how they run on a CPU.
 
-    TRITON_INTERPRET=1 python tests/distillation_kernels.py cpu
-    python tests/distillation_kernels.py cuda
+    TRITON_INTERPRET=1 python tests/support/distillation_kernels.py cpu
+    python tests/support/distillation_kernels.py cuda
 
 Triton's interpreter must be asked for before anything imports Triton. Prints a JSON object: for each case what is wrong
 with it, or nothing.

@@ -10,7 +10,7 @@ from pathlib import Path
 import fork_server
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HAS_GPU = torch.cuda.is_available()  # asked at once: a test may make the CPU look like one
 # Small enough for a second a step, large enough that every axis can be split in two and cut.
 MODEL = [

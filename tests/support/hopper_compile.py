@@ -1,6 +1,6 @@
 """Compile the Triton kernels for an H100 or H200 on a machine without one, and print what each takes, as JSON.
 
-    python tests/hopper_compile.py [--all]
+    python tests/support/hopper_compile.py [--all]
 
 Triton compiles without a device if it is told what for. The kernels are reached through the public functions, with
 tensors on the CPU; they are compiled, not run. `--all` compiles every configuration, not only each kernel's first.
