@@ -5,7 +5,7 @@ that run a model also take Megatron's own flags, and run on several ranks:
 `torchrun --nproc-per-node 2 -m megatron_ext generate CHECKPOINT --tensor-model-parallel-size 2 ...`
 
 Another package adds a job by an entry point of the group `megatron_ext.jobs`: the job's name, and its module, which has
-`main(namespace)`, given the command line as `namespace.words`; the first line of its docstring is the summary.
+`main(namespace)`, given the command line as `namespace.words`.
 """
 
 import argparse
@@ -14,11 +14,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
-from megatron_ext.errors import MegatronExtError, nearest
+from megatron_ext.errors import ConfigError, MegatronExtError, nearest
 
 GROUP = "megatron_ext.jobs"
 Main = Callable[[argparse.Namespace], None]
@@ -42,6 +41,33 @@ class Command:
     def load(self) -> Any:
         """Import what the subcommand needs."""
         return importlib.import_module(self.module)
+
+
+@dataclass(frozen=True)
+class AddedCommand(Command):
+    """A subcommand of another package."""
+
+    package: str = ""
+
+    def load(self) -> Any:
+        """Import its module.
+
+        Raises:
+            ConfigError: It, or what it needs, is not there; the other commands do not need it.
+        """
+        try:
+            module = super().load()
+        except ImportError as error:
+            raise ConfigError(
+                f"the package {self.package} adds this command, but its module {self.module} cannot be imported",
+                got=error, legal=f"install {self.package} anew with what it needs, or uninstall it",
+            ) from error  # fmt: skip
+        if not hasattr(module, "main"):
+            raise ConfigError(
+                f"the package {self.package} adds this command, but its module has no function for it",
+                got=self.module, legal="a module with main(namespace)",
+            )  # fmt: skip
+        return module
 
 
 COMMANDS = {
@@ -71,17 +97,29 @@ COMMANDS = {
 
 
 def commands() -> dict[str, Command]:
-    """Ours, and those that installed packages add."""
-    others = {entry.name: Command(f"a job of {entry.value}", entry.value, "job") for entry in entry_points(group=GROUP)}
-    return others | COMMANDS
+    """Ours, and those that installed packages add under other names."""
+    found: dict[str, Command] = {}
+    for entry in entry_points(group=GROUP):
+        package = entry.dist.name if entry.dist is not None else entry.value
+        found[entry.name] = AddedCommand(f"a job of the package {package}", entry.value, "job", package)
+    return found | COMMANDS
+
+
+def _refuse_taken(name: str) -> None:
+    """Say which packages want to be this command, which is ours: it stays so, and theirs is not run."""
+    for entry in entry_points(group=GROUP, name=name):
+        whose = f"the package {entry.dist.name}" if entry.dist is not None else entry.value
+        print(f"warning: {whose} adds a job {name!r}, a name that is taken: it is not run", file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; a user's mistake becomes one readable message and exit status 2."""
     words = list(sys.argv[1:] if argv is None else argv)
     known = commands()
+    if words and words[0] in COMMANDS:
+        _refuse_taken(words[0])
     if words and words[0] in known and known[words[0]].flags == "job":
-        return _run_job(known[words[0]].load().main, words[1:])
+        return _run_job(known[words[0]], words[1:])
     parser = argparse.ArgumentParser(prog="megatron-ext", description="Compress and train language models.")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     run: Main | None = None
@@ -117,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run_job(run: Main, words: list[str]) -> int:
+def _run_job(command: Command, words: list[str]) -> int:
     from megatron_ext import program
 
-    return program.main(partial(run, argparse.Namespace(words=words)))
+    return program.main(lambda: command.load().main(argparse.Namespace(words=words)))

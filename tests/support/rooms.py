@@ -14,7 +14,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "checkpoint": ("distributed/test_gpt.py", "functional/test_before_the_move.py"),
     "cli": (
         "unit/test_cli.py", "unit/test_flag_list.py", "unit/test_program.py", "unit/test_torchrun.py",
-        "functional/test_stop.py",
+        "functional/test_added_jobs.py", "functional/test_stop.py",
     ),
     "conversion": (
         "distributed/test_code_of_others.py", "distributed/test_convert.py", "distributed/test_gpt.py",
