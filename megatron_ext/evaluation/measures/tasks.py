@@ -1,19 +1,22 @@
-"""`megatron-ext evaluate --tasks`: tasks of lm-evaluation-harness, each kept when it is done."""
+"""Tasks of lm-evaluation-harness (`--tasks`), each kept when it is done."""
 
 import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ext.checkpoint.ranks import rank
 from megatron_ext.errors import ConfigError
+from megatron_ext.evaluation.measure import Evaluation, Measure, MeasureKind, Panel
+from megatron_ext.evaluation.measured_run import Run
 from megatron_ext.evaluation.request_cache import RequestCache
+from megatron_ext.evaluation.rows import Row, Unequal, differences, note, shown
 from megatron_ext.inference.chat import check_template
 from megatron_ext.inference.prompts import TextCodec, stop_tokens
-from megatron_ext.reports.results import SETTINGS, Results
+from megatron_ext.reports.results import SETTINGS
 
 if TYPE_CHECKING:
     from megatron_ext.inference.sharded import ShardedModel
@@ -38,28 +41,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tasks.add_argument("--log-samples", action="store_true", help="write each question and its answer to samples/")
 
 
-def refuse_without_tasks(args: argparse.Namespace) -> None:
-    """Refuse flags of tasks where there are none.
+def asked(args: argparse.Namespace) -> bool:
+    """Whether there are tasks.
 
     Raises:
-        ConfigError: One was given.
+        ConfigError: There are none, but flags for them.
     """
+    if args.tasks:
+        return True
     names = ("task_folder", "num_fewshot", "limit", "chat", "system", "gen_kwargs", "log_samples")
     given = [name for name in names if getattr(args, name) not in (None, False, [])]
     if given or not args.fewshot_as_multiturn:
         flag = given[0] if given else "no_fewshot_as_multiturn"
         raise ConfigError(f"--{flag.replace('_', '-')} is for tasks", legal="with --tasks NAME")
+    return False
 
 
-class TaskMeasure:
+class TaskMeasure(Measure):
     """The tasks that a command line asks for, checked and loaded.
-
-    Args:
-        args: The command line.
-        results: Where they go.
-        tokenizer: transformers'.
-        length: Tokens that the model reads at most.
-        settings: What all measures of this evaluation have in common.
 
     Raises:
         ConfigError: The harness is not installed, has no such task, or cannot ask one so.
@@ -68,9 +67,9 @@ class TaskMeasure:
 
     name = "tasks"
 
-    def __init__(
-        self, args: argparse.Namespace, results: Results, tokenizer: Any, length: int, settings: dict[str, Any]
-    ) -> None:
+    def __init__(self, evaluation: Evaluation) -> None:
+        args, tokenizer = evaluation.args, evaluation.tokenizer
+        length = args.window or evaluation.longest
         try:
             from megatron_ext.evaluation import generation, harness
             from megatron_ext.evaluation.tasks import Chat, Tasks
@@ -91,9 +90,15 @@ class TaskMeasure:
         self._loaded = self._tasks.load()
         self._limits = harness.Limits(length, args.batch_tokens, args.batch_size)
         self._writer = TextCodec(tokenizer, stop_tokens(args.checkpoint, tokenizer))
-        self._results, self._log_samples = results, args.log_samples
+        self._results, self._log_samples = evaluation.results, args.log_samples
         conversation = {"system": args.system, "fewshot_as_multiturn": args.fewshot_as_multiturn} if args.chat else None
-        self._settings = {**settings, "window": length, "limit": args.limit, "chat": conversation, "generation": given}
+        self._settings = {
+            **evaluation.settings,
+            "window": length,
+            "limit": args.limit,
+            "chat": conversation,
+            "generation": given,
+        }
 
     def __call__(self, model: "ShardedModel") -> Iterator[dict[str, Any]]:
         """Run them; each as it is done."""
@@ -140,3 +145,67 @@ class TaskMeasure:
                 error = metrics.get(f"{base}_stderr{space}{filtered}")
                 lines.append(f"{name}: {metric} {value:.4f}" + (f" +- {error:.4f}" if error is not None else ""))
         return "\n".join(lines)
+
+
+def rows(runs: Sequence[Run]) -> list[Row]:
+    """Each metric of each task."""
+    found: dict[tuple[str, str], None] = {}
+    for run in runs:
+        for task, metrics in run.results.get("tasks", {}).items():
+            for metric in metrics:
+                if metric not in FACTS and "_stderr" not in metric:
+                    found[task, metric] = None
+    unequal = {task: task_differences(runs, task) for task, _ in found}
+    return [
+        Row(f"{task}: {metric}", shown(task_results(runs, task), metric, "{:.4f}"), unequal[task])
+        for task, metric in found
+    ]
+
+
+def task_results(runs: Sequence[Run], task: str) -> list[dict[str, Any]]:
+    """What each run has of a task; an empty object where it was not measured."""
+    return [run.results.get("tasks", {}).get(task, {}) for run in runs]
+
+
+def task_differences(runs: Sequence[Run], task: str) -> Unequal:
+    """In what a task was asked differently. A window that no request was longer than made no difference."""
+    results = task_results(runs, task)
+    names = ["num_fewshot", "limit", "chat", "generation", "dtype", "tokenizer"]
+    if any(result.get("cut", 1) for result in results if result):
+        names.append("window")
+    return differences(results, names)
+
+
+def panels(runs: Sequence[Run]) -> list[Panel]:
+    """A bar for each task and run."""
+    return [("tasks", _draw)] if any(run.results.get("tasks") for run in runs) else []
+
+
+def _draw(ax: Any, runs: Sequence[Run]) -> None:
+    """Of each task one metric that all have: the first that is a share."""
+    from matplotlib.ticker import PercentFormatter
+
+    from megatron_ext.evaluation.panels import PALETTE
+
+    names = list(dict.fromkeys(task for run in runs for task in run.results.get("tasks", {})))
+    shown: list[tuple[str, str]] = []
+    for task in names:
+        own = [found for found in task_results(runs, task) if found]
+        shares = ("acc_norm", "acc", "exact_match", "f1")
+        metric = next((m for m in shares if all(m in metrics for metrics in own)), None)
+        if metric is not None:
+            shown.append((task, metric))
+    height = 0.8 / len(runs)
+    for number in range(len(runs)):
+        values = [task_results(runs, task)[number].get(metric) or 0.0 for task, metric in shown]
+        places = [place + (number - (len(runs) - 1) / 2) * height for place in range(len(shown))]
+        ax.barh(places, values, height=0.9 * height, color=PALETTE[number % len(PALETTE)])
+    labels = [f"{task}\n{metric}{note(task_differences(runs, task), values=False)}" for task, metric in shown]
+    ax.set_yticks(range(len(shown)), labels)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set_xlim(0, 1)
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0))
+
+
+KIND = MeasureKind(add_arguments, asked, TaskMeasure, rows, panels)

@@ -1,0 +1,1 @@
+"""The measures of `megatron-ext evaluate`, each with its flags, rows and pictures: `measure.MeasureKind`."""
