@@ -12,7 +12,7 @@ from megatron_ext.checkpoint.huggingface.convert import TYPES, to_hf, to_megatro
 from megatron_ext.checkpoint.huggingface.remote_code import RemoteCodeFamily
 from megatron_ext.conversion.verify import ROUNDING, TOLERANCE, verify, verify_gpt
 from megatron_ext.errors import ConfigError
-from megatron_ext.reports.progress import ByteProgress
+from megatron_ext.reports.progress import Progress
 
 FORMATS = "the format of the input: hf, Megatron in the pattern form of all programs here, or Megatron's GPTModel"
 
@@ -55,24 +55,26 @@ def _convert(args: argparse.Namespace) -> None:
     dtype = TYPES[args.dtype] if args.dtype else None
     start = time.monotonic()
     notes: list[str] = []
-    with ByteProgress("converted") as progress:
+    with Progress("converted", unit="bytes") as progress:
         if args.source == "gpt":
-            gpt.to_pattern(args.input, args.output, progress)
+            gpt.to_pattern(args.input, args.output, progress.update)
         elif args.target == "gpt":
-            gpt.to_gpt(args.input, args.output, progress)
+            gpt.to_gpt(args.input, args.output, progress.update)
         elif args.target == "megatron":
-            to_megatron(args.input, args.output, dtype=dtype, vocab_multiple=args.pad_vocab_to, progress=progress)
+            to_megatron(
+                args.input, args.output, dtype=dtype, vocab_multiple=args.pad_vocab_to, progress=progress.update
+            )
         else:
             family = to_hf(
                 args.input, args.output, like=args.like, family=args.hf_class, tokenizer=args.tokenizer,
-                vocab_size=args.vocab_size, dtype=dtype, shard_bytes=int(args.shard_gb * 1e9), progress=progress,
+                vocab_size=args.vocab_size, dtype=dtype, shard_bytes=int(args.shard_gb * 1e9), progress=progress.update,
             )  # fmt: skip
             if isinstance(family, RemoteCodeFamily):
                 code = f"{family.module}.py beside the weights (trust_remote_code=True)"
                 notes.append(f"no class of transformers can express it: {family.name}, with {code}")
             if not hf_assets.tokenizer_files(args.output):
                 notes.append("no tokenizer was written: the model has none")
-    notes.append(f"wrote {args.output}: {progress.total / 1e9:.2f} GB in {time.monotonic() - start:.1f} s")
+    notes.append(f"wrote {args.output}: {progress.done / 1e9:.2f} GB in {time.monotonic() - start:.1f} s")
     if ranks.rank() == 0:
         print(*notes, sep="\n", flush=True)
 

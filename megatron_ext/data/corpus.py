@@ -21,10 +21,9 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_ext import platform
 from megatron_ext.checkpoint.atomic import fresh_directory
@@ -34,6 +33,7 @@ from megatron_ext.checkpoint.tokenizer import fingerprint
 from megatron_ext.data.documents import find_documents, size_of, texts_of
 from megatron_ext.data.manifest import MANIFEST, verify
 from megatron_ext.errors import ConfigError, DataError
+from megatron_ext.reports.progress import Progress
 
 EOD = "<|endoftext|>"
 TOKENIZER_SAMPLE_BYTES = 16 << 20  # a few thousand merges do not change with more
@@ -321,7 +321,7 @@ def _write_indexed(
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(len(tokenizer)))
     first = [tokenizer.bos_token_id] if bos else []
     documents = tokens = size = 0
-    with _progress(total_bytes) as report:
+    with Progress("tokenizing", total_bytes, unit="bytes") as shown:
         for batch in _batches(texts):
             for encoding in encoder.encode_batch_fast(batch, add_special_tokens=False):
                 ids = torch.tensor([*first, *encoding.ids, tokenizer.eos_token_id])
@@ -330,7 +330,7 @@ def _write_indexed(
                 documents += 1
                 tokens += len(ids)
             size += sum(len(text.encode()) for text in batch)
-            report(size, tokens)
+            shown.update(size, note=f"{tokens:,} tokens")
     builder.finalize(f"{prefix}.idx")
     return documents, tokens, size
 
@@ -347,37 +347,6 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-class _Report(Protocol):
-    def __call__(self, done_bytes: int, tokens: int) -> None: ...
-
-
-@contextmanager
-def _progress(total_bytes: int) -> Iterator[_Report]:
-    """Progress on stderr: a live bar on a terminal, one short line every 10 s elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if console.is_terminal:
-        columns = ("tokenizing", BarColumn(), DownloadColumn(), TextColumn("{task.fields[tokens]:,} tokens"))
-        with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-            task = bar.add_task("", total=total_bytes, tokens=0)
-            yield lambda done_bytes, tokens: bar.update(task, completed=done_bytes, tokens=tokens)
-        return
-
-    last = time.monotonic()
-
-    def line(done_bytes: int, tokens: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= 10:
-            last = time.monotonic()
-            print(
-                f"tokenizing: {done_bytes / 1e6:.0f} of {total_bytes / 1e6:.0f} MB, {tokens:,} tokens", file=sys.stderr
-            )
-
-    yield line
 
 
 def _sha256(path: Path) -> str:

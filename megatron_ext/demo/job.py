@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from megatron_ext.checkpoint.atomic import write_text
 from megatron_ext.data.corpus import build_dataset
 from megatron_ext.demo.report import headline, write_report
 from megatron_ext.errors import ConfigError, MegatronExtError
 from megatron_ext.reports.metrics_file import read_metrics
+from megatron_ext.reports.progress import Progress
 from megatron_ext.training.run_directory import git_commit, versions
 
 PROCESSES = 2
@@ -269,18 +269,8 @@ def _run(stage: Stage, console: Console) -> float:
 
 def _watch(stage: Stage, process: subprocess.Popen, console: Console) -> None:
     """Show the last line of the run's metrics until the process ends."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[now]}"),
-        TimeElapsedColumn(),
-    )
-    metrics = stage.directory / "metrics.jsonl"
-    # A bar that cannot move would only be cut off at the width of a terminal that is none.
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(stage.title, total=stage.steps or None, now="")
-        validation, shown, now = "", 0, "done"
+    metrics, now = stage.directory / "metrics.jsonl", "done"
+    with Progress(stage.title, stage.steps or None) as shown:
         while True:
             ended = process.poll() is not None
             steps = read_metrics(metrics) if stage.steps and metrics.is_file() else []
@@ -289,17 +279,12 @@ def _watch(stage: Stage, process: subprocess.Popen, console: Console) -> None:
                 validated = [step["val_loss"] for step in steps if "val_loss" in step]
                 validation = f"  validation {validated[-1]:.3f}" if validated else ""
                 speed = f"{last['tokens_per_second']:,.0f} tokens/s"
-                now = f"{last['step']}/{stage.steps}  loss {last['loss']:.3f}{validation}  {speed}"
-                progress.update(task, completed=last["step"], now=now)
-                if not console.is_terminal and not ended and last["step"] >= shown + 40:
-                    shown = int(last["step"])
-                    console.print(f"  {stage.title}: {now}", highlight=False, soft_wrap=True)
+                shown.update(int(last["step"]), note=f"loss {last['loss']:.3f}{validation}  {speed}")
+                now = f"{last['step']}/{stage.steps}  {shown.note}"
             if ended:
-                if not console.is_terminal:
-                    console.print(f"  {stage.title}: {now}", highlight=False, soft_wrap=True)
                 break
             time.sleep(1.0)
-        progress.update(task, total=stage.steps or 1, completed=stage.steps or 1)
+    console.print(f"  {stage.title}: {now}", highlight=False, soft_wrap=True)
 
 
 def _processor() -> str:

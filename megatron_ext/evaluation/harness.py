@@ -25,7 +25,7 @@ from megatron_ext.inference.request import Request
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.inference.score import score
 from megatron_ext.inference.sharded import ShardedModel
-from megatron_ext.reports.progress import progress
+from megatron_ext.reports.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class MegatronLM(TemplateLM):
         found = self._known(questions)
         flat = [(i, passage) for i, answer in enumerate(found) if answer is None for passage in passages[i]]
         parts: dict[int, list[Loglikelihood]] = {}
-        with progress(f"{self._task}: scoring", len(flat)) as advance:
+        with Progress(f"{self._task}: scoring", len(flat)) as shown:
             for number, result in score(self.model, [passage for _, passage in flat], self.limits.batch_tokens):
                 i = flat[number][0]
                 own = parts.setdefault(i, [])
@@ -147,7 +147,7 @@ class MegatronLM(TemplateLM):
                 if len(own) == len(passages[i]):
                     found[i] = [sum(part.total for part in own), all(part.all_greedy for part in own)]
                     self._learn(questions[i], found[i])
-                advance()
+                shown.advance()
         return [(0.0, True) if answer is None else tuple(answer) for answer in found]  # an empty text has no passage
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -165,7 +165,7 @@ class MegatronLM(TemplateLM):
         for i, (_, _, sampling) in enumerate(asked):
             if found[i] is None:
                 groups.setdefault(sampling, []).append(i)
-        with progress(f"{self._task}: generating", sum(map(len, groups.values()))) as advance:
+        with Progress(f"{self._task}: generating", sum(map(len, groups.values()))) as shown:
             for sampling, own in groups.items():
                 made = generate(self.model, [asked[i][0] for i in own], sampling, self.limits.batch_size)
                 for number, new in made:
@@ -173,7 +173,7 @@ class MegatronLM(TemplateLM):
                     found[i] = asked[i][1].text(asked[i][0].prompt, new)
                     if kept[i]:
                         self._learn(questions[i], found[i])
-                    advance()
+                    shown.advance()
         return found
 
     def _request(self, context: str, settings: dict[str, Any]) -> tuple[Request, TextCodec, Sampling]:

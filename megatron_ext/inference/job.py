@@ -21,7 +21,7 @@ from megatron_ext.inference.request import Request
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.inference.tokenizer import tokenizer_of, words_of
 from megatron_ext.models.architecture import Architecture
-from megatron_ext.reports.progress import progress
+from megatron_ext.reports.progress import Progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,10 +71,10 @@ def main(args: argparse.Namespace) -> None:
     with session.open_checkpoint(started, min(words_of(args.checkpoint, tokenizer), len(tokenizer))) as model:
         begun = time.monotonic()
         try:
-            with progress("continuing", len(requests)) as advance, interruptible():
+            with Progress("continuing", len(requests)) as shown, interruptible():
                 for number, new in generate(model, requests, sampling, args.batch_size):
                     made[number] = new
-                    advance()
+                    shown.advance()
         except Interrupted as signal:
             stopped = signal
         if rank() == 0:

@@ -1,6 +1,5 @@
 """The calibration pass: a model runs over data, hooks measure, nothing is trained."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,13 +12,12 @@ from megatron_ext.pruning.depth import STATIC, BlockInfluence
 from megatron_ext.pruning.importance import Importance, WidthMetric
 from megatron_ext.pruning.leave_out import ShapleySampling, compares_logits, measure, scan_task
 from megatron_ext.pruning.left_out import LeftOut
+from megatron_ext.reports.progress import Progress
 from megatron_ext.training.forward import forward_all, forward_sums, micro_batches
 from megatron_ext.training.job import RunConfig
 
 if TYPE_CHECKING:
     from megatron_ext.inference.sharded import ShardedModel
-
-REPORT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -93,19 +91,23 @@ def calibrate(
     hooks: list[Any] = [BlockInfluence(chunks, run.architecture)]
     if calibration.width is not None:
         hooks.append(Importance(chunks, run.architecture, calibration.width))
-    loss = forward_all(run, model, _iterators(batches), steps, _scored(args.rank))["loss"]
+    with Progress("scoring") as shown:
+        loss = forward_all(run, model, _iterators(batches), steps, shown.update)["loss"]
+    if args.rank == 0:
+        print(f"scored {calibration.samples:,} sequences", flush=True)
     for hook in hooks:
         hook.remove()
     parts = [hook.gather() for hook in hooks]
     if asked is not None and task is not None:
         left_out = LeftOut(chunks, run.architecture)
         try:
-            parts.append(
-                scan_task(
-                    left_out, run.architecture, asked, task, blocks=calibration.blocks, run=calibration.run,
-                    progress=_Lines(args.rank),
-                )
-            )  # fmt: skip
+            with Progress("evaluation") as shown:
+                parts.append(
+                    scan_task(
+                        left_out, run.architecture, asked, task, blocks=calibration.blocks, run=calibration.run,
+                        progress=lambda line: shown.update(shown.done + 1, note=line),
+                    )
+                )  # fmt: skip
         finally:
             left_out.remove()
     elif calibration.depth not in STATIC:
@@ -153,34 +155,15 @@ def _leave_out(
         chunks, run.architecture, passes, memory=calibration.memory, logits=compares_logits(calibration.depth)
     )
     try:
-        return measure(
-            ablation, run.architecture, calibration.depth, blocks=calibration.blocks, kinds=calibration.kinds,
-            run=calibration.run, sampling=calibration.sampling, progress=_Lines(args.rank),
-        )  # fmt: skip
+        with Progress("evaluation") as shown:
+            return measure(
+                ablation, run.architecture, calibration.depth, blocks=calibration.blocks, kinds=calibration.kinds,
+                run=calibration.run, sampling=calibration.sampling,
+                progress=lambda line: shown.update(shown.done + 1, note=line),
+            )  # fmt: skip
     finally:
         ablation.remove()
 
 
 def _iterators(batches: list[Any]) -> list[Any]:
     return [iter(own) if own is not None else None for own in batches]
-
-
-def _scored(rank: int):
-    def progress(done: int, total: int) -> None:
-        if rank == 0:
-            print(f"scored {done} of {total} sequences", flush=True)
-
-    return progress
-
-
-class _Lines:
-    """Prints a line on rank 0, but not more often than every few seconds."""
-
-    def __init__(self, rank: int) -> None:
-        self._rank, self._last, self._count = rank, 0.0, 0
-
-    def __call__(self, line: str) -> None:
-        self._count += 1
-        if self._rank == 0 and time.monotonic() - self._last > REPORT_SECONDS:
-            self._last = time.monotonic()
-            print(f"[evaluation {self._count}] {line}", flush=True)

@@ -39,7 +39,7 @@ from megatron_ext.pruning.report import Loss
 from megatron_ext.pruning.saved_scores import SavedScores, described
 from megatron_ext.pruning.scores import Scores
 from megatron_ext.pruning.select import make_plan
-from megatron_ext.reports.progress import ByteProgress
+from megatron_ext.reports.progress import Progress
 from megatron_ext.training.dry_run import layout_of
 from megatron_ext.training.job import DryRun, Job, RunConfig
 from megatron_ext.training.run_directory import CONFIG, config_yaml
@@ -149,8 +149,8 @@ def _write(run: RunConfig, source: Step, found: Found) -> None:
         attachments["importance.png"] = lambda path: report.plot_scores(found.scores[0], plan, path)
     whole = _beside(args, "pruned")
     _remove(whole)  # an earlier attempt's
-    with ByteProgress("written") as progress:
-        apply(plan, source.path, whole, attachments, progress)
+    with Progress("written", unit="bytes") as progress:
+        apply(plan, source.path, whole, attachments, progress.update)
     if losses:
         remark = _measure_pruned(run, found, whole)
         if args.rank == 0:

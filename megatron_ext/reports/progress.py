@@ -1,71 +1,41 @@
-"""How far a job is: a bar on a terminal, elsewhere a line every few seconds; on rank 0, on standard error."""
+"""How far a job is: a bar on a terminal, elsewhere a line every few seconds; of rank 0, on standard error."""
 
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Literal
 
 LINE_SECONDS = 10
 
 
-class Advance(Protocol):
-    """Called when some more is done."""
-
-    def __call__(self, count: int = 1) -> None: ...
-
-
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Advance]:
-    """Show progress while the block runs.
+class Progress:
+    """How far a job is, shown while the block runs.
 
     Args:
         what: What is done, such as "scoring".
-        total: When all is done.
-    """
-    if int(os.environ.get("RANK", "0")) != 0:
-        yield lambda count=1: None
-    elif sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns: Any = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda count=1: bar.advance(task, count)
-    else:
-        yield _Lines(what, total)
-
-
-class _Lines:
-    def __init__(self, what: str, total: int) -> None:
-        self._what, self._total, self._done, self._last = what, total, 0, time.monotonic()
-
-    def __call__(self, count: int = 1) -> None:
-        self._done += count
-        if time.monotonic() - self._last > LINE_SECONDS:
-            self._last = time.monotonic()
-            print(f"{self._what}: {self._done:,} of {self._total:,}", file=sys.stderr, flush=True)
-
-
-class ByteProgress:
-    """Progress by bytes, on standard output, for `checkpoint.stream`; rank 0 shows it for all.
-
-    Args:
-        verb: What is done with the bytes, such as "converted".
+        total: When all is done; None if it is not known, or `update` will say it.
+        start: How much is done already.
+        unit: What is counted; bytes are shown as MB or GB.
+        lines: Whether lines are printed where there is no terminal.
     """
 
-    def __init__(self, verb: str) -> None:
-        self._verb, self._shows = verb, int(os.environ.get("RANK", "0")) == 0
-        self.total, self._last, self._bar, self._task = 0, time.monotonic(), None, None
+    def __init__(
+        self,
+        what: str,
+        total: int | None = None,
+        *,
+        start: int = 0,
+        unit: Literal["", "bytes"] = "",
+        lines: bool = True,
+    ) -> None:
+        self.what, self.total, self.done, self.note = what, total, start, ""
+        self._unit, self._last = unit, time.monotonic()
+        first = int(os.environ.get("RANK", "0")) == 0
+        self._bar = self._make_bar() if first and sys.stderr.isatty() else None
+        self._lines = first and lines and self._bar is None
 
-    def __enter__(self) -> "ByteProgress":
-        if sys.stdout.isatty() and self._shows:
-            from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-            self._bar = Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-            self._task = self._bar.add_task(self._verb, total=None)
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
             self._bar.start()
         return self
 
@@ -73,10 +43,41 @@ class ByteProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def __call__(self, done: int, total: int) -> None:
-        self.total = total
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total)
-        elif self._shows and time.monotonic() - self._last > LINE_SECONDS:
+    def advance(self, count: int = 1) -> None:
+        """Say that some more is done."""
+        self.update(self.done + count)
+
+    def update(self, done: int, total: int | None = None, note: str = "") -> None:
+        """Say how much is done.
+
+        Args:
+            done: Of all.
+            total: When all is done, where that was not known before.
+            note: Shown behind it, such as a loss.
+        """
+        self.done, self.total, self.note = done, total or self.total, note
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=self.total, note=note)
+        elif self._lines and time.monotonic() - self._last > LINE_SECONDS:
             self._last = time.monotonic()
-            print(f"{self._verb} {done / 1e9:.2f} of {total / 1e9:.2f} GB", flush=True)
+            print(self, file=sys.stderr, flush=True)
+
+    def __str__(self) -> str:
+        scale, suffix, digits = 1.0, "", ",.0f"
+        if self._unit == "bytes":
+            giant = (self.total or self.done) >= 1e9
+            scale, suffix, digits = (1e9, " GB", ".2f") if giant else (1e6, " MB", ".0f")
+        all_of_it = f" of {self.total / scale:{digits}}" if self.total is not None else ""
+        return f"{self.what}: {self.done / scale:{digits}}{all_of_it}{suffix}{', ' * bool(self.note)}{self.note}"
+
+    def _make_bar(self) -> Any:
+        from rich import progress
+        from rich.console import Console
+
+        sizes = (progress.DownloadColumn(), progress.TransferSpeedColumn())
+        counted: Any = sizes if self._unit == "bytes" else (progress.MofNCompleteColumn(),)
+        note = progress.TextColumn("{task.fields[note]}")
+        columns: Any = (self.what, progress.BarColumn(), *counted, progress.TimeRemainingColumn(), note)
+        bar = progress.Progress(*columns, console=Console(stderr=True))
+        bar.add_task(self.what, total=self.total, completed=self.done, note="")
+        return bar

@@ -7,7 +7,6 @@ what it needs and passes everything on to the real writer where there is one.
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, TextIO
 
 from megatron_ext.checkpoint.atomic import write_text
 from megatron_ext.reports.metrics_file import key_of, read_metrics
+from megatron_ext.reports.progress import Progress
 
 VALIDATION = " validation"
 
@@ -60,7 +60,8 @@ class MetricsLog:
         # The step in progress, and where its line begins.
         self._record: dict[str, Any] = dict(earlier[-1]) if earlier else {}
         self._offset = self._file.seek(0, os.SEEK_END) - len(_line(self._record)) if earlier else 0
-        self._bar = _bar(start, train_iters, unit)
+        self._shown = Progress("training", train_iters, start=start, lines=False)  # Megatron prints lines
+        self._shown.__enter__()
 
     def add_scalar(self, tag: str, value: Any, step: int, *args: Any, **kwargs: Any) -> None:
         """Called by Megatron for each scalar of a step; the first scalar of the next step closes the line."""
@@ -91,8 +92,9 @@ class MetricsLog:
             self._file.seek(self._offset)
             self._file.write(_line(self._record))
             self._file.truncate()
-            if self._bar is not None:
-                self._bar(self._record)
+            self._shown.update(self._record["step"], note=_note(self._record, self._unit))
+            if self._record["step"] >= self._train_iters:
+                self._shown.__exit__()
 
     def flush(self) -> None:
         """Write the step in progress, to the disk."""
@@ -104,6 +106,7 @@ class MetricsLog:
     def close(self) -> None:
         """Write the last step and close the files."""
         self._write()
+        self._shown.__exit__()
         self._file.close()
         if self.inner is not None:
             self.inner.close()
@@ -119,31 +122,8 @@ def _line(record: dict[str, Any]) -> str:
     return json.dumps(record) + "\n"
 
 
-def _bar(start: int, total: int, unit: str) -> Callable[[dict[str, Any]], None] | None:
-    """A live bar on standard error if that is a terminal."""
-    if not sys.stderr.isatty():
-        return None
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[now]}"),
-    )
-    progress = Progress(*columns, console=Console(stderr=True))
-    task = progress.add_task("training", total=total, completed=start, now="")
-    progress.start()
-
-    def show(record: dict[str, Any]) -> None:
-        loss, validation = record.get("loss"), record.get("val_loss")
-        now = "" if loss is None else f"loss {loss:.3f}  {record[f'{unit}_per_second']:,.0f} {unit}/s"
-        if validation is not None:
-            now += f"  validation {validation:.3f}"
-        progress.update(task, completed=record["step"], now=now)
-        if record["step"] >= total:
-            progress.stop()
-
-    return show
+def _note(record: dict[str, Any], unit: str) -> str:
+    """The losses and the speed of a step, for the bar."""
+    loss, validation = record.get("loss"), record.get("val_loss")
+    note = "" if loss is None else f"loss {loss:.3f}  {record[f'{unit}_per_second']:,.0f} {unit}/s"
+    return note if validation is None else f"{note}  validation {validation:.3f}"

@@ -9,7 +9,7 @@ import torch
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.outputs import alone
 from megatron_ext.checkpoint.resume import has_checkpoint
-from megatron_ext.reports.progress import progress
+from megatron_ext.reports.progress import Progress
 from megatron_ext.reports.results import FILE, SETTINGS, VALIDATION, WHOLE, Results, read_results, write_results
 from megatron_ext.training import signals
 from megatron_ext.training.forward import load_model, mean_metrics
@@ -24,15 +24,8 @@ def validate(run: RunConfig) -> None:
     signals.end_at_once(args)  # nothing is saved before the end
     results = _results(args)
     model, task, text = load_model(run), task_of(run), run.job.family.reads_text
-    with progress("validation", 100) as advance:
-        shown = 0
-
-        def percent(done: int, total: int) -> None:
-            nonlocal shown
-            advance(100 * done // total - shown)
-            shown = 100 * done // total
-
-        metrics, samples = mean_metrics(run, model, "valid", progress=percent)
+    with Progress("validation") as shown:
+        metrics, samples = mean_metrics(run, model, "valid", progress=shown.update)
     if args.rank == 0:
         what = f"{samples:,} sequences of {args.seq_length} tokens" if text else f"{samples:,} samples"
         for name, value in metrics.items():

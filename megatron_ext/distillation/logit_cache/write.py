@@ -4,8 +4,7 @@ import dataclasses
 import shutil
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -24,9 +23,8 @@ from megatron_ext.distillation.logit_cache.manifest import MANIFEST, Manifest
 from megatron_ext.distillation.logit_cache.shards import CacheReader, CacheWriter
 from megatron_ext.errors import CheckpointError, ConfigError, DataError, MegatronExtError
 from megatron_ext.lm_head.divergences import TopK
+from megatron_ext.reports.progress import Progress
 from megatron_ext.training.job import RunConfig
-
-REPORT_SECONDS = 5.0
 
 
 @torch.no_grad()
@@ -66,11 +64,10 @@ def write(run: RunConfig, writing: Writing) -> None:
     iterators: list[Any] = [
         share.batches(args.micro_batch_size, steps * micro_batches, args.num_workers) for share in shares
     ]
-    progress = _progress(args.rank, missing, args.seq_length)
     stopped = False
     if args.exit_signal_handler:
         signal.signal(signal.SIGINT, partial(_interrupt, args.exit_signal))
-    with _all_or_none(), CacheWriter(directory, manifest, known) as writer:
+    with _all_or_none(), CacheWriter(directory, manifest, known) as writer, Progress("storing", missing) as shown:
         stored = _Stored(writer, manifest, len(shares[-1].missing) if _writes() else 0)
         for step in range(steps):
             schedule(
@@ -83,7 +80,7 @@ def write(run: RunConfig, writing: Writing) -> None:
                 forward_only=True,
             )
             wrong, asked = _anywhere(stored.problem is not None, _asked_to_stop(args))
-            progress((step + 1) / steps)
+            shown.update(missing * (step + 1) // steps)
             stopped = asked and step + 1 < steps
             if wrong or stopped:
                 break
@@ -281,24 +278,6 @@ def _announce(writing: Writing, total: int, missing: int) -> None:
 
 def _bytes(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
-
-
-def _progress(rank: int, missing: int, sequence_length: int) -> Callable[[float], None]:
-    """Prints a line on rank 0, but not more often than every few seconds."""
-    first = last = time.monotonic()
-
-    def progress(share: float) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if rank == 0 and (now - last > REPORT_SECONDS or share == 1):
-            last, seconds = now, now - first
-            speed, left = share * missing * sequence_length / seconds, seconds / share * (1 - share)
-            line = (
-                f"{int(share * missing):,} of {missing:,} sequences, {speed:,.0f} tokens/s, {left / 60:,.1f} min left"
-            )
-            print(line, flush=True)
-
-    return progress
 
 
 def _forward_step(data: Iterator[dict[str, Any]], model: torch.nn.Module, stored: _Stored) -> tuple[Tensor, None]:

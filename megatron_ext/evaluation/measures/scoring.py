@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_ext.inference.passage import Loglikelihood, LoglikelihoodRequest
-from megatron_ext.reports.progress import progress
+from megatron_ext.reports.progress import Progress
 
 if TYPE_CHECKING:
     from megatron_ext.inference.sharded import ShardedModel
@@ -17,8 +17,8 @@ def scored(
     from megatron_ext.inference.score import score
 
     found: dict[int, Loglikelihood] = {}
-    with progress(what, len(passages)) as advance:
+    with Progress(what, len(passages)) as shown:
         for number, result in score(model, passages, batch_tokens):
             found[number] = result
-            advance()
+            shown.advance()
     return [found[i] for i in range(len(passages))]

@@ -10,7 +10,7 @@ from megatron_ext.evaluation.measure import Evaluation, Measure, MeasureKind, Pa
 from megatron_ext.evaluation.measured_run import Run
 from megatron_ext.evaluation.rows import Row, differences, keys, shown
 from megatron_ext.inference.interrupt import stop_if_asked
-from megatron_ext.reports.progress import progress
+from megatron_ext.reports.progress import Progress
 from megatron_ext.reports.results import SETTINGS
 
 if TYPE_CHECKING:
@@ -49,13 +49,13 @@ class SpeedMeasure(Measure):
         """Run the clock."""
         from megatron_ext.inference.speed import speed
 
-        with progress("timing", len(self._lengths)) as advance:
+        with Progress("timing", len(self._lengths)) as shown:
             for length in self._lengths:
                 stop_if_asked()
                 cell = speed(model, length, self._batch_size)
                 settings = {"dtype": self._dtype, "batch_size": cell["batch_size"], "ranks": cell["ranks"]}
                 yield {str(length): {**cell, SETTINGS: settings}}
-                advance()
+                shown.advance()
 
     def say(self, found: dict[str, Any]) -> str:
         """One length."""
