@@ -80,8 +80,7 @@ def child(out: Path, flags: list[str]) -> None:
 
         started = parse_command_line(Job("pretrain", defaults=STOPPABLE), flags)
         train = partial(loop.train, started)
-    from megatron_ext.models.training_cost import memory
-    from megatron_ext.training.dry_run import layout_of
+    from megatron_ext.models.training_cost import Layout, memory
 
     if device_type() == "cuda":
         train()
@@ -90,7 +89,7 @@ def child(out: Path, flags: list[str]) -> None:
         with PeakMeter() as meter:
             train()
         peak = meter.peak
-    layout = replace(layout_of(started), fused=device_type() == "cuda")
+    layout = replace(Layout.from_args(started.args), fused=device_type() == "cuda")
     found = {"peak": peak, "estimate": memory(started.architecture, layout, lesson)}
     (out / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
@@ -148,10 +149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(args)
     except MegatronExtError as error:
         from megatron_ext.program import report
-        from megatron_ext.training.early_flags import mistyped
 
         # What was left to Megatron may be a flag of the command's own, without which it cannot work.
-        return report(mistyped(rest, own) or error)
+        return report(_mistyped(rest, own) or error)
     return 0
 
 
@@ -159,3 +159,24 @@ def _run_job(command: Command, words: list[str]) -> int:
     from megatron_ext import program
 
     return program.main(lambda: command.load().main(argparse.Namespace(words=words)))
+
+
+def _mistyped(given: list[str], own: list[str]) -> ConfigError | None:
+    """Of flags that a command left to Megatron the one that was meant for the command itself; None if there is none."""
+    for name in (word.split("=")[0] for word in given):
+        close = get_close_matches(name, own, n=1, cutoff=0.7) if name.startswith("--") else []
+        if close and name not in _megatron_flags():
+            return ConfigError("unknown flag", got=name, legal=f"did you mean {close[0]!r}?")
+    return None
+
+
+@cache
+def _megatron_flags() -> set[str]:
+    from megatron_ext.models.bootstrap import prepare
+
+    prepare()
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_megatron_arguments(parser)
+    return {name for action in parser._actions for name in action.option_strings}

@@ -9,6 +9,7 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.training_cost import (
     GPUS,
+    Layout,
     TeacherSetup,
     forward_flops_per_token,
     memory,
@@ -16,7 +17,7 @@ from megatron_ext.models.training_cost import (
     training_flops_per_token,
 )
 from megatron_ext.training.command_line import parse_command_line
-from megatron_ext.training.dry_run import layout_of, shown
+from megatron_ext.training.dry_run import shown
 from megatron_ext.training.job import Job, RunConfig
 from megatron_ext.training.language_model import architecture_of
 
@@ -63,7 +64,7 @@ def estimate(
         efficiency: Share of the peak that computing reaches.
         dollars_per_gpu_hour: Price.
     """
-    architecture, layout, kind = started.architecture, layout_of(started), GPUS[gpu]
+    architecture, layout, kind = started.architecture, Layout.from_args(started.args), GPUS[gpu]
     parts = memory(architecture, layout, None if teacher is None else TeacherSetup(teacher))
     seconds = step_seconds(architecture, layout, kind, efficiency, teacher)
     step = sum(seconds.values())

@@ -5,9 +5,8 @@ were saved with the checkpoint. Neither is made from the description that the co
 """
 
 import gc
-import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf, isqrt
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,10 @@ from torch import Tensor
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.huggingface import hf_assets, transformers_model
+from megatron_ext.conversion.megatron_logits import megatron_logits
 from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA
-from megatron_ext.training.command_line import parse_command_line, silenced
-from megatron_ext.training.job import Job
 
 TOLERANCE = 1e-4
 ROUNDING = 0.05  # of the largest logit, where weights were converted to another type
@@ -36,13 +34,6 @@ TEXT = (
     "The quick brown fox jumps over the lazy dog. In 1905, four papers changed what people thought about light, atoms, "
     "motion and mass. def add(a, b): return a + b  # and a comment. Was kostet das? 12 Euro 50."
 )
-JOB = Job(
-    "convert",
-    defaults=(
-        "--eval-iters", "0", "--train-iters", "1", "--lr", "0", "--skip-train",
-        "--no-load-optim", "--no-load-rng", "--finetune", "--mock-data",
-    ),
-)  # fmt: skip
 
 
 def verify(hf: Path, megatron: Path, tolerance: float = TOLERANCE) -> float:
@@ -230,46 +221,3 @@ def _lift_clamps(model: Any) -> bool:
     for layer in clamped:
         layer.time_step_limit = (low, inf)
     return bool(clamped)
-
-
-@torch.no_grad()
-def megatron_logits(checkpoint: Path, inputs: list[Tensor], twin: Path | None = None) -> list[Tensor]:
-    """Logits (b, s, v) of Megatron's model in fp32 for each batch of tokens (b, s); starts Megatron in this process.
-
-    Args:
-        checkpoint: The model, which is built from the arguments saved with it.
-        inputs: The batches.
-        twin: The same model as a GPTModel, whose logits are appended.
-    """
-    length = max(tokens.shape[1] for tokens in inputs)
-    flags = ["--load", str(checkpoint), "--seq-length", str(length), "--global-batch-size", "1"]
-    words = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "1"]
-    started = parse_command_line(JOB, [*flags, *words])
-    from megatron.training.global_vars import set_args
-
-    from megatron_ext.training.forward import as_trained, load_gpt, load_model
-
-    started = replace(started, args=as_trained(started.args, checkpoint))
-    set_args(started.args)
-    with silenced(started.args), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, of being alone
-        (model,) = load_model(started)
-    logits = _logits(model, inputs)
-    if twin is not None:
-        del model
-        gc.collect()
-        with silenced(started.args), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            (model,) = load_gpt(started, twin)
-        logits += _logits(model, inputs)
-    torch.distributed.destroy_process_group()
-    return logits
-
-
-def _logits(model: Any, inputs: list[Tensor]) -> list[Tensor]:
-    device = torch.cuda.current_device()
-    logits = []
-    for tokens in inputs:
-        positions = torch.arange(tokens.shape[1], device=device)[None].expand_as(tokens)
-        logits.append(model(tokens.to(device), positions, None).float().cpu())
-    return logits

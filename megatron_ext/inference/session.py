@@ -15,18 +15,13 @@ from megatron_ext.checkpoint import layout
 from megatron_ext.errors import ConfigError
 from megatron_ext.models import axes
 from megatron_ext.training.command_line import parse_command_line, silenced
-from megatron_ext.training.job import Job, RunConfig
+from megatron_ext.training.job import FORWARD_ONLY, Job, RunConfig
 
 if TYPE_CHECKING:
     from megatron_ext.inference.sharded import ShardedModel
 
-JOB = Job(
-    "evaluate",
-    defaults=(
-        "--eval-iters", "0", "--train-iters", "1", "--lr", "0", "--skip-train", "--no-load-optim", "--no-load-rng",
-        "--finetune", "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "1",
-    ),
-)  # fmt: skip
+NO_DATA = ("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "1")
+JOB = Job("evaluate", defaults=(*FORWARD_ONLY, *NO_DATA))
 TYPES = {"float32": [], "bfloat16": ["--bf16"], "float16": ["--fp16"]}
 
 

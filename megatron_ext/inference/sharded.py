@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.models.hybrid.hybrid_model import HybridModel
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_ext.models.architecture import Architecture
+from megatron_ext.training.forward import forward_pass
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,7 @@ class ShardedModel:
             return output, lambda tensor, non_loss_data: finish(chunk, item, tensor)
 
         iterators = [iter(items) for _ in self.chunks]
-        schedule: Any = get_forward_backward_func()
-        return schedule(
-            forward_step_func=step,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.chunks,
-            num_microbatches=len(items),
-            micro_batch_size=shape[0],
-            seq_length=shape[1],
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+        return forward_pass(step, self.chunks, iterators, len(items), shape, collect=True)
 
     def from_last_stage(self, value: Tensor) -> Tensor:
         """The last stage's values, on all stages; `value` is replaced."""

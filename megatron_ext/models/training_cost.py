@@ -5,6 +5,7 @@ count is a field of `Gpu` or an argument, so that it can be said beside the resu
 itself. Sizes are per GPU, in bytes.
 """
 
+from argparse import Namespace
 from dataclasses import dataclass, replace
 
 from megatron_ext.models import axes
@@ -85,6 +86,30 @@ class Layout:
     virtual: int = 1
     fused: bool = True
     fused_gradients: bool = True
+
+    @classmethod
+    def from_args(cls, args: Namespace) -> "Layout":
+        """That of Megatron's validated arguments, which are to run on GPUs."""
+        half = args.bf16 or args.fp16
+        return cls(
+            tp=args.tensor_model_parallel_size,
+            pp=args.pipeline_model_parallel_size,
+            cp=args.context_parallel_size,
+            dp=args.data_parallel_size,
+            ep=args.expert_model_parallel_size,
+            etp=args.expert_tensor_parallel_size,
+            micro_batch=args.micro_batch_size,
+            global_batch=args.global_batch_size,
+            seq_length=args.seq_length,
+            width=2 if half else 4,
+            gradient_width=4 if args.accumulate_allreduce_grads_in_fp32 or not half else 2,
+            shard_optimizer=args.use_distributed_optimizer,
+            sequence_parallel=args.sequence_parallel,
+            recompute=args.recompute_granularity == "full",
+            overlap_gradients=args.overlap_grad_reduce,
+            virtual=args.virtual_pipeline_model_parallel_size or 1,
+            fused_gradients=args.gradient_accumulation_fusion,
+        )
 
     @property
     def gpus(self) -> int:

@@ -23,7 +23,7 @@ from megatron_ext.checkpoint.outputs import hold_new
 from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.errors import ConfigError
 from megatron_ext.models.architecture import Architecture
-from megatron_ext.models.training_cost import forward_flops_per_token
+from megatron_ext.models.training_cost import Layout, forward_flops_per_token
 from megatron_ext.pruning import report
 from megatron_ext.pruning.apply import apply
 from megatron_ext.pruning.budget import Targets
@@ -40,8 +40,7 @@ from megatron_ext.pruning.saved_scores import SavedScores, described
 from megatron_ext.pruning.scores import Scores
 from megatron_ext.pruning.select import make_plan
 from megatron_ext.reports.progress import Progress
-from megatron_ext.training.dry_run import layout_of
-from megatron_ext.training.job import DryRun, Job, RunConfig
+from megatron_ext.training.job import FORWARD_ONLY, DryRun, Job, RunConfig
 from megatron_ext.training.run_directory import CONFIG, config_yaml
 from megatron_ext.training.run_job import run_job
 
@@ -64,7 +63,7 @@ def changes(run: RunConfig, target: Architecture) -> Table:
 
 def costs(run: RunConfig) -> Table:
     """What measuring takes at most, for `--dry-run`; by the product's model of costs."""
-    options, arch, layout = run.options["prune"], run.architecture, layout_of(run)
+    options, arch, layout = run.options["prune"], run.architecture, Layout.from_args(run.args)
     table = Table("", "", title="what measuring costs at most (estimated)", show_header=False)
     if options.plan is not None or options.scores is not None or not options.calibrates:
         table.add_row("calibration", "none")
@@ -277,10 +276,7 @@ def _wait() -> None:
 JOB = Job(
     "prune",
     options={"prune": PruneOptions},
-    defaults=(
-        "--eval-iters", "0", "--train-iters", "1", "--lr", "0", "--skip-train",
-        "--no-load-optim", "--no-load-rng", "--finetune",
-    ),
+    defaults=FORWARD_ONLY,
     offline=("--prune-scores", "--prune-plan"),
     makes_new=True,
     check=check,

@@ -1,1 +1,1 @@
-"""One of each: the reader of `metrics.jsonl`, the store of `results.json`, progress, the look of every picture."""
+"""One of each: writer and reader of `metrics.jsonl`, the store of `results.json`, progress, the look of pictures."""

@@ -2,5 +2,5 @@
 
 Read in this order: `job` (what a command is), `run_job`, `command_line` (parsing and every check), `family` (flags to a
 model; `language_model` is one), `step` (what is trained and measured), `loop` and `validation` (training,
-`--skip-train`), `run_directory`, `start` and `signals` (where a run goes on, and how it is stopped).
+`--skip-train`), `forward` (passes without training), `run_directory` and `signals` (how a run is stopped).
 """

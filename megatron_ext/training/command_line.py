@@ -20,18 +20,17 @@ from megatron_ext.checkpoint import tokenizer
 from megatron_ext.checkpoint.atomic import check_new
 from megatron_ext.checkpoint.checksums import verify_start
 from megatron_ext.checkpoint.huggingface.hf_assets import check_tokenizer
+from megatron_ext.checkpoint.start import Start, check_continues, find_start, tell_megatron
 from megatron_ext.data.splits import check_splits, check_vocabulary
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.bootstrap import prepare
 from megatron_ext.ops.dispatch import NAMES as SSM_BACKENDS
-from megatron_ext.options import readable
+from megatron_ext.options import early_flags, readable
 from megatron_ext.options.fields import add_options, read_options
 from megatron_ext.options.unsupported import check_flags
-from megatron_ext.training import early_flags
 from megatron_ext.training.job import Job, RunConfig
 from megatron_ext.training.run_directory import check_save
-from megatron_ext.training.start import Start, check_continues, find_start, tell_megatron
 
 
 def parse_command_line(job: Job, argv: Sequence[str] | None = None) -> RunConfig:

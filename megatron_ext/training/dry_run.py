@@ -12,34 +12,9 @@ GIB = 2**30
 NOTHING = DryRun()
 
 
-def layout_of(run: RunConfig) -> Layout:
-    """What `models.training_cost` has to know of a validated command line, which is to run on GPUs."""
-    args = run.args
-    half = args.bf16 or args.fp16
-    return Layout(
-        tp=args.tensor_model_parallel_size,
-        pp=args.pipeline_model_parallel_size,
-        cp=args.context_parallel_size,
-        dp=args.data_parallel_size,
-        ep=args.expert_model_parallel_size,
-        etp=args.expert_tensor_parallel_size,
-        micro_batch=args.micro_batch_size,
-        global_batch=args.global_batch_size,
-        seq_length=args.seq_length,
-        width=2 if half else 4,
-        gradient_width=4 if args.accumulate_allreduce_grads_in_fp32 or not half else 2,
-        shard_optimizer=args.use_distributed_optimizer,
-        sequence_parallel=args.sequence_parallel,
-        recompute=args.recompute_granularity == "full",
-        overlap_gradients=args.overlap_grad_reduce,
-        virtual=args.virtual_pipeline_model_parallel_size or 1,
-        fused_gradients=args.gradient_accumulation_fusion,
-    )
-
-
 def memory_per_gpu(run: RunConfig, lesson: TeacherSetup | None = None) -> dict[str, float]:
     """Bytes on the fullest rank, by component; see `training_cost.memory`."""
-    return memory(run.architecture, layout_of(run), lesson)
+    return memory(run.architecture, Layout.from_args(run.args), lesson)
 
 
 def shown(parts: Mapping[str, float]) -> str:
@@ -64,7 +39,7 @@ def show(run: RunConfig, extra: DryRun = NOTHING) -> None:
     table.add_row("model", run.model_source)
     for name, value in (family.rows(args, run.model) | dict(extra.rows)).items():
         table.add_row(name, value)
-    memory = family.memory(run.model, layout_of(run)) if extra.memory is None else extra.memory
+    memory = family.memory(run.model, Layout.from_args(run.args)) if extra.memory is None else extra.memory
     table.add_row("memory per GPU", shown(memory))
     table.add_row(
         "layout",

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.start import Start
 from megatron_ext.errors import ConfigError, nearest
 from megatron_ext.models.training_cost import Layout, state_bytes
 from megatron_ext.options.fields import add_options, read_options, to_flags
-from megatron_ext.training.start import Start
 
 if TYPE_CHECKING:
     from megatron_ext.ops.autotune import Shape

@@ -1,6 +1,5 @@
 """Forward passes without training: load a model on any layout, and its mean loss on a data split."""
 
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -9,19 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from megatron_ext.checkpoint import layout
 from megatron_ext.models.architecture import Architecture
-from megatron_ext.models.megatron_args import FUNCTION
 from megatron_ext.reports.metrics_file import key_of
 from megatron_ext.training.job import RunConfig, task_of
 
 if TYPE_CHECKING:
     from megatron_ext.training.step import Task
-
-# Arguments that belong to a run's layout, or that launching settles from the same arguments.
-_OF_THE_RUN = (
-    "hybrid_layer_pattern", "num_layers", "moe_layer_freq", "vocab_size", "make_vocab_size_divisible_by", "spec",
-)  # fmt: skip
 
 
 def load_model(run: RunConfig) -> list[Any]:
@@ -60,36 +52,6 @@ def load_other(run: RunConfig, architecture: Architecture, checkpoint: Path) -> 
     return other, build_model(other)
 
 
-def as_trained(args: Namespace, checkpoint: Path) -> Namespace:
-    """Megatron's arguments of a run, but for what changes the function of a model: that is as saved with it."""
-    saved = vars(layout.common(layout.find(checkpoint).path)["args"])
-    own = {name: saved[name] for name in FUNCTION if name in saved and name not in _OF_THE_RUN}
-    return Namespace(**vars(args) | own)
-
-
-def load_gpt(run: RunConfig, checkpoint: Path) -> list[Any]:
-    """The same model as Megatron's GPTModel, once `load_model` has started Megatron; free the one before first.
-
-    Args:
-        run: The command line that Megatron was started with.
-        checkpoint: Its weights, in the GPTModel's form.
-
-    Returns:
-        This rank's chunks, in evaluation mode.
-    """
-    from megatron.training.argument_utils import gpt_config_from_args
-    from megatron.training.global_vars import set_args
-
-    from megatron_ext.checkpoint.gpt import to_args
-
-    args = as_trained(Namespace(**vars(run.args) | to_args(run.architecture)), checkpoint)
-    saved = layout.common(layout.find(checkpoint).path)["args"]
-    args.transformer_impl = getattr(saved, "transformer_impl", args.transformer_impl)  # which decides on some names
-    args.load, args.pretrained_checkpoint, args.ckpt_step = str(checkpoint), None, None
-    set_args(args)
-    return build_model(replace(run, args=args), gpt_config_from_args(args))
-
-
 def build_model(run: RunConfig, config: Any = None) -> list[Any]:
     """This rank's chunks of the model, in evaluation mode, with the weights of the checkpoint that is to be loaded.
 
@@ -112,6 +74,42 @@ def build_model(run: RunConfig, config: Any = None) -> list[Any]:
     for chunk in model:
         chunk.eval()
     return model
+
+
+def forward_pass(
+    step: Callable[..., Any],
+    model: Sequence[Any],
+    iterators: Sequence[Any],
+    micro_batches: int,
+    shape: tuple[int, int],
+    collect: bool = False,
+) -> list[Any]:
+    """Send micro-batches through all pipeline stages, with the schedule that Megatron trains by.
+
+    Args:
+        step: Megatron's `forward_step_func`.
+        model: This rank's chunks, one for each virtual stage.
+        iterators: Of micro-batches, one for each chunk; None where it reads none.
+        micro_batches: How many; with a virtual pipeline, a multiple of its ranks.
+        shape: Sequences of a micro-batch, and tokens of a sequence.
+        collect: Whether `step` returns, beside the output, a function of it that is no loss.
+
+    Returns:
+        What the loss, or the other function, makes of each, on the ranks of the last stage; nothing elsewhere.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    schedule: Any = get_forward_backward_func()
+    return schedule(
+        forward_step_func=step,
+        data_iterator=list(iterators) if len(model) > 1 else iterators[0],
+        model=list(model),
+        num_microbatches=micro_batches,
+        micro_batch_size=shape[0],
+        seq_length=shape[1],
+        forward_only=True,
+        collect_non_loss_data=collect,
+    )
 
 
 @torch.no_grad()
@@ -202,18 +200,8 @@ def forward_sums(
         micro_batches: With a virtual pipeline, a multiple of its ranks.
         task: By default the job's.
     """
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    task = task or task_of(run)
-    found: list[dict[str, torch.Tensor]] = get_forward_backward_func()(
-        forward_step_func=task.forward_step,
-        data_iterator=list(iterators) if len(model) > 1 else iterators[0],
-        model=model,
-        num_microbatches=micro_batches,
-        seq_length=run.args.seq_length,
-        micro_batch_size=run.args.micro_batch_size,
-        forward_only=True,
-    )
+    task, shape = task or task_of(run), (run.args.micro_batch_size, run.args.seq_length)
+    found: list[dict[str, torch.Tensor]] = forward_pass(task.forward_step, model, iterators, micro_batches, shape)
     names = list(task.units)
     sums = torch.zeros(len(names), 2, dtype=torch.float64)
     for metrics in found:

@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from megatron_ext.checkpoint.start import Start
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import Pattern
 from megatron_ext.models.pattern import parse as parse_pattern
 from megatron_ext.training.family import Model, ModelFamily
 from megatron_ext.training.language_model import LANGUAGE_MODEL
-from megatron_ext.training.start import Start
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 STOPPABLE = ("--exit-signal-handler",)
 """Of a job that trains: SIGTERM and Ctrl-C let it finish its step, save, and end well."""
+
+FORWARD_ONLY = (
+    "--skip-train", "--train-iters", "1", "--lr", "0", "--eval-iters", "0", "--no-load-optim", "--no-load-rng",
+    "--finetune",
+)  # fmt: skip
+"""Of a job that loads a model and trains nothing: what Megatron insists on, and what it need not load."""
 
 
 @dataclass(frozen=True)

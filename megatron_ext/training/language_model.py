@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.resume import architecture_on_disk, sequence_length_on_disk
+from megatron_ext.checkpoint.start import Start
 from megatron_ext.errors import ConfigError
 from megatron_ext.models import training_cost
 from megatron_ext.models.architecture import Architecture
@@ -20,9 +21,8 @@ from megatron_ext.models.pattern import parse as parse_pattern
 from megatron_ext.models.presets import preset
 from megatron_ext.models.rope_extension import extension
 from megatron_ext.ops.autotune import Shape
-from megatron_ext.training.early_flags import early_parser
+from megatron_ext.options.early_flags import early_parser
 from megatron_ext.training.family import ModelFamily
-from megatron_ext.training.start import Start
 
 
 class LayerPatternFamily(ModelFamily):

@@ -14,9 +14,9 @@ from megatron_ext.platform.loop import around_saves, before_saving, keep_random_
 from megatron_ext.platform.scalars import divert_scalars
 from megatron_ext.platform.write_results import keep_write_results
 from megatron_ext.reports import metrics_file, training_plot
+from megatron_ext.reports.metrics_log import MetricsLog
 from megatron_ext.training import signals
 from megatron_ext.training.job import RunConfig, task_of
-from megatron_ext.training.metrics_log import MetricsLog
 from megatron_ext.training.run_directory import create_run_directory, lock_run_directory
 
 if TYPE_CHECKING:

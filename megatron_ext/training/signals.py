@@ -26,6 +26,12 @@ def finish_step(args: Namespace) -> None:
 
         handler: Any = get_signal_handler()
         handler.__enter__()
+        finish_on_interrupt(args)
+
+
+def finish_on_interrupt(args: Namespace) -> None:
+    """From here on, let Ctrl-C ask for what SIGTERM asks for."""
+    if args.exit_signal_handler:
         signal.signal(signal.SIGINT, partial(_interrupt, args))
 
 

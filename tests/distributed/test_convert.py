@@ -67,7 +67,7 @@ def prune(source: Path, destination: Path, targets: Targets) -> None:
 def logits_of(folder: str, names: list[str], tp: int, pp: int) -> dict[str, Tensor]:
     """Logits of Megatron's models, whole, on the ranks of the last pipeline stage."""
     from megatron_ext.checkpoint.resume import architecture_on_disk
-    from megatron_ext.conversion.verify import JOB
+    from megatron_ext.conversion.megatron_logits import JOB
     from megatron_ext.training.command_line import parse_command_line
 
     paths = {name: Path(folder) / f"{name}-megatron" for name in names}

@@ -48,7 +48,7 @@ def tokens() -> Tensor:
 
 
 def start(flags: list[str]) -> Any:
-    from megatron_ext.conversion.verify import JOB
+    from megatron_ext.conversion.megatron_logits import JOB
     from megatron_ext.training.command_line import parse_command_line
     from megatron_ext.training.forward import start
 
@@ -87,7 +87,7 @@ def save_as_megatron(folder: str, name: str) -> None:
 
 
 def logits_of(pattern: str, twin: str | None) -> list[Tensor]:
-    from megatron_ext.conversion.verify import megatron_logits
+    from megatron_ext.conversion.megatron_logits import megatron_logits
 
     found = megatron_logits(Path(pattern), [tokens()], None if twin is None else Path(twin))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for the runner to end

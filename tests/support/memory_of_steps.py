@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from megatron_ext.cli import main
-from megatron_ext.training.metrics_log import MetricsLog
+from megatron_ext.reports.metrics_log import MetricsLog
 
 STEPS = (20, 60, 100, 140, 180, 200)
 held: dict[int, tuple[int, int]] = {}

@@ -2,8 +2,6 @@
 
 import dataclasses
 import shutil
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +22,7 @@ from megatron_ext.distillation.logit_cache.shards import CacheReader, CacheWrite
 from megatron_ext.errors import CheckpointError, ConfigError, DataError, MegatronExtError
 from megatron_ext.lm_head.divergences import TopK
 from megatron_ext.reports.progress import Progress
+from megatron_ext.training import signals
 from megatron_ext.training.job import RunConfig
 
 
@@ -39,11 +38,10 @@ def write(run: RunConfig, writing: Writing) -> None:
         DataError: The disk takes no more, or does not give back what was stored.
     """
     from megatron.core.num_microbatches_calculator import get_num_microbatches
-    from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.utils import unwrap_model
 
     from megatron_ext.distillation.teachers.colocated import load
-    from megatron_ext.training.forward import build_model, start
+    from megatron_ext.training.forward import build_model, forward_pass, start
 
     args, manifest, directory, known = run.args, writing.manifest, writing.directory, writing.known
     if args.rank == 0:
@@ -59,27 +57,18 @@ def write(run: RunConfig, writing: Writing) -> None:
             manifest.write(directory)
     model = build_model(run)
     load(unwrap_model(model), writing.teacher)
-    schedule, micro_batches = get_forward_backward_func(), get_num_microbatches()
+    micro_batches, shape = get_num_microbatches(), (args.micro_batch_size, args.seq_length)
     steps = -(-most // (args.micro_batch_size * micro_batches))
     iterators: list[Any] = [
         share.batches(args.micro_batch_size, steps * micro_batches, args.num_workers) for share in shares
     ]
     stopped = False
-    if args.exit_signal_handler:
-        signal.signal(signal.SIGINT, partial(_interrupt, args.exit_signal))
+    signals.finish_on_interrupt(args)
     with _all_or_none(), CacheWriter(directory, manifest, known) as writer, Progress("storing", missing) as shown:
         stored = _Stored(writer, manifest, len(shares[-1].missing) if _writes() else 0)
         for step in range(steps):
-            schedule(
-                forward_step_func=partial(_forward_step, stored=stored),
-                data_iterator=iterators if len(model) > 1 else iterators[0],
-                model=model,
-                num_microbatches=micro_batches,
-                seq_length=args.seq_length,
-                micro_batch_size=args.micro_batch_size,
-                forward_only=True,
-            )
-            wrong, asked = _anywhere(stored.problem is not None, _asked_to_stop(args))
+            forward_pass(partial(_forward_step, stored=stored), model, iterators, micro_batches, shape)
+            wrong, asked = _anywhere(stored.problem is not None, signals.requested(args))
             shown.update(missing * (step + 1) // steps)
             stopped = asked and step + 1 < steps
             if wrong or stopped:
@@ -119,23 +108,6 @@ def _writes() -> bool:
 
     first = mpu.get_tensor_model_parallel_rank() == mpu.get_context_parallel_rank() == 0
     return first and mpu.is_pipeline_last_stage()
-
-
-def _asked_to_stop(args: Any) -> bool:
-    """Whether any rank has been told to. A collective."""
-    from megatron.training import get_signal_handler
-
-    if not args.exit_signal_handler:
-        return False
-    handler: Any = get_signal_handler()
-    return any(handler.signals_received())
-
-
-def _interrupt(exit_signal: signal.Signals, *_: Any) -> None:
-    """Ctrl-C lets the step end; a second one stops at once."""
-    print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.raise_signal(exit_signal)
 
 
 @contextmanager

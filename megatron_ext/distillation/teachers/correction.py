@@ -30,6 +30,7 @@ from megatron.training.training import setup_model_and_optimizer
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.resume import own_resume_point
+from megatron_ext.checkpoint.start import Start, tell_megatron
 from megatron_ext.distillation.teachers.colocated import load
 from megatron_ext.distillation.teachers.teacher import Teacher
 from megatron_ext.errors import CheckpointError
@@ -39,7 +40,6 @@ from megatron_ext.platform.process_groups import new_meeting_place
 from megatron_ext.training import loop
 from megatron_ext.training.job import RunConfig
 from megatron_ext.training.run_directory import create_run_directory
-from megatron_ext.training.start import Start, tell_megatron
 
 SHARE = 0.2  # of the student's learning rate
 WARMUP = 120  # steps

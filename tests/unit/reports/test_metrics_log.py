@@ -4,7 +4,7 @@ import math
 import pytest
 
 from megatron_ext.reports.metrics_file import read_metrics
-from megatron_ext.training.metrics_log import MetricsLog
+from megatron_ext.reports.metrics_log import MetricsLog
 
 
 class Inner:

@@ -1,16 +1,12 @@
 """The flags that go in front of the user's: those of the model, which is read early, and defaults for this machine."""
 
 import argparse
-import functools
 import importlib.util
 from argparse import Namespace
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 from megatron_ext import platform
-from megatron_ext.errors import ConfigError
-from megatron_ext.models.bootstrap import prepare
 
 VOCAB_MULTIPLE = 128
 
@@ -89,22 +85,3 @@ def vocab_flags(early: Namespace) -> list[str]:
     tp = early.tensor_model_parallel_size
     multiple = VOCAB_MULTIPLE if VOCAB_MULTIPLE % tp == 0 else VOCAB_MULTIPLE * tp
     return ["--make-vocab-size-divisible-by", str(multiple // tp)]
-
-
-def mistyped(given: list[str], own: list[str]) -> ConfigError | None:
-    """Of flags that a command left to Megatron the one that was meant for the command itself; None if there is none."""
-    for name in (word.split("=")[0] for word in given):
-        close = get_close_matches(name, own, n=1, cutoff=0.7) if name.startswith("--") else []
-        if close and name not in _megatrons():
-            return ConfigError("unknown flag", got=name, legal=f"did you mean {close[0]!r}?")
-    return None
-
-
-@functools.cache
-def _megatrons() -> set[str]:
-    prepare()
-    from megatron.training.arguments import add_megatron_arguments
-
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_megatron_arguments(parser)
-    return {name for action in parser._actions for name in action.option_strings}
