@@ -34,7 +34,7 @@ class MetricsLog:
         path: The file. Lines of steps after `start` (a run that died between two checkpoints) are dropped.
         start: Step that the run resumes from, 0 for one that begins.
         per_step: Tokens of one step, read at each step because batch sizes may ramp up.
-        train_iters: The last step, for the bar and the remaining time.
+        train_iters: The last step, for the bar and the remaining time, if it is known.
         inner: The real TensorBoard writer, if the user asked for one.
         unit: What is counted: tokens, or samples.
         before: How many of them the loaded checkpoint has seen, where the file has no line of it.
@@ -45,7 +45,7 @@ class MetricsLog:
         path: Path,
         start: int,
         per_step: Callable[[], int],
-        train_iters: int,
+        train_iters: int | None,
         inner: Any = None,
         unit: str = "tokens",
         before: int = 0,
@@ -60,7 +60,8 @@ class MetricsLog:
         # The step in progress, and where its line begins.
         self._record: dict[str, Any] = dict(earlier[-1]) if earlier else {}
         self._offset = self._file.seek(0, os.SEEK_END) - len(_line(self._record)) if earlier else 0
-        self._shown = Progress("training", train_iters, start=start, lines=False)  # Megatron prints lines
+        # Megatron prints lines; only one rank has a log.
+        self._shown = Progress("training", train_iters, start=start, lines=False, shows=True)
         self._shown.__enter__()
 
     def add_scalar(self, tag: str, value: Any, step: int, *args: Any, **kwargs: Any) -> None:
@@ -93,7 +94,7 @@ class MetricsLog:
             self._file.write(_line(self._record))
             self._file.truncate()
             self._shown.update(self._record["step"], note=_note(self._record, self._unit))
-            if self._record["step"] >= self._train_iters:
+            if self._train_iters and self._record["step"] >= self._train_iters:
                 self._shown.__exit__()
 
     def flush(self) -> None:
@@ -124,6 +125,5 @@ def _line(record: dict[str, Any]) -> str:
 
 def _note(record: dict[str, Any], unit: str) -> str:
     """The losses and the speed of a step, for the bar."""
-    loss, validation = record.get("loss"), record.get("val_loss")
-    note = "" if loss is None else f"loss {loss:.3f}  {record[f'{unit}_per_second']:,.0f} {unit}/s"
-    return note if validation is None else f"{note}  validation {validation:.3f}"
+    shown = {"loss {:.3f}": "loss", f"{{:,.0f}} {unit}/s": f"{unit}_per_second", "validation {:.3f}": "val_loss"}
+    return "  ".join(form.format(record[key]) for form, key in shown.items() if record.get(key) is not None)

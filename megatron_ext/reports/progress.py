@@ -1,4 +1,4 @@
-"""How far a job is: a bar on a terminal, elsewhere a line every few seconds; of rank 0, on standard error."""
+"""How far a job is: a bar on a terminal, elsewhere a line every ten seconds; on standard error."""
 
 import os
 import sys
@@ -17,6 +17,7 @@ class Progress:
         start: How much is done already.
         unit: What is counted; bytes are shown as MB or GB.
         lines: Whether lines are printed where there is no terminal.
+        shows: Whether this process shows it; by default only rank 0 does.
     """
 
     def __init__(
@@ -27,12 +28,14 @@ class Progress:
         start: int = 0,
         unit: Literal["", "bytes"] = "",
         lines: bool = True,
+        shows: bool | None = None,
     ) -> None:
         self.what, self.total, self.done, self.note = what, total, start, ""
         self._unit, self._last = unit, time.monotonic()
-        first = int(os.environ.get("RANK", "0")) == 0
-        self._bar = self._make_bar() if first and sys.stderr.isatty() else None
-        self._lines = first and lines and self._bar is None
+        if shows is None:
+            shows = int(os.environ.get("RANK", "0")) == 0
+        self._bar = self._make_bar() if shows and sys.stderr.isatty() else None
+        self._lines = shows and lines and self._bar is None
 
     def __enter__(self) -> "Progress":
         if self._bar is not None:

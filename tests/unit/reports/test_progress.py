@@ -53,6 +53,10 @@ def test_other_ranks_are_silent(
         clock[0] = 100
         shown.advance()
     assert capsys.readouterr().err == ""
+    asked = Progress("scoring", 3, shows=True)
+    clock[0] = 200
+    asked.advance()
+    assert capsys.readouterr().err == "scoring: 1 of 3\n"
 
 
 @pytest.mark.parametrize("unit", ["", "bytes"])
