@@ -3,6 +3,7 @@ import math
 
 import pytest
 
+from megatron_ext.reports import metrics_log
 from megatron_ext.reports.metrics_file import read_metrics
 from megatron_ext.reports.metrics_log import MetricsLog
 
@@ -176,3 +177,9 @@ def test_a_line_with_nothing_but_a_validation_is_read_as_part_of_its_step(path):
     train(log, [3])
     log.close()
     assert [row["tokens"] for row in read_metrics(path)] == [10, 20, 30]
+
+
+def test_the_bar_says_loss_speed_and_validation():
+    note = metrics_log._note({"step": 2, "loss": 2.5, "tokens_per_second": 1234.5, "val_loss": 2.75}, "tokens")
+    assert note == "loss 2.500  1,234 tokens/s  validation 2.750"
+    assert metrics_log._note({"step": 2, "val_loss": 2.75, "loss": None}, "samples") == "validation 2.750"
