@@ -49,13 +49,13 @@ class SpeedMeasure(Measure):
         """Run the clock."""
         from megatron_ext.inference.speed import speed
 
-        with Progress("timing", len(self._lengths)) as shown:
+        with Progress("timing", len(self._lengths)) as progress:
             for length in self._lengths:
                 stop_if_asked()
                 cell = speed(model, length, self._batch_size)
                 settings = {"dtype": self._dtype, "batch_size": cell["batch_size"], "ranks": cell["ranks"]}
                 yield {str(length): {**cell, SETTINGS: settings}}
-                shown.advance()
+                progress.advance()
 
     def say(self, found: dict[str, Any]) -> str:
         """One length."""
