@@ -39,9 +39,10 @@ from megatron_ext.pruning.ablation import Ablation, Passes
 from megatron_ext.pruning.apply import apply
 from megatron_ext.pruning.budget import Targets
 from megatron_ext.pruning.depth import BlockInfluence
+from megatron_ext.pruning.depth_metrics import DEPTH_METRICS, Scan
 from megatron_ext.pruning.importance import Importance, WidthMetric
 from megatron_ext.pruning.magnitude import magnitudes
-from megatron_ext.pruning.scores import DEPTH_METRICS, Scores
+from megatron_ext.pruning.scores import Scores
 from megatron_ext.pruning.select import keep_units, make_plan
 from megatron_ext.reports.metrics_file import read_metrics
 from megatron_ext.training.command_line import parse_command_line
@@ -195,7 +196,11 @@ def cut_depth(bench: Bench, left: Left, depth: dict[str, Tensor], arguments: arg
             units = [[i] for i in bench.arch.layers.indices(KINDS[kind])]
         for count in runs(len(units)):
             where = {"kind": kind, "removed": count, "of": len(units), "fraction": count / len(units)}
-            chosen = {metric: drop(bench, depth, kind, metric, count) for metric in DEPTH_METRICS}
+            chosen = {
+                metric: drop(bench, depth, kind, metric, count)
+                for metric, how in DEPTH_METRICS.items()
+                if not isinstance(how, Scan)
+            }
             if kind == "layers":
                 for metric in ("scan_loss", "scan_task"):
                     with contextlib.suppress(PlanError):  # a model of few steps answers nothing, whatever is left out

@@ -14,12 +14,19 @@ import argparse
 import dataclasses
 import types
 import typing
+from collections.abc import Collection
 from typing import Any
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field that becomes a flag. `%` in `help` needs no escaping."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(default: Any, help: str, choices: Collection[str] | None = None) -> Any:
+    """A dataclass field that becomes a flag.
+
+    Args:
+        default: Its value unless it is given.
+        help: What it does. `%` needs no escaping.
+        choices: The legal values, as they are when a command line is parsed: a table may grow until then.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
 def _argparse_type(annotation: Any) -> dict[str, Any]:
@@ -44,6 +51,8 @@ def add_options(parser: argparse.ArgumentParser, options: type, prefix: str) -> 
     annotations = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
         keywords = _argparse_type(annotations[field.name])
+        if field.metadata["choices"] is not None:
+            keywords["choices"] = tuple(field.metadata["choices"])
         name = f"{prefix}-{field.name}".replace("_", "-")
         shown = field.metadata["help"].replace("%", "%%")
         if field.default is not None and keywords.get("action") is None:

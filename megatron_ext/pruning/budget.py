@@ -10,7 +10,7 @@ from megatron_ext.errors import PlanError
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.cost import Workload, memory_bytes
 from megatron_ext.models.pattern import ATTENTION, KINDS, MAMBA, MLP, MOE
-from megatron_ext.pruning.scores import DEPTH_METRICS
+from megatron_ext.pruning.depth_metrics import DEPTH_METRICS, Scan
 
 GRID = 32  # widths are tried in steps of 1/32 of the original
 WIDE = 2048  # from this width up, widths are multiples of 64; below, of 8, which matrix units want
@@ -34,7 +34,6 @@ _INNER = ("ffn_hidden_size", "mamba_num_heads", "moe_ffn_hidden_size", "moe_shar
 _GROUPS = {"num_attention_heads": "num_query_groups", "mamba_num_heads": "mamba_num_groups"}
 # Targets that count the sub-layers of one kind.
 _LAYERS = {"attention_layers": ATTENTION, "mamba_layers": MAMBA, "mlp_layers": MLP, "moe_layers": MOE}
-DEPTH_CHOICES = (*DEPTH_METRICS, "scan_loss", "scan_task")
 SIZES = ("hidden_size", *_KINDS)
 
 
@@ -52,8 +51,7 @@ class Targets:
         num_sublayers: Sub-layers to keep, of whatever kind.
         attention_layers, mamba_layers, mlp_layers, moe_layers: Sub-layers of one kind to keep: from 1 up a number,
             below 1 a fraction, rounded to the nearest number (half up).
-        depth_metric: By which sub-layers or blocks are chosen: `scores.DEPTH_METRICS`, or `scan_loss` and `scan_task`,
-            which drop one contiguous run.
+        depth_metric: By which sub-layers or blocks are chosen: one of `DEPTH_METRICS`.
         params: A number of parameters: up to 1.0 a fraction of the original's, above it a count.
         embedding: Whether `params` counts the word embedding and the output layer.
         memory: Bytes of 16-bit weights and of the caches of `workload`.
@@ -145,14 +143,14 @@ class Targets:
                 raise PlanError(f"{name} cannot differ from layer to layer", legal=", ".join(legal) or "none here")
 
     def _check_depth(self, arch: Architecture) -> None:
-        if self.depth_metric not in DEPTH_CHOICES:
-            raise PlanError("unknown depth metric", got=self.depth_metric, legal=", ".join(DEPTH_CHOICES))
+        if self.depth_metric not in DEPTH_METRICS:
+            raise PlanError("unknown depth metric", got=self.depth_metric, legal=", ".join(DEPTH_METRICS))
         kinds = self.kinds(arch)
         ways = [self.num_layers is not None, self.num_sublayers is not None, bool(kinds)]
         if sum(ways) > 1:
             legal = "one of: num_layers; num_sublayers; the layers of each kind"
             raise PlanError("depth is asked for in more than one way", legal=legal)
-        if kinds and self.depth_metric.startswith("scan_"):
+        if kinds and isinstance(DEPTH_METRICS[self.depth_metric], Scan):
             raise PlanError(f"{self.depth_metric} drops a run of whatever kind", legal="num_layers or num_sublayers")
         limits = {"num_layers": len(arch.layers.blocks), "num_sublayers": len(arch.pattern)}
         for name, most in limits.items():

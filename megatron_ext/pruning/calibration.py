@@ -8,9 +8,10 @@ import torch
 
 from megatron_ext.errors import ConfigError
 from megatron_ext.pruning.ablation import Ablation, Passes
-from megatron_ext.pruning.depth import STATIC, BlockInfluence
+from megatron_ext.pruning.depth import BlockInfluence
+from megatron_ext.pruning.depth_metrics import DEPTH_METRICS, Change
 from megatron_ext.pruning.importance import Importance, WidthMetric
-from megatron_ext.pruning.leave_out import ShapleySampling, compares_logits, measure, scan_task
+from megatron_ext.pruning.leave_out import ShapleySampling, measure, scan_task
 from megatron_ext.pruning.left_out import LeftOut
 from megatron_ext.reports.progress import Progress
 from megatron_ext.training.forward import forward_all, forward_sums, micro_batches
@@ -27,7 +28,7 @@ class Calibration:
     Attributes:
         samples: Sequences of the training split; a multiple of `--global-batch-size`.
         width: How width is measured; None if it is not.
-        depth: A metric of `budget.DEPTH_CHOICES`; the static ones are measured in any case.
+        depth: A metric of `DEPTH_METRICS`; those of a `Change` are measured in any case.
         blocks: Whether whole blocks will be chosen, or sub-layers.
         kinds: The kinds of sub-layers of which some will be chosen; empty for all.
         run: For a scan, how many of them it leaves out.
@@ -110,7 +111,7 @@ def calibrate(
                 )  # fmt: skip
         finally:
             left_out.remove()
-    elif calibration.depth not in STATIC:
+    elif not isinstance(DEPTH_METRICS[calibration.depth], Change):
         parts.append(_leave_out(run, calibration, model, chunks, batches))
     values = {name: value for part in parts for name, value in (part or {}).items()}
     return Measured(None if args.rank else values, loss, task)
@@ -152,7 +153,7 @@ def _leave_out(
         step=args.pipeline_model_parallel_size if len(model) > 1 else 1,
     )
     ablation = Ablation(
-        chunks, run.architecture, passes, memory=calibration.memory, logits=compares_logits(calibration.depth)
+        chunks, run.architecture, passes, memory=calibration.memory, logits=DEPTH_METRICS[calibration.depth].logits
     )
     try:
         with Progress("evaluation") as shown:

@@ -9,7 +9,8 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.pruning import task_scoring
 from megatron_ext.pruning.budget import Targets, resolve
-from megatron_ext.pruning.depth import STATIC, check_borders
+from megatron_ext.pruning.depth import check_borders
+from megatron_ext.pruning.depth_metrics import DEPTH_METRICS, Change, Shapley
 from megatron_ext.pruning.options import PruneOptions
 from megatron_ext.pruning.plan import Plan
 from megatron_ext.pruning.scores import Scores
@@ -121,7 +122,7 @@ def _check_effects(options: PruneOptions, arch: Architecture) -> None:
     """Refuse each option that would change nothing."""
     budget = options.target_params is not None or options.target_memory is not None
     given = options.given()
-    searched = options.depth_metric.startswith("shapley")
+    searched = isinstance(DEPTH_METRICS[options.depth_metric], Shapley)
 
     def needs(fine: bool, reason: str, *names: str) -> None:
         if not fine:
@@ -156,7 +157,7 @@ def _check_effects(options: PruneOptions, arch: Architecture) -> None:
     needs(searched, "it goes with --prune-depth-metric shapley_...", *(n for n in given if n.startswith("shapley_")))
     task = options.depth_metric == "scan_task"
     needs(task, "it goes with --prune-depth-metric scan_task", "task_metric", "task_samples", "task_folder")
-    left_out = options.depth_metric not in STATIC and not task
+    left_out = not isinstance(DEPTH_METRICS[options.depth_metric], Change) and not task
     needs(left_out, f"{options.depth_metric} leaves no layers out of calibration", "depth_samples", "cache_gib")
     activations = options.width_metric == "activation"
     needs(activations, f"{options.width_metric} has its own", "batch_aggregation", "sequence_aggregation")
@@ -186,7 +187,7 @@ def _check_samples(options: PruneOptions, batch: int) -> None:
             raise ConfigError(f"{_flag(name)} are some of --prune-samples", got=count, legal=f"{most} at most")
     if options.cache_gib < 0:
         raise ConfigError("--prune-cache-gib", got=options.cache_gib, legal="from 0")
-    if options.depth_metric.startswith("shapley"):
+    if isinstance(DEPTH_METRICS[options.depth_metric], Shapley):
         samples, tolerance, keep = options.shapley_samples, options.shapley_tolerance, options.shapley_keep
         if samples < 2 or tolerance < 0 or not 0 <= keep < 1:
             raise ConfigError(

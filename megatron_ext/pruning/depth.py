@@ -1,10 +1,9 @@
 """Depth importance from one forward pass: how much a sub-layer, or a block, changes the residual stream.
 
-Three measures of the change from input `x` to output `y`, averaged over tokens: Block Influence, `1 - cos(x, y)` (arXiv
-2407.14679), and the relative `||y - x||_1 / ||x||_1` and `||y - x||_2 / ||x||_2` ("A deeper look at depth pruning of
-LLMs", arXiv 2407.16286). What it costs to leave a unit out is measured by `megatron_ext.pruning.ablation`.
+The measures of the change are those of `depth_metrics`, averaged over tokens. What it costs to leave a unit out is
+measured by `megatron_ext.pruning.ablation`.
 
-Shapes: s sequence (this rank's part), b micro-batch, h hidden.
+Shapes: s sequence (this rank's part), b micro-batch, h hidden, m metrics.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,8 +18,7 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import Pattern
 from megatron_ext.pruning import scores as names
-
-STATIC = ("block_influence", "relative_l1", "relative_l2")
+from megatron_ext.pruning.depth_metrics import Change, Move, changes
 
 
 def check_borders(pattern: Pattern) -> None:
@@ -38,21 +36,19 @@ def check_borders(pattern: Pattern) -> None:
             )  # fmt: skip
 
 
-def change(before: Float[Tensor, "s b h"], after: Float[Tensor, "s b h"]) -> Float[Tensor, "4"]:
-    """The sums over tokens of the three measures, in the order of `STATIC`, and the number of tokens, in float64.
+def change(
+    before: Float[Tensor, "s b h"], after: Float[Tensor, "s b h"], metrics: Iterable[Change]
+) -> Float[Tensor, " m+1"]:
+    """The sums over tokens of some measures, in their order, and the number of tokens, in float64.
 
     A token whose stream is zero (an embedding row that was never trained) has no direction and no size to compare with:
-    it is not counted. One whose stream becomes zero has turned by 1, as cosines with a zero vector count as 0.
+    it is not counted.
     """
     before, after = before.float(), after.float()
-    update = after - before
-    length, new_length = before.norm(dim=-1), after.norm(dim=-1)
-    there = length > 0
-    # 1 - cos(x, y) without its cancellation: half the squared distance of the two unit vectors.
-    turn = (after / new_length[..., None]).sub_(before / length[..., None]).square().sum(-1) / 2
-    turn = torch.where(new_length > 0, turn, 1.0)
-    each = [turn, update.abs().sum(-1) / before.abs().sum(-1), update.norm(dim=-1) / length]
-    return torch.stack([*(torch.where(there, e, 0.0).double().sum() for e in each), there.double().sum()])
+    move = Move(before, after, after - before, before.norm(dim=-1))
+    there = move.length > 0
+    each = [torch.where(there, metric.of(move), 0.0).double().sum() for metric in metrics]
+    return torch.stack([*each, there.double().sum()])
 
 
 class BlockInfluence:
@@ -65,6 +61,7 @@ class BlockInfluence:
 
     def __init__(self, chunks: Iterable[Any], architecture: Architecture) -> None:
         self.architecture = architecture
+        self._metrics = changes()
         self._sums: dict[str, Tensor] = {}
         self._unit_input: Tensor | None = None
         self._block_input: Tensor | None = None
@@ -109,7 +106,7 @@ class BlockInfluence:
 
     @torch.no_grad()
     def _add(self, name: str, before: Tensor, after: Tensor) -> None:
-        sums = change(before, after)
+        sums = change(before, after, self._metrics.values())
         self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
     def gather(self) -> dict[str, Tensor] | None:
@@ -133,6 +130,6 @@ class BlockInfluence:
         ):
             sums = torch.stack([whole[f"{prefix}.{i}"] for i in range(count)])
             means = sums / sums[:, -1:].clamp_min(1)  # of no token at all: nothing has changed
-            for place, metric in enumerate(STATIC):
+            for place, metric in enumerate(self._metrics):
                 result[names.depth(metric, blocks=blocks)] = means[:, place].float()
         return result

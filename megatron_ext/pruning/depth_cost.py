@@ -9,8 +9,8 @@ from math import ceil
 
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.training_cost import Layout, forward_flops_per_token
-from megatron_ext.pruning.depth import STATIC
-from megatron_ext.pruning.leave_out import ShapleySampling, compares_logits, sublayers_of
+from megatron_ext.pruning.depth_metrics import DEPTH_METRICS, Change, DepthMetric, Scan, Shapley
+from megatron_ext.pruning.leave_out import ShapleySampling, sublayers_of
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ def depth_cost(
     arch: Architecture, metric: str, samples: int, layout: Layout, *, blocks: bool, kinds: str = "",
     run: int = 0, sampling: ShapleySampling | None = None,
 ) -> DepthCost:  # fmt: skip
-    """The cost of a depth metric of `budget.DEPTH_CHOICES` on calibration sequences (a task's are its own).
+    """The cost of a depth metric of `DEPTH_METRICS` on calibration sequences (a task's are its own).
 
     Args:
         arch: The model.
-        metric: The metric; the static ones cost nothing.
+        metric: The metric; a `Change` costs nothing.
         samples: Sequences of each evaluation.
         layout: How many tokens a sequence has, and how they and the layers are divided over ranks.
         blocks: Whether blocks are left out, or sub-layers.
@@ -47,20 +47,21 @@ def depth_cost(
         run: How long a run a scan leaves out.
         sampling: For Shapley values.
     """
-    if metric in STATIC:
+    asked = DEPTH_METRICS[metric]
+    if isinstance(asked, Change):
         return DepthCost(0, 0.0, 0, 0)
-    evaluations = 1 + _without(metric, len(sublayers_of(arch, blocks, kinds)), run, sampling or ShapleySampling())
+    evaluations = 1 + _without(asked, len(sublayers_of(arch, blocks, kinds)), run, sampling or ShapleySampling())
     flops = evaluations * samples * layout.seq_length * forward_flops_per_token(arch, layout.seq_length)
     tokens = samples // layout.dp * layout.seq_length // layout.cp
     state = tokens * arch.hidden_size * layout.width // (layout.tp if layout.sequence_parallel else 1)
-    least = state if compares_logits(metric) else 0
+    least = state if asked.logits else 0
     return DepthCost(evaluations, flops, ceil(len(arch.pattern) / layout.pp) * state + least, least)
 
 
-def _without(metric: str, units: int, run: int, sampling: ShapleySampling) -> int:
-    if metric.startswith("scan_"):
+def _without(metric: DepthMetric, units: int, run: int, sampling: ShapleySampling) -> int:
+    if isinstance(metric, Scan):
         return units - run + 1
-    if not metric.startswith("shapley_"):
+    if not isinstance(metric, Shapley):
         return units
     leaving = max(1, units - ceil(round(sampling.keep * units, 6)))
     # A run of players that leave one by one, and the same backwards; both end with all of them gone.

@@ -28,8 +28,8 @@ from megatron_ext.pruning import report
 from megatron_ext.pruning.apply import apply
 from megatron_ext.pruning.budget import Targets
 from megatron_ext.pruning.checks import Request, check, check_layout, read_scores, source_step
-from megatron_ext.pruning.depth import STATIC
 from megatron_ext.pruning.depth_cost import depth_cost
+from megatron_ext.pruning.depth_metrics import DEPTH_METRICS, Change
 from megatron_ext.pruning.leave_out import sublayers_of
 from megatron_ext.pruning.magnitude import magnitudes
 from megatron_ext.pruning.options import GIB, PruneOptions
@@ -74,7 +74,7 @@ def costs(run: RunConfig) -> Table:
     if asked.depth == "scan_task":
         units = len(sublayers_of(arch, asked.blocks))
         table.add_row("the task", f"asked {units - asked.run + 2:,} times")
-    elif asked.depth not in STATIC:
+    elif not isinstance(DEPTH_METRICS[asked.depth], Change):
         cost = depth_cost(
             arch, asked.depth, asked.depth_samples, layout, blocks=asked.blocks, kinds=asked.kinds, run=asked.run,
             sampling=asked.sampling,

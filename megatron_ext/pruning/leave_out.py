@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.pruning import scores as names
 from megatron_ext.pruning.ablation import Ablation, Outcome
-from megatron_ext.pruning.depth import STATIC
+from megatron_ext.pruning.depth_metrics import DEPTH_METRICS, Change, LeaveOut, Scan, Shapley
 from megatron_ext.pruning.left_out import LeftOut
 from megatron_ext.pruning.shapley import shapley
 
@@ -24,11 +24,6 @@ class ShapleySampling:
     tolerance: float = 0.1
     keep: float = 0.0
     seed: int = 0
-
-
-def compares_logits(metric: str) -> bool:
-    """Whether a depth metric needs logits (`Ablation`), or only losses."""
-    return "logit" in metric
 
 
 def measure(
@@ -47,7 +42,7 @@ def measure(
     Args:
         ablation: The model; it compares logits if the metric does.
         architecture: The same.
-        metric: As in `budget.DEPTH_CHOICES`, but for `scan_task`; nothing is measured for a static one.
+        metric: Of `DEPTH_METRICS`, but for scans of a task; nothing is measured for a `Change`.
         blocks: Whether blocks are to be chosen, or sub-layers; the others are not measured.
         kinds: Of these kinds only, not for scans; by default of all.
         run: How long a run a scan leaves out.
@@ -55,22 +50,24 @@ def measure(
         progress: Called with a line after each evaluation.
 
     Returns:
-        Scores by name, float32; with logits, of all three metrics that leave one out.
+        Scores by name, float32; of all metrics that leave one out, but for those of logits that are not compared.
     """
-    if metric in STATIC:
+    asked = DEPTH_METRICS[metric]
+    if isinstance(asked, Change):
         return {}
-    units = sublayers_of(architecture, blocks, kinds)
-    if metric == "scan_loss":
+    units, worse = sublayers_of(architecture, blocks, kinds), asked.worse
+    assert worse is not None, "a task is asked in `scan_task`"
+    if isinstance(asked, Scan):
 
         def lost(gone: Sequence[int]) -> float:
             outcome = ablation.outcome(gone)
             progress(f"without sub-layers {min(gone)} to {max(gone)}: loss {outcome.loss:.4f}")
-            return outcome.loss - ablation.whole.loss
+            return worse(outcome) - worse(ablation.whole)
 
-        return {names.scan("loss", run, blocks=blocks): _scan(units, run, lost)}
-    if metric.startswith("shapley_"):
+        return {names.scan(metric, run, blocks=blocks): _scan(units, run, lost)}
+    if isinstance(asked, Shapley):
         options = sampling or ShapleySampling()
-        details = _shapley(ablation, units, metric.removeprefix("shapley_"), options, progress)
+        details = _shapley(ablation, units, worse, options, progress)
         return {
             name + detail: part
             for detail, values in details.items()
@@ -80,14 +77,12 @@ def measure(
     for place, unit in enumerate(units):
         outcomes.append(ablation.outcome(unit))
         progress(f"without {'block' if blocks else 'sub-layer'} {place} of {len(units)}: loss {outcomes[-1].loss:.4f}")
-    whole = ablation.whole.loss
-    found = {"loss": [o.loss - whole for o in outcomes]}
-    if compares_logits(metric):
-        found["logit_mse"] = [o.logit_mse for o in outcomes]
-        found["logit_distance"] = [o.logit_distance for o in outcomes]
     result: dict[str, Tensor] = {}
-    for name, values in found.items():
-        result |= _named(architecture, name, torch.tensor(values), blocks, kinds)
+    for name, other in DEPTH_METRICS.items():
+        if isinstance(other, LeaveOut) and (asked.logits or not other.logits):
+            whole = other.worse(ablation.whole)
+            values = torch.tensor([other.worse(outcome) - whole for outcome in outcomes])
+            result |= _named(architecture, name, values, blocks, kinds)
     return result
 
 
@@ -119,7 +114,7 @@ def scan_task(
         progress(f"without sub-layers {min(gone)} to {max(gone)}: task {score:.4f}, of {whole:.4f}")
         return whole - score
 
-    return {names.scan("task", run, blocks=blocks): _scan(sublayers_of(architecture, blocks), run, lost)}
+    return {names.scan("scan_task", run, blocks=blocks): _scan(sublayers_of(architecture, blocks), run, lost)}
 
 
 def sublayers_of(architecture: Architecture, blocks: bool, kinds: str = "") -> Sequence[Sequence[int]]:
@@ -146,14 +141,13 @@ def _scan(units: Sequence[Sequence[int]], run: int, lost: Callable[[Sequence[int
 def _shapley(
     ablation: Ablation,
     units: Sequence[Sequence[int]],
-    value: str,
+    worse: Callable[[Outcome], float],
     sampling: ShapleySampling,
     progress: Progress,
 ) -> dict[str, Tensor]:
     """The values, and with what their names end in, what else is known of them."""
-    worth: Callable[[Outcome], float] = lambda outcome: -getattr(outcome, value)  # noqa: E731
     found = shapley(
-        lambda gone: worth(ablation.outcome(i for unit in gone for i in units[unit])),
+        lambda gone: -worse(ablation.outcome(i for unit in gone for i in units[unit])),
         range(len(units)),
         seed=sampling.seed, max_samples=sampling.max_samples, tolerance=sampling.tolerance, keep=sampling.keep,
         progress=lambda samples, width: progress(f"{samples} samples: widest 95% interval +-{width:.4g}"),

@@ -9,15 +9,11 @@ from megatron_ext.models.cost import Workload
 from megatron_ext.options.fields import option
 from megatron_ext.pruning.budget import Targets
 from megatron_ext.pruning.calibration import Calibration
+from megatron_ext.pruning.depth_metrics import DEPTH_METRICS, Shapley
 from megatron_ext.pruning.importance import Aggregation, WidthMetric
 from megatron_ext.pruning.leave_out import ShapleySampling
 
 GIB = 2**30
-DepthMetric = Literal[
-    "block_influence", "relative_l1", "relative_l2", "loss", "logit_mse", "logit_distance", "shapley_loss",
-    "shapley_logit_distance", "scan_loss", "scan_task",
-]  # fmt: skip
-
 # Options of one name here and in `Targets`.
 SAME_IN_TARGETS = (
     "hidden_size", "ffn_hidden_size", "num_query_groups", "num_attention_heads", "mamba_num_groups", "mamba_num_heads",
@@ -71,10 +67,11 @@ class PruneOptions:
     batch_aggregation: Aggregation = option("l2", "How activations are aggregated over the samples.")
     sequence_aggregation: Aggregation = option("mean", "How activations are aggregated over a sample's tokens.")
     merge_heads: bool = option(False, "Fold what is lost with dropped query heads into those that stay.")
-    depth_metric: DepthMetric = option(
+    depth_metric: str = option(
         "block_influence",
         "Importance of layers and sub-layers. The first three come for free; loss and logit metrics leave each out in "
         "turn, shapley averages over sub-networks, scan drops the one contiguous run that costs least.",
+        choices=DEPTH_METRICS,
     )
     depth_samples: int | None = option(
         None, "Calibration sequences for what leaves layers out; 128, or --prune-samples if that is less, if not given."
@@ -171,6 +168,6 @@ class PruneOptions:
         depth = self.depth_metric
         if depth == "scan_task":
             depth += f" of {self.task}, {self.task_metric}"
-        elif depth.startswith("shapley"):
+        elif isinstance(DEPTH_METRICS[depth], Shapley):
             depth += f", {self.shapley_keep:g} of the layers always there"
         return f"{width}; depth by {depth}"

@@ -109,7 +109,7 @@ def _task(scores: Scores, when: str) -> list[str]:
     """What each contiguous run of layers or sub-layers is worth in the task's score."""
     assert scores.task is not None
     settings, run = scores.settings, int(scores.settings["run"])
-    lost = scores[scan("task", run, blocks=settings["blocks"])].tolist()
+    lost = scores[scan("scan_task", run, blocks=settings["blocks"])].tolist()
     what, best = "layers" if settings["blocks"] else "sub-layers", lost.index(min(lost))
     lines = [
         "",

@@ -12,6 +12,7 @@ import torch
 from megatron_ext.checkpoint import layout, ranks
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.pruning.budget import Targets
+from megatron_ext.pruning.depth_metrics import DEPTH_METRICS, Change, Scan, Shapley
 from megatron_ext.pruning.plan import Plan
 from megatron_ext.pruning.scores import Scores
 from megatron_ext.training.job import RunConfig
@@ -106,16 +107,17 @@ def _settings(run: RunConfig, arch: Architecture, targets: Targets, plan: Plan |
     }  # fmt: skip
     if calibration.kinds:
         settings["kinds"] = calibration.kinds
-    depth = calibration.depth
-    if depth.startswith("scan"):
+    depth = DEPTH_METRICS[calibration.depth]
+    if isinstance(depth, Scan):
         settings["run"] = calibration.run
-    if depth == "scan_task":
+    by_task = isinstance(depth, Scan) and depth.worse is None
+    if by_task:
         names = ("task", "task_metric", "task_samples", "task_folder")
-    elif depth.startswith("shapley"):
+    elif isinstance(depth, Shapley):
         names = ("shapley_samples", "shapley_tolerance", "shapley_keep")
     else:
         names = ()
-    if depth in ("loss", "logit_mse", "logit_distance", "scan_loss") or depth.startswith("shapley"):
+    if not isinstance(depth, Change) and not by_task:
         settings["depth_samples"] = calibration.depth_samples
     return settings | {name: getattr(options, name) for name in names}
 

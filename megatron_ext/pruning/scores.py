@@ -10,7 +10,7 @@ Higher is more important. The names, with their shapes:
 - `layers.{i}.expert`: `(num_experts,)`, for each mixture of experts
 - `layers.{i}.expert_ffn`: `(num_experts, moe_ffn_hidden_size)`, for each mixture of experts
 - `layers.{i}.shared_ffn`: `(moe_shared_expert_intermediate_size,)`, for each mixture that has a shared expert
-- `depth.{metric}`: `(number of sub-layers,)`, for a metric of `DEPTH_METRICS`
+- `depth.{metric}`: `(number of sub-layers,)`, for a metric of `DEPTH_METRICS` that is no scan
 - `depth.{metric}.blocks`: `(number of blocks,)`, blocks as in `megatron_ext.models.pattern`
 - `depth.{metric}.{kind}`: `(number of sub-layers of this kind,)`, where only some kinds were left out: `mamba`,
   `attention`, `mlp`, `moe`
@@ -35,6 +35,7 @@ from megatron_ext.checkpoint.file_checksums import check_file
 from megatron_ext.errors import ConfigError, PlanError, nearest
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
+from megatron_ext.pruning.depth_metrics import DEPTH_METRICS, Scan, Shapley
 
 FORMAT = "megatron_ext.scores/1"
 HIDDEN = "hidden"
@@ -42,12 +43,6 @@ BLOCKS = ".blocks"
 OF_KIND = {MAMBA: ".mamba", ATTENTION: ".attention", MLP: ".mlp", MOE: ".moe"}
 STDERR = ".stderr"
 INTERVAL = ".ci95"
-# What can be measured of a sub-layer or block: how it changes the residual stream, what leaving it out alone does, and
-# its Shapley value.
-DEPTH_METRICS = (
-    "block_influence", "relative_l1", "relative_l2", "loss", "logit_mse", "logit_distance", "shapley_loss",
-    "shapley_logit_distance",
-)  # fmt: skip
 
 
 def ffn(layer: int) -> str:
@@ -90,9 +85,9 @@ def depth(metric: str, *, blocks: bool = False, kind: str = "") -> str:
     return f"depth.{metric}{BLOCKS if blocks else OF_KIND.get(kind, '')}"
 
 
-def scan(value: str, length: int, *, blocks: bool = False) -> str:
-    """The name of the scan that leaves out every run of `length` sub-layers, or blocks."""
-    return f"{depth(f'scan_{value}', blocks=blocks)}.{length}"
+def scan(metric: str, length: int, *, blocks: bool = False) -> str:
+    """The name of the scores of a scan that leaves out every run of `length` sub-layers, or blocks."""
+    return f"{depth(metric, blocks=blocks)}.{length}"
 
 
 def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
@@ -112,15 +107,16 @@ def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
             layers[expert_ffn(i)] = (own.num_experts, own.moe_ffn_hidden_size)
             if own.moe_shared_expert_intermediate_size:
                 layers[shared_ffn(i)] = (own.moe_shared_expert_intermediate_size,)
-    for metric in DEPTH_METRICS:
+    scans = [name for name, metric in DEPTH_METRICS.items() if isinstance(metric, Scan)]
+    for metric in (name for name in DEPTH_METRICS if name not in scans):
         counts = {depth(metric): len(arch.pattern), depth(metric, blocks=True): len(arch.layers.blocks)}
         counts |= {depth(metric, kind=kind): arch.pattern.count(kind) for kind in set(arch.pattern)}
         for name, count in counts.items():
-            details = (STDERR, INTERVAL) if metric.startswith("shapley") else ()
+            details = (STDERR, INTERVAL) if isinstance(DEPTH_METRICS[metric], Shapley) else ()
             layers |= {name + detail: (count,) for detail in ("", *details)}
     for blocks, count in ((False, len(arch.pattern)), (True, len(arch.layers.blocks))):
-        for value in ("loss", "task"):
-            layers |= {scan(value, n, blocks=blocks): (count - n + 1,) for n in range(1, count)}
+        for metric in scans:
+            layers |= {scan(metric, n, blocks=blocks): (count - n + 1,) for n in range(1, count)}
     return {HIDDEN: (arch.hidden_size,), **layers}
 
 

@@ -12,6 +12,7 @@ from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
 from megatron_ext.pruning import scores as names
 from megatron_ext.pruning.budget import Targets, resolve
+from megatron_ext.pruning.depth_metrics import DEPTH_METRICS, Scan
 from megatron_ext.pruning.plan import Plan, Provenance, differences
 from megatron_ext.pruning.scores import Scores
 
@@ -166,9 +167,9 @@ def keep_units(scores: Scores, arch: Architecture, targets: Targets) -> tuple[in
 def _keep(scores: Scores, targets: Targets, size: int, count: int, *, blocks: bool) -> tuple[int, ...]:
     if count == size:
         return tuple(range(size))
-    if targets.depth_metric.startswith("scan_"):
+    if isinstance(DEPTH_METRICS[targets.depth_metric], Scan):
         run = size - count
-        lost = scores[names.scan(targets.depth_metric.removeprefix("scan_"), run, blocks=blocks)]
+        lost = scores[names.scan(targets.depth_metric, run, blocks=blocks)]
         if len(lost) > 1 and lost.min() == lost.max():
             raise PlanError(
                 f"{targets.depth_metric} tells no run from another", got=f"each of them costs {float(lost[0]):.4g}",

@@ -4,7 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_ext.pruning.depth import change
+from megatron_ext.pruning import depth
+from megatron_ext.pruning.depth_metrics import changes
+
+
+def change(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    return depth.change(before, after, changes().values())
 
 
 def streams(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
