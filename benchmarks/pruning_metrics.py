@@ -196,11 +196,8 @@ def cut_depth(bench: Bench, left: Left, depth: dict[str, Tensor], arguments: arg
             units = [[i] for i in bench.arch.layers.indices(KINDS[kind])]
         for count in runs(len(units)):
             where = {"kind": kind, "removed": count, "of": len(units), "fraction": count / len(units)}
-            chosen = {
-                metric: drop(bench, depth, kind, metric, count)
-                for metric, how in DEPTH_METRICS.items()
-                if not isinstance(how, Scan)
-            }
+            single = [name for name, metric in DEPTH_METRICS.items() if not isinstance(metric, Scan)]
+            chosen = {metric: drop(bench, depth, kind, metric, count) for metric in single}
             if kind == "layers":
                 for metric in ("scan_loss", "scan_task"):
                     with contextlib.suppress(PlanError):  # a model of few steps answers nothing, whatever is left out

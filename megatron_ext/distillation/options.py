@@ -9,7 +9,7 @@ from megatron_ext.distillation.logit_cache.cache import Cache
 from megatron_ext.distillation.teachers.exchange import ParallelSizes
 from megatron_ext.distillation.teachers.teacher import Teacher
 from megatron_ext.errors import ConfigError
-from megatron_ext.lm_head.divergences import NAMES
+from megatron_ext.lm_head import divergences
 from megatron_ext.lm_head.objective import Objective
 from megatron_ext.options.fields import option
 from megatron_ext.training.job import RunConfig
@@ -32,7 +32,7 @@ class DistillOptions:
         None, "Temperature of both distributions; the loss is multiplied by its square. Default: 1, or the cache's."
     )
     loss: str | None = option(
-        None, f"How student and teacher are compared: {', '.join(NAMES)}. Default: forward-kl; with a cache top-k-rest."
+        None, "How student and teacher are compared. Default: forward-kl; with a cache top-k-rest.", divergences.names
     )
     kd_weight: str = option("1.0", "Weight of that loss: a number, or FIRST:LAST to go in a line over the training.")
     ce_weight: str = option("0.0", "Weight of the cross-entropy with the data's next token: likewise.")
@@ -45,7 +45,7 @@ class DistillOptions:
     states: list[str] | None = option(
         None, "Pairs STUDENT:TEACHER of intermediate states to match, or kinds of sub-layers (see docs/distill.md)."
     )
-    states_loss: str = option("cosine", f"How states are compared: {', '.join(DISTANCES)}.")
+    states_loss: str = option("cosine", "How states are compared.", DISTANCES.keys)
     states_weight: str = option(
         BALANCED,
         f"Weight of that loss: {BALANCED}, which makes it as large as the logits' loss, or as the other weights.",

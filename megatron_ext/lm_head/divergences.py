@@ -203,7 +203,11 @@ DISTRIBUTIONS: dict[str, Callable[..., Divergence]] = {
 }
 LOGITS: dict[str, Callable[..., Divergence]] = {"mse": squared_error, "cosine": cosine}
 SPARSE = ("top-k", "top-k-rest")
-NAMES = (*DISTRIBUTIONS, *LOGITS, *SPARSE)
+
+
+def names() -> tuple[str, ...]:
+    """What a student can be trained by; an entry of `DISTRIBUTIONS` or `LOGITS` makes one, also from outside."""
+    return (*DISTRIBUTIONS, *LOGITS, *SPARSE)
 
 
 def _dot(a: Float[Tensor, "n t"], b: Float[Tensor, "n t"]) -> Float[Tensor, " n"]:

@@ -14,7 +14,7 @@ class Objective:
     1503.02531, section 2). `mse` and `cosine` compare logits and know no temperature.
 
     Attributes:
-        divergence: One of `divergences.NAMES`.
+        divergence: One of `divergences.names()`.
         temperature: T.
         kd_weight: Weight of the divergence.
         ce_weight: Weight of the cross entropy with the next token.
@@ -48,8 +48,8 @@ class Objective:
         Raises:
             ConfigError: A value is illegal.
         """
-        if self.divergence not in divergences.NAMES:
-            raise ConfigError("unknown divergence", got=self.divergence, legal=", ".join(divergences.NAMES))
+        if self.divergence not in divergences.names():
+            raise ConfigError("unknown divergence", got=self.divergence, legal=", ".join(divergences.names()))
         if not self.temperature > 0:
             raise ConfigError("--distill-temperature must be positive", got=self.temperature)
         if self.of_logits and self.temperature != 1:

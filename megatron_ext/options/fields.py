@@ -14,17 +14,17 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
-def option(default: Any, help: str, choices: Collection[str] | None = None) -> Any:
+def option(default: Any, help: str, choices: Callable[[], Iterable[str]] | None = None) -> Any:
     """A dataclass field that becomes a flag.
 
     Args:
         default: Its value unless it is given.
         help: What it does. `%` needs no escaping.
-        choices: The legal values, as they are when a command line is parsed: a table may grow until then.
+        choices: Gives the legal values when a parser is made: a table may have grown by then.
     """
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
@@ -52,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser, options: type, prefix: str) -> 
     for field in dataclasses.fields(options):
         keywords = _argparse_type(annotations[field.name])
         if field.metadata["choices"] is not None:
-            keywords["choices"] = tuple(field.metadata["choices"])
+            keywords["choices"] = tuple(field.metadata["choices"]())
         name = f"{prefix}-{field.name}".replace("_", "-")
         shown = field.metadata["help"].replace("%", "%%")
         if field.default is not None and keywords.get("action") is None:

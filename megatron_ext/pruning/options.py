@@ -71,7 +71,7 @@ class PruneOptions:
         "block_influence",
         "Importance of layers and sub-layers. The first three come for free; loss and logit metrics leave each out in "
         "turn, shapley averages over sub-networks, scan drops the one contiguous run that costs least.",
-        choices=DEPTH_METRICS,
+        choices=DEPTH_METRICS.keys,
     )
     depth_samples: int | None = option(
         None, "Calibration sequences for what leaves layers out; 128, or --prune-samples if that is less, if not given."

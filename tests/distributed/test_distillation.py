@@ -9,7 +9,7 @@ from run_ranks import run_ranks
 from torch import Tensor
 
 from megatron_ext.lm_head import fused_loss, naive
-from megatron_ext.lm_head.divergences import NAMES
+from megatron_ext.lm_head.divergences import names
 from megatron_ext.lm_head.log_probabilities import log_probabilities
 from megatron_ext.lm_head.losses import LMHead, distillation_losses
 from megatron_ext.lm_head.objective import Objective
@@ -38,7 +38,7 @@ def losses_of_a_part(tokens: int) -> list[tuple[Tensor, ...]]:
     rank, size = dist.get_rank(), dist.get_world_size()
     rows = slice(rank * COLUMNS // size, (rank + 1) * COLUMNS // size)
     found = []
-    for name, kept in product(NAMES, (True, False)):
+    for name, kept in product(names(), (True, False)):
         fused_loss.KEPT["cpu"] = 2**20 * kept
         hidden, weight, other, other_weight = tensors()
         own = LMHead(hidden.requires_grad_(), weight[rows].clone().requires_grad_())
@@ -55,7 +55,7 @@ def losses_of_a_part(tokens: int) -> list[tuple[Tensor, ...]]:
 def test_a_split_vocabulary_changes_nothing(ranks: int, tokens: int) -> None:
     """Of 11 tokens the last of four ranks has none: its columns are padding. Each part agrees with float64, too."""
     parts = run_ranks(losses_of_a_part, ranks, tokens)
-    for i, (name, _) in enumerate(product(NAMES, (True, False))):
+    for i, (name, _) in enumerate(product(names(), (True, False))):
         hidden, weight, *teacher = (x.double() for x in tensors())
         hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
         expected = naive.distillation_losses(
@@ -78,13 +78,13 @@ def finite_of_a_part(who: str) -> list[Tensor]:
     (weight if who == "student" else other_weight)[-1, 0] = torch.nan
     vocabulary, heads = VocabParallel(COLUMNS // size, COLUMNS, dist.group.WORLD), (LMHead(hidden, weight[rows]),)
     heads += (LMHead(other, other_weight[rows]),)
-    return [distillation_losses(*heads, LABELS, MASK, objective(name), vocabulary).finite for name in NAMES]
+    return [distillation_losses(*heads, LABELS, MASK, objective(name), vocabulary).finite for name in names()]
 
 
 @pytest.mark.parametrize("who", ["student", "teacher"])
 def test_all_ranks_agree_on_whether_a_teacher_is_finite(who: str) -> None:
     """Or one would stop while the others wait for it."""
-    for name, first, second in zip(NAMES, *run_ranks(finite_of_a_part, 2, who), strict=True):
+    for name, first, second in zip(names(), *run_ranks(finite_of_a_part, 2, who), strict=True):
         assert first.equal(second), name
         assert first.any() == (who == "student"), name
 

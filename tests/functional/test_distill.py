@@ -325,7 +325,7 @@ def test_a_dry_run_counts_the_teacher(workspace: Workspace, teacher: str) -> Non
         (["--distill-teacher", "teacher", "--distill-temperature", "0"], "must be positive"),
         (["--distill-teacher", "teacher", "--distill-kd-weight", "0"], "nor both zero"),
         (["--distill-teacher", "teacher", "--distill-ce-weight", "1:half"], "FIRST:LAST"),
-        (["--distill-teacher", "teacher", "--distill-loss", "kl"], "unknown divergence"),
+        (["--distill-teacher", "teacher", "--distill-loss", "kl"], "--distill-loss: no such value"),
         (["--distill-teacher", "teacher", "--distill-loss", "top-k", "--distill-top-k", "600"], "1 to 512"),
         (["--distill-teacher", "teacher", *SWAPPED], "the teacher has another tokenizer"),
         (["--distill-teacher", "teacher", *SWAPPED[:2]], "the data were made with another tokenizer"),

@@ -22,9 +22,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "data": (),
     "demo": (),
-    "distillation": ("distributed/test_elsewhere.py", "distributed/test_states.py", "functional/test_distill*.py"),
+    "distillation": (
+        "distributed/test_elsewhere.py", "distributed/test_states.py", "functional/test_added_metrics.py",
+        "functional/test_distill*.py",
+    ),
     "estimate": ("functional/test_estimate.py", "unit/models/test_*cost.py"),
-    "evaluation": ("functional/test_evaluate.py",),
+    "evaluation": ("functional/test_evaluate.py", "functional/test_measures.py"),
     "inference": ("distributed/test_inference.py", "functional/test_generate.py"),
     "lm_head": ("distributed/test_distillation.py",),
     "models": ("functional/test_experts.py",),
@@ -34,7 +37,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "pretraining": ("functional/test_long_context.py", "functional/test_pretrain.py"),
     "pruning": (
         "distributed/test_apply.py", "distributed/test_expert_importance.py", "distributed/test_importance.py",
-        "functional/test_experts.py", "functional/test_prune*.py",
+        "functional/test_added_metrics.py", "functional/test_experts.py", "functional/test_prune*.py",
     ),
     "reports": (),
     "training": (
@@ -46,7 +49,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "benchmarks": ("unit/test_*_page.py", "functional/test_benchmarks.py"),
     "docs": ("unit/test_pages.py", "functional/test_docs.py", "functional/test_documented_commands.py"),
     "examples": ("functional/test_examples.py", "functional/test_recipes.py"),
-    "tests": ("unit/test_fork_server.py", "unit/test_rooms.py"),
+    "tests": ("unit/test_fork_server.py", "unit/test_names.py", "unit/test_rooms.py"),
 }  # fmt: skip
 
 
