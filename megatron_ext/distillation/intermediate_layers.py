@@ -11,8 +11,9 @@ A *pair* is a point of each model, `STUDENT:TEACHER`; one that the models have i
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -112,6 +113,37 @@ class MessagePart(NamedTuple):
 STUDENT, TEACHER = "student", "teacher"
 
 
+class LayerLoss(NamedTuple):
+    """A pair that meets on a stage.
+
+    Attributes:
+        pair: Its number.
+        student: The name of the student's state.
+        teacher: The name of the teacher's.
+        value: The name of what its loss came to.
+    """
+
+    pair: int
+    student: str
+    teacher: str
+    value: str
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage does with hidden states in each micro-batch, by their names.
+
+    Attributes:
+        incoming: What the stage before hands on; nothing on the first.
+        losses: The pairs that meet here.
+        outgoing: What this stage hands on.
+    """
+
+    incoming: tuple[MessagePart, ...]
+    losses: tuple[LayerLoss, ...]
+    outgoing: tuple[MessagePart, ...]
+
+
 @dataclass(frozen=True)
 class PipelineRouting:
     """What travels between pipeline stages, so that each pair meets on the first stage where both its states exist.
@@ -142,6 +174,10 @@ class PipelineRouting:
         """The states of one model that are needed and come to be on this stage."""
         wanted = {getattr(pair, side) for pair in self.pairs}
         return sorted(point for point in wanted if self._stage_of(point, side) == stage)
+
+    def plan(self, stage: int, dtype: torch.dtype) -> StagePlan:
+        """What a stage does in each micro-batch whose hidden states are of this type; made once."""
+        return _plan(self, stage, dtype)
 
     def meeting(self, stage: int) -> list[int]:
         """Numbers of the pairs that meet on this stage."""
@@ -174,9 +210,24 @@ class PipelineRouting:
         return max(self._stage_of(pair.student, STUDENT), self._stage_of(pair.teacher, TEACHER))
 
 
+@cache
+def _plan(routing: PipelineRouting, stage: int, dtype: torch.dtype) -> StagePlan:
+    losses = []
+    for i in routing.meeting(stage):
+        pair = routing.pairs[i]
+        losses.append(LayerLoss(i, state(STUDENT, pair.student), state(TEACHER, pair.teacher), distance(i)))
+    incoming = routing.leaving(stage - 1, dtype) if stage else []
+    return StagePlan(tuple(incoming), tuple(losses), tuple(routing.leaving(stage, dtype)))
+
+
 def state(side: str, point: LayerOutput) -> str:
     """The name of a state on its way."""
     return f"{side} {point}"
+
+
+def names(side: str, points: Iterable[LayerOutput]) -> dict[LayerOutput, str]:
+    """The names of states on their way, and that of what a model gives out, `final`."""
+    return {point: state(side, point) for point in (*points, LayerOutput(FINAL))}
 
 
 def distance(pair: int) -> str:

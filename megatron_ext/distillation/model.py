@@ -16,7 +16,6 @@ from megatron_ext.distillation.intermediate_layers import (
     DISTANCES,
     FINAL,
     STUDENT,
-    TEACHER,
     LayerOutput,
     PipelineRouting,
 )
@@ -29,6 +28,8 @@ from megatron_ext.lm_head.losses import LMHead, distillation_losses
 from megatron_ext.lm_head.objective import Objective
 from megatron_ext.lm_head.vocab_parallel import VocabParallel
 from megatron_ext.models.hooks import HiddenStateRecorder
+
+LAST = LayerOutput(FINAL)
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ class DistillationModel(StudentWrapper):
         self.teacher = teacher
         self._matching, self._objective, self._tokens = matching, objective, tokens
         self.stage = student.pg_collection.pp.rank() + student.pg_collection.pp.size() * (student.vp_stage or 0)
-        self._taps = HiddenStateRecorder(student, matching.route.points(self.stage, STUDENT))
+        self._names = intermediate_layers.names(STUDENT, matching.route.points(self.stage, STUDENT))
+        self._taps = HiddenStateRecorder(student, list(self._names))
         self._arrived: dict[str, Tensor] = {}
         if student.pg_collection.pp.size() > 1:
             # The stages tell each other the shapes, instead of taking the student's for granted.
@@ -139,7 +141,7 @@ class DistillationModel(StudentWrapper):
         self._arrived = {}
         if packed is not None:
             self._arrived = intermediate_layers.unpack(
-                self._matching.route.leaving(self.stage - 1, packed.dtype), packed
+                self._matching.route.plan(self.stage, packed.dtype).incoming, packed
             )
         self.module.set_input_tensor(self._arrived.get(STUDENT))  # type: ignore[arg-type] - None on the first stage
 
@@ -170,18 +172,14 @@ class DistillationModel(StudentWrapper):
         found, self._arrived = self._arrived, {}
         found |= self.teacher.run(found, inputs)
         found[STUDENT] = hidden_states(self.module, *inputs)
-        found |= named(STUDENT, self._taps.take(), found[STUDENT])
-        route, dtype = self._matching.route, found[STUDENT].dtype
-        for i in route.meeting(self.stage):
-            pair = route.pairs[i]
-            own, other = (
-                found[intermediate_layers.state(STUDENT, pair.student)],
-                found[intermediate_layers.state(TEACHER, pair.teacher)],
-            )
-            value = DISTANCES[self._matching.distance](self._matching.projections(i, own), other.detach())
-            found[intermediate_layers.distance(i)] = intermediate_layers.split_bf16(value, dtype)
+        found |= named(self._names, self._taps.take(), found[STUDENT])
+        plan, dtype = self._matching.route.plan(self.stage, found[STUDENT].dtype), found[STUDENT].dtype
+        for loss in plan.losses:
+            own = self._matching.projections(loss.pair, found[loss.student])
+            value = DISTANCES[self._matching.distance](own, found[loss.teacher].detach())
+            found[loss.value] = intermediate_layers.split_bf16(value, dtype)
         if not self.module.post_process:
-            return intermediate_layers.pack(route.leaving(self.stage, dtype), found)
+            return intermediate_layers.pack(plan.outgoing, found)
         assert labels is not None
         assert loss_mask is not None
         assert sample_id is not None
@@ -234,11 +232,9 @@ class DistillationModel(StudentWrapper):
         return values
 
 
-def named(side: str, taken: dict[LayerOutput, Tensor], output: Tensor) -> dict[str, Tensor]:
-    """States by the names under which they travel; what a chunk gives out is `final` where that is asked for."""
-    return {
-        intermediate_layers.state(side, point): value for point, value in (taken | {LayerOutput(FINAL): output}).items()
-    }
+def named(names: dict[LayerOutput, str], taken: dict[LayerOutput, Tensor], output: Tensor) -> dict[str, Tensor]:
+    """States by the names under which they travel; what a chunk gives out is `final`."""
+    return {names[point]: value for point, value in taken.items()} | {names[LAST]: output}
 
 
 def _refuse(wrong: Tensor, labels: Int[Tensor, "b s"], sample_id: Int[Tensor, "b 2"]) -> None:

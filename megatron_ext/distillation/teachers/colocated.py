@@ -11,7 +11,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from megatron_ext.distillation.intermediate_layers import TEACHER, LayerOutput
+from megatron_ext.distillation.intermediate_layers import TEACHER, LayerOutput, names
 from megatron_ext.distillation.model import StepLosses, named
 from megatron_ext.distillation.teachers.teacher import Teacher
 from megatron_ext.lm_head.hidden_states import head, hidden_states
@@ -32,7 +32,7 @@ class ColocatedTeacher:
 
     def __init__(self, chunk: HybridModel, points: Sequence[LayerOutput]) -> None:
         self.chunk = chunk.requires_grad_(False).eval()
-        self._taps = HiddenStateRecorder(chunk, points)
+        self._names, self._taps = names(TEACHER, points), HiddenStateRecorder(chunk, points)
 
     def run(self, arrived: dict[str, Tensor], inputs: tuple[Any, ...]) -> dict[str, Tensor]:
         """The teacher's states after this stage, without a graph."""
@@ -42,7 +42,7 @@ class ColocatedTeacher:
     def _run(self, arrived: dict[str, Tensor], inputs: tuple[Any, ...]) -> dict[str, Tensor]:
         self.chunk.set_input_tensor(arrived.get(TEACHER))  # type: ignore[arg-type] - None on the first stage
         output = hidden_states(self.chunk, *inputs)
-        return {TEACHER: output, **named(TEACHER, self._taps.take(), output)}
+        return {TEACHER: output, **named(self._names, self._taps.take(), output)}
 
     def target(self, found: dict[str, Tensor], sample_id: Tensor, labels: Tensor, k: int) -> LMHead:
         """What its logits are made of."""
@@ -61,7 +61,8 @@ class TrainedColocatedTeacher(ColocatedTeacher):
 
     def __init__(self, chunk: HybridModel, points: Sequence[LayerOutput], tokens: int) -> None:
         self.chunk = chunk
-        self._taps, self._tokens = HiddenStateRecorder(chunk, points), tokens
+        self._names, self._taps = names(TEACHER, points), HiddenStateRecorder(chunk, points)
+        self._tokens = tokens
         for module in chunk.modules():
             if isinstance(module, TopKRouter):
                 module.layer_number = None  # Megatron logs the balance of one model's experts: the student's

@@ -51,6 +51,9 @@ class TeacherForward:
         self._stage, self._last = self._groups.pp.rank(), grid.pp - 1
         self._points = by_stage(points, [len(stage) for stage in pattern_of(self._chunk).stages])
         self._taps, self._width = HiddenStateRecorder(self._chunk, self._points[self._stage]), own.hidden_size
+        self._names = intermediate_layers.names(TEACHER, self._points[self._stage])
+        # What arrives in each micro-batch, and what is handed on.
+        self._incoming, self._outgoing = (self._parts(stage) for stage in (self._stage - 1, self._stage))
         self.place = RankCoordinates(self._groups.dp.rank(), 0, self._groups.tp.rank(), self._stage)
 
     def share(self, samples: int) -> range:
@@ -66,19 +69,18 @@ class TeacherForward:
             size: How many go through at once.
         """
         outputs: list[Tensor] = []
-        incoming, outgoing = (self._parts(stage) for stage in (self._stage - 1, self._stage))
         sent: list[tuple[Any, Tensor]] = []
         for some in tokens.split(size):
             found: dict[str, Tensor] = {}
             if self._stage:
-                packed = empty(self._type, some.shape[1], len(some), sum(part.width for part in incoming))
+                packed = empty(self._type, some.shape[1], len(some), sum(part.width for part in self._incoming))
                 dist.recv(packed, group=self._groups.pp, group_src=self._stage - 1)
-                found = intermediate_layers.unpack(incoming, packed)
+                found = intermediate_layers.unpack(self._incoming, packed)
             self._chunk.set_input_tensor(found.get(TEACHER))  # type: ignore[arg-type] - None on the first stage
             positions = torch.arange(some.shape[1], device=some.device).expand_as(some)
             found[TEACHER] = hidden_states(self._chunk, some, positions, None)
-            found |= named(TEACHER, self._taps.take(), found[TEACHER])
-            packed = intermediate_layers.pack(outgoing, found)
+            found |= named(self._names, self._taps.take(), found[TEACHER])
+            packed = intermediate_layers.pack(self._outgoing, found)
             if self._stage == self._last:
                 outputs += packed.unbind(1)
             else:
