@@ -13,17 +13,15 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_ext.errors import CheckpointError
+from megatron_ext.models.dimensions import Dimensions
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE, parse
-
-if TYPE_CHECKING:  # config.py counts with this table
-    from megatron_ext.models.architecture import Architecture
 
 CONV_KERNEL = 4
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -73,8 +71,8 @@ class Axis:
     Positions are `(kept,)`, or `(kept experts, kept)` where each expert, dimension 0 of its weight, keeps its own.
     """
 
-    size: Callable[["Architecture"], int]
-    index: Callable[["Architecture", KeptIndices], Tensor | None] = lambda arch, kept: None
+    size: Callable[[Dimensions], int]
+    index: Callable[[Dimensions, KeptIndices], Tensor | None] = lambda arch, kept: None
     split: Literal["tp", "ep", "etp"] | None = "tp"
 
 
@@ -85,7 +83,7 @@ class Weight:
     unit: str
     name: str
     axes: tuple[str, ...]
-    exists: Callable[["Architecture"], bool] = lambda arch: True
+    exists: Callable[[Dimensions], bool] = lambda arch: True
 
 
 def _indices(kept: Sequence[int] | None) -> Tensor | None:
@@ -111,43 +109,43 @@ def _members(
     return [group * per_group + i for group in groups for i in range(per_group)]
 
 
-def _query_heads(arch: "Architecture", kept: KeptIndices) -> Sequence[int] | None:
+def _query_heads(arch: Dimensions, kept: KeptIndices) -> Sequence[int] | None:
     return _members(kept.kv_groups, arch.num_query_groups, kept.query_heads, arch.num_attention_heads)
 
 
-def _mamba_heads(arch: "Architecture", kept: KeptIndices) -> Sequence[int] | None:
+def _mamba_heads(arch: Dimensions, kept: KeptIndices) -> Sequence[int] | None:
     return _members(kept.mamba_groups, arch.mamba_num_groups, kept.mamba_heads, arch.mamba_num_heads)
 
 
-def _states(arch: "Architecture", kept: KeptIndices) -> Sequence[int] | None:
+def _states(arch: Dimensions, kept: KeptIndices) -> Sequence[int] | None:
     total = arch.mamba_num_groups * arch.mamba_state_dim
     return _members(kept.mamba_groups, arch.mamba_num_groups, kept.states, total)
 
 
-def _halves(arch: "Architecture") -> int:
+def _halves(arch: Dimensions) -> int:
     return 2 if arch.gated_linear_unit else 1
 
 
 # [gate; up] stacked: apply_swiglu_sharded_factory gives each half its own global offset, whatever TP is
-def _gate_and_up(arch: "Architecture", kept: Sequence[int] | None, size: int) -> Tensor | None:
+def _gate_and_up(arch: Dimensions, kept: Sequence[int] | None, size: int) -> Tensor | None:
     return _outer(None, _halves(arch), kept, size)
 
 
-def _expert_neurons(arch: "Architecture", kept: KeptIndices) -> Tensor | None:
+def _expert_neurons(arch: Dimensions, kept: KeptIndices) -> Tensor | None:
     if kept.expert_ffn is None:
         return None
     experts = arch.num_experts if kept.experts is None else len(kept.experts)
     return torch.tensor(kept.expert_ffn).view(experts, -1) % arch.moe_ffn_hidden_size
 
 
-def _expert_gate_and_up(arch: "Architecture", kept: KeptIndices) -> Tensor | None:
+def _expert_gate_and_up(arch: Dimensions, kept: KeptIndices) -> Tensor | None:
     neurons = _expert_neurons(arch, kept)
     if neurons is None:
         return None
     return torch.cat([neurons + half * arch.moe_ffn_hidden_size for half in range(_halves(arch))], dim=1)
 
 
-def _qkv(arch: "Architecture", kept: KeptIndices) -> Tensor | None:
+def _qkv(arch: Dimensions, kept: KeptIndices) -> Tensor | None:
     # per kv group: its query heads, then its key head, then its value head
     query_heads = _query_heads(arch, kept)
     if query_heads is None:
@@ -192,15 +190,15 @@ AXES: dict[str, Axis] = {
 }
 
 
-def _has_norm_bias(arch: "Architecture") -> bool:
+def _has_norm_bias(arch: Dimensions) -> bool:
     return arch.normalization == "LayerNorm"
 
 
-def _has_bias(arch: "Architecture") -> bool:
+def _has_bias(arch: Dimensions) -> bool:
     return arch.add_bias_linear
 
 
-def _has_shared_expert(arch: "Architecture") -> bool:
+def _has_shared_expert(arch: Dimensions) -> bool:
     return arch.moe_shared_expert_intermediate_size > 0
 
 
@@ -208,7 +206,7 @@ def _norm(unit: str, name: str) -> list[Weight]:
     return [Weight(unit, f"{name}weight", ("hidden",)), Weight(unit, f"{name}bias", ("hidden",), _has_norm_bias)]
 
 
-def _has_qk_norm(arch: "Architecture") -> bool:
+def _has_qk_norm(arch: Dimensions) -> bool:
     return arch.qk_layernorm
 
 
@@ -276,7 +274,7 @@ _ROWS = {(weight.unit, weight.name): weight for weight in TABLE}
 _LAYER_KEY = re.compile(re.escape(LAYER) + r"\.(\d+)\.(.+)")
 
 
-def locate(arch: "Architecture", key: str) -> tuple[int | None, Weight]:
+def locate(arch: Dimensions, key: str) -> tuple[int | None, Weight]:
     """The sub-layer index (`None`: not in one) and the row of the table of a checkpoint key.
 
     Raises:
@@ -292,7 +290,7 @@ def locate(arch: "Architecture", key: str) -> tuple[int | None, Weight]:
     return layer, weight
 
 
-def keys(arch: "Architecture") -> list[str]:
+def keys(arch: Dimensions) -> list[str]:
     """The checkpoint keys of all weights, in the order of the forward pass."""
     model = [weight.name for weight in TABLE if weight.unit == "" and weight.exists(arch)]
     layers = [
@@ -304,7 +302,7 @@ def keys(arch: "Architecture") -> list[str]:
     return [model[0], *layers, *model[1:]]
 
 
-def modules_with_state(arch: "Architecture") -> dict[str, int]:
+def modules_with_state(arch: Dimensions) -> dict[str, int]:
     """Modules that ask a checkpoint for an `_extra_state` object, on some backend; empty without FP8.
 
     Returns:
@@ -319,30 +317,30 @@ def modules_with_state(arch: "Architecture") -> dict[str, int]:
     return modules | {"decoder.final_norm": 1, "output_layer": 1}
 
 
-def shape(arch: "Architecture", key: str) -> tuple[int, ...]:
+def shape(arch: Dimensions, key: str) -> tuple[int, ...]:
     """The global shape of one weight."""
     layer, weight = locate(arch, key)
     own = arch if layer is None else arch.at(layer)
     return tuple(AXES[axis].size(own) for axis in weight.axes)
 
 
-def size(arch: "Architecture", key: str, *, tp: int = 1, ep: int = 1, etp: int | None = None) -> int:
+def size(arch: Dimensions, key: str, *, tp: int = 1, ep: int = 1, etp: int | None = None) -> int:
     """Elements of one weight on one rank of these tensor, expert and expert tensor (`etp`: `tp`) parallel sizes."""
     ranks = {"tp": tp, "ep": ep, "etp": etp or tp, None: 1}
     return prod(shape(arch, key)) // prod(ranks[AXES[axis].split] for axis in locate(arch, key)[1].axes)
 
 
-def is_expert(arch: "Architecture", key: str) -> bool:
+def is_expert(arch: Dimensions, key: str) -> bool:
     """Whether a weight belongs to the experts of a mixture: tokens that are not sent to one do not use its part."""
     return "expert" in locate(arch, key)[1].axes
 
 
-def tensors(arch: "Architecture") -> dict[str, tuple[int, ...]]:
+def tensors(arch: Dimensions) -> dict[str, tuple[int, ...]]:
     """Every weight of the model and its global shape, in the order of the forward pass."""
     return {key: shape(arch, key) for key in keys(arch)}
 
 
-def indices(arch: "Architecture", key: str, kept: KeptIndices) -> tuple[Tensor | None, ...]:
+def indices(arch: Dimensions, key: str, kept: KeptIndices) -> tuple[Tensor | None, ...]:
     """For each dimension of a weight of `arch`, the positions that `kept` leaves of it (see `Axis`), `None` for all.
 
     Args:
@@ -382,7 +380,7 @@ def taken_shape(tensor: Tensor, dimension: int, index: Tensor) -> tuple[int, ...
 
 
 def parameters_per_rank(
-    arch: "Architecture", *, tp: int = 1, pp: int = 1, ep: int = 1, etp: int | None = None
+    arch: Dimensions, *, tp: int = 1, pp: int = 1, ep: int = 1, etp: int | None = None
 ) -> list[int]:
     """Parameters that one rank of each pipeline stage holds, stages in order.
 

@@ -11,8 +11,9 @@ from typing import Any, Self
 from megatron_ext.checkpoint.atomic import atomic_write
 from megatron_ext.checkpoint.file_checksums import check_file
 from megatron_ext.errors import ConfigError, PlanError, nearest
-from megatron_ext.models.architecture import PER_LAYER, Architecture
+from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.axes import KeptIndices
+from megatron_ext.models.dimensions import PER_LAYER
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
 
 FORMAT = "megatron_ext.plan/1"

@@ -7,7 +7,8 @@ from typing import Any
 
 from megatron_ext.checkpoint.huggingface.family import Config, Family
 from megatron_ext.errors import CheckpointError
-from megatron_ext.models.architecture import PER_LAYER, Architecture
+from megatron_ext.models.architecture import Architecture
+from megatron_ext.models.dimensions import PER_LAYER
 
 ENTRY = "layer_changes"
 

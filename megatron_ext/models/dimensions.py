@@ -1,0 +1,161 @@
+"""The sizes and kinds that make a model, checked for themselves: what the axes of its tensors are computed from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal, Self
+
+from megatron_ext.errors import ConfigError
+from megatron_ext.models.megatron_args import MIXTURE
+from megatron_ext.models.pattern import MAMBA, MLP, MOE, Pattern, parse
+
+# Megatron's flags cannot say any other combination of gating and activation.
+ACTIVATIONS = {(True, "silu"): ["--swiglu"], (False, "gelu"): [], (False, "squared_relu"): ["--squared-relu"]}
+# Sizes that may differ from layer to layer, and the kind of layer that has them.
+PER_LAYER = {"ffn_hidden_size": MLP, "mamba_num_heads": MAMBA}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dimensions:
+    """One `HybridModel`, whatever its family. All sizes are global, before any parallel split.
+
+    Attributes:
+        pattern: Sub-layers, one character each (see `megatron_ext.models.pattern`). Pipeline borders are dropped:
+            they belong to a run, not to a model.
+        vocab_size: Rows of the embedding, padding included.
+        num_query_groups: Key/value heads; `num_attention_heads` for plain multi-head attention.
+        kv_channels: Channels per attention head.
+        mamba_num_heads: Heads of a Mamba-2 layer; its inner width is `mamba_num_heads * mamba_head_dim`.
+        zero_centered_norm: Norm weights are stored minus one (Megatron's `--apply-layernorm-1p`).
+        qk_layernorm: Norms on the channels of each query and key head (Qwen3).
+        rope_scaling_factor: Llama 3.1's frequency scaling, `None` for plain RoPE.
+        num_experts: Experts of a mixture, of which each token runs through `moe_router_topk`, and all tokens through
+            the shared expert; 0 (as the other sizes) where the pattern has no mixture of experts.
+        moe_ffn_hidden_size: Neurons of one expert.
+        moe_shared_expert_intermediate_size: Neurons of the shared expert, 0 for none.
+        moe_router_score_function: How router logits become probabilities: a softmax over the chosen experts (over all
+            of them if `moe_router_pre_softmax`), or sigmoids divided by the sum of the chosen ones.
+        moe_router_topk_scaling_factor: What the probabilities are multiplied by, `None` for nothing.
+        moe_router_enable_expert_bias: A bias for each expert that only counts when experts are chosen.
+        layer_sizes: Sizes that differ from layer to layer: for `ffn_hidden_size` or `mamba_num_heads`, one for each
+            layer of the kind, in the pattern's order. The field of that name is then the largest of them.
+
+    Sizes of kinds of layer that the pattern does not have are kept but mean nothing.
+
+    Raises:
+        ConfigError: The pattern is illegal, a size is not positive, or the activation cannot be expressed in
+            Megatron's flags.
+    """
+
+    pattern: str
+    hidden_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    ffn_hidden_size: int
+    gated_linear_unit: bool = True
+    activation: Literal["silu", "gelu", "squared_relu"] = "silu"
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    mamba_num_heads: int
+    mamba_head_dim: int = 64
+    mamba_state_dim: int = 128
+    mamba_num_groups: int = 8
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    norm_epsilon: float = 1e-5
+    zero_centered_norm: bool = False
+    position_embedding_type: Literal["none", "rope"] = "none"
+    rotary_base: int = 10000
+    rotary_percent: float = 1.0
+    rope_scaling_factor: float | None = None
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    untie_embeddings_and_output_weights: bool = True
+    num_experts: int = 0
+    moe_ffn_hidden_size: int = 0
+    moe_shared_expert_intermediate_size: int = 0
+    moe_router_topk: int = 2
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    moe_router_pre_softmax: bool = False
+    moe_router_topk_scaling_factor: float | None = None
+    moe_router_enable_expert_bias: bool = False
+    layer_sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        units = parse(self.pattern).units
+        object.__setattr__(self, "pattern", units)
+        object.__setattr__(self, "add_qkv_bias", self.add_qkv_bias or self.add_bias_linear)  # as Megatron does
+        for name, absent in MIXTURE.items():
+            if MOE not in units:
+                object.__setattr__(self, name, absent)
+        for entry in fields(self):
+            value, least = getattr(self, entry.name), 1
+            if entry.name == "moe_shared_expert_intermediate_size" or (entry.name in MIXTURE and MOE not in units):
+                least = 0
+            if entry.type is int and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ConfigError(f"{entry.name} must be a positive whole number", got=repr(value))
+        if (self.gated_linear_unit, self.activation) not in ACTIVATIONS:
+            raise ConfigError(
+                "this activation does not exist in Megatron's flags",
+                got=f"{self.activation}, {'gated' if self.gated_linear_unit else 'not gated'}",
+                legal=", ".join(f"{name} {'gated' if gated else 'not gated'}" for gated, name in ACTIVATIONS),
+            )
+        for name, legal in (
+            ("normalization", ("RMSNorm", "LayerNorm")), ("position_embedding_type", ("none", "rope")),
+            ("moe_router_score_function", ("softmax", "sigmoid")),
+        ):  # fmt: skip
+            if getattr(self, name) not in legal:
+                raise ConfigError(f"unknown {name}", got=getattr(self, name), legal=", ".join(legal))
+        object.__setattr__(self, "layer_sizes", self._uneven_sizes(units))
+        if MOE in units:
+            self._check_mixture()
+
+    def _check_mixture(self) -> None:
+        softmax = self.moe_router_score_function == "softmax"
+        if self.moe_router_topk > self.num_experts:
+            raise ConfigError(
+                "each token needs more experts than there are", got=f"moe_router_topk={self.moe_router_topk}",
+                legal=f"1 to num_experts={self.num_experts}",
+            )  # fmt: skip
+        if softmax and self.moe_router_topk == 1 and not self.moe_router_pre_softmax:
+            raise ConfigError("a softmax over one chosen expert is always 1", legal="--moe-router-pre-softmax")
+        if softmax and self.moe_router_enable_expert_bias:
+            raise ConfigError("expert biases go with sigmoids", legal="--moe-router-score-function sigmoid")
+        if self.moe_shared_expert_intermediate_size and self.add_bias_linear:
+            raise ConfigError("Megatron's shared experts have no biases", legal="--disable-bias-linear")
+
+    def _uneven_sizes(self, units: str) -> dict[str, tuple[int, ...]]:
+        """`layer_sizes` checked, without those that are equal after all; sets the fields to the largest."""
+        uneven = {}
+        for name, sizes in self.layer_sizes.items():
+            if name not in PER_LAYER:
+                raise ConfigError(f"{name!r} cannot differ from layer to layer", legal=", ".join(PER_LAYER))
+            count = units.count(PER_LAYER[name])
+            if len(sizes) != count or any(not isinstance(size, int) or size < 1 for size in sizes):
+                raise ConfigError(
+                    f"{name} of each layer", got=",".join(map(str, sizes)), legal=f"{count} positive whole numbers"
+                )
+            if sizes:
+                object.__setattr__(self, name, max(sizes))
+            if len(set(sizes)) > 1:
+                uneven[name] = tuple(sizes)
+        return uneven
+
+    def at(self, layer: int) -> Self:
+        """This model with the sizes of one of its sub-layers everywhere; itself if no sizes differ."""
+        if not self.layer_sizes:
+            return self
+        unit = self.pattern[layer]
+        place = self.pattern[:layer].count(unit)
+        own = {name: sizes[place] for name, sizes in self.layer_sizes.items() if PER_LAYER[name] == unit}
+        return replace(self, layer_sizes={}, **own)
+
+    @property
+    def layers(self) -> Pattern:
+        """The parsed pattern."""
+        return parse(self.pattern)
+
+    @property
+    def mamba_inner_size(self) -> int:
+        """Channels of a Mamba-2 layer, over all heads."""
+        return self.mamba_num_heads * self.mamba_head_dim
