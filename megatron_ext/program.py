@@ -1,6 +1,7 @@
 """A program's end: what goes wrong is said once, whichever rank it happens on, and the exit status is right."""
 
 import contextlib
+import ctypes
 import errno
 import json
 import logging
@@ -15,6 +16,7 @@ from megatron_ext.errors import MegatronExtError
 
 LAUNCHER = "MEGATRON_EXT_LAUNCHER"  # set where `megatron-ext torchrun` has started the ranks and says what went wrong
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 SECONDS_OF_RANK_0 = 2.0  # in which it says what is wrong if it knows too, and torchrun ends the other ranks
 
 
@@ -29,6 +31,7 @@ def main(run: Callable[[], None]) -> int:
         ours.setLevel(logging.INFO)
         ours.propagate = False  # Megatron's handler would say it again
         ours.handlers = [logging.StreamHandler()]
+    _end_with_launcher()
     try:
         run()
     except MegatronExtError as error:
@@ -69,6 +72,16 @@ def report(error: MegatronExtError) -> int:
     if LAUNCHER not in os.environ or "TORCHELASTIC_ERROR_FILE" not in os.environ:
         print(f"error{whose}: {error}", file=sys.stderr, flush=True)
     return getattr(error, "exit_status", 2)
+
+
+def _end_with_launcher() -> None:
+    """Let the kernel ask this rank to stop when torchrun's agent dies, which would else leave it behind (Linux)."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    agent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != agent:  # it died meanwhile
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _leave_process_groups() -> None:

@@ -22,12 +22,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -53,15 +53,15 @@ def fresh_directory(path: str | Path) -> Iterator[Path]:
         raise CheckpointError("the output cannot be created", got=f"{path}: {error.strerror}") from error
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            _flush(file)
+        for file in (*temporary.rglob("*"), temporary):
+            flush(file)
         temporary.chmod(0o777 & ~_umask())
         refuse_existing(path)
         temporary.rename(path)  # replaces an empty directory, and nothing else
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         release_new(path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 @contextmanager
@@ -78,11 +78,11 @@ def publish(directory: Path, path: str | Path) -> None:
         CheckpointError: `path` exists already and is not an empty directory.
     """
     path = Path(path)
-    for file in directory.rglob("*"):
-        _flush(file)
+    for file in (*directory.rglob("*"), directory):
+        flush(file)
     refuse_existing(path)
     directory.rename(path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def refuse_existing(path: Path) -> None:
@@ -91,7 +91,8 @@ def refuse_existing(path: Path) -> None:
         raise CheckpointError("the output exists already and is not overwritten", got=path, legal="a new directory")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Let a file, or the names in a directory, be on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from megatron_ext.checkpoint import layout, ranks
-from megatron_ext.checkpoint.atomic import atomic_write
+from megatron_ext.checkpoint.atomic import atomic_write, flush
 from megatron_ext.errors import CheckpointError
 from megatron_ext.untrusted import inside
 
@@ -149,7 +149,10 @@ def write_step(step: Path) -> None:
         if told is not None:
             raise CheckpointError(f"what was just saved cannot be read back: {told}", got=step)
     if ranks.rank() == 0:
+        for file in (*(step / name for name in WHOLE if (step / name).is_file()), step):
+            flush(file)  # Megatron removes an older step next, where it is told to keep few
         Checksums(step, {name: parts for files, _ in gathered for name, parts in files.items()}).write()
+        flush(step.parent)
 
 
 def verify_step(step: Path, *, weights_only: bool = False, share: tuple[int, int] | None = None) -> bool:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_ext.lm_head.divergences import TopK
+from megatron_ext.lm_head.divergences import SPARSE, TopK
 from megatron_ext.lm_head.objective import Objective
 
 
@@ -58,6 +58,8 @@ def divergence(
     if name == "jsd":
         log_m = (beta * log_q.exp() + (1 - beta) * log_p.exp()).log()
         return t**2 * (beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m))
+    if name not in ("forward-kl", *SPARSE):
+        raise ValueError(f"no plain form of {name!r}")
     return t**2 * kl(log_q, log_p)  # forward, of all entries or of those that are kept
 
 

@@ -31,7 +31,8 @@ class Progress:
         shows: bool | None = None,
     ) -> None:
         self.what, self.total, self.done, self.note = what, total, start, ""
-        self._unit, self._last = unit, time.monotonic()
+        self._unit, self._start = unit, start
+        self._begun = self._last = time.monotonic()
         if shows is None:
             shows = int(os.environ.get("RANK", "0")) == 0
         self._bar = self._make_bar() if shows and sys.stderr.isatty() else None
@@ -71,7 +72,15 @@ class Progress:
             giant = (self.total or self.done) >= 1e9
             scale, suffix, digits = (1e9, " GB", ".2f") if giant else (1e6, " MB", ".0f")
         all_of_it = f" of {self.total / scale:{digits}}" if self.total is not None else ""
-        return f"{self.what}: {self.done / scale:{digits}}{all_of_it}{suffix}{', ' * bool(self.note)}{self.note}"
+        told = [f"{self.what}: {self.done / scale:{digits}}{all_of_it}{suffix}", self._left(), self.note]
+        return ", ".join(filter(None, told))
+
+    def _left(self) -> str:
+        """The minutes that are left at the speed so far, where that can be told."""
+        seconds, new = time.monotonic() - self._begun, self.done - self._start
+        if self.total is None or new <= 0 or seconds < LINE_SECONDS or self.done >= self.total:
+            return ""
+        return f"{seconds / new * (self.total - self.done) / 60:,.1f} min left"
 
     def _make_bar(self) -> Any:
         from rich import progress

@@ -94,6 +94,8 @@ def parse_command_line(job: Job, argv: Sequence[str] | None = None) -> RunConfig
     if not (args.skip_train or early.dry_run or args.train_samples or (args.train_iters or 0) > 0):
         raise ConfigError("nothing to train", got=f"--train-iters {args.train_iters}", legal="a positive number")
     _check_saving(args)
+    if not args.save:
+        args.rerun_mode = "disabled"  # it ends with a checkpoint of what led to a NaN, and there is no place for one
     if args.save and not early.dry_run:
         if job.makes_new:
             check_new(Path(args.save))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import pytest
 from workspace import MODEL, ROOT, TRAIN, Workspace
 
@@ -101,4 +102,22 @@ def test_what_only_another_rank_can_see_is_said(workspace: Workspace, launcher: 
         assert status == 1
         assert any(line.startswith("error (rank 1): --tokenizer-model: no such tokenizer") for line in lines)
         assert any("traceback : error: --tokenizer-model: no such tokenizer" in line for line in lines)
-    assert not contents(workspace.path / "one-sided")  # rank 0 found nothing wrong
+    save = workspace.path / "one-sided"  # rank 0 found nothing wrong, if it came so far
+    assert not save.exists() or not contents(save)
+
+
+@pytest.mark.parametrize("launcher", [OURS, TORCHRUN])
+def test_ranks_save_and_end_when_what_started_them_is_killed(workspace: Workspace, launcher: list[str]) -> None:
+    name = f"orphans-{launcher[-1]}"
+    flags = [*MODEL, *workspace.data, *TRAIN, *ENDLESS, "--global-batch-size", "4", "--save", name]
+    with started(workspace, [*launcher, *TWO_RANKS, PROGRAM, *flags], WAIT_AT="2", WAIT_SECONDS="2") as run:
+        until_waiting(workspace, run, ranks=2)
+        ranks = [child for child in psutil.Process(run.pid).children(recursive=True) if PROGRAM in child.cmdline()]
+        assert len(ranks) == 2
+        run.kill()
+        _, alive = psutil.wait_procs(ranks, timeout=60)
+        for child in alive:
+            child.kill()
+    assert alive == []
+    assert layout.find(workspace.path / name).iteration == 2
+    assert [step["step"] for step in workspace.metrics(name)] == [1, 2]

@@ -21,7 +21,7 @@ def test_a_line_now_and_then(clock: list[float], capsys: pytest.CaptureFixture[s
         for clock[0] in (1.0, 9.0, 11.0, 12.0, 22.0):
             shown.advance(500)
     captured = capsys.readouterr()
-    assert captured.err == "scoring: 1,500 of 3,000\nscoring: 2,500 of 3,000\n"
+    assert captured.err == "scoring: 1,500 of 3,000, 0.2 min left\nscoring: 2,500 of 3,000, 0.1 min left\n"
     assert captured.out == ""
 
 
@@ -56,7 +56,7 @@ def test_other_ranks_are_silent(
     asked = Progress("scoring", 3, shows=True)
     clock[0] = 200
     asked.advance()
-    assert capsys.readouterr().err == "scoring: 1 of 3\n"
+    assert capsys.readouterr().err == "scoring: 1 of 3, 6.7 min left\n"
 
 
 @pytest.mark.parametrize("unit", ["", "bytes"])
