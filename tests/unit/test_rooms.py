@@ -1,5 +1,6 @@
 """`make test ONLY=ROOM`: every test belongs to a room, and a room that does not exist is told."""
 
+import os
 import subprocess
 import sys
 
@@ -11,8 +12,12 @@ ROOT = TESTS.parent
 
 def make(*words: str) -> subprocess.CompletedProcess[str]:
     """The Makefile with the environment that runs this test, which it must not try to set up."""
-    command = ["make", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.ready", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["make", "--no-print-directory", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.ready", *words]
+    # `make test` tells what it starts that they are part of it.
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    }
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_every_test_belongs_to_a_room() -> None:

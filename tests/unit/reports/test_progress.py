@@ -56,7 +56,7 @@ def test_other_ranks_are_silent(
     asked = Progress("scoring", 3, shows=True)
     clock[0] = 200
     asked.advance()
-    assert capsys.readouterr().err == "scoring: 1 of 3, 6.7 min left\n"
+    assert capsys.readouterr().err == "scoring: 1 of 3, 3.3 min left\n"
 
 
 @pytest.mark.parametrize("unit", ["", "bytes"])
