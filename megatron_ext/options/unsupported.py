@@ -82,9 +82,11 @@ TRANSFORMER_ENGINE = """
 
 CUDA = """
     use-nccl-ub use-sharp sharp-enabled-group nccl-communicator-config-path ddp-average-in-collective
-    record-memory-history gpu-sniff-test-interval flight-recorder-dump-path
+    record-memory-history gpu-sniff-test-interval flight-recorder-dump-path async-save use-persistent-ckpt-worker
 """
-"""What gloo and the host have no counterpart of."""
+"""What gloo and the host have no counterpart of; the process that saves meanwhile waits for a device for ever."""
+
+WORKER = "--use-persistent-ckpt-worker"
 
 EMERGING = ("muon", "dist_muon", "adaptive_muon", "lion", "soap")
 """Optimizers of the package `emerging_optimizers`."""
@@ -121,6 +123,8 @@ def refusal(words: Sequence[str]) -> tuple[str, str, str] | None:
             return flag, "it needs Transformer Engine, which is not installed", "none, or an installation with it"
         if name in CUDA.split() and platform.device_type() == "cpu":
             return flag, "it needs CUDA devices", "none"
+        if name == "async-save" and WORKER not in words:
+            return flag, "Megatron switches it off without the process that saves", f"{flag} {WORKER}"
         if name == "num-workers" and value != "0" and platform.device_type() == "cpu":
             return f"{flag} {value}", "the workers' memory is pinned for a CUDA device", "0"
         if name == "optimizer" and value in EMERGING and importlib.util.find_spec("emerging_optimizers") is None:

@@ -53,6 +53,7 @@ def test_a_refusal_says_why_and_what_instead() -> None:
         (["--fp8-format", "hybrid"], "Transformer Engine, which is not installed"),
         (["--cuda-graph-impl=local"], "Transformer Engine"),
         (["--use-nccl-ub"], "CUDA devices"),
+        (["--async-save", "--use-persistent-ckpt-worker"], "--async-save would have no effect: it needs CUDA devices"),
         (["--dataloader-type", "external"], "single or cyclic"),
         (["--num-workers", "2"], "CUDA device.*legal: 0"),
         (["--enable-msc"], "multi-storage-client is not installed"),
