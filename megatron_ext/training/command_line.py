@@ -94,8 +94,10 @@ def parse_command_line(job: Job, argv: Sequence[str] | None = None) -> RunConfig
     if not (args.skip_train or early.dry_run or args.train_samples or (args.train_iters or 0) > 0):
         raise ConfigError("nothing to train", got=f"--train-iters {args.train_iters}", legal="a positive number")
     _check_saving(args)
-    if not args.save:
-        args.rerun_mode = "disabled"  # it ends with a checkpoint of what led to a NaN, and there is no place for one
+    if not args.save:  # a rerun ends with a checkpoint of what led to a NaN, and there is no place for one
+        if any(word.partition("=")[0] == "--rerun-mode" for word in given) and args.rerun_mode != "disabled":
+            raise ConfigError("--rerun-mode saves what led to a NaN", got="no --save", legal="--save DIR, or disabled")
+        args.rerun_mode = "disabled"
     if args.save and not early.dry_run:
         if job.makes_new:
             check_new(Path(args.save))
