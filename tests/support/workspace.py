@@ -49,6 +49,8 @@ class Workspace:
         if ranks > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        if ranks > max(1, torch.cuda.device_count()):  # two ranks of NCCL cannot share a GPU
+            environment["MEGATRON_EXT_DEVICE"] = "cpu"
         command = [*launcher, str(ROOT / script), *flags]
         return checked(subprocess.run(command, cwd=self.path, env=environment, capture_output=True, text=True), ok)
 
