@@ -38,6 +38,8 @@ flags=(
 if [ "$TENSOR_PARALLEL" -gt 1 ]; then flags+=(--sequence-parallel); fi
 if [ "${BF16:-1}" = 1 ]; then flags+=(--bf16); fi
 
+# Compiled kernels lie on the node itself: a home directory is often a network disk that every node writes to.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-cache-$(id -u)}
 if [ -n "${RANK:-}" ]; then # something else, such as srun, has started one process per GPU
     exec "$PYTHON" distill_gpt.py "${flags[@]}" "$@"
 fi

@@ -105,20 +105,31 @@ def test_one_node_is_a_torchrun_of_the_same_flags(start, tmp_path):
     assert "--dry-run" not in note
 
 
-@pytest.mark.parametrize(
-    "script", [path for path in SCRIPTS if "TRITON" in path.read_text()], ids=lambda path: path.parent.name
-)
+STARTING = [path for path in SCRIPTS if "PYTHON" in path.read_text()]
+
+
+@pytest.mark.parametrize("script", STARTING, ids=lambda path: path.parent.name)
 def test_kernels_compile_in_the_environment_of_an_example(script, tmp_path):
     python = tmp_path / "python"
     python.write_text(f"#!/usr/bin/env bash\nexec {sys.executable} {ROOT}/tests/support/triton_compile_one.py\n")
     python.chmod(0o755)
-    environment = os.environ | {"PYTHON": str(python), "DATA": "/data", "SAVE": str(tmp_path / "run")}
-    environment |= {"TMPDIR": str(tmp_path)}
+    named = dict.fromkeys(("DATA", "SAVE", "LOAD", "MODEL", "TEACHER", "STUDENT"), str(tmp_path / "some"))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
+    environment |= named | {"PYTHON": str(python), "TMPDIR": str(tmp_path), "HOME": str(tmp_path / "home")}
+    recipe = [path.stem for path in sorted(script.parent.glob("recipes/*.flags"))][:1]
     for _ in range(2):  # the second time from the cache
-        done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(["bash", str(script), *recipe], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         assert int(done.stdout) > 0
-    assert list(tmp_path.glob("triton-cache-*/*/*.ptx"))
+    assert list(tmp_path.glob("triton-cache-*/*/*.ptx")), "on the node, not in a home that all nodes share"
+    assert not (tmp_path / "home").exists()
+
+
+def test_every_example_that_starts_processes_is_among_them():
+    """None of the above can pass by finding no script."""
+    assert {path.parent.name for path in STARTING} == {
+        "distill", "long_context", "pretrain_hybrid_8b", "prune",
+    }  # fmt: skip
 
 
 def test_a_blend_and_more_flags_are_passed_on(start):
