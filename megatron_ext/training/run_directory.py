@@ -1,6 +1,7 @@
 """The run directory: what a job may write where, and what it leaves there for people."""
 
 import importlib.metadata
+import os
 import platform as host
 import subprocess
 from pathlib import Path
@@ -23,6 +24,8 @@ CONFIG = "config.yaml"
 AFRESH = "another directory; or remove the file: with --load of the same directory, the run writes it anew"
 PROGRESS = ("iteration", "num_floating_point_operations_so_far")
 """What Megatron notes among its arguments while it works, and is no flag."""
+COMMIT = "MEGATRON_EXT_COMMIT"
+"""The environment variable with the commit, which an image without a checkout sets (docker/Dockerfile)."""
 PACKAGES = ("megatron-ext", "megatron-core", "torch", "transformer-engine", "mamba-ssm", "causal-conv1d", "triton")
 
 
@@ -38,13 +41,18 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the source tree this package runs from; None outside a checkout, or without git."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """The commit of the source tree this package runs from; without a checkout or git, `MEGATRON_EXT_COMMIT` says it.
+
+    None if nothing does, and where the package is installed inside of a repository that it is no part of.
+    """
+    own = Path(__file__)
+    command = ["git", "-C", str(own.parent), "rev-parse", "--verify", "--quiet", f"HEAD:./{own.name}"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        is_part = subprocess.run(command, capture_output=True, check=False).returncode == 0
+        done = subprocess.run([*command[:-1], "HEAD"], capture_output=True, text=True, check=False)
     except OSError:
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+        return os.environ.get(COMMIT) or None
+    return (is_part and done.stdout.strip()) or os.environ.get(COMMIT) or None
 
 
 def check_save(save: Path, job: str, load: Path | None) -> None:
