@@ -64,6 +64,9 @@ class Layout:
         virtual: Model chunks of a pipeline rank.
         fused: Norms, gated activations and the state-space layer are single operations, as on a GPU; in plain torch
             they keep more for their backward.
+        norm_apart: The norm after the scan is an operation by itself, as it is with mamba_ssm's kernels, and with ours
+            where ranks share a sequence (`platform/mamba_training.py`). `--overlap-param-gather`
+            does not part them.
         fused_gradients: Gradients of weights are added where they belong (Transformer Engine, Apex); otherwise each
             is a tensor of its own first.
     """
@@ -85,6 +88,7 @@ class Layout:
     overlap_gradients: bool = False
     virtual: int = 1
     fused: bool = True
+    norm_apart: bool = False
     fused_gradients: bool = True
 
     @classmethod
@@ -108,6 +112,7 @@ class Layout:
             recompute=args.recompute_granularity == "full",
             overlap_gradients=args.overlap_grad_reduce,
             virtual=args.virtual_pipeline_model_parallel_size or 1,
+            norm_apart=args.context_parallel_size > 1 or args.ext_ssm_backend == "mamba_ssm",
             fused_gradients=args.gradient_accumulation_fusion,
         )
 
@@ -253,8 +258,8 @@ def _mamba(own: Architecture, layout: Layout) -> float:
     """
     tp, width = layout.tp, layout.width
     inner, heads, groups = own.mamba_inner_size / tp, own.mamba_num_heads / tp, own.mamba_num_groups / tp
-    # the projection, what comes out, and under context parallelism the input of a norm by itself (`mamba_training.py`)
-    outer = 3 * inner + 2 * groups * own.mamba_state_dim + heads + (inner if layout.cp > 1 else 0)
+    # the projection, what comes out, and the input of a norm by itself
+    outer = 3 * inner + 2 * groups * own.mamba_state_dim + heads + (inner if layout.norm_apart else 0)
     if layout.fused:
         states = inner * own.mamba_state_dim / triton_tiling.CHUNK
         return (outer + inner + states) * width + 8 * heads + 4 * groups

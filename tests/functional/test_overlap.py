@@ -1,5 +1,7 @@
 """Weights that are gathered while the forward pass runs: whoever reads one waits for it, and nothing else changes."""
 
+import json
+
 import fork_server
 import pytest
 import torch
@@ -58,3 +60,38 @@ def test_resume_is_bit_exact(workspace: Workspace, name: str) -> None:
     left, right = (CheckpointReader(workspace.path / f"{name}, {part}") for part in ("straight", "halves"))
     for key in left.shapes:
         assert torch.equal(left.read(key), right.read(key)), key
+
+
+# Which calls have the norm inside, and how many times a norm is called by itself.
+COUNTED = """
+import json, os, runpy, sys
+from megatron_ext.ops import mamba_ssm_api as api
+inside, combined, forward = [], api.mamba_split_conv1d_scan_combined, api.RMSNorm.forward
+apart = []
+def counted(*args, **kwargs):
+    inside.append(kwargs.get("rmsnorm_weight") is not None)
+    return combined(*args, **kwargs)
+def norm(*args):
+    apart.append(1)
+    return forward(*args)
+api.mamba_split_conv1d_scan_combined, api.RMSNorm.forward = counted, norm
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    with open("calls " + os.environ["RANK"], "w") as file:
+        json.dump([sum(inside), len(inside), len(apart)], file)
+"""
+
+
+def test_the_norm_stays_in_one_operation_with_its_scan(workspace: Workspace) -> None:
+    """Data parallelism's hooks on a norm do not take it out: the memory estimate counts on that."""
+    (workspace.path / "counted.py").write_text(COUNTED)
+    flags = [*MODEL, *workspace.data, *TRAIN, "--train-iters", "2", "--save", "counted", *SHARDED, *OVERLAPPED]
+    command = [workspace.path / "counted.py", ROOT / "pretrain_hybrid.py", *flags, "--eval-interval", "9"]
+    done = fork_server.run(command, 2, workspace.path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    layers, micro_batches, steps = 2, 2, 2
+    calls = layers * micro_batches * (steps + 1)  # and a validation at the end
+    for rank in range(2):
+        assert json.loads((workspace.path / f"calls {rank}").read_text()) == [calls, calls, 0]

@@ -87,7 +87,10 @@ def test_layouts_divide_memory() -> None:
     assert parts["optimizer"] == pytest.approx(whole["optimizer"] / 32, rel=1e-3)
     assert parts["activations"] == pytest.approx(whole["activations"] / 4, rel=1e-3)
     apart = HYBRID.pattern.count("M") * 2 * HYBRID.mamba_inner_size * 2048  # the inputs of norms by themselves
-    assert memory(HYBRID, Layout(cp=2))["activations"] == pytest.approx(whole["activations"] / 2 + apart)
+    assert memory(HYBRID, Layout(cp=2))["activations"] == pytest.approx(whole["activations"] / 2)
+    assert memory(HYBRID, Layout(cp=2, norm_apart=True))["activations"] == pytest.approx(
+        whole["activations"] / 2 + apart
+    )
     assert memory(HYBRID, Layout(recompute=True))["activations"] < whole["activations"] / 2
     # The first of two stages holds two micro-batches of half of the layers, the last one and the logits.
     first = sum(kept_per_token(HYBRID, layer, Layout()) for layer in range(28)) * 4096 * 2
@@ -152,3 +155,18 @@ def test_seconds_by_hand() -> None:
     assert found["data"] == pytest.approx(fullest * 6 / 2 / 50e9)
     assert step_seconds(TRANSFORMER, replace(layout, overlap_gradients=True), gpu, 0.5)["data"] == 0
     assert scaled(layout, 512).gpus == 512
+
+
+@pytest.mark.parametrize(
+    ("flags", "apart"),
+    [
+        ({"overlap_param_gather": True, "ext_ssm_backend": "auto"}, False),
+        ({"context_parallel_size": 2}, True),
+        ({"ext_ssm_backend": "mamba_ssm"}, True),
+        ({"ext_ssm_backend": "triton"}, False),
+    ],
+)
+def test_a_norm_that_runs_by_itself_is_counted(flags, apart) -> None:
+    """What runs apart is asked of a run in tests/functional/test_overlap.py and tests/distributed."""
+    args = Absent(**{"context_parallel_size": 1, "micro_batch_size": 1, "data_parallel_size": 1} | flags)
+    assert Layout.from_args(args).norm_apart == apart
