@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class Shape:
         heads: Of this rank: tensor parallelism divides them, and so does context parallelism.
         tokens: Of a sequence, whole under context parallelism too.
         batch: Sequences of a micro-batch.
+        norm_apart: The norm is an operation by itself with our kernels as well, as under context parallelism.
     """
 
     heads: int = 128
@@ -43,6 +45,7 @@ class Shape:
     tokens: int = 4096
     dtype: str = "bfloat16"
     batch: int = 1
+    norm_apart: bool = False
 
     def limited(self) -> "Shape":
         """The same with fewer tokens where a layer would take more memory than a measurement should."""
@@ -165,43 +168,50 @@ def kernel_version() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
-def _on_this_gpu(shape: Shape) -> dict[str, Run]:
-    """Convolution, scan, gate and norm, forward and backward, by our kernels and by mamba-ssm's."""
+def _on_this_gpu(shape: Shape, device: str = "cuda") -> dict[str, Run]:
+    """Convolution, scan, gate and norm, forward and backward, by our kernels and by mamba-ssm's.
+
+    As Megatron's mixer calls them: with tokens before sequences, and ours as `platform/mamba_training.py` does.
+    """
     from mamba_ssm.ops.triton.layernorm_gated import RMSNorm  # type: ignore[import-not-found]
     from mamba_ssm.ops.triton.ssd_combined import (  # type: ignore[import-not-found]
         mamba_split_conv1d_scan_combined,
     )
 
+    from megatron_ext.ops.gated_norm.triton import gated_rms_norm
     from megatron_ext.ops.mamba_mixer.projection import Projection
     from megatron_ext.ops.mamba_mixer.triton import conv_scan_norm
 
     projection = Projection(shape.heads, shape.head_dim, shape.groups)
     inner = projection.inner
-    convolved = inner + 2 * shape.groups * shape.state
+    convolved, group = inner + 2 * shape.groups * shape.state, inner // shape.groups
+    kind: dict[str, Any] = {"device": device, "dtype": getattr(torch, shape.dtype)}
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, device="cuda", dtype=getattr(torch, shape.dtype)).requires_grad_()
+        return torch.randn(*size, **kind).requires_grad_()
 
-    zxbcdt, weight, bias = (
-        normal(shape.batch, shape.tokens, inner + convolved + shape.heads),
-        normal(convolved, 4),
-        None,
-    )
-    step = torch.full((shape.heads,), -3.0, device="cuda")
-    decay, skip = -torch.ones(shape.heads, device="cuda"), torch.ones(shape.heads, device="cuda")
+    zxbcdt = normal(shape.tokens, shape.batch, inner + convolved + shape.heads)
+    weight, bias = normal(convolved, 4), normal(convolved)
+    step = torch.full((shape.heads,), -3.0, device=device)
+    decay, skip = -torch.ones(shape.heads, device=device), torch.ones(shape.heads, device=device)
+    norm = RMSNorm(inner, group_size=group, norm_before_gate=False, **kind)
 
-    kind = {"device": "cuda", "dtype": zxbcdt.dtype}
-    norm = RMSNorm(inner, group_size=inner // shape.groups, norm_before_gate=False, **kind)
+    def backward(y: Tensor) -> None:
+        y.transpose(0, 1).contiguous().sum().backward()
 
     def ours() -> None:
-        layer = zxbcdt, weight, bias, step, decay, skip, projection
-        out, _ = conv_scan_norm(*layer, norm_weight=norm.weight, norm_before_gate=False)
-        out.sum().backward()
+        layer = weight, bias, step, decay, skip, projection
+        if not shape.norm_apart:
+            y, _ = conv_scan_norm(zxbcdt.transpose(0, 1), *layer, norm_weight=norm.weight, norm_before_gate=False)
+            return backward(y)
+        y, _ = conv_scan_norm(zxbcdt.transpose(0, 1).contiguous(), *layer)
+        return backward(gated_rms_norm(y, norm.weight, None, norm.eps, group, False))
 
     def theirs() -> None:
-        out = mamba_split_conv1d_scan_combined(
-            zxbcdt, weight, bias, step, decay, skip, 256, headdim=shape.head_dim, ngroups=shape.groups
-        )
-        norm(out).sum().backward()
+        y = mamba_split_conv1d_scan_combined(
+            zxbcdt.transpose(0, 1).contiguous(), weight, bias, step, decay, skip, 256,
+            headdim=shape.head_dim, ngroups=shape.groups,
+        )  # fmt: skip
+        backward(norm(y))
 
     return {"triton": ours, "mamba_ssm": theirs}

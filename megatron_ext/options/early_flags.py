@@ -38,6 +38,7 @@ def early_parser() -> argparse.ArgumentParser:
     parser.add_argument("--use-rope-scaling", action="store_true")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--fp16", action="store_true")
+    parser.add_argument("--hidden-size", type=int)
     parser.add_argument("--mamba-num-heads", type=int)
     parser.add_argument("--mamba-head-dim", type=int, default=64)
     parser.add_argument("--mamba-state-dim", type=int, default=128)

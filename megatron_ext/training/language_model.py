@@ -16,6 +16,7 @@ from megatron_ext.checkpoint.start import Start
 from megatron_ext.errors import ConfigError
 from megatron_ext.models import training_cost
 from megatron_ext.models.architecture import Architecture
+from megatron_ext.models.megatron_args import MAMBA_EXPAND
 from megatron_ext.models.pattern import MAMBA, MOE
 from megatron_ext.models.pattern import parse as parse_pattern
 from megatron_ext.models.presets import preset
@@ -115,11 +116,12 @@ def layer_shape(words: Sequence[str]) -> Shape | None:
         return None
     # Under context parallelism a rank has the whole sequence of some heads, and at least one group.
     ranks = told.tensor_model_parallel_size * told.context_parallel_size
+    heads = told.mamba_num_heads or MAMBA_EXPAND * (told.hidden_size or 0) // told.mamba_head_dim or Shape.heads
     return Shape(
-        max(1, (told.mamba_num_heads or Shape.heads) // ranks), told.mamba_head_dim, told.mamba_state_dim,
+        max(1, heads // ranks), told.mamba_head_dim, told.mamba_state_dim,
         max(1, told.mamba_num_groups // ranks), told.seq_length or Shape.tokens,
         "bfloat16" if told.bf16 else "float16" if told.fp16 else "float32",
-        told.micro_batch_size,
+        told.micro_batch_size, norm_apart=told.context_parallel_size > 1,
     ).limited()  # fmt: skip
 
 

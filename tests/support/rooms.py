@@ -31,7 +31,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "inference": ("distributed/test_inference.py", "functional/test_generate.py"),
     "lm_head": ("distributed/test_distillation.py",),
     "models": ("functional/test_experts.py",),
-    "ops": ("distributed/test_mamba_training.py",),
+    "ops": ("distributed/test_mamba_training.py", "functional/test_measured_layer.py"),
     "options": ("functional/test_flags.py",),
     "platform": ("distributed/test_m*.py", "functional/test_overlap.py"),
     "pretraining": ("functional/test_long_context.py", "functional/test_pretrain.py"),

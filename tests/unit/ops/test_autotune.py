@@ -1,15 +1,23 @@
 """The faster kernels are taken, and the choice is made once; stand-ins take the time that a fake clock says."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from megatron_ext import platform
 from megatron_ext.models import bootstrap
-from megatron_ext.ops import autotune, dispatch
+from megatron_ext.ops import autotune, dispatch, mamba_ssm_api
 from megatron_ext.ops.autotune import REPEATS, WARM_UP, Shape, choose
+from megatron_ext.ops.gated_norm import naive as norm_naive
+from megatron_ext.ops.gated_norm import triton as triton_norm
+from megatron_ext.ops.mamba_mixer import naive
+from megatron_ext.ops.mamba_mixer import triton as triton_mixer
 from megatron_ext.platform import state_space
 from megatron_ext.training.language_model import layer_shape
 
@@ -135,7 +143,34 @@ def test_the_shape_is_what_a_rank_runs() -> None:
     assert layer_shape([*flags, *split, "--micro-batch-size", "4"]) == Shape(32, 64, 128, 2, 1024, "bfloat16", 4)
     long = ["--hybrid-layer-pattern=M", "--seq-length", "131072"]
     shared = ["--tensor-model-parallel-size", "4", "--context-parallel-size", "8"]
-    assert layer_shape([*long, *shared]) == Shape(4, 64, 128, 1, 131_072, "float32")
+    assert layer_shape([*long, *shared]) == Shape(4, 64, 128, 1, 131_072, "float32", norm_apart=True)
     assert layer_shape(long) == Shape(tokens=16_384, dtype="float32"), "no more than a measurement should take"
-    assert layer_shape([*long, *shared, "--micro-batch-size", "8"]) == Shape(4, 64, 128, 1, 131_072, "float32", 4)
+    several = layer_shape([*long, *shared, "--micro-batch-size", "8"])
+    assert several == Shape(4, 64, 128, 1, 131_072, "float32", 4, norm_apart=True)
     assert layer_shape(["--hybrid-layer-pattern=*-"]) is None
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_candidates_run_what_megatron_runs(monkeypatch: pytest.MonkeyPatch, apart: bool) -> None:
+    """On stand-ins in plain torch: what arrives is laid out as Megatron's mixer lays it out."""
+    arrived: list[tuple[str, tuple[int, ...], bool, bool]] = []
+
+    def mixer(zxbcdt: torch.Tensor, *rest: Any, norm_weight: Any = None, **options: Any) -> Any:
+        arrived.append(("triton", tuple(zxbcdt.shape), zxbcdt.is_contiguous(), norm_weight is not None))
+        return naive.conv_scan_norm(zxbcdt, *rest, norm_weight=norm_weight, **options)
+
+    def combined(zxbcdt: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        arrived.append(("mamba_ssm", tuple(zxbcdt.shape), zxbcdt.is_contiguous(), "rmsnorm_weight" in options))
+        return mamba_ssm_api.mamba_split_conv1d_scan_combined(zxbcdt, *rest, **options)
+
+    monkeypatch.setattr(triton_mixer, "conv_scan_norm", mixer)
+    monkeypatch.setattr(triton_norm, "gated_rms_norm", norm_naive.gated_rms_norm)
+    names = {"ssd_combined": {"mamba_split_conv1d_scan_combined": combined}}
+    for name, content in (names | {"layernorm_gated": {"RMSNorm": mamba_ssm_api.RMSNorm}}).items():
+        module = f"mamba_ssm.ops.triton.{name}"
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**content))  # type: ignore[arg-type]
+    shape = Shape(4, 8, 16, 2, 24, "float32", 2, norm_apart=apart)
+    for run in autotune._on_this_gpu(shape, "cpu").values():
+        run()
+    size = (2, 24, 2 * 32 + 2 * 2 * 16 + 4)
+    assert arrived == [("triton", size, apart, not apart), ("mamba_ssm", size, True, False)]
