@@ -34,7 +34,9 @@ def sigmoid(x):
 
 
 def configs(*choices: tuple[int, int]) -> list[triton.Config]:
-    """Configurations to time, from (warps, stages); the first one is taken where none may be timed.
+    """Configurations to time, from (warps, stages); the first one is taken where none may be timed, so it must fit.
+
+    One that asks for more shared memory than there is drops out of the race.
 
     They change the speed, and the order of the sums within a tile, but not between tiles.
     """

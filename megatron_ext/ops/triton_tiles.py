@@ -5,7 +5,7 @@ import torch
 # Beyond these plain torch is the better choice.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_CHANNELS, MAX_STATE, MAX_HEAD_STATE, MAX_TAPS = 128, 256, 128 * 128, 4
-MIN_SHARED_MEMORY = 160 * 1024  # of a program: an A100 has 163 KB, an H100 227
+MIN_SHARED_MEMORY = 163 * 1024  # of a program: what an A100 has; an H100 has 227 KB
 
 
 def fits(channels: int, state: int) -> bool:

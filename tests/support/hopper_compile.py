@@ -1,9 +1,10 @@
 """Compile the Triton kernels for an H100 or H200 on a machine without one, and print what each takes, as JSON.
 
-    python tests/support/hopper_compile.py [--all]
+    python tests/support/hopper_compile.py [--all] [--limits]
 
 Triton compiles without a device if it is told what for. The kernels are reached through the public functions, with
 tensors on the CPU; they are compiled, not run. `--all` compiles every configuration, not only each kernel's first.
+`--limits` takes the scan alone, with the largest heads and states that there are tiles for.
 """
 
 import json
@@ -76,9 +77,31 @@ def install(every_configuration: bool) -> None:
     autotuner.Autotuner.run = each
 
 
-def main() -> None:
+def largest_scans() -> None:
+    """Whole heads in a program, which is what many heads and rows come to; 16 bits and 32."""
+    from megatron_ext.ops.ssd.triton import ssd
+    from megatron_ext.ops.ssd.triton_tiling import MANY_PROGRAMS
+    from megatron_ext.ops.triton_tiles import MAX_HEAD_CHANNELS, MAX_HEAD_STATE, MAX_STATE
+
+    heads = 4
+    batch, length = MANY_PROGRAMS // heads, 128
+    for dtype in (torch.bfloat16, torch.float32):
+        for channels in (MAX_HEAD_CHANNELS, MAX_HEAD_STATE // MAX_STATE):
+            state = MAX_HEAD_STATE // channels
+            x = torch.zeros(batch, length, heads, channels, dtype=dtype)
+            B = torch.zeros(batch, length, 2, state, dtype=dtype)
+            leaves = [x, torch.zeros(batch, length, heads), torch.zeros(heads), B, B.clone(), torch.zeros(heads)]
+            for t in leaves:
+                t.requires_grad_()
+            before, begun = len(found), torch.zeros(batch, length, dtype=torch.int32)
+            y, final = ssd(*leaves, initial_states=torch.zeros(batch, heads, channels, state), seq_idx=begun)
+            torch.autograd.grad((y.sum(), final.sum()), leaves)
+            for each in found[before:]:
+                each.update(dtype=str(dtype), channels=channels, state=state)
+
+
+def layer() -> None:
     """The benchmark's layer, with all that a kernel can be asked for."""
-    install("--all" in sys.argv)
     from megatron_ext.ops.causal_conv1d.triton import conv_step
     from megatron_ext.ops.gated_norm import triton as norm
     from megatron_ext.ops.mamba_mixer.projection import Projection
@@ -115,8 +138,9 @@ def main() -> None:
         dt, A = torch.zeros(2, heads, 1, **bf16).expand(2, *each), torch.zeros(heads, 1, 1).expand(*each, state)
         D = torch.zeros(heads, 1).expand(each)
         state_step(torch.zeros(2, *each, state), x, dt, A, B, B, D, x, D, True, slots)
-    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    install("--all" in sys.argv)
+    largest_scans() if "--limits" in sys.argv else layer()
+    print(json.dumps(found, indent=1))

@@ -194,7 +194,8 @@ def ssd(
         D: Skip weights, per head or per channel.
         initial_states: The state before the first token (zero by default).
         seq_idx: Document number of each token; the state is forgotten where it changes.
-        chunk_size: Tokens in a chunk, a power of two. It changes the speed, not the result.
+        chunk_size: Tokens in a chunk, a power of two; fewer where they would not fit. It changes the speed, not the
+            result.
 
     Returns:
         y in the dtype of x, and the state after the last token in float32.

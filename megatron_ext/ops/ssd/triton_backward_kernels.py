@@ -27,7 +27,9 @@ from megatron_ext.ops.triton_jit import PRUNE, configs, dot, sigmoid
 
 
 @triton.autotune(
-    configs=configs((4, 2), (4, 3), (8, 2)), key=["HEADS", "P", "N", "CHUNK", "BLOCK_P"], prune_configs_by=PRUNE
+    configs=configs((4, 2), (4, 3), (8, 2)),
+    key=["HEADS", "GROUP", "P", "N", "CHUNK", "BLOCK_P", "BLOCK_N"],
+    prune_configs_by=PRUNE,
 )
 @triton.jit
 def states_backward_kernel(
@@ -206,7 +208,9 @@ def _sources(
 
 
 @triton.autotune(
-    configs=configs((8, 2), (8, 1), (8, 3)), key=["HEADS", "GROUP", "P", "N", "CHUNK", "ROWS"], prune_configs_by=PRUNE
+    configs=configs((8, 2), (8, 1), (8, 3)),
+    key=["HEADS", "GROUP", "P", "N", "CHUNK", "ROWS", "BLOCK_P", "BLOCK_N"],
+    prune_configs_by=PRUNE,
 )
 @triton.jit
 def scan_backward_kernel(

@@ -19,7 +19,9 @@ from megatron_ext.ops.triton_jit import PRUNE, configs, dot, sigmoid
 
 
 @triton.autotune(
-    configs=configs((4, 3), (4, 2), (8, 2)), key=["HEADS", "P", "N", "CHUNK", "BLOCK_P"], prune_configs_by=PRUNE
+    configs=configs((4, 2), (4, 3), (8, 2)),
+    key=["HEADS", "GROUP", "P", "N", "CHUNK", "BLOCK_P", "BLOCK_N"],
+    prune_configs_by=PRUNE,
 )
 @triton.jit
 def states_kernel(
@@ -77,7 +79,7 @@ def states_kernel(
 
 @triton.autotune(
     configs=configs((8, 2), (4, 2), (8, 1), (4, 3)),
-    key=["HEADS", "P", "N", "CHUNK", "ROWS", "HEADS_PER_PROGRAM"],
+    key=["HEADS", "GROUP", "P", "N", "HEADS_PER_PROGRAM", "CHUNK", "ROWS", "BLOCK_P", "BLOCK_N"],
     prune_configs_by=PRUNE,
 )
 @triton.jit

@@ -60,8 +60,8 @@ class ScanTiling:
 def scan_tiling(x: Tensor, B: Tensor, chunk_size: int | None) -> ScanTiling:
     """Sizes and tiles of a scan.
 
-    `CHUNK` tokens: each chunk's state is written and read, and 64 tokens would double that, while 256 would not
-    fit the registers of the backward. Float32 and large states get half.
+    At most `CHUNK` tokens: each chunk's state is written and read, and 64 tokens would double that, while 256 would
+    not fit the registers of the backward, nor shared memory. Float32 and large states get half.
 
     Raises:
         ConfigError: The heads do not divide into the groups, the sequence is empty, or the chunk is no tile.
@@ -73,8 +73,9 @@ def scan_tiling(x: Tensor, B: Tensor, chunk_size: int | None) -> ScanTiling:
     if length == 0:
         raise ConfigError("a state-space scan needs at least one token", got=tuple(x.shape))
     small = x.dtype == torch.float32 or state > 128 or channels > 64
-    chunk = chunk_size or min(CHUNK // 2 if small else CHUNK, tile_side(length))
-    if chunk != tile_side(chunk):
+    most = CHUNK // 2 if small else CHUNK
+    if chunk_size and chunk_size != tile_side(chunk_size):
         raise ConfigError("a chunk of the Triton scan is a power of two", got=chunk_size, legal="16, 32, 64, 128, ...")
+    chunk = min(chunk_size or tile_side(length), most)
     rows = min(chunk, 32 if small else 64)
     return ScanTiling(batch, length, heads, channels, groups, state, chunk, rows)
