@@ -54,6 +54,9 @@ def _describe(name: str, kernel: Any) -> dict[str, Any]:
         "registers": int(re.search(r"Used (\d+) registers", said)[1]),  # type: ignore[index]
         "spilled_bytes": int(re.search(r"(\d+) bytes spill stores", said)[1]),  # type: ignore[index]
         "shared_bytes": kernel.metadata.shared,
+        "carried": max(
+            (held.count("=") for held in re.findall(r"iter_args\(([^)]*)\)", kernel.asm["ttir"])), default=0
+        ),
         "matrix_instructions": ptx.count("wgmma.mma_async") + ptx.count("mma.sync"),
     }
 

@@ -112,8 +112,10 @@ def conv_backward_kernel(
     x0 = _input(x, past, x_token, t, d, in_d, length, D, WIDTH)
     x1 = _input(x, past, x_token, t - 1, d, in_d, length, D, WIDTH)
     x2 = _input(x, past, x_token, t - 2, d, in_d, length, D, WIDTH)
+    # Gradients under the activation of t + 1, t + 2 and t + 3. Each has a zero of its own: Triton takes a name that a
+    # loop sets to another name's very value for one that the loop does not change.
+    z1, z2, z3 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     zero = tl.zeros([BLOCK], tl.float32)
-    z1, z2, z3 = zero, zero, zero  # gradients under the activation of t + 1, t + 2 and t + 3
     sum0, sum1, sum2, sum3, sum_bias = zero, zero, zero, zero, zero
     for _ in range(STEPS):
         x3 = _input(x, past, x_token, t - 3, d, in_d, length, D, WIDTH)
