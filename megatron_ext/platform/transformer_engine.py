@@ -7,18 +7,22 @@ Transformer Engine loads with it, and back. They run on any device.
 Shapes: s sequence (local to the rank under sequence or context parallelism), b batch, h hidden, n heads, d channels.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from megatron_ext.platform.grouped_linear import TorchColumnParallelGroupedLinear, TorchRowParallelGroupedLinear
 from megatron_ext.platform.linear import linear
 from megatron_ext.platform.replacements import replace
 
 REASON = "plain torch under Transformer Engine's name (TE absent)"
+
+UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, zero_centered: bool) -> Tensor:
@@ -56,6 +60,34 @@ class TorchNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return normalize(x, self.weight, self.bias, self.eps, self.zero_centered)
+
+
+def kernels(q: Tensor) -> AbstractContextManager[Any]:
+    """What may run attention: while tokens are generated not cuDNN, which plans anew for every length of the keys.
+
+    Torch prefers it on a Hopper GPU, and a plan takes tens of milliseconds. In training lengths stay as they are.
+    """
+    from megatron.core.inference.utils import InferenceMode
+
+    return sdpa_kernel(UNPLANNED) if q.is_cuda and InferenceMode.is_active() else nullcontext()
+
+
+def shares_keys(q: Tensor) -> bool:
+    """Whether a kernel without the square of scores takes fewer heads of keys than of queries in this type here.
+
+    In 32 bits the one that runs on a GPU (memory-efficient) does not, and torch would fall back to the plain formula.
+    """
+    return not q.is_cuda or q.dtype in (torch.bfloat16, torch.float16)
+
+
+def groups_as_sequences(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(b, n, s, d) and (b, groups, t, d) as (b groups, n / groups, s, d) and (b groups, n / groups, t, d).
+
+    Each group of heads with its keys becomes a sequence of its own; keys and values are repeated without a copy.
+    """
+    share = q.shape[1] // k.shape[1]
+    k, v = (t.flatten(0, 1)[:, None].expand(-1, share, -1, -1) for t in (k, v))
+    return q.unflatten(1, (-1, share)).flatten(0, 1), k, v
 
 
 class TorchDotProductAttention(torch.nn.Module):
@@ -120,11 +152,15 @@ class TorchDotProductAttention(torch.nn.Module):
             last = q.shape[2] == 1  # it sees everything
             mask = None if last or q.shape[2] == k.shape[2] else causal_lower_right(q.shape[2], k.shape[2])
             causal = not last and mask is None
+        whole = q.shape[:3]
+        if q.shape[1] != k.shape[1] and not shares_keys(q) and (mask is None or isinstance(mask, CausalBias)):
+            q, k, v = groups_as_sequences(q, k, v)
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask, dropout, causal, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return out.permute(2, 0, 1, 3)
+        with kernels(q):
+            out = F.scaled_dot_product_attention(
+                q, k, v, mask, dropout, causal, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        return out.reshape(*whole, -1).permute(2, 0, 1, 3)
 
     def _gather(self, x: Tensor) -> Tensor:
         """The whole sequence, in order, from the two pieces of each rank."""

@@ -5,7 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.autograd import grad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_ext.platform import transformer_engine
 from megatron_ext.platform.transformer_engine import TorchDotProductAttention, TorchNorm
 
 EPS = 1e-3
@@ -72,6 +77,83 @@ def test_causal_attention(queries, groups):
     allowed = torch.arange(7)[None] <= torch.arange(7 - queries, 7)[:, None]
     out = make_attention("causal")(q, k, v, None)
     torch.testing.assert_close(out, naive(q, k, v, allowed, 1 / math.sqrt(8)))
+
+
+@pytest.mark.parametrize("groups", [2, 1])
+@pytest.mark.parametrize("queries", [7, 3, 1])
+def test_groups_as_sequences_are_the_same_attention(monkeypatch, queries, groups):
+    """What 32 bits do on a GPU, forward and backward."""
+    q, k, v = inputs(queries, 7, groups)
+    allowed = torch.arange(7)[None] <= torch.arange(7 - queries, 7)[:, None]
+    parted, calls = transformer_engine.groups_as_sequences, []
+    monkeypatch.setattr(transformer_engine, "shares_keys", lambda q: False)
+    monkeypatch.setattr(transformer_engine, "groups_as_sequences", lambda *t: calls.append(parted(*t)) or calls[-1])
+    leaves, others = ([t.clone().requires_grad_() for t in (q, k, v)] for _ in range(2))
+    out, expected = make_attention("causal")(*leaves, None), naive(*others, allowed, 1 / math.sqrt(8))
+    torch.testing.assert_close(out, expected)
+    upstream = torch.randn_like(out)
+    for own, theirs in zip(grad(out, leaves, upstream), grad(expected, others, upstream), strict=True):
+        torch.testing.assert_close(own, theirs)
+    assert [tuple(t.shape[:2]) for t in calls[0]] == [(2 * groups, 4 // groups)] * 3
+
+
+def recorded(monkeypatch):
+    """What torch's attention is asked for, in its place, and what might run it."""
+    calls = []
+
+    def noted(q, k, v, *_, enable_gqa, **__):
+        sizes = {"heads": (q.shape[1], k.shape[1]), "held": k.untyped_storage().nbytes(), "gqa": enable_gqa}
+        calls.append(sizes | {"planned": torch.backends.cuda.cudnn_sdp_enabled()})
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_32_bits_get_heads_that_a_kernel_takes(monkeypatch, dtype):
+    """With tensors that only say they are there."""
+    calls = recorded(monkeypatch)
+    with FakeTensorMode():
+        q, k, v = (torch.empty(64, 2, heads, 8, device="cuda", dtype=dtype) for heads in (4, 2, 2))
+        out = make_attention("causal")(q, k, v, None)
+    assert out.shape == (64, 2, 4 * 8)
+    whole = dtype == torch.bfloat16
+    keys = 64 * 2 * 2 * 8 * dtype.itemsize
+    assert calls == [{"heads": (4, 2) if whole else (2, 2), "held": keys, "gqa": whole, "planned": True}]
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_generating_on_a_gpu_plans_nothing(monkeypatch, device):
+    from megatron.core.inference.utils import InferenceMode
+
+    calls, attention = recorded(monkeypatch), make_attention("causal")
+    with FakeTensorMode():
+        q, k, v = (torch.empty(length, 2, 4, 8, device=device) for length in (1, 9, 9))
+        attention(q, k, v, None)
+        with InferenceMode.active():
+            attention(q, k, v, None)
+    assert [call["planned"] for call in calls] == [True, device == "cpu"]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("queries", [4096, 1024, 1])
+def test_a_kernel_without_the_square_of_scores_runs_32_bits(queries):
+    q, k, v = (
+        torch.randn(length, 1, heads, 64, device="cuda", requires_grad=True)
+        for length, heads in ((queries, 8), (4096, 2), (4096, 2))
+    )
+    attention = make_attention("causal", heads=8)
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION]):
+        out = attention(q, k, v, None)
+        out.sum().backward()
+    allowed = torch.arange(4096)[None] <= torch.arange(4096 - queries, 4096)[:, None]
+    leaves = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    expected = naive(*leaves, allowed.cuda(), 1 / 8)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-4)
+    for own, theirs in zip((q, k, v), grad(expected.sum(), leaves), strict=True):
+        torch.testing.assert_close(own.grad.double(), theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_a_mask_names_what_is_hidden_and_a_scale_is_obeyed():
