@@ -48,16 +48,21 @@ def _only_the_first(choices: list[triton.Config], *_: Any, **__: Any) -> list[tr
     return choices[:1] if torch.are_deterministic_algorithms_enabled() else choices
 
 
+@triton.constexpr_function
+def _number(scalar):
+    return int(scalar.handle.data.item())
+
+
+@triton.jit
+def times(number):
+    """A number that a kernel counts to, no constant; NumPy 2.4 refuses what the interpreter does with it."""
+    if WIDEN:
+        return _number(number)
+    return number
+
+
 # For `triton.autotune`: with deterministic algorithms the same configuration in every process.
 PRUNE = {"early_config_prune": _only_the_first}
-
-
-def count(number: int) -> Any:
-    """A number that a kernel counts to: a constant for the interpreter, as NumPy 2.4 refuses what it does with others.
-
-    Compiled, it must not be one: every length would be compiled anew.
-    """
-    return tl.constexpr(number) if INTERPRETED else number
 
 
 def packed(t: Tensor, dims: int) -> Tensor:

@@ -25,6 +25,8 @@ from triton.runtime import autotuner, driver, jit
 
 HOPPER = GPUTarget("cuda", 90, 32)
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+# Two lists of registers: not only the sums, also the first operand.
+WGMMA_FROM_REGISTERS = re.compile(r"wgmma\.mma_async[^;{]*\{[^}]*\}\s*,\s*\{")
 found: list[dict[str, Any]] = []
 
 
@@ -37,6 +39,12 @@ class _NoDevice:
 
     def get_current_target(self) -> GPUTarget:
         return HOPPER
+
+
+def copied_transposes(ttgir: str) -> int:
+    """Tiles that are transposed in registers and then written to shared memory, instead of read there the other way."""
+    transposed = re.findall(r"(%\S+) = tt\.trans ", ttgir)
+    return sum(len(re.findall(rf"ttg\.local_(?:alloc|store) {value}[ ,]", ttgir)) for value in transposed)
 
 
 def _describe(name: str, kernel: Any) -> dict[str, Any]:
@@ -58,6 +66,8 @@ def _describe(name: str, kernel: Any) -> dict[str, Any]:
             (held.count("=") for held in re.findall(r"iter_args\(([^)]*)\)", kernel.asm["ttir"])), default=0
         ),
         "matrix_instructions": ptx.count("wgmma.mma_async") + ptx.count("mma.sync"),
+        "operands_in_registers": len(WGMMA_FROM_REGISTERS.findall(ptx)),
+        "copied_transposes": copied_transposes(kernel.asm["ttgir"]),
     }
 
 

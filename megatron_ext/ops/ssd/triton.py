@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from megatron_ext.ops.ssd import triton_backward_kernels, triton_decay_kernels, triton_forward_kernels
 from megatron_ext.ops.ssd.step_sizes import NO_LIMIT
 from megatron_ext.ops.ssd.triton_tiling import ScanTiling, scan_tiling
-from megatron_ext.ops.triton_jit import count, packed
+from megatron_ext.ops.triton_jit import packed
 from megatron_ext.ops.triton_tiles import cdiv, tile_side
 
 
@@ -79,12 +79,15 @@ def forward(
     doc = None if seq_idx is None else documents(seq_idx, t.padded)
     states = torch.empty(t.batch, t.chunks, t.heads, t.state, t.channels, dtype=x.dtype, device=x.device)
     final = torch.empty(t.batch, t.heads, t.channels, t.state, **floats)
-    part = t.channel_block()
-    triton_forward_kernels.states_kernel[(cdiv(t.channels, part), t.heads, t.batch)](
-        x, B, step, total, doc, initial, states, final,
-        x.stride(0), x.stride(1), B.stride(0), B.stride(1), t.length, count(t.chunks),
-        **t.constants, BLOCK_P=part, BLOCK_N=tile_side(t.state),
-    )  # fmt: skip
+    part, run = t.channel_block(), t.run()
+    parts, runs = cdiv(t.channels, part), cdiv(t.chunks, run)
+    own, kept = _between(t, runs, x.device)
+    for measure in (True, False) if runs > 1 else (False,):
+        triton_forward_kernels.states_kernel[(parts * (runs - measure), t.heads, t.batch)](
+            x, B, step, total, doc, initial, *((None, None) if measure else (states, final)), own, kept,
+            x.stride(0), x.stride(1), B.stride(0), B.stride(1), t.length, t.chunks, run,
+            **t.constants, BLOCK_P=part, BLOCK_N=tile_side(t.state), PARTS=parts, MEASURE=measure,
+        )  # fmt: skip
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if keep_y or z is None else None
     out = None if z is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     heads_per_program = t.heads_per_program()
@@ -96,6 +99,15 @@ def forward(
         BLOCK_P=tile_side(t.channels), BLOCK_N=tile_side(t.state),
     )  # fmt: skip
     return y, out, final, Saved(step, total, states, doc)
+
+
+def _between(t: ScanTiling, runs: int, device: torch.device) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """What the first of two passes leaves to the second: states that runs of chunks make, and what they keep of one."""
+    if runs == 1:
+        return None, None
+    floats = {"dtype": torch.float32, "device": device}
+    of_runs = (t.batch, t.heads, runs)
+    return torch.empty(*of_runs, t.state, t.channels, **floats), torch.empty(of_runs, **floats)
 
 
 @dataclass(frozen=True)
@@ -131,16 +143,19 @@ def backward(
     dstates = torch.empty_like(saved.states)
     dy = dout if z is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dinitial = torch.empty(t.batch, t.heads, t.channels, t.state, **floats) if needs_initial else None
-    part = t.channel_block()
-    parts, row_blocks = cdiv(t.channels, part), t.padded // t.rows
+    part, run = t.channel_block(), t.run()
+    parts, runs, row_blocks = cdiv(t.channels, part), cdiv(t.chunks, run), t.padded // t.rows
     carried = torch.empty(t.batch, t.heads, parts, t.chunks, **floats)
-    triton_backward_kernels.states_backward_kernel[(parts, t.heads, t.batch)](
-        C, dout, z, y, saved.total, saved.doc, saved.states, dfinal, dstates, dy, into.z, dinitial, carried,
-        C.stride(0), C.stride(1), dout.stride(0), dout.stride(1),
-        *(z.stride()[:2] if z is not None else (0, 0)), *(into.z.stride()[:2] if into.z is not None else (0, 0)),
-        t.length, count(t.chunks),
-        **t.constants, BLOCK_P=part, BLOCK_N=tile_side(t.state),
-    )  # fmt: skip
+    own, kept = _between(t, runs, x.device)
+    for measure in (True, False) if runs > 1 else (False,):
+        written = (None,) * 5 if measure else (dstates, dy, into.z, dinitial, carried)
+        triton_backward_kernels.states_backward_kernel[(parts * (runs - measure), t.heads, t.batch)](
+            C, dout, z, None if measure else y, saved.total, saved.doc, None if measure else saved.states, dfinal,
+            *written, own, kept, C.stride(0), C.stride(1), dout.stride(0), dout.stride(1),
+            *(z.stride()[:2] if z is not None else (0, 0)), *(into.z.stride()[:2] if into.z is not None else (0, 0)),
+            t.length, t.chunks, run,
+            **t.constants, BLOCK_P=part, BLOCK_N=tile_side(t.state), PARTS=parts, MEASURE=measure,
+        )  # fmt: skip
     target, arriving = (torch.empty(t.batch, t.heads, t.padded, **floats) for _ in range(2))
     source = torch.empty(t.batch, t.heads, t.chunk // t.rows, t.padded, **floats)
     dD = None if D is None else torch.empty(t.batch, row_blocks, t.heads, t.channels, **floats)

@@ -23,56 +23,78 @@ terms is written; the same terms make both sums, so what must cancel does (`deca
 import triton
 import triton.language as tl
 
-from megatron_ext.ops.triton_jit import PRUNE, configs, dot, sigmoid
+from megatron_ext.ops.triton_jit import PRUNE, configs, dot, sigmoid, times
 
 
 @triton.autotune(
     configs=configs((4, 2), (4, 3), (8, 2)),
-    key=["HEADS", "GROUP", "P", "N", "CHUNK", "BLOCK_P", "BLOCK_N"],
+    key=["HEADS", "GROUP", "P", "N", "CHUNK", "BLOCK_P", "BLOCK_N", "MEASURE"],
     prune_configs_by=PRUNE,
 )
 @triton.jit
 def states_backward_kernel(
     C, dout, z, y, total, doc, states, dfinal,
-    dstates, dy, dz, dinitial, carried,
+    dstates, dy, dz, dinitial, carried, own, kept,
     C_batch, C_token, dout_batch, dout_token, z_batch, z_token, dz_batch, dz_token,
-    length: "i32", chunks: "i32",
+    length: "i32", chunks: "i32", run: "i32",
     HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
+    MEASURE: tl.constexpr,
 ):  # fmt: skip
     """One program for some channels of one head of one row: the gradient (N, P) of the state after each chunk.
 
-    With a gate: y silu(z) = out, dy and dz are written too.
+    With a gate: y silu(z) = out, dy and dz are written too. Runs of chunks in two passes are those of `states_kernel`,
+    from the last to the first.
     """
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     tokens, n = tl.arange(0, CHUNK), tl.arange(0, BLOCK_N)
-    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    part = tl.program_id(0) % PARTS
+    p = part * BLOCK_P + tl.arange(0, BLOCK_P)
     in_n, in_p = n < N, p < P
     in_state = in_n[:, None] & in_p[None, :]
-    last_chunk = row * 0 + chunks - 1
-    left = length - (chunks - 1) * CHUNK
+    steps, is_first, is_last = chunks, True, True
+    end = chunks
+    if own is not None:
+        place, runs = tl.program_id(0) // PARTS, (chunks + run - 1) // run
+        if MEASURE:
+            place += 1  # of the first run nothing needs to be known
+        end = tl.minimum(chunks, place * run + run)
+        steps, is_first, is_last = end - place * run, place == 0, place == runs - 1
+        kept += (row * HEADS + head) * runs
+        own += (row * HEADS + head) * runs * N * P
+    last_chunk = row * 0 + end - 1
+    left = length - (end - 1) * CHUNK
     C += row * C_batch + last_chunk * CHUNK * C_token + head // GROUP * N
     dout += row * dout_batch + last_chunk * CHUNK * dout_token + head * P
     at_y = (row * length + last_chunk * CHUNK) * (HEADS * P) + head * P
     if z is not None:
         z += row * z_batch + last_chunk * CHUNK * z_token + head * P
-        dz += row * dz_batch + last_chunk * CHUNK * dz_token + head * P
-        y += at_y
-        dy += at_y
+        if not MEASURE:
+            dz += row * dz_batch + last_chunk * CHUNK * dz_token + head * P
+            y += at_y
+            dy += at_y
     total += ((row * HEADS + head) * chunks + last_chunk) * CHUNK
-    first_state = ((row * chunks + last_chunk) * HEADS + head) * N * P
-    states += first_state
-    dstates += first_state
-    carried += ((row * HEADS + head) * tl.num_programs(0) + tl.program_id(0)) * chunks + last_chunk
     at_state = n[:, None] * P + p[None, :]
     outside = (row * HEADS + head) * N * P + p[None, :] * N + n[:, None]
     dstate = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
     if dfinal is not None:
-        dstate = tl.load(dfinal + outside, in_state, 0.0).to(tl.float32)
+        dstate = tl.load(dfinal + outside, in_state & is_last, 0.0).to(tl.float32)
     if doc is not None:
         doc += (row * chunks + last_chunk) * CHUNK
-    for _ in range(chunks):
-        tl.store(dstates + at_state, dstate.to(dstates.dtype.element_ty), in_state)
+    if MEASURE:
+        remains = 1.0
+    else:
+        first_state = ((row * chunks + last_chunk) * HEADS + head) * N * P
+        states += first_state
+        dstates += first_state
+        carried += ((row * HEADS + head) * PARTS + part) * chunks + last_chunk
+        if own is not None:
+            for later in range(times(runs - 1 - place)):
+                at_run = runs - 1 - later
+                dstate = dstate * tl.load(kept + at_run) + tl.load(own + at_run * N * P + at_state, in_state, 0.0)
+    for _ in range(times(steps)):
+        if not MEASURE:
+            tl.store(dstates + at_state, dstate.to(dstates.dtype.element_ty), in_state)
         in_token = tokens < left
         inside = in_token[:, None] & in_p[None, :]
         weight, keep = tl.exp2(tl.load(total + tokens)), tl.exp2(tl.load(total + CHUNK - 1))
@@ -81,33 +103,42 @@ def states_backward_kernel(
             weight = tl.where(tl.load(doc + tokens) == before, weight, 0.0)
             keep = tl.where(tl.load(doc + CHUNK - 1) == before, keep, 0.0)
             doc -= CHUNK
-        state = tl.load(states + at_state, in_state, 0.0).to(tl.float32)
-        tl.store(carried, keep * tl.sum(tl.sum(state * dstate, 1), 0))
+        if MEASURE:
+            remains *= keep
+        else:
+            state = tl.load(states + at_state, in_state, 0.0).to(tl.float32)
+            tl.store(carried, keep * tl.sum(tl.sum(state * dstate, 1), 0))
         dys = tl.load(dout + tokens[:, None] * dout_token + p[None, :], inside, 0.0).to(tl.float32)
         if z is not None:
-            at = tokens[:, None] * (HEADS * P) + p[None, :]
             gate = tl.load(z + tokens[:, None] * z_token + p[None, :], inside, 0.0).to(tl.float32)
             gate_sigmoid = sigmoid(gate)
-            ys = tl.load(y + at, inside, 0.0).to(tl.float32)
-            dgate = dys * ys * gate_sigmoid * (1.0 + gate * (1.0 - gate_sigmoid))
-            tl.store(dz + tokens[:, None] * dz_token + p[None, :], dgate.to(dz.dtype.element_ty), inside)
+            if not MEASURE:
+                at = tokens[:, None] * (HEADS * P) + p[None, :]
+                ys = tl.load(y + at, inside, 0.0).to(tl.float32)
+                dgate = dys * ys * gate_sigmoid * (1.0 + gate * (1.0 - gate_sigmoid))
+                tl.store(dz + tokens[:, None] * dz_token + p[None, :], dgate.to(dz.dtype.element_ty), inside)
             dys *= gate * gate_sigmoid
-            tl.store(dy + at, dys.to(dy.dtype.element_ty), inside)
+            if not MEASURE:
+                tl.store(dy + at, dys.to(dy.dtype.element_ty), inside)
+                dz -= CHUNK * dz_token
+                y -= CHUNK * HEADS * P
+                dy -= CHUNK * HEADS * P
             z -= CHUNK * z_token
-            dz -= CHUNK * dz_token
-            y -= CHUNK * HEADS * P
-            dy -= CHUNK * HEADS * P
         Cs = tl.load(C + tokens[:, None] * C_token + n[None, :], in_token[:, None] & in_n[None, :], 0.0)
         dstate = dstate * keep + dot(tl.trans(Cs), (dys * weight[:, None]).to(Cs.dtype))
         C -= CHUNK * C_token
         dout -= CHUNK * dout_token
         total -= CHUNK
-        states -= HEADS * N * P
-        dstates -= HEADS * N * P
-        carried -= 1
+        if not MEASURE:
+            states -= HEADS * N * P
+            dstates -= HEADS * N * P
+            carried -= 1
         left += CHUNK
-    if dinitial is not None:
-        tl.store(dinitial + outside, dstate, in_state)
+    if MEASURE:
+        tl.store(own + place * N * P + at_state, dstate, in_state)
+        tl.store(kept + place, remains)
+    elif dinitial is not None:
+        tl.store(dinitial + outside, dstate, in_state & is_first)
 
 
 @triton.jit
@@ -182,7 +213,7 @@ def _sources(
         to_end = tl.where(leaves, tl.exp2(last - own_sums), 0.0)
         within = dot(tl.trans(dys), (weights * CB).to(dys.dtype))
         after = dot(tl.trans(dstate), tl.trans(own_B))
-        # not a sum: Triton would chain the two products in one accumulator, which 3.6.0 miscompiles
+        # not a sum: Triton would chain the two products in one accumulator, which up to 3.8 it miscompiles on Blackwell
         dxs = tl.fma(after, tl.broadcast_to(to_end[None, :], after.shape), within) * steps[None, :]
         tl.store(arriving + j, tl.sum(after * tl.trans(xs).to(tl.float32), 0) * to_end)
         dCB += weights * dot(dys, tl.trans(xs)) * steps[None, :]

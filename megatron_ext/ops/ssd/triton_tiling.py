@@ -12,6 +12,11 @@ from megatron_ext.ops.triton_tiles import cdiv, tile_side
 CHUNK = 128
 # Programs that keep every multiprocessor of a large GPU busy, with some to spare.
 MANY_PROGRAMS = 512
+# Programs that walk the sequence which such a GPU holds at a time: two on each multiprocessor.
+WALKERS = 256
+# Passes over the states are two where there are this many runs of this many chunks, or more: x and B are read twice,
+# and each pass takes the time of a run.
+LEAST_RUNS, LEAST_RUN = 4, 4
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,12 @@ class ScanTiling:
         """Channels of a program that walks the sequence: half of a head's where whole heads are too few programs."""
         whole = tile_side(self.channels)
         return whole if self.batch * self.heads >= MANY_PROGRAMS or whole < 64 else whole // 2
+
+    def run(self) -> int:
+        """Chunks that a program which walks the sequence takes: all, or fewer where that makes too few programs."""
+        programs = self.batch * self.heads * cdiv(self.channels, self.channel_block())
+        runs = min(WALKERS // programs, self.chunks // LEAST_RUN)
+        return self.chunks if runs < LEAST_RUNS else cdiv(self.chunks, runs)
 
     def heads_per_program(self) -> int:
         """Heads of a program of the forward scan: all of a group, or fewer where that makes too few programs."""

@@ -30,6 +30,9 @@ def test_kernels_compile_for_hopper() -> None:
     for name, found in kernels.items():
         assert found["shared_bytes"] <= MIN_SHARED_MEMORY, found
         assert (found["matrix_instructions"] > 0) == (name in PRODUCTS), found
+        # ptxas before 13.3 overwrites registers that a Hopper matrix unit has not read yet, and Triton has been wrong
+        # about operands that it transposes on their way to shared memory.
+        assert found["operands_in_registers"] == found["copied_transposes"] == 0, found
         # The fused backward trades some spilling, to L1, for twice the tokens in a chunk; nothing else may spill.
         assert found["spilled_bytes"] <= (768 if name == "scan_backward_kernel" else 64), found
     # The token, three inputs, three gradients and five sums go from one token to the next. Where two of the gradients

@@ -11,6 +11,7 @@ from megatron_ext.ops import mamba_ssm_api
 from megatron_ext.ops.dispatch import set_backend
 from megatron_ext.ops.mamba_mixer import naive
 from megatron_ext.ops.mamba_mixer.triton import conv_scan_norm
+from megatron_ext.ops.ssd.triton_tiling import ScanTiling
 
 pytestmark = pytest.mark.triton
 by_definition = partial(naive.conv_scan_norm, projection=PROJECTION)
@@ -38,6 +39,14 @@ def test_mixer_of_several_rows() -> None:
         partial(by_definition, norm_before_gate=False),
         leaves(7, batch=2, normed=True, biased=False),
         1e-5,
+    )
+
+
+def test_mixer_with_runs_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate in the scan, whose gradients one of two passes over the states makes."""
+    monkeypatch.setattr(ScanTiling, "run", lambda self: 1)
+    compare(
+        partial(conv_scan_norm, projection=PROJECTION, chunk_size=16), by_definition, leaves(39, initial=True), 2e-5
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_ext.errors import ConfigError
 from megatron_ext.ops.ssd import cpu, naive
 from megatron_ext.ops.ssd import triton as scan
+from megatron_ext.ops.ssd.triton_tiling import ScanTiling, scan_tiling
 
 pytestmark = pytest.mark.triton
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,12 +59,17 @@ LARGE = [
     Case("wide", 300, None, (100,), {"batch": 1, "heads": 4, "channels": 64, "groups": 2, "state": 256}),
     Case("odd", 333, None, (), {"batch": 3, "heads": 6, "channels": 48, "groups": 2, "state": 80}),
 ]
+RUNS = [
+    Case("documents", 119, ends=(5, 16, 17, 33, 64, 70, 96), sizes={"batch": 1, "heads": 2, "groups": 1}),
+    Case("one document", 81, sizes={"batch": 2, "heads": 2, "decay": 1e-3}),
+    Case("from nothing", 50, sizes={"batch": 1, "heads": 1, "groups": 1}, absent=("initial_states",)),
+]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
 def exact(case: Case, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """By the recurrence; for large cases by plain torch's scan in float64, which its tests hold against it."""
-    if case in SMALL:
+    if case in SMALL + RUNS:
         return results(naive.ssd, given, torch.float64, **case.documents("cpu"))
     return results(cpu.ssd, given, torch.float64, device=DEVICE, **case.documents(DEVICE))
 
@@ -82,6 +88,31 @@ def check(case: Case, dtype: torch.dtype) -> None:
 def test_agrees_with_the_recurrence(case: Case) -> None:
     """Odd lengths, groups, documents, states, with and without D: y, the final state and every gradient."""
     check(case, torch.float32)
+
+
+@pytest.mark.parametrize("run", [1, 2, 3])
+@pytest.mark.parametrize("case", RUNS, ids=lambda case: case.name)
+def test_runs_of_chunks_in_two_passes(case: Case, run: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """States are the same wherever a program of their own begins; documents end on its borders and within it."""
+    more = case.documents(DEVICE) | {"chunk_size": 16}
+    at_once = results(scan.ssd, case.given(), torch.float32, device=DEVICE, **more)
+    monkeypatch.setattr(ScanTiling, "run", lambda self: run)
+    in_runs = results(scan.ssd, case.given(), torch.float32, device=DEVICE, **more)
+    assert_agree(in_runs, exact(case, case.given()), 2e-5)
+    assert_agree(in_runs, at_once, 5e-6)
+
+
+def test_how_many_runs() -> None:
+    """Two passes only where one has too few programs, and the chunks of a run make up for reading twice."""
+
+    def run(batch: int, length: int, heads: int) -> int:
+        x = torch.empty(batch, length, heads, 64, dtype=torch.bfloat16, device="meta")
+        return scan_tiling(x, torch.empty(batch, length, 1, 128, device="meta"), None).run()
+
+    assert run(1, 4096, 128) == run(2, 4096, 64) == 4096 // 128
+    assert run(1, 4096, 16) == 4  # 32 programs become 256
+    assert run(1, 131_072, 4) == 32  # 8 programs of 1,024 chunks become 256 of 32
+    assert run(1, 1024, 4) == 1024 // 128  # too short
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -26,7 +26,13 @@ KERNELS: dict[str, Any] = {
     "states_backward": backward_kernels.states_backward_kernel,
     "scan_backward": backward_kernels.scan_backward_kernel,
 }
-CONFIGURATIONS = [(name, i) for name, kernel in KERNELS.items() for i in range(len(kernel.configs))]
+# By kernel, number, and chunks of a run in two passes over the states (None: one pass), which the scans do not know of.
+CONFIGURATIONS = [
+    (name, i, run)
+    for name, kernel in KERNELS.items()
+    for i in range(len(kernel.configs))
+    for run in ((None, 2) if name.startswith("states") else (None,))
+]
 # Relative to the largest entry of each result.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 BATCH, LENGTH, HEADS, CHANNELS, GROUPS, STATE = 2, 333, 8, 64, 2, 128
@@ -85,8 +91,10 @@ def by_the_kernels(dtype: torch.dtype, gated: bool) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("gated", [False, True], ids=["bare", "gated documents"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize(("name", "index"), CONFIGURATIONS, ids=lambda part: str(part))
-def test_configuration(name: str, index: int, dtype: torch.dtype, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "index", "run"), CONFIGURATIONS, ids=str)
+def test_configuration(
+    name: str, index: int, run: int | None, dtype: torch.dtype, gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One kernel pinned to one configuration, the others to their first: results and all gradients.
 
     Bare with few programs, in which a head is halved; with all else in as few programs as there can be.
@@ -96,6 +104,7 @@ def test_configuration(name: str, index: int, dtype: torch.dtype, gated: bool, m
     for each, kernel in KERNELS.items():
         monkeypatch.setattr(kernel, "configs", [kernel.configs[index if each == name else 0]])
     monkeypatch.setattr(triton_tiling, "MANY_PROGRAMS", 1 if gated else 512)
+    monkeypatch.setattr(triton_tiling.ScanTiling, "run", lambda self: run or self.chunks)
     pinned = KERNELS[name].configs[0]
     try:
         got = by_the_kernels(dtype, gated)
