@@ -15,7 +15,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     path = tmp_path_factory.mktemp("workspace")
     library = Path(json.__file__).parents[1]
     inputs = [str(library / name) for name in ("argparse.py", "ast.py", "typing.py", "json", "email", "asyncio")]
-    command = [str(Path(sys.executable).parent / "megatron-ext"), "data", "--out", "data", "--vocab-size", "512"]
+    command = [sys.executable, "-m", "megatron_ext", "data", "--out", "data", "--vocab-size", "512"]
     subprocess.run([*command, "--input", *inputs], cwd=path, check=True, capture_output=True)
     flags = [
         "--data-path", "data/text_document", "--tokenizer-type", "HuggingFaceTokenizer",

@@ -49,6 +49,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "benchmarks": ("unit/test_*_page.py", "functional/test_benchmarks.py"),
     "docs": ("unit/test_pages.py", "functional/test_docs.py", "functional/test_documented_commands.py"),
     "examples": ("functional/test_examples.py", "functional/test_recipes.py"),
+    "gpu": ("functional/test_gpu.py",),
     "tests": ("unit/test_fork_server.py", "unit/test_names.py", "unit/test_rooms.py"),
 }  # fmt: skip
 
