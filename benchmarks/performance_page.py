@@ -2,7 +2,8 @@
 
     python benchmarks/performance_page.py
 
-A benchmark whose file is missing has not been run, and its row says so. The text around the table is left alone.
+A benchmark whose file is missing has not been run, and its row says so; what a file lacks, or has an error in place of,
+was not measured, and its row says why. The text around the table is left alone.
 """
 
 import json
@@ -15,6 +16,10 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- from benchmarks/results, by benchmarks/performance_page.py -->", "<!-- end -->"
 UNKNOWN = "not measured"
+
+
+WIDEST = 160  # letters of a reason
+Value = Callable[[Any], str]
 
 
 @dataclass(frozen=True)
@@ -32,44 +37,72 @@ class Row:
     what: str
     script: str
     result: str
-    value: Callable[[dict[str, Any]], str]
+    value: Value
     bar: str = ""
 
 
-def _over(case: str) -> Callable[[dict[str, Any]], str]:
-    return lambda found: f"{found['cases'][case]['ours_over_this']:.2f}x"
+class MissingError(Exception):
+    """A file does not have a figure; the message says why."""
 
 
-def _memory(found: dict[str, Any]) -> str:
-    cases = found["cases"]
-    return f"{cases['megatron_ext']['peak_mb'] / cases['transformers, chunk 256']['peak_mb']:.2f}x"
+def _at(found: Any, *path: str) -> Any:
+    """What lies there in a result.
+
+    Raises:
+        MissingError: Nothing, or an error in its place.
+    """
+    for key in path:
+        if not isinstance(found, dict) or key not in found:
+            why = found.get("missing", {}) if isinstance(found, dict) else {}
+            raise MissingError(_error(found) or (why.get(key) if isinstance(why, dict) else "") or f"no {key}")
+        found = found[key]
+    if why := _error(found):
+        raise MissingError(why)
+    if found is None:
+        raise MissingError(f"no {path[-1]}")
+    return found
 
 
-def _ssm_gpu(found: dict[str, Any]) -> str:
-    cases = found["cases"]
-    if "mamba_ssm" not in cases or "triton" not in cases:
-        return UNKNOWN
-    return f"{cases['mamba_ssm']['step_seconds'] / cases['triton']['step_seconds']:.2f}x"
+def _error(found: Any) -> str:
+    return str(found["error"]) if isinstance(found, dict) and "error" in found else ""
 
 
-def _ssm_gpu_errors(found: dict[str, Any]) -> str:
-    cases = found["cases"]
-    if "mamba_ssm" not in cases or "triton" not in cases:
-        return UNKNOWN
-    ours, theirs = cases["triton"]["errors"], cases["mamba_ssm"]["errors"]
+def _over(case: str) -> Value:
+    return lambda found: f"{_at(found, 'cases', case, 'ours_over_this'):.2f}x"
+
+
+def _memory(found: Any) -> str:
+    ours, theirs = (_at(found, "cases", name, "peak_mb") for name in ("megatron_ext", "transformers, chunk 256"))
+    return f"{ours / theirs:.2f}x"
+
+
+def _ssm_gpu(size: str) -> Value:
+    def value(found: Any) -> str:
+        given = _at(found, "sizes", size)
+        cases = {"missing": given.get("missing", {}), **_at(given, "cases")}
+        theirs, ours = (_at(cases, name, "step_seconds") for name in ("mamba_ssm", "triton"))
+        return f"{theirs / ours:.2f}x"
+
+    return value
+
+
+def _ssm_gpu_errors(found: Any) -> str:
+    given = _at(found, "sizes", "full")
+    cases = {"missing": given.get("missing", {}), **_at(given, "cases")}
+    theirs, ours = (_at(cases, name, "errors") for name in ("mamba_ssm", "triton"))
     return f"at most {max(ours[name] / theirs[name] for name in ours):.2f}x of theirs"
 
 
-def _decode(base: str) -> Callable[[dict[str, Any]], str]:
-    def value(found: dict[str, Any]) -> str:
-        ours, theirs = found["models"]["hybrid"], found["models"][base]
-        shared = sorted(set(ours) & set(theirs), key=int)
+def _decode(base: str) -> Value:
+    def value(found: Any) -> str:
+        ours, theirs = (_at(found, "models", name) for name in ("hybrid", base))
+        shared = sorted((key for key in set(ours) & set(theirs) if key.isdigit()), key=int)
         if not shared:
-            return UNKNOWN
+            raise MissingError("no context that both were measured at")
         longest = shared[-1]
 
         def ratio(key: str) -> float:
-            return ours[longest][key] / theirs[longest][key]
+            return _at(ours, longest, key) / _at(theirs, longest, key)
 
         measured, roofline = ratio("tokens_per_second"), ratio("roofline_tokens_per_second")
         return f"{measured:.1f}x at {int(longest):,} tokens (bytes allow {roofline:.1f}x)"
@@ -77,34 +110,73 @@ def _decode(base: str) -> Callable[[dict[str, Any]], str]:
     return value
 
 
-def _kd(key: str) -> Callable[[dict[str, Any]], str]:
-    return lambda found: f"{found['cases']['ours'][key] / found['cases']['plain'][key]:.2f}x"
+def _kd(key: str, base: str = "plain") -> Value:
+    """Ours is what the programs run; where it is said what compares the logits there, it is shown."""
+
+    def value(found: Any) -> str:
+        ours, theirs = (_at(found, "cases", name, key) for name in ("ours", base))
+        by = f" (`{found['compare']}`)" if found.get("compare") and found.get("device") != "CPU" else ""
+        return f"{ours / theirs:.2f}x{by}"
+
+    return value
 
 
-def _range(key: str) -> Callable[[dict[str, Any]], str]:
-    def value(found: dict[str, Any]) -> str:
-        ratios = [entry[key] for entry in found["results"]]
+def _kd_errors(found: Any) -> str:
+    ours, theirs = (_at(found, "cases", name, "errors") for name in ("ours", "plain"))
+    return f"at most {max(ours[key] / theirs[key] for key in ours):.2f}x ({max(ours.values()):.1e})"
+
+
+def _range(key: str) -> Value:
+    def value(found: Any) -> str:
+        ratios = [_at(entry, key) for entry in _at(found, "results")]
         return f"{min(ratios):.2f}x to {max(ratios):.2f}x"
 
     return value
 
 
-def _pretrain(model: str) -> Callable[[dict[str, Any]], str]:
-    def value(found: dict[str, Any]) -> str:
-        own = found["models"][model]
-        return f"{own['ratio']:.2f}x" if "ratio" in own else f"{UNKNOWN}: {own['peer_missing']}"
+def _pretrain(model: str) -> Value:
+    def value(found: Any) -> str:
+        own = _at(found, "models", model)
+        if own.get("ratio") is None:
+            raise MissingError(own.get("peer_missing") or _error(own.get("peer")) or "no ratio")
+        return f"{own['ratio']:.2f}x"
 
     return value
 
 
-def _estimated(found: dict[str, Any]) -> str:
-    return f"{min(found['ratios'].values()):.2f}x to {max(found['ratios'].values()):.2f}x"
+def _mfu(model: str) -> Value:
+    def value(found: Any) -> str:
+        own = _at(found, "models", model)
+        return f"{_at(own, 'mfu'):.0%} ({_at(own, 'ours', 'tokens_per_second'):,.0f} tokens/s)"
+
+    return value
+
+
+def _estimated(found: Any) -> str:
+    ratios = _at(found, "ratios")
+    failed = [name for name, case in found.get("cases", {}).items() if _error(case)]
+    if not ratios:
+        raise MissingError(_error(found["cases"][failed[0]]) if failed else "no case")
+    more = f" (failed: {'; '.join(failed)})" if failed else ""
+    return f"{min(ratios.values()):.2f}x to {max(ratios.values()):.2f}x{more}"
+
+
+def _ratio(found: Any) -> str:
+    return f"{_at(found, 'ratio'):.2f}x"
 
 
 ROWS = [
-    Row("Mamba-2 mixer on a GPU: speed over mamba-ssm, forward + backward", "ssm_gpu.py", "ssm_gpu", _ssm_gpu, "1.3x"),
-    Row("the same: error of each gradient over mamba-ssm's", "ssm_gpu.py", "ssm_gpu", _ssm_gpu_errors, "1x"),
-    Row("the same with its norm: speed over mamba-ssm", "ssm_gpu.py --norm", "ssm_gpu_norm", _ssm_gpu),
+    Row("device copy on a GPU, bytes read and written", "gpu.py", "gpu_ceilings",
+        lambda found: f"{_at(found, 'copy_bytes_per_second') / 1e12:.2f} TB/s"),
+    Row("matrix product in bf16 on a GPU", "gpu.py", "gpu_ceilings",
+        lambda found: f"{_at(found, 'matmul_flops') / 1e12:,.0f} TFLOP/s"),
+    *(row for norm, flag, result in (("", "", "ssm_gpu"), (" with its norm", " --norm", "ssm_gpu_norm")) for row in (
+        Row(f"Mamba-2 mixer{norm} on a GPU: speed over mamba-ssm, forward + backward", f"ssm_gpu.py{flag}", result,
+            _ssm_gpu("full"), "" if norm else "1.3x"),
+        Row("the same, a rank's share at tensor parallel 8", f"ssm_gpu.py{flag}", result, _ssm_gpu("tp8")),
+        Row("the same, a rank's share of a context of 128K", f"ssm_gpu.py{flag}", result, _ssm_gpu("context")),
+        Row("the same: error of each gradient over mamba-ssm's", f"ssm_gpu.py{flag}", result, _ssm_gpu_errors, "1x"),
+    )),
     *(row for result in ("ssm_cpu", "ssm_cpu_xeon") for row in (
         Row("Mamba-2 mixer on a CPU: speed over transformers at its default chunk", "ssm_cpu.py", result,
             _over("transformers, chunk 256"), "5x"),
@@ -121,20 +193,26 @@ ROWS = [
         _decode("Transformer, grouped")),
     *(Row(f"pre-training a {model} model on a GPU: speed over plain Megatron-Core", "pretrain.py", "pretrain_cuda",
           _pretrain(model), "1x") for model in ("Transformer", "Mamba-2", "hybrid")),
+    *(Row(f"pre-training a {model} model on a GPU: share of 989 TFLOP/s", "pretrain.py", "pretrain_cuda", _mfu(model))
+      for model in ("Transformer", "Mamba-2", "hybrid")),
     *(Row(f"pre-training a {model} model on a CPU: speed over plain Megatron-Core", "pretrain.py", "pretrain_cpu",
           _pretrain(model), "1x") for model in ("Transformer", "Mamba-2", "hybrid")),
     Row("estimated memory over the measured peak on a GPU", "memory.py", "memory_cuda", _estimated, "0.9x to 1.1x"),
     Row("estimated memory over the measured peak on a CPU", "memory.py", "memory_cpu", _estimated, "0.9x to 1.1x"),
     Row("estimated time of a step, median error on a CPU", "scaling.py", "scaling",
-        lambda found: f"{found['median_error']:.0%} (largest {found['largest_error']:.0%})"),
+        lambda found: f"{_at(found, 'median_error'):.0%} (largest {_at(found, 'largest_error'):.0%})"),
     Row("distillation loss on a GPU: time over the plain method", "kd_loss.py", "kd_loss_cuda", _kd("seconds")),
     Row("the same: peak memory", "kd_loss.py", "kd_loss_cuda", _kd("peak_bytes")),
+    Row("the same: errors of the gradients, those of the plain method in bf16 as 1", "kd_loss.py", "kd_loss_cuda",
+        _kd_errors),
+    Row("the same: time over Liger-Kernel's", "kd_loss.py", "kd_loss_cuda", _kd("seconds", "liger")),
+    Row("the same: peak memory over Liger-Kernel's", "kd_loss.py", "kd_loss_cuda", _kd("peak_bytes", "liger")),
     Row("distillation loss on a CPU: time over the plain method", "kd_loss.py", "kd_loss_cpu", _kd("seconds")),
     Row("the same: peak memory", "kd_loss.py", "kd_loss_cpu", _kd("peak_bytes")),
     Row("distilling in a pipeline: a step over the student's and the teacher's forward", "distillation_pipeline.py",
-        "distillation_pipeline", lambda found: f"{found['ratio']:.2f}x"),
-    Row("calibration pass: time over a plain forward pass", "calibration.py", "calibration",
-        lambda found: f"{found['ratio']:.2f}x"),
+        "distillation_pipeline", _ratio),
+    Row("calibration pass on a GPU: time over a plain forward pass", "calibration.py", "calibration_cuda", _ratio),
+    Row("calibration pass on a CPU: time over a plain forward pass", "calibration.py", "calibration", _ratio),
     Row("applying a plan: time over `cp` of the bytes it reads", "apply.py", "apply", _range("ratio")),
     Row("converting a checkpoint: time over `cp`", "convert.py", "convert", _range("ratio")),
 ]  # fmt: skip
@@ -144,15 +222,33 @@ def table(results: Path = HERE / "results") -> str:
     """The table, from the files of this folder."""
     lines = ["| figure | measured | bar | where and when | benchmark |", "|---|---|---|---|---|"]
     for row in ROWS:
-        path = results / f"{row.result}.json"
-        value, where = UNKNOWN, ""
-        if path.exists():
-            found = json.loads(path.read_text())
-            value = row.value(found)
-            device = found.get("device", "CPU")
-            where = ", ".join([device if device not in ("CPU", "cpu") else found["machine"], found.get("date", "")])
-        lines.append(f"| {row.what} | {value} | {row.bar} | {where.rstrip(', ')} | `{row.script}` |")
+        value, where = shown(row, results / f"{row.result}.json")
+        lines.append(f"| {row.what} | {value} | {row.bar} | {where} | `{row.script}` |")
     return "\n".join(lines)
+
+
+def shown(row: Row, path: Path) -> tuple[str, str]:
+    """What the file says of a figure, or why it says nothing, and where and when it was measured."""
+    if not path.exists():
+        return UNKNOWN, ""
+    found: Any = {}
+    try:
+        found = json.loads(path.read_text())
+        value = row.value(found)
+    except (MissingError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        why = str(error) if isinstance(error, MissingError) else f"{path.name} cannot be read: {error}"
+        value = f"{UNKNOWN}: {_short(why)}"
+    if not isinstance(found, dict):
+        return value, ""
+    device = found.get("device", "CPU")
+    where = [device if device not in ("CPU", "cpu") else found.get("machine", ""), found.get("date", "")]
+    return value, ", ".join(part for part in where if part)
+
+
+def _short(why: str) -> str:
+    """On one line of a table."""
+    line = " ".join(why.replace("|", "/").split())
+    return line if len(line) <= WIDEST else line[: WIDEST - 3] + "..."
 
 
 def page(text: str, generated: str) -> str:
