@@ -1,11 +1,13 @@
 """Pre-training a Transformer, a Mamba-2 model and a hybrid: tokens/s, TFLOP/s and MFU beside plain Megatron-Core.
 
-    python benchmarks/pretrain.py [--steps 7] [--rounds 3]
+    python benchmarks/pretrain.py [--steps 7] [--rounds 3] [--models Transformer Mamba-2 hybrid]
 
-About 1B parameters on one GPU in bf16, tiny sizes on a CPU in fp32. Each run is a process of its own that trains
+1.2 to 1.5B parameters on one GPU in bf16, tiny sizes on a CPU in fp32. Each run is a process of its own that trains
 through `pretrain_hybrid.py`'s loop; ours and the peer take turns, and each figure is the median over the steps of all
-rounds after two of warm-up. The peer is Megatron-Core with its own kernels: on a GPU the same `HybridModel` on
-Transformer Engine and mamba-ssm; on a CPU, where Megatron's Mamba layer cannot run, a `GPTModel` of its local modules.
+rounds after two of warm-up. The peer is Megatron-Core with its own kernels: of a Transformer a `GPTModel` of its local
+modules; of a model with Mamba-2 layers the same `HybridModel` with mamba-ssm's kernels (`peers.py`), the other layers
+on whatever both find, Transformer Engine or plain torch. On a CPU Megatron's Mamba layer cannot run.
+Model FLOPs utilisation is against the 989 TFLOP/s that an H100 and an H200 have on paper.
 Writes results/pretrain_cpu.json or pretrain_cuda.json, and .md.
 """
 
@@ -30,6 +32,7 @@ from peak import PeakMeter
 from megatron_ext.platform.device import device_type
 
 WARM_UP = 2
+PAPER_FLOPS = 989e12  # of an H100 or H200, dense bf16
 DEVICE = device_type()
 PATTERNS = {
     "cpu": {"Transformer": "*-" * 4, "Mamba-2": "M" * 8, "hybrid": "M-M-*-M-"},
@@ -58,14 +61,11 @@ COMMON = [
 
 def peer_of(model: str) -> tuple[list[str], str]:
     """What the peer is started with, and why there is none."""
+    if model == "Transformer":
+        return ["--transformer-impl", "local"], ""
     if DEVICE == "cpu":
-        why = "" if model == "Transformer" else "Megatron-Core's Mamba layer needs mamba-ssm, which needs a GPU"
-        return ["--transformer-impl", "local"], why
-    absent = [
-        package
-        for package in ("transformer_engine", "mamba_ssm", "causal_conv1d")
-        if importlib.util.find_spec(package) is None
-    ]
+        return [], "Megatron-Core's Mamba layer needs mamba-ssm, which needs a GPU"
+    absent = [package for package in ("mamba_ssm", "causal_conv1d") if importlib.util.find_spec(package) is None]
     return ["--ext-ssm-backend", "mamba_ssm"], f"not installed: {', '.join(absent)}" if absent else ""
 
 
@@ -89,7 +89,7 @@ def child(out: Path, kind: str, meter: bool, flags: list[str]) -> None:
     from megatron_ext.training.step import language_modelling
 
     config = None
-    if kind == "peer" and DEVICE == "cpu":
+    if kind == "peer" and "--transformer-impl" in flags:
         own = to_args(started.architecture) | {"transformer_impl": "local"}
         args = Namespace(**vars(started.args) | own)
         set_args(args)
@@ -129,7 +129,7 @@ def child(out: Path, kind: str, meter: bool, flags: list[str]) -> None:
 
 def run_child(model: str, kind: str, steps: int, meter: bool = False) -> dict[str, Any]:
     """One run in a process of its own."""
-    more = peer_of(model)[0] if kind == "peer" else []
+    more = peer_of(model)[0] if kind == "peer" else ["--ext-ssm-backend", "torch" if DEVICE == "cpu" else "triton"]
     flags = [f"--hybrid-layer-pattern={PATTERNS[DEVICE][model]}", *SIZES[DEVICE], *COMMON, *more]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
@@ -138,7 +138,7 @@ def run_child(model: str, kind: str, steps: int, meter: bool = False) -> dict[st
         environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
-            raise SystemExit(done.stderr[-4000:])
+            raise RuntimeError(done.stderr[-4000:])
         return json.loads(out.read_text())
 
 
@@ -162,8 +162,14 @@ def measure(model: str, steps: int, rounds: int) -> dict[str, Any]:
     kinds = ["ours"] if missing else ["ours", "peer"]
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     for _ in range(rounds):
-        for kind in kinds:
-            runs[kind].append(run_child(model, kind, steps))
+        for kind in list(kinds):
+            try:
+                runs[kind].append(run_child(model, kind, steps))
+            except RuntimeError as error:
+                if kind == "ours":
+                    raise
+                missing = f"failed: {str(error)[-500:]}"
+                kinds.remove(kind)
     found: dict[str, Any] = {"pattern": PATTERNS[DEVICE][model], "peer_missing": missing}
     for kind in kinds:
         first = runs[kind][0]
@@ -172,6 +178,7 @@ def measure(model: str, steps: int, rounds: int) -> dict[str, Any]:
         found[kind] = {
             "model": first["model"], "step_seconds": step, "tokens_per_second": first["tokens"] / step,
             "tflops": first["tokens"] * first["flops_per_token"] / step / 1e12,
+            "mfu": first["tokens"] * first["flops_per_token"] / step / PAPER_FLOPS,
             "peak_bytes": first["peak_bytes"] or run_child(model, kind, 1, meter=True)["peak_bytes"],
         }  # fmt: skip
     if not missing:
@@ -187,32 +194,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--rounds", type=int, default=3)
-    sizes = parser.parse_args()
-    peak = peak_flops()
-    models = {model: measure(model, sizes.steps, sizes.rounds) for model in PATTERNS[DEVICE]}
+    parser.add_argument("--models", nargs="+", choices=list(PATTERNS[DEVICE]), default=list(PATTERNS[DEVICE]))
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    args = parser.parse_args()
+    peak, models = peak_flops(), {}
+    for model in args.models:
+        models[model] = measure(model, args.steps, args.rounds)
+        write(args, peak, models)  # after each, because the next one may not come
+
+
+def write(args: Namespace, peak: float, models: dict[str, dict[str, Any]]) -> None:
+    """Write what has been measured so far."""
     report = {
         "what": "pre-training: plain Megatron-Core's time of a step over ours",
         "ratios": {model: found.get("ratio") for model, found in models.items()},
         **machine.describe(),
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU",
         "peak_tflops": peak / 1e12,
-        "sizes": vars(sizes) | {"flags": SIZES[DEVICE]},
+        "sizes": {"steps": args.steps, "rounds": args.rounds, "flags": SIZES[DEVICE]},
         "models": models,
     }
-    lines = ["| | parameters | | tokens/s | TFLOP/s | of a matrix product's | peak MB | over the peer |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines = ["| | parameters | | tokens/s | TFLOP/s | of a matrix product's | MFU | peak MB | over the peer |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for model, found in models.items():
         for kind in ("ours", "peer"):
             if kind not in found:
-                lines.append(f"| {model} | | {kind} | not run: {found['peer_missing']} | | | | |")
+                lines.append(f"| {model} | | {kind} | not run: {found['peer_missing']} | | | | | |")
                 continue
             own = found[kind]
+            mfu = f"{own['mfu']:.1%}" if DEVICE == "cuda" else ""
             ratio = f"{found['ratio']:.2f}x" if kind == "ours" and "ratio" in found else ""
+            share = f"{own['tflops'] * 1e12 / peak:.0%} | {mfu}"
             lines.append(
                 f"| {model} | {found['parameters'] / 1e6:,.1f}M | {kind} | {own['tokens_per_second']:,.0f} | "
-                f"{own['tflops']:.3g} | {own['tflops'] * 1e12 / peak:.0%} | {own['peak_bytes'] / 1e6:,.0f} | {ratio} |"
+                f"{own['tflops']:.3g} | {share} | {own['peak_bytes'] / 1e6:,.0f} | {ratio} |"
             )
-    machine.write(report, f"pretrain_{DEVICE}", "\n".join(lines))
+    machine.write(report, f"pretrain_{DEVICE}", "\n".join(lines), args.out)
 
 
 if __name__ == "__main__":
