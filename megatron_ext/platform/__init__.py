@@ -2,8 +2,8 @@
 
 On a CPU, torch looks like a machine with one GPU per rank (`torch_cuda`, `tensors`, `gloo`). Where Transformer Engine,
 Apex or mamba-ssm are not installed, plain torch stands under their names (`transformer_engine`, `fused_adam`,
-`state_space`). On a GPU with all of them installed only faults of megatron-core are mended (`wheel`, `mamba_decode`),
-and what a checkpoint's pickles may do is restricted (`loading`).
+`state_space`). On a GPU with all of them installed only faults of megatron-core are mended (`wheel`, `mamba_decode`,
+`attention_cache`), and what a checkpoint's pickles may do is restricted (`loading`).
 `replacements.table()` lists what is replaced and why.
 """
 
@@ -46,13 +46,22 @@ def install(kernels: state_space.Kernels, always: bool = False) -> None:
         torch_cuda.install()
         tensors.install()
         gloo.install()
-    from megatron_ext.platform import fused_adam, loading, mamba_decode, mamba_training, transformer_engine, wheel
+    from megatron_ext.platform import (
+        attention_cache,
+        fused_adam,
+        loading,
+        mamba_decode,
+        mamba_training,
+        transformer_engine,
+        wheel,
+    )
 
     ours = always or on_cpu or not state_space.available()
     if ours:
         state_space.install(kernels)
         mamba_training.install(kernels)
     mamba_decode.install(kernels if ours else None)
+    attention_cache.install()
     wheel.install()
     loading.install()
     transformer_engine.install()
