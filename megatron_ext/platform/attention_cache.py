@@ -36,4 +36,6 @@ def install() -> None:
             (query, key), rotary = map(rotated, (query, key), rotary), None
         return keep(self, context, query, key, value, rotary, *more, **named)
 
-    replace(attention, "_adjust_key_value_for_inference", adjust, "each key is rotated once, not at every token")
+    replace(
+        attention, "_adjust_key_value_for_inference", adjust, "each key is rotated once, when it is kept (everywhere)"
+    )

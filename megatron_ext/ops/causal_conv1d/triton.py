@@ -57,13 +57,14 @@ def backward(
     """Write the gradient of x into `dx`; return those of the past, the weight and the bias."""
     batch, length, d = x.shape
     width, runs = weight.shape[1], cdiv(length, RUN)
+    steps = 4 * cdiv(RUN + (3 if past is None else 6), 4)
     dpast = None if past is None else torch.empty_like(past)
     dweight = torch.empty(batch * runs, d, width, dtype=torch.float32, device=x.device)
     dbias = None if bias is None else torch.empty(batch * runs, d, dtype=torch.float32, device=x.device)
     triton_kernels.conv_backward_kernel[(cdiv(d, CHANNELS), runs, batch)](
         x, past, weight, bias, seq_idx, dy, dx, dpast, dweight, dbias,
         x.stride(0), x.stride(1), dy.stride(0), dy.stride(1), dx.stride(0), dx.stride(1), length,
-        D=d, WIDTH=width, SILU=silu, RUN=RUN, STEPS=RUN + (3 if past is None else 6), BLOCK=CHANNELS, num_warps=2,
+        D=d, WIDTH=width, SILU=silu, RUN=RUN, STEPS=steps, BLOCK=CHANNELS, num_warps=2,
     )  # fmt: skip
     return dpast, dweight.sum(0), None if dbias is None else dbias.sum(0)
 
