@@ -179,6 +179,10 @@ class PipelineRouting:
         """What a stage does in each micro-batch whose hidden states are of this type; made once."""
         return _plan(self, stage, dtype)
 
+    def width(self, stage: int, dtype: torch.dtype) -> int:
+        """Channels that this stage hands to the next."""
+        return sum(part.width for part in self.plan(stage, dtype).outgoing)
+
     def meeting(self, stage: int) -> list[int]:
         """Numbers of the pairs that meet on this stage."""
         return [i for i, pair in enumerate(self.pairs) if self._loss_stage(pair) == stage]

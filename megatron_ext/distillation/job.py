@@ -107,7 +107,7 @@ def distill(run: RunConfig, source: Teacher | Cache, apart: RankSplit | None = N
     from megatron_ext.data.batch import build_datasets, get_identified_batch
     from megatron_ext.distillation.setup import Setup
     from megatron_ext.distillation.teachers.correction import correct, corrected_first
-    from megatron_ext.platform.loop import before_saving, before_schedule
+    from megatron_ext.platform.loop import before_saving, before_schedule, pipeline_widths
     from megatron_ext.training import loop
     from megatron_ext.training.step import Task, forward_step
 
@@ -129,6 +129,7 @@ def distill(run: RunConfig, source: Teacher | Cache, apart: RankSplit | None = N
         return
     setup = Setup(run, source, options, apart)
     before_saving(setup.save)
+    pipeline_widths(setup.widths)
     if teacher_sizes(run, options) is not None:
         before_schedule(setup.before_schedule)
     weights = [(o.kd_weight, o.ce_weight) for o in (objective_at(options, source, share) for share in (0.0, 1.0))]

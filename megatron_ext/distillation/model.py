@@ -131,9 +131,11 @@ class DistillationModel(StudentWrapper):
         self._names = intermediate_layers.names(STUDENT, matching.route.points(self.stage, STUDENT))
         self._taps = HiddenStateRecorder(student, list(self._names))
         self._arrived: dict[str, Tensor] = {}
-        if student.pg_collection.pp.size() > 1:
-            # The stages tell each other the shapes, instead of taking the student's for granted.
-            self.config.variable_seq_lengths = True
+        # Megatron's schedule of virtual stages takes all of them to be as wide as the student. Where they are not, they
+        # tell each other the shapes, for which a GPU has to wait at each transfer; others are told (`Setup.widths`).
+        before_last, dtype = range(matching.route.stages - 1), self.config.pipeline_dtype
+        wider = any(matching.route.width(stage, dtype) != self.config.hidden_size for stage in before_last)
+        self.config.variable_seq_lengths = wider and student.vp_stage is not None
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take what the stage before handed on, (s, b, width of all parts); None on the first."""

@@ -61,6 +61,8 @@ class Setup:
         self._correction: CorrectedTeacher | None = None
         self._elsewhere: RemoteForward | None = None
         self._groups: Any = None
+        self._route: PipelineRouting | None = None
+        self._stages: list[int] = []
 
     def hook(self, students: list[HybridModel]) -> list[DistillationModel]:
         """A `pre_wrap_hook`: the student's chunks, each with its teacher.
@@ -79,8 +81,9 @@ class Setup:
             route, sides = self._from_elsewhere(students, self._source, grid)
         else:
             route, sides = self._from_beside(students, self._source, step)
-        stages, args = [stage_number(student) for student in students], run.args
-        self._projections = Projections(route, stages, args.seed, args.clip_grad, get_optimizer_param_scheduler)
+        args, self._route = run.args, route
+        self._stages = [stage_number(student) for student in students]
+        self._projections = Projections(route, self._stages, args.seed, args.clip_grad, get_optimizer_param_scheduler)
         if route.pairs and step is not None:
             self._resume(step)
         students[0].config.finalize_model_grads_func = self._finalize
@@ -134,6 +137,13 @@ class Setup:
             )
             sides.append(side)
         return route, sides
+
+    def widths(self) -> tuple[int, int] | None:
+        """Channels that arrive at this rank's pipeline stage and that leave it; None if there is nothing to be told."""
+        if self._route is None or self._route.stages == 1 or len(self._stages) > 1:
+            return None
+        (stage,), dtype = self._stages, self._run.args.params_dtype
+        return self._route.width(stage - 1, dtype) if stage else 0, self._route.width(stage, dtype)
 
     def before_schedule(self, data: Any, micro_batches: int, micro_batch_size: int) -> Any:
         """Let a teacher on another layout run ahead (see `platform.loop.before_schedule`)."""

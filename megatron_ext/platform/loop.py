@@ -1,6 +1,7 @@
 """The places of Megatron's loop that have no door: around its saves, before a step's micro-batches, around its data."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,38 @@ def before_schedule(action: Callable[[Any, int, int], Any]) -> None:
 
     reason = "a teacher on another layout runs before its student (distillation with one)"
     replace(training, "get_forward_backward_func", get_forward_backward_func, reason)
+
+
+def pipeline_widths(known: Callable[[], tuple[int, int] | None]) -> None:
+    """Let pipeline stages exchange tensors of other widths than the model's, of which both sides know.
+
+    Megatron's own way, `variable_seq_lengths`, has them tell each other the shapes at each transfer, and a GPU waits.
+
+    Args:
+        known: Asked before each step: channels that this rank's stage receives and sends, or None for the model's.
+    """
+    import megatron.training.training as training
+
+    choose: Any = training.get_forward_backward_func
+
+    def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
+        schedule = choose(*args, **kwargs)
+
+        def run(**rest: Any) -> Any:
+            widths = known()
+            if widths is not None:
+                rest["adjust_tensor_shapes_fn"] = partial(_widened, widths)
+            return schedule(**rest)
+
+        return run
+
+    reason = "pipeline stages hand on what a student learns from, too (distillation)"
+    replace(training, "get_forward_backward_func", get_forward_backward_func, reason)
+
+
+def _widened(widths: tuple[int, int], *shapes: list[tuple[int, int, int]]) -> tuple[list[tuple[int, int, int]], ...]:
+    """The shapes (s, b, h) that are received and sent, with other widths."""
+    return tuple([(s, b, width) for s, b, _ in each] for width, each in zip(widths, shapes, strict=True))
 
 
 def keep_random_state() -> None:
