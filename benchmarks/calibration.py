@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/calibration.py [--hidden 1024] [--out FOLDER]
 
-One process, a hybrid model with random weights, mock data. Passes with the hooks (all width scores and the three static
-depth scores) and without take turns; CPU times on a CPU, wall times on a GPU; the ratio is the median over the turns.
+One process, a hybrid model with random weights, mock data; on a GPU in bf16. Passes with the hooks (all width scores
+and the three static depth scores) and without take turns; CPU times on a CPU, wall times on a GPU; the ratio is the
+median over the turns.
 Writes calibration.json, on a GPU calibration_cuda.json, and prints one line.
 """
 
@@ -43,7 +44,7 @@ def main() -> None:
             "RMSNorm", "--swiglu", "--disable-bias-linear", "--position-embedding-type", "none",
             "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "32000",
             "--seq-length", str(sizes.tokens), "--max-position-embeddings", str(sizes.tokens),
-            "--micro-batch-size", "1", "--global-batch-size", "1",
+            "--micro-batch-size", "1", "--global-batch-size", "1", *(["--bf16"] if device_type() == "cuda" else []),
         ],
     )  # fmt: skip
     from megatron.core.utils import unwrap_model

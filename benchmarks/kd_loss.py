@@ -239,10 +239,13 @@ def main() -> None:
     args = parser.parse_args()
     names = args.cases or ["plain", "ours"]
     if DEVICE == "cuda" and not args.cases:
-        names += ["ours in torch"] + ["liger"] * (importlib.util.find_spec("liger_kernel") is not None)
+        names += ["ours in torch", "liger"]
+    absent = [name for name in names if name == "liger" and importlib.util.find_spec("liger_kernel") is None]
+    names = [name for name in names if name not in absent]
     size = args.tokens, args.vocabulary, args.hidden
     runs = measure_in_turns(names, size, args.processes, args.repeats)
     cases, large = {name: _case(runs[name]) for name in names}, {}
+    cases |= {name: {"error": "not installed: liger-kernel"} for name in absent}
     if DEVICE == "cpu":
         context = multiprocessing.get_context("spawn")
         large = {name: _attempt(context, measure_large, name, LARGE) for name in names}

@@ -1,20 +1,22 @@
 """The memory that `megatron-ext estimate` tells against the measured peak of a training step, on several layouts.
 
-    python benchmarks/memory.py [--tokens 512] [--hidden 256] [--cases NAME ...] [--jobs 1] [--out FOLDER]
+    python benchmarks/memory.py [--tokens 512] [--hidden 256] [--cases NAME ...] [--jobs N] [--out FOLDER]
 
 Each case is `pretrain_hybrid.py` or `distill_gpt.py` on one or two processes for three steps; the peak is that of the
 fullest rank: on a CPU the bytes of all live tensors (`peak.py`), exact and the same on every run; on a GPU
 `max_memory_allocated` of the last step, so that what Triton allocates to time its configurations is not in it. cuBLAS'
 workspace is (32 MiB on Hopper); it is named apart and left out of the ratio, for it does not grow with a model. Bytes
-do not depend on what else runs, so cases may run side by side. Writes memory_cpu.json or memory_cuda.json, and .md.
+do not depend on what else runs, so on a GPU cases run side by side (60 GB in all). Writes memory_cpu.json or
+memory_cuda.json, and .md, anew after each case.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 DEVICE = device_type()
 # On a GPU so large that what does not grow with the model is small beside it.
 HIDDEN, TOKENS = {"cpu": 256, "cuda": 2048}, {"cpu": 512, "cuda": 2048}
+BATCH, JOBS = {"cpu": (4, 8), "cuda": (2, 4)}[DEVICE], {"cpu": 1, "cuda": 6}[DEVICE]
 HEAD, MAMBA_HEAD, STATES, WORDS = {"cpu": (32, 32, 32, 4096), "cuda": (128, 64, 128, 32000)}[DEVICE]
 PATTERNS = {"Transformer": "*-*-*-*-", "Mamba-2": "MMMMMM", "hybrid": "M-M-*-M-"}
 RECOMPUTED = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
@@ -73,7 +76,8 @@ def flags_of(case: str, tokens: int, hidden: int, teacher: Path) -> list[str]:
         "--swiglu", "--disable-bias-linear", "--position-embedding-type", "rope",
         "--untie-embeddings-and-output-weights", "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size",
         str(WORDS - 1), "--seq-length", str(tokens), "--max-position-embeddings", str(tokens), "--micro-batch-size",
-        "4", "--global-batch-size", "8", "--train-iters", "3", "--lr", "1e-4", "--eval-iters", "0", *flags,
+        str(BATCH[0]), "--global-batch-size", str(BATCH[1]), "--train-iters", "3", "--lr", "1e-4", "--eval-iters", "0",
+        *flags,
     ]  # fmt: skip
 
 
@@ -177,19 +181,29 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=TOKENS[DEVICE])
     parser.add_argument("--hidden", type=int, default=HIDDEN[DEVICE])
     parser.add_argument("--cases", nargs="+", choices=CASES, help="by default all, or those of one GPU")
-    parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
+    parser.add_argument("--jobs", type=int, default=JOBS, help="cases at a time")
     parser.add_argument("--out", type=Path, help="folder of the results")
     args = parser.parse_args()
     names = args.cases or (ON_ONE_GPU if DEVICE == "cuda" else list(CASES))
+    found: dict[str, Any] = {}
     with ThreadPoolExecutor(args.jobs) as pool:
-        found = dict(zip(names, pool.map(lambda name: attempt(name, args.tokens, args.hidden), names), strict=True))
+        running = {pool.submit(attempt, name, args.tokens, args.hidden): name for name in names}
+        for done in as_completed(running):
+            found[running[done]] = done.result()
+            ordered = {name: found[name] for name in names if name in found}
+            with contextlib.nullcontext() if len(found) == len(names) else contextlib.redirect_stdout(None):
+                write(ordered, args)  # what there is, should the rest take too long
+
+
+def write(found: dict[str, Any], args: argparse.Namespace) -> None:
+    """The cases so far."""
     measured = {name: case for name, case in found.items() if "error" not in case}
     report = {
         "what": "estimated memory of a training step over the measured peak",
         "ratios": {name: case["ratio"] for name, case in measured.items()},
         **machine.describe(),
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU",
-        "sizes": {"tokens": args.tokens, "hidden": args.hidden},
+        "sizes": {"tokens": args.tokens, "hidden": args.hidden, "batch": BATCH},
         "cases": found,
     }
     lines = ["| | estimated, MB | measured, MB | of it cuBLAS' | ratio |", "|---|---|---|---|---|"]
