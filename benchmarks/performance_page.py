@@ -98,7 +98,9 @@ def _decode(base: str) -> Value:
         ours, theirs = (_at(found, "models", name) for name in ("hybrid", base))
         shared = sorted((key for key in set(ours) & set(theirs) if key.isdigit()), key=int)
         if not shared:
-            raise MissingError("no context that both were measured at")
+            missing = found.get("missing", {})
+            why = [missing[name] for name in ("hybrid", base) if name in missing]
+            raise MissingError(why[0] if why else "no context that both were measured at")
         longest = shared[-1]
 
         def ratio(key: str) -> float:
@@ -146,8 +148,8 @@ def _pretrain(model: str) -> Value:
 
 def _mfu(model: str) -> Value:
     def value(found: Any) -> str:
-        own = _at(found, "models", model)
-        return f"{_at(own, 'mfu'):.0%} ({_at(own, 'ours', 'tokens_per_second'):,.0f} tokens/s)"
+        own = _at(found, "models", model, "ours")
+        return f"{_at(own, 'mfu'):.1%} ({_at(own, 'tokens_per_second'):,.0f} tokens/s)"
 
     return value
 

@@ -31,7 +31,7 @@ COMPLETE: dict[str, Any] = {
     "ssm_gpu": {"sizes": dict.fromkeys(("full", "batch", "tp8", "context"), SIZE)},
     "ssm_gpu_norm": {"sizes": dict.fromkeys(("full", "batch", "tp8", "context"), SIZE)},
     "pretrain_cuda": {
-        "models": {key: {"ratio": 1.25, "mfu": 0.5, "ours": {"tokens_per_second": 6e4}} for key in MODELS}
+        "models": {key: {"ratio": 1.25, "ours": {"mfu": 0.5, "tokens_per_second": 6e4}} for key in MODELS}
     },
     "decode_cuda": {"models": dict.fromkeys(("hybrid", "Transformer, full heads", "Transformer, grouped"), CONTEXT)},
     "memory_cuda": {"ratios": {"a": 0.95, "b": 1.05}, "cases": {"a": {}, "b": {}, "c": {"error": "no memory"}}},
@@ -49,7 +49,14 @@ FAILED: dict[str, Any] = {
     "ssm_gpu": {"sizes": {"full": {"cases": {"triton": SPEED}, "missing": {"mamba_ssm": "not installed: mamba_ssm"}}}},
     "ssm_gpu_norm": {"error": "Traceback:\n| no device |"},
     "pretrain_cuda": {"models": {"Transformer": {"error": "it did not start"}, "Mamba-2": {"peer_missing": "no peer"}}},
-    "decode_cuda": {"models": {"hybrid": {"1024": {}}, "Transformer, full heads": {"2048": {}, "error": "late"}}},
+    "decode_cuda": {
+        "models": {
+            "hybrid": {"1024": {}},
+            "Transformer, full heads": {"2048": {}, "error": "late"},
+            "Transformer, grouped": {},
+        },
+        "missing": {"Transformer, grouped": "failed: it was killed"},
+    },
     "memory_cuda": {"ratios": {}, "cases": {"c": {"error": "no memory"}}},
     "kd_loss_cuda": {"cases": {"plain": {"error": "x" * 500}, "ours": {"seconds": 0.0}}},
     "calibration_cuda": [1.1],
@@ -78,7 +85,7 @@ def test_every_figure_of_a_gpu_is_shown(tmp_path: Path) -> None:
     assert {value for key, value in found.items() if key[1] not in COMPLETE} == {"not measured"}
     shown = list(measured.values())
     for expected in (
-        "4.30 TB/s", "790 TFLOP/s", "1.50x", "at most 1.00x of theirs", "1.25x", "50% (60,000 tokens/s)",
+        "4.30 TB/s", "790 TFLOP/s", "1.50x", "at most 1.00x of theirs", "1.25x", "50.0% (60,000 tokens/s)",
         "1.0x at 131,072 tokens (bytes allow 1.0x)", "0.95x to 1.05x (failed: c)", "0.50x (`loss_in_triton`)",
         "0.25x (`loss_in_triton`)", "at most 1.00x (1.0e-03)", "1.10x",
     ):  # fmt: skip
@@ -92,7 +99,7 @@ def test_what_failed_says_why(tmp_path: Path) -> None:
     shown = " ".join(found.values())
     for why in (
         "no copy_bytes_per_second", "out of memory", "not installed: mamba_ssm", "no tp8", "Traceback: / no device /",
-        "it did not start", "no peer", "no hybrid", "no memory", "x...", "no liger", "late",
+        "it did not start", "no peer", "no hybrid", "no memory", "failed: it was killed", "x...", "no liger", "late",
     ):  # fmt: skip
         assert f"not measured: {why}" in shown or why in shown, why
 
