@@ -77,7 +77,7 @@ def flags_of(case: str, tokens: int, hidden: int, teacher: Path) -> list[str]:
         "--untie-embeddings-and-output-weights", "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size",
         str(WORDS - 1), "--seq-length", str(tokens), "--max-position-embeddings", str(tokens), "--micro-batch-size",
         str(BATCH[0]), "--global-batch-size", str(BATCH[1]), "--train-iters", "3", "--lr", "1e-4", "--eval-iters", "0",
-        *flags,
+        *(["--ext-ssm-backend", "triton"] if DEVICE == "cuda" else []), *flags,
     ]  # fmt: skip
 
 

@@ -100,7 +100,7 @@ class Programs:
         data = [*self.workspace.data, *SHAPE] if trains else []
         program = command if command[0] == "-m" else [str(ROOT / command[0]), *command[1:]]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        environment |= {"MEGATRON_EXT_DEVICE": device} if device else {}
+        environment |= {"PYTHONPATH": path_of_ours()} | ({"MEGATRON_EXT_DEVICE": device} if device else {})
         begun = time.perf_counter()
         done = subprocess.run(
             [sys.executable, *program, *data], cwd=self.workspace.path, env=environment, capture_output=True, text=True
@@ -116,6 +116,12 @@ def programs(workspace: Workspace) -> Iterator[Programs]:
     (workspace.path / "text.py").write_text(source)
     with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as pool:
         yield Programs(workspace, pool)
+
+
+def path_of_ours() -> str:
+    """PYTHONPATH without the peers of `benchmarks/peers.py`, which would run in the place of the kernels to test."""
+    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join(e for e in entries if not Path(e, "mamba_ssm").is_dir() or Path(e, "megatron").is_dir())
 
 
 def losses(programs: Programs, run: str) -> list[float]:
