@@ -174,7 +174,7 @@ def get_identified_batch(data: Iterator[dict[str, Any]] | None, vp_stage: int | 
         own = torch.empty(args.micro_batch_size, 2, dtype=torch.int64)
         if sample is not None:
             own = hash_samples(sample["tokens"], sample["labels"])
-        own = own.cuda()
+        own = own.cuda(non_blocking=True)
         group: Any = mpu.get_tensor_model_parallel_group()
         torch.distributed.broadcast(own, mpu.get_tensor_model_parallel_src_rank(), group)
         batch["sample_id"] = own

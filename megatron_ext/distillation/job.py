@@ -142,6 +142,9 @@ def distill(run: RunConfig, source: Teacher | Cache, apart: RankSplit | None = N
         if end.code in (0, None):  # asked to stop, and has saved
             setup.close()
         raise
+    except RuntimeError:  # gradients that are not finite, which Megatron may find first
+        setup.check()
+        raise
     setup.close()
 
 

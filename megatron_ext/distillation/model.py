@@ -131,6 +131,7 @@ class DistillationModel(StudentWrapper):
         self._names = intermediate_layers.names(STUDENT, matching.route.points(self.stage, STUDENT))
         self._taps = HiddenStateRecorder(student, list(self._names))
         self._arrived: dict[str, Tensor] = {}
+        self._unchecked: list[tuple[Tensor, Tensor, Tensor]] = []  # of each micro-batch: finite, labels, sample_id
         # Megatron's schedule of virtual stages takes all of them to be as wide as the student. Where they are not, they
         # tell each other the shapes, for which a GPU has to wait at each transfer; others are told (`Setup.widths`).
         before_last, dtype = range(matching.route.stages - 1), self.config.pipeline_dtype
@@ -167,7 +168,7 @@ class DistillationModel(StudentWrapper):
             sample_id: Identities of the sequences (`sample_id.hash_samples`).
 
         Raises:
-            CheckpointError: The teacher's logits are not finite.
+            CheckpointError: The teacher's logits are not finite; in training `check` says so, at the end of a step.
             DataError: A sequence is not in the cache, or damaged.
         """
         inputs = (tokens, position_ids, attention_mask)
@@ -199,8 +200,9 @@ class DistillationModel(StudentWrapper):
         mask, transposed = loss_mask.T.contiguous(), labels.T.contiguous()
         target = self.teacher.target(found, sample_id, labels, objective.k)
         losses = distillation_losses(own, target, transposed, mask, objective, vocabulary)
-        if not losses.finite.all():
-            _refuse((~losses.finite).any(0), labels, sample_id)
+        self._unchecked.append((losses.finite.all(0), labels[:, :8], sample_id))
+        if not torch.is_grad_enabled():
+            self.check()
         total, parts = losses.total, {"lm loss": losses.ce, "kd loss": losses.kd}
         if self._matching.route.pairs:
             matched = self._matched(found)
@@ -219,6 +221,16 @@ class DistillationModel(StudentWrapper):
         if teachers is not None:
             total, parts = total + teachers.total, parts | teachers.parts
         return StepLosses(total, parts)
+
+    def check(self) -> None:
+        """Check that the teacher's logits were finite since the last call, once a step: a GPU is waited for.
+
+        Raises:
+            CheckpointError: They were not.
+        """
+        unchecked, self._unchecked = self._unchecked, []
+        if unchecked and not torch.cat([finite for finite, *_ in unchecked]).all():
+            _refuse(*next(each for each in unchecked if not each[0].all()))
 
     def _matched(self, found: dict[str, Tensor]) -> dict[str, Float[Tensor, "s b"]]:
         """The distance of every pair, whole in the sequence."""
@@ -239,10 +251,11 @@ def named(names: dict[LayerOutput, str], taken: dict[LayerOutput, Tensor], outpu
     return {names[point]: value for point, value in taken.items()} | {names[LAST]: output}
 
 
-def _refuse(wrong: Tensor, labels: Int[Tensor, "b s"], sample_id: Int[Tensor, "b 2"]) -> None:
+def _refuse(finite: Tensor, labels: Int[Tensor, "b s"], sample_id: Int[Tensor, "b 2"]) -> None:
+    wrong = ~finite
     names = ", ".join(to_hex(each) for each in sample_id[wrong])
     raise CheckpointError(
         f"the teacher's logits are not finite on {wrong.sum()} of {len(labels)} sequences of a micro-batch",
-        got=f"{names} whose labels begin with {labels[wrong][:, :8].tolist()}",
+        got=f"{names} whose labels begin with {labels[wrong].tolist()}",
         legal="a teacher whose weights and activations are finite on this data",
     )

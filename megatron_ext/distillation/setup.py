@@ -63,6 +63,7 @@ class Setup:
         self._groups: Any = None
         self._route: PipelineRouting | None = None
         self._stages: list[int] = []
+        self._models: list[DistillationModel] = []
 
     def hook(self, students: list[HybridModel]) -> list[DistillationModel]:
         """A `pre_wrap_hook`: the student's chunks, each with its teacher.
@@ -94,10 +95,11 @@ class Setup:
             self._projections,
             self._balance,
         )
-        return [
+        self._models = [
             DistillationModel(student, side, matching, self._objective, vocabulary_size())
             for student, side in zip(students, sides, strict=True)
         ]
+        return self._models
 
     def _from_cache(self, students: list[HybridModel], cache: Cache) -> tuple[PipelineRouting, Sequence[TeacherStage]]:
         width = students[0].config.hidden_size
@@ -150,6 +152,15 @@ class Setup:
         assert self._elsewhere is not None
         return self._elsewhere.before_schedule(data, micro_batches, micro_batch_size)
 
+    def check(self) -> None:
+        """Check that the teacher's logits were finite, before anything is made of the step.
+
+        Raises:
+            CheckpointError: They were not.
+        """
+        for model in self._models:
+            model.check()
+
     def close(self) -> None:
         """Let a teacher on ranks of its own end."""
         if self._elsewhere is not None:
@@ -183,6 +194,7 @@ class Setup:
 
     def _finalize(self, model: list[Any], num_tokens: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> None:
         """Megatron's `finalize_model_grads_func`: the end of a step's backward passes."""
+        self.check()
         own = None if num_tokens is None else num_tokens.clone()  # Megatron sums it in place
         finalize_model_grads(model, num_tokens, *args, **kwargs)
         flags = self._run.args

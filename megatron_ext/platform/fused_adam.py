@@ -69,7 +69,7 @@ class FusedAdam(torch.optim.Optimizer):
 
     def fused(self, group: dict[str, Any], params: Any, grads: Any, first: Any, second: Any) -> None:
         """Torch's own fused kernel, which reads and writes each float32 value once: 28 bytes a parameter, not 100."""
-        step = torch.tensor(float(group["step"]), device=params[0].device)
+        step = torch.full((), float(group["step"]), device=params[0].device)  # filled there: nothing is waited for
         (beta1, beta2), update = group["betas"], _T._fused_adamw_ if self.adam_w_mode else _T._fused_adam_
         update(
             params, grads, first, second, [], [step] * len(params), lr=group["lr"], beta1=beta1, beta2=beta2,

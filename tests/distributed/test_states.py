@@ -1,5 +1,6 @@
 """A student beside its teacher against both models' formulas in float64: losses, gradients, and whom these reach."""
 
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from random_models import random_weights
 from run_ranks import run_ranks
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.models.architecture import Architecture
@@ -33,15 +35,35 @@ TOKENS, LABELS = (torch.randint(64, (2, SEQUENCE), generator=DATA) for _ in rang
 MASK = torch.rand(2, SEQUENCE, generator=DATA)
 
 
-def measured(folder: str, distance: str) -> dict[str, Any]:
-    """What the product makes of a micro-batch."""
+class Waits(TorchDispatchMode):
+    """Where a value is asked for on the host, or a size that depends on values: on a GPU, both wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        by_mask = func.name().startswith("aten::index") and any(
+            isinstance(index, Tensor) and index.dtype == torch.bool
+            for each in args
+            if isinstance(each, list | tuple)
+            for index in each
+        )
+        if by_mask or func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            ours = [frame for frame in traceback.extract_stack() if "/megatron" in frame.filename]
+            self.found += [f"{func.name()} in {ours[-1]}"]
+        return func(*args, **(kwargs or {}))
+
+
+def model_of(folder: str, *more: str) -> tuple[Any, Any]:
+    """The student beside its teacher, and what is trained beside them."""
     from megatron_ext.distillation.job import JOB, check
     from megatron_ext.training.command_line import parse_command_line
 
     flags = ["--pretrained-checkpoint", f"{folder}/student", "--distill-teacher", f"{folder}/teacher", "--mock-data"]
     flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "63", "--seq-length", str(SEQUENCE), "--lr", "1e-3"]
     flags += ["--global-batch-size", "2", "--micro-batch-size", "2", "--train-iters", "2", "--distill-states", *PAIRS]
-    flags += ["--distill-states-loss", distance, "--distill-states-weight", str(WEIGHT)]
+    flags += more
     started = parse_command_line(JOB, flags)
     teacher: Any = check(started)
     from megatron.core.utils import unwrap_model
@@ -51,6 +73,26 @@ def measured(folder: str, distance: str) -> dict[str, Any]:
 
     setup = Setup(started, teacher, started.options["distill"])
     (model,) = setup.hook(unwrap_model(load_model(started)))
+    return model, setup
+
+
+def waits(folder: str, divergence: str) -> list[str]:
+    """Where a micro-batch of a training waits for a GPU, forward or backward."""
+    model, setup = model_of(folder, "--distill-loss", divergence, "--distill-top-k", "5")
+    ids = torch.zeros(2, 2, dtype=torch.long)
+    with Waits() as seen:
+        losses = model(TOKENS, torch.arange(SEQUENCE)[None], None, labels=LABELS, loss_mask=MASK, sample_id=ids)
+        losses.total.backward()
+    within = list(seen.found)
+    with seen:
+        setup.check()
+    assert len(seen.found) == len(within) + 1, "once a step"
+    return within
+
+
+def measured(folder: str, distance: str) -> dict[str, Any]:
+    """What the product makes of a micro-batch."""
+    model, setup = model_of(folder, "--distill-states-loss", distance, "--distill-states-weight", str(WEIGHT))
     inputs = (TOKENS, torch.arange(SEQUENCE)[None], None)
     ids = torch.zeros(2, 2, dtype=torch.long)
     losses = model(*inputs, labels=LABELS, loss_mask=MASK, sample_id=ids)
@@ -75,13 +117,26 @@ def states(arch: Architecture, weights: dict[str, Tensor], side: int) -> tuple[T
     return logits, found | {"final:final": final}
 
 
-@pytest.mark.parametrize("distance", ["mse", "cosine"])
-def test_losses_and_gradients(tmp_path: Path, distance: str) -> None:
+def written(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """A student and a teacher, and their weights."""
     weights = {"student": random_weights(STUDENT, 1), "teacher": random_weights(TEACHER, 2)}
     for (name, values), arch in zip(weights.items(), (STUDENT, TEACHER), strict=True):
-        with writing(tmp_path / name, arch) as writer:
+        with writing(folder / name, arch) as writer:
             for key, value in values.items():
                 writer.write(key, value.float())
+    return weights
+
+
+@pytest.mark.parametrize("divergence", ["forward-kl", "jsd", "cosine", "top-k"])
+def test_a_micro_batch_waits_for_nothing(tmp_path: Path, divergence: str) -> None:
+    written(tmp_path)
+    (found,) = run_ranks(waits, 1, str(tmp_path), divergence)
+    assert found == []
+
+
+@pytest.mark.parametrize("distance", ["mse", "cosine"])
+def test_losses_and_gradients(tmp_path: Path, distance: str) -> None:
+    weights = written(tmp_path)
     (got,) = run_ranks(measured, 1, str(tmp_path), distance)
 
     own = {key: value.float().double().requires_grad_() for key, value in weights["student"].items()}
