@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [--batch 1] [--contexts 1024 4096 16384 65536 131072] [--models hybrid Mamba-2]
 
-The product's own step is timed (`inference.generate.next_logits`, from token to logits) on models with random weights
+The product's own step is timed (`inference.cached`, from token to logits) on models with random weights
 and caches of the given length, which nothing has read before: what they hold does not change the time. The Transformer
 comes with full multi-head attention and with grouped query heads, because what a hybrid gains depends on which. Beside
 each figure stands the roofline: the bytes that `models/cost.py` counts, at the bandwidth of a copy measured in the same
@@ -37,7 +37,7 @@ PRESET = {
     "cpu": {"Transformer": "tiny-transformer", "hybrid": "tiny-hybrid", "Mamba-2": "tiny-mamba2"},
 }
 WIDTH = 1 if DEVICE == "cuda" else 2  # of BYTES, which are those of 16 bits
-WARM_UP, STEPS = 3, 12
+WARM_UP, STEPS = 4, 12
 FULL, GROUPED = "Transformer, full heads", "Transformer, grouped"
 
 
@@ -62,11 +62,10 @@ def child(out: Path, name: str, batch: int, contexts: list[int], room: int) -> N
         "--max-position-embeddings", str(longest), "--micro-batch-size", str(batch), "--global-batch-size", str(batch),
         *(["--bf16"] if DEVICE == "cuda" else []),
     ])  # fmt: skip
-    from megatron.core.inference.contexts import StaticInferenceContext
     from megatron.core.inference.utils import InferenceMode
     from megatron.core.utils import unwrap_model
 
-    from megatron_ext.inference.generate import next_logits
+    from megatron_ext.inference.cached import CachedModel
     from megatron_ext.inference.sharded import ShardedModel
     from megatron_ext.training.forward import load_model
 
@@ -78,19 +77,19 @@ def child(out: Path, name: str, batch: int, contexts: list[int], room: int) -> N
         for length in contexts:
             if WIDTH * cache_bytes(arch, Workload(batch, length)) > room - WIDTH * BYTES * arch.num_parameters():
                 continue
-            context = StaticInferenceContext(batch, length + WARM_UP + STEPS)
+            cached = CachedModel(model, batch, length + WARM_UP + STEPS)
             # The first token makes Mamba-2's states and the memory for keys and values.
-            next_logits(model, [context], tokens, 0, 1)
-            context.increment_sequence_len_offset(length - 1)
+            cached.next_logits(tokens, 0, 1)
+            cached.contexts[0].increment_sequence_len_offset(length - 1)
             seconds = []
             for position in range(length, length + WARM_UP + STEPS):
                 torch.cuda.synchronize()
                 begun = clock()
-                next_logits(model, [context], tokens, position, position + 1)
+                cached.next_logits(tokens, position, position + 1)
                 torch.cuda.synchronize()
                 seconds.append(clock() - begun)
             found["seconds"][str(length)] = statistics.median(seconds[WARM_UP:])
-            del context
+            del cached
             torch.cuda.empty_cache()
     out.write_text(json.dumps(found))
 

@@ -7,17 +7,15 @@ the shorter ones already get new ones. Nothing is padded, so no model needs a ma
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from megatron.core import parallel_state as mpu
-from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.utils import InferenceMode
 from torch import Tensor
 
 from megatron_ext.errors import ConfigError
+from megatron_ext.inference.cached import CachedModel
 from megatron_ext.inference.interrupt import Interrupted, exchange
 from megatron_ext.inference.request import Request, plan
 from megatron_ext.inference.sampling import Sampling, choose
@@ -77,15 +75,6 @@ def _check(model: ShardedModel, requests: Sequence[Request]) -> None:
             )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """A micro-batch in flight: its caches, and the tokens it goes through with next."""
-
-    context: StaticInferenceContext
-    tokens: Int[Tensor, "b s"]
-    positions: Int[Tensor, "b s"]
-
-
 @torch.no_grad()
 def _continue(
     model: ShardedModel, requests: Sequence[Request], chosen: list[int], sampling: Sampling
@@ -103,14 +92,14 @@ def _continue(
         tokens[row, : len(owner.prompt)] = torch.tensor(owner.prompt)
     tokens = tokens.to(device)
     draws = _draws(owners, chosen, sampling, end).to(device) if sampling.temperature else None
-    contexts = [StaticInferenceContext(rows, end) for _ in range(pieces)]
+    cached = CachedModel(model, rows, end, pieces)
     new: list[list[int]] = [[] for _ in owners]
     ended = [owner.ended([]) for owner in owners]
     position, start = shortest, 0
     with model.no_sequence_parallel(), InferenceMode.active(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         while position < end and not all(ended):
-            logits = next_logits(model, contexts, tokens, start, position)
+            logits = cached.next_logits(tokens, start, position)
             added = torch.zeros(len(owners), dtype=torch.int64, device=device)
             if logits is not None:
                 added = choose(logits, sampling, None if draws is None else draws[:, position])
@@ -124,29 +113,6 @@ def _continue(
             tokens[:, position] = added.to(device)
             start, position = position, position + 1
     return {i: new[row] for row, i in enumerate(chosen)}
-
-
-def next_logits(
-    model: ShardedModel, contexts: list[StaticInferenceContext], tokens: Int[Tensor, "n s"], start: int, stop: int
-) -> Float[Tensor, "n v"] | None:
-    """Send the tokens from `start` to `stop` through the model; the logits of the next on the last stage."""
-    rows = contexts[0].max_batch_size
-    positions = torch.arange(start, stop, device=tokens.device)[None].expand(rows, -1)
-    batches = [
-        _Batch(context, own[:, start:stop], positions)
-        for context, own in zip(contexts, tokens.split(rows), strict=True)
-    ]
-
-    def forward(chunk: Any, batch: _Batch) -> Tensor:
-        return chunk(
-            batch.tokens, batch.positions, None, inference_context=batch.context, runtime_gather_output=True
-        )  # fmt: skip
-
-    found = model.run(batches, (rows, stop - start), forward, lambda chunk, batch, logits: logits[:, -1].float())
-    for context in contexts:
-        context.increment_sequence_len_offset(stop - start)
-        context.enable_decode_mode()
-    return torch.cat(found)[:, : model.words] if found else None
 
 
 def _draws(owners: list[Request], chosen: list[int], sampling: Sampling, end: int) -> Float[Tensor, "n s"]:

@@ -5,14 +5,13 @@ import time
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
-from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.utils import InferenceMode
 
 from megatron_ext.errors import ConfigError
-from megatron_ext.inference.generate import next_logits
+from megatron_ext.inference.cached import CachedModel
 from megatron_ext.inference.sharded import ShardedModel
 
-WARM, STEPS = 2, 16  # tokens that are decoded before the clock runs, and while it does
+WARM, STEPS = 4, 16  # tokens that are decoded before the clock runs, and while it does
 
 
 @torch.no_grad()
@@ -39,16 +38,16 @@ def speed(model: ShardedModel, length: int, batch_size: int) -> dict[str, float]
     tokens = torch.randint(model.words, (rows * pieces, length + WARM + STEPS), generator=generator)
     tokens = tokens.to(torch.cuda.current_device())
     with model.no_sequence_parallel(), InferenceMode.active():
-        next_logits(model, [StaticInferenceContext(rows, length) for _ in range(pieces)], tokens, 0, length)
-        contexts = [StaticInferenceContext(rows, tokens.shape[1]) for _ in range(pieces)]
+        CachedModel(model, rows, length).next_logits(tokens, 0, length)
+        cached = CachedModel(model, rows, tokens.shape[1])
         began = _now()
-        next_logits(model, contexts, tokens, 0, length)
+        cached.next_logits(tokens, 0, length)
         prefill = _now() - began
         for position in range(length, length + WARM):
-            next_logits(model, contexts, tokens, position, position + 1)
+            cached.next_logits(tokens, position, position + 1)
         began = _now()
         for position in range(length + WARM, length + WARM + STEPS):
-            next_logits(model, contexts, tokens, position, position + 1)
+            cached.next_logits(tokens, position, position + 1)
         decode = _now() - began
     slowest = torch.tensor([prefill, decode], dtype=torch.float64, device=tokens.device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)

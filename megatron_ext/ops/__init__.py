@@ -1,8 +1,9 @@
-"""Operations of Mamba-2 layers, one folder each: its naive form, which says what is meant, beside every fast one.
+"""Operations of Mamba-2 layers and of generation, one folder each: a naive form that says what is meant, and fast ones.
 
     ssd/             the chunked state-space scan
     causal_conv1d/   the short causal convolution before it
     gated_norm/      the root-mean-square norm with a gate after it
+    cached_attention/  attention of one more token to a cache, for generation
     mamba_mixer/     all between a layer's two projections as one function: convolution, scan, norm and gate
 
 In each folder `naive.py` is the definition, `cpu.py` plain torch with a backward by hand, made for a CPU's cache and

@@ -3,13 +3,51 @@
 `Attention` keeps keys as they were before the rotary embedding and applies it to the whole cache at every step, which
 reads and writes several times what the step itself needs. A key's position never changes: it is rotated once, before
 it is kept.
+
+Its steps also depend on numbers of the host: where the token is kept, and how much of the cache is attended to. Under
+`kept_at` a tensor says both, so that a CUDA graph of one step serves for every one.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from megatron_ext.platform.replacements import replace
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where a step's token is kept.
+
+    Attributes:
+        position: The place in the cache, (1,) int64, on the device.
+        attend: Attention of (b, n, d) queries to caches (l, b, g, d) of keys and values up to that place.
+    """
+
+    position: Tensor
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor, float | None], Tensor]
+
+
+_kept: ContextVar[Kept | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def kept_at(kept: Kept) -> Iterator[None]:
+    """For steps of one token in static batches: the host's numbers do not count."""
+    token = _kept.set(kept)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def kept() -> Kept | None:
+    """Where the step's token is kept, if a tensor says it."""
+    return _kept.get()
 
 
 def install() -> None:
@@ -22,19 +60,27 @@ def install() -> None:
     def adjust(
         self: Any, context: Any, query: Tensor, key: Tensor, value: Tensor, rotary: Any, *more: Any, **named: Any
     ) -> tuple[Tensor, Tensor, Tensor, Any, Any, Any]:
-        if rotary is not None and context is not None and context.is_static_batching() and not self.config.flash_decode:
-            start = context.sequence_len_offset
+        if context is None or not context.is_static_batching() or self.config.flash_decode:
+            return keep(self, context, query, key, value, rotary, *more, **named)
+        place = kept()
+        start = context.sequence_len_offset
 
-            def rotated(t: Tensor, angles: Tensor | None) -> Tensor:
-                if angles is None:
-                    return t
-                return module.apply_rotary_pos_emb(
-                    t, angles[start : start + t.shape[0]], config=self.config, cp_group=self.pg_collection.cp,
-                    mscale=self._yarn_concentration_factor,
-                )  # fmt: skip
+        def rotated(t: Tensor, angles: Tensor | None) -> Tensor:
+            if angles is None:
+                return t
+            own = angles[start : start + t.shape[0]] if place is None else angles.index_select(0, place.position)
+            return module.apply_rotary_pos_emb(
+                t, own, config=self.config, cp_group=self.pg_collection.cp, mscale=self._yarn_concentration_factor
+            )
 
-            (query, key), rotary = map(rotated, (query, key), rotary), None
-        return keep(self, context, query, key, value, rotary, *more, **named)
+        if rotary is not None:
+            query, key = map(rotated, (query, key), rotary)
+        if place is None:
+            return keep(self, context, query, key, value, None, *more, **named)
+        keys, values = context.key_value_memory_dict[self.layer_number]
+        keys.index_copy_(0, place.position, key)
+        values.index_copy_(0, place.position, value)
+        return query, keys, values, None, module.AttnMaskType.no_mask, None
 
     replace(
         attention, "_adjust_key_value_for_inference", adjust, "each key is rotated once, when it is kept (everywhere)"

@@ -25,6 +25,7 @@ HYBRID = ["nemotron-h"]
 # Ranks, flags, and which models.
 LAYOUTS: dict[str, tuple[int, list[str], list[str]]] = {
     "alone": (1, [], list(MODELS)),
+    "graph": (1, [], list(MODELS)),  # its steps, told by tensors where they are; a CPU takes them one by one
     "tp2-sp": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"], list(MODELS)),
     "pp2": (2, ["--pipeline-model-parallel-size", "2"], list(MODELS)),
     "dp2": (2, [], ["llama3", "mamba2", *HYBRID]),
@@ -77,7 +78,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ex
     return path, {name: by_transformers(path / name) for name in MODELS}
 
 
-def on_ranks(folder: str, names: list[str], flags: list[str], port: int) -> dict[str, Any]:
+def on_ranks(folder: str, names: list[str], flags: list[str], port: int, graph: bool) -> dict[str, Any]:
     """What this rank gets of every model."""
     os.environ |= {"RANK": str(dist.get_rank()), "LOCAL_RANK": "0", "WORLD_SIZE": str(dist.get_world_size())}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -89,9 +90,12 @@ def on_ranks(folder: str, names: list[str], flags: list[str], port: int) -> dict
     started = prepare(paths[names[0]], None, flags)
     from megatron.core.utils import unwrap_model
 
+    from megatron_ext.inference import cached
     from megatron_ext.inference.sharded import ShardedModel
     from megatron_ext.training.forward import load_model, load_other
 
+    if graph:
+        cached.can_be_graphed = lambda model: True
     found = {}
     for name, path in paths.items():
         if name == names[0]:
@@ -152,7 +156,7 @@ def found(models: tuple[Path, dict[str, Expected]]) -> Callable[[str], list[dict
     def on(layout: str) -> list[dict[str, Any]]:
         if layout not in known:
             ranks, flags, names = LAYOUTS[layout]
-            known[layout] = run_ranks(on_ranks, ranks, str(models[0]), names, flags, free_port())
+            known[layout] = run_ranks(on_ranks, ranks, str(models[0]), names, flags, free_port(), layout == "graph")
         return known[layout]
 
     return on
