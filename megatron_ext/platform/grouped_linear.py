@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ext.platform import grouped_products
+
 
 class TorchGroupedLinear(torch.nn.Module):
     """One linear layer per local expert: parameters `weight0`, `weight1`, ... of (o, i) and `bias0`, ... of (o,).
@@ -75,6 +77,8 @@ class TorchGroupedLinear(torch.nn.Module):
         """Each expert's layer on its `m_splits[i]` rows of x (t, i): (t, o), and the biases that were not added."""
         weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
         biases = [getattr(self, f"bias{i}") for i in range(self.num_gemms)] if self.use_bias else None
+        if biases is None and grouped_products.together(x, weights):
+            return grouped_products.grouped_products(x, m_splits, weights), None
         added = biases if biases is not None and not self.skip_bias_add else [None] * self.num_gemms
         parts = zip(x.split(m_splits), weights, added, strict=True)
         return torch.cat([F.linear(*part) for part in parts]), biases if self.skip_bias_add else None

@@ -1,14 +1,20 @@
 """The experts' linear layers, forward and backward, against formulas written out here."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
+from megatron_ext.platform import grouped_products
 from megatron_ext.platform.grouped_linear import TorchColumnParallelGroupedLinear, TorchGroupedLinear
 
 
-def make_linear(monkeypatch: pytest.MonkeyPatch, *, bias: bool, skip_bias_add: bool = False) -> TorchGroupedLinear:
+def make_linear(
+    monkeypatch: pytest.MonkeyPatch, *, bias: bool, skip_bias_add: bool = False, sizes: tuple[int, int] = (5, 4)
+) -> TorchGroupedLinear:
     """Three experts from 5 to 4 features, in float64, with random biases."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
     config = SimpleNamespace(
@@ -16,7 +22,7 @@ def make_linear(monkeypatch: pytest.MonkeyPatch, *, bias: bool, skip_bias_add: b
         expert_tensor_parallel_size=1, tensor_model_parallel_size=1,
     )  # fmt: skip
     linear = TorchColumnParallelGroupedLinear(
-        3, 5, 4, config=config, init_method=torch.nn.init.normal_, bias=bias, skip_bias_add=skip_bias_add,
+        3, *sizes, config=config, init_method=torch.nn.init.normal_, bias=bias, skip_bias_add=skip_bias_add,
         is_expert=True, pg_collection=SimpleNamespace(expt_tp=None),
     )  # fmt: skip
     torch.manual_seed(1)
@@ -67,3 +73,59 @@ def test_a_checkpoint_has_a_state_per_expert_and_torch_one_per_module(monkeypatc
     other.load_state_dict(saved)
     assert torch.equal(other.get_parameter("weight1"), saved["weight1"])
     assert not any(parameter.allreduce for parameter in other.parameters())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("splits", [[2, 3, 1], [0, 6, 0], [0, 0, 5]])
+def test_one_operation_is_the_same_layer(monkeypatch: pytest.MonkeyPatch, splits: list[int]) -> None:
+    """Torch has it for a CPU as well, up to 32 bits."""
+    linear = make_linear(monkeypatch, bias=False, sizes=(8, 4)).float()
+    x, upstream = torch.randn(sum(splits), 8, requires_grad=True), torch.randn(1, 4).expand(sum(splits), 4)
+    found: list[list[torch.Tensor]] = []
+    operation, calls = F.grouped_mm, []
+    monkeypatch.setattr(F, "grouped_mm", lambda *args, **kwargs: calls.append(1) or operation(*args, **kwargs))
+    for together in (False, True):
+        monkeypatch.setattr(grouped_products, "together", lambda *_, together=together: together)
+        leaves = [x, *linear.parameters()]
+        out, biases = linear(x, splits)
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, upstream)])
+        assert biases is None
+        assert len(calls) == 2 * together
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, True),
+        ({"capability": (8, 0)}, False),  # torch itself goes through the experts
+        ({"device": "cpu"}, False),
+        ({"dtype": torch.float32}, False),
+        ({"features": 100}, False),
+        ({"tokens": 2**17}, False),  # each expert fills the GPU by itself
+    ],
+)
+def test_small_experts_go_together(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expected: bool) -> None:
+    of = {"capability": (9, 0), "device": "cuda", "dtype": torch.bfloat16, "features": 1024, "tokens": 4096} | changes
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: of["capability"])
+    kind: Any = {"device": of["device"], "dtype": of["dtype"]}
+    with FakeTensorMode():
+        x, weights = torch.empty(of["tokens"], 2048, **kind), [torch.empty(of["features"], 2048, **kind)] * 16
+        assert grouped_products.together(x, weights) == expected
+
+
+@pytest.mark.gpu
+def test_one_operation_on_a_gpu() -> None:
+    torch.manual_seed(1)
+    weights = [torch.randn(64, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(4)]
+    splits = [5, 0, 130, 9]
+    x = torch.randn(sum(splits), 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    upstream, leaves = torch.randn(len(x), 64, device="cuda", dtype=torch.bfloat16), [x, *weights]
+    out = grouped_products.grouped_products(x, splits, weights)
+    expected = torch.cat([F.linear(*pair) for pair in zip(x.split(splits), weights, strict=True)])
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+    pairs = zip(
+        torch.autograd.grad(out, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True
+    )
+    for own, theirs in pairs:
+        torch.testing.assert_close(own, theirs, rtol=2e-2, atol=2e-1)
