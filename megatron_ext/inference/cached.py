@@ -138,7 +138,8 @@ class Step:
         self._steps_to_graph = None
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # What other threads do, such as NCCL's watchdog, is no part of it.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._logits = self._forward()
         except RuntimeError as error:  # what a layer does that a graph may not
             logger.warning("generation without a CUDA graph, which could not be made: %s", error)
