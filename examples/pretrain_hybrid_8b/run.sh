@@ -43,7 +43,7 @@ flags=(
     --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0 --init-method-std 0.02
     # How it is spread over the GPUs; the result does not depend on it.
     --tensor-model-parallel-size "$TENSOR_PARALLEL" --pipeline-model-parallel-size "$PIPELINE_PARALLEL"
-    --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+    --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --cross-entropy-loss-fusion
     # The same directory twice: started again with the same command, the run goes on from its last step.
     --save "$SAVE" --load "$SAVE" --save-interval 1000 --exit-signal-handler
     --dist-ckpt-optim-fully-reshardable

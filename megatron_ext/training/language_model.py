@@ -54,6 +54,11 @@ class LayerPatternFamily(ModelFamily):
             named = "--preset NAME, --preset CHECKPOINT, or --hybrid-layer-pattern"
             raise ConfigError("no model given", got=empty, legal="--load CHECKPOINT" if loads else named)
         args.hybrid_layer_pattern = _pipeline(args.hybrid_layer_pattern, args.pipeline_model_parallel_size)
+        if args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == "native" and not args.bf16:
+            raise ConfigError(
+                "Megatron's fused cross entropy rounds the gradient of every logit to bfloat16",
+                got="--cross-entropy-loss-fusion without --bf16", legal="both of them, or neither",
+            )  # fmt: skip
         layers = len(parse_pattern(args.hybrid_layer_pattern).units)
         if args.num_layers not in (None, layers):
             raise ConfigError("--num-layers is not the pattern's", got=args.num_layers, legal=f"{layers}, or none")

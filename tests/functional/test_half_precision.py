@@ -56,6 +56,15 @@ def test_bfloat16_trains(workspace: Workspace, trained: str) -> None:
     assert losses[-1] < losses[0] - 0.05
 
 
+def test_a_fused_cross_entropy_is_the_same(workspace: Workspace, trained: str) -> None:
+    flags = [*MODEL, *workspace.data, *TRAIN, "--train-iters", "4", "--bf16", "--save", "fused", "--lr", "5e-3"]
+    more = ["--use-distributed-optimizer", "--cross-entropy-loss-fusion"]
+    workspace.run("pretrain_hybrid.py", *flags, *more, ranks=2)
+    for key in ("loss", "grad_norm"):
+        got, expected = ([step[key] for step in workspace.metrics(run)] for run in ("fused", trained))
+        assert got == pytest.approx(expected, rel=1e-3), key
+
+
 @pytest.mark.parametrize("name", [*WITH_STATES, *WITHOUT])
 def test_distillation_finds_what_it_finds_in_32_bits(
     workspace: Workspace, teacher: str, distilled: str, name: str

@@ -40,7 +40,8 @@ def recipe(workspace: Workspace, tmp_path: Path):
 
 def test_the_8b_hybrid_trains_and_goes_on(workspace: Workspace, recipe) -> None:
     program, flags = recipe("pretrain_hybrid_8b", SAVE="recipe-8b", TENSOR_PARALLEL="1", TRAIN_ITERS="4")
-    assert {"--bf16", "--overlap-grad-reduce", "--overlap-param-gather", "--use-distributed-optimizer"} <= set(flags)
+    overlapped = {"--overlap-grad-reduce", "--overlap-param-gather", "--use-distributed-optimizer"}
+    assert {"--bf16", "--cross-entropy-loss-fusion", *overlapped} <= set(flags)
     tiny = [*flags, *MODEL, *SIZES, *VOCABULARY, "--eval-iters", "1", "--lr-warmup-iters", "1"]
     workspace.run(program, *tiny, "--exit-interval", "2", ranks=2)
     assert layout.find(workspace.path / "recipe-8b").iteration == 2

@@ -86,6 +86,10 @@ def check_refusal(status: int, err: str, *messages: str) -> None:
             ["--position-embedding-type: learned positions are not supported", "legal: none, rope"],
         ),
         ([*OK, *MOCK, "--num-layers", "3"], ["--num-layers is not the pattern's", "legal: 12"]),
+        (
+            [*OK, *MOCK, "--cross-entropy-loss-fusion"],
+            ["rounds the gradient of every logit to bfloat16", "without --bf16"],
+        ),
         ([*OK, *MOCK, "--sft"], ["--sft would have no effect"]),
         ([*OK, *MOCK, "--load", "nowhere"], ["the checkpoint directory does not exist", "got:   nowhere"]),
         (
