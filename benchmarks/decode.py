@@ -60,7 +60,7 @@ def child(out: Path, name: str, batch: int, contexts: list[int], room: int) -> N
     started = parse_command_line(JOB, [
         "--preset", preset, "--num-query-groups", str(arch.num_query_groups), "--seq-length", "1024",
         "--max-position-embeddings", str(longest), "--micro-batch-size", str(batch), "--global-batch-size", str(batch),
-        *(["--bf16"] if DEVICE == "cuda" else []),
+        *(["--bf16", "--ext-ssm-backend", "triton"] if DEVICE == "cuda" else []),
     ])  # fmt: skip
     from megatron.core.inference.utils import InferenceMode
     from megatron.core.utils import unwrap_model
