@@ -43,8 +43,13 @@ class _NoDevice:
 
 def copied_transposes(ttgir: str) -> int:
     """Tiles that are transposed in registers and then written to shared memory, instead of read there the other way."""
-    transposed = re.findall(r"(%\S+) = tt\.trans ", ttgir)
-    return sum(len(re.findall(rf"ttg\.local_(?:alloc|store) {value}[ ,]", ttgir)) for value in transposed)
+    count, transposed = 0, set()
+    for line in ttgir.splitlines():
+        if defined := re.match(r"\s*(%\w+)(?::\d+)? = (\S+)", line):  # names are used again in other regions
+            (transposed.add if defined[2] == "tt.trans" else transposed.discard)(defined[1])
+        if written := re.search(r"ttg\.local_(?:alloc|store) (%\w+)", line):
+            count += written[1] in transposed
+    return count
 
 
 def _describe(name: str, kernel: Any) -> dict[str, Any]:

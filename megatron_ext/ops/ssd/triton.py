@@ -17,7 +17,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_ext.ops.ssd import triton_backward_kernels, triton_decay_kernels, triton_forward_kernels
+from megatron_ext.ops.ssd import (
+    triton_backward_kernels,
+    triton_decay_kernels,
+    triton_forward_kernels,
+    triton_state_kernels,
+)
 from megatron_ext.ops.ssd.step_sizes import NO_LIMIT
 from megatron_ext.ops.ssd.triton_tiling import ScanTiling, scan_tiling
 from megatron_ext.ops.triton_jit import packed
@@ -83,7 +88,7 @@ def forward(
     parts, runs = cdiv(t.channels, part), cdiv(t.chunks, run)
     own, kept = _between(t, runs, x.device)
     for measure in (True, False) if runs > 1 else (False,):
-        triton_forward_kernels.states_kernel[(parts * (runs - measure), t.heads, t.batch)](
+        triton_state_kernels.states_kernel[(parts * (runs - measure), t.heads, t.batch)](
             x, B, step, total, doc, initial, *((None, None) if measure else (states, final)), own, kept,
             x.stride(0), x.stride(1), B.stride(0), B.stride(1), t.length, t.chunks, run,
             **t.constants, BLOCK_P=part, BLOCK_N=tile_side(t.state), PARTS=parts, MEASURE=measure,
@@ -149,7 +154,7 @@ def backward(
     own, kept = _between(t, runs, x.device)
     for measure in (True, False) if runs > 1 else (False,):
         written = (None,) * 5 if measure else (dstates, dy, into.z, dinitial, carried)
-        triton_backward_kernels.states_backward_kernel[(parts * (runs - measure), t.heads, t.batch)](
+        triton_state_kernels.states_backward_kernel[(parts * (runs - measure), t.heads, t.batch)](
             C, dout, z, None if measure else y, saved.total, saved.doc, None if measure else saved.states, dfinal,
             *written, own, kept, C.stride(0), C.stride(1), dout.stride(0), dout.stride(1),
             *(z.stride()[:2] if z is not None else (0, 0)), *(into.z.stride()[:2] if into.z is not None else (0, 0)),

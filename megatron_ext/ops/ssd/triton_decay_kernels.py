@@ -69,7 +69,7 @@ def decay_backward_kernel(
     from t on, what these tokens get, less `step * source`, what they give to each other. `target` holds as well what
     the state before the chunk gives to them; to the state after it `step * arriving` is given by the tokens before t,
     and `carried` by the state before it. No term is a difference of the large sums over a whole sequence. `source`
-    comes in SOURCES parts, `carried` in CARRIERS.
+    comes in SOURCES parts, by blocks of tokens that are given to, which are not earlier ones; `carried` in CARRIERS.
     """
     chunk, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
     heads = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -80,7 +80,8 @@ def decay_backward_kernel(
     from_chunk = tl.zeros([BLOCK, CHUNK], tl.float32)
     for part in range(SOURCES):
         at_part = ((row * HEADS + heads[:, None]) * SOURCES + part) * padded + chunk * CHUNK + tokens[None, :]
-        from_chunk += tl.load(source + at_part, exists[:, None], 0.0)
+        written = exists[:, None] & (tokens[None, :] < (part + 1) * (CHUNK // SOURCES))
+        from_chunk += tl.load(source + at_part, written, 0.0)
     from_end = tl.load(arriving + at, exists[:, None], 0.0)
     within = tl.load(target + at, exists[:, None], 0.0) - steps * from_chunk
     leaving = steps * from_end

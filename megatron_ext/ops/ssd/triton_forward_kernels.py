@@ -1,16 +1,11 @@
-"""The scan forward in two kernels: states on their way through the sequence, then every chunk by itself.
+"""The scan forward of each chunk by itself, with the state before it, which `states_kernel` has left behind.
 
-`states_kernel` walks the chunks in order with the state in registers and leaves behind the state before each chunk;
-the published pipeline writes chunk states, reads them to pass them on, and writes them again. With too few heads and
-rows for the GPU it walks runs of chunks side by side, in two passes: x and B are read again, states are not. At 16
-heads and 4,096 tokens 32 programs of 32 chunks become 256 of 4 and 4, at 4 heads and 131,072 tokens 8 of 1,024 chunks
-256 of 32 and 32. `scan_kernel` multiplies C with B once for all heads of a group, keeps the product in registers, and
-gates y before it is written.
+`scan_kernel` multiplies C with B once for all heads of a group, keeps the product in registers, and gates y before it
+is written.
 
-Per token of a mixer of width 8192 (128 heads x 64, state 128, 8 groups, bf16, chunk 128): 35 KB and 52 KB to and from
-memory (84 with a gate, when y and the gated y are written). Compiled for Hopper `states_kernel` takes 167 registers a
-thread with 4 warps, `scan_kernel` 170 with 8: B C^T and the weights of a head are 128 x 64 float32 each, y and what it
-owes to the state 64 x 64.
+Per token of a mixer of width 8192 (128 heads x 64, state 128, 8 groups, bf16, chunk 128): 52 KB to and from memory (84
+with a gate, when y and the gated y are written). Compiled for Hopper it takes 160 to 174 registers a thread with 8
+warps: B C^T and the weights of a head are 128 x 64 float32 each, y and what it owes to the state 64 x 64.
 
 Where a row of tokens is addressed, the offset of its first token is 64 bits wide; within a chunk 32 bits do.
 """
@@ -18,102 +13,7 @@ Where a row of tokens is addressed, the offset of its first token is 64 bits wid
 import triton
 import triton.language as tl
 
-from megatron_ext.ops.triton_jit import PRUNE, configs, dot, sigmoid, times
-
-
-@triton.autotune(
-    configs=configs((4, 2), (4, 3), (8, 2)),
-    key=["HEADS", "GROUP", "P", "N", "CHUNK", "BLOCK_P", "BLOCK_N", "MEASURE"],
-    prune_configs_by=PRUNE,
-)
-@triton.jit
-def states_kernel(
-    x, B, step, total, doc, initial,
-    states, final, own, kept,
-    x_batch, x_token, B_batch, B_token,
-    length: "i32", chunks: "i32", run: "i32",
-    HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
-    MEASURE: tl.constexpr,
-):  # fmt: skip
-    """One program for some channels of one head of one row: the state (N, P) before each chunk, and the last one.
-
-    Where there are `own` states every `run` chunks have a program of their own, in two passes. The one that is to
-    MEASURE leaves in `own` what its chunks make of nothing (the first run: of the initial state), in `kept` how much of
-    a state outlives them. The other one begins with what the runs before it, thus described, come to.
-    """
-    head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    tokens, n = tl.arange(0, CHUNK), tl.arange(0, BLOCK_N)
-    p = tl.program_id(0) % PARTS * BLOCK_P + tl.arange(0, BLOCK_P)
-    in_n, in_p = n < N, p < P
-    in_state = in_n[:, None] & in_p[None, :]
-    x += row * x_batch + head * P
-    B += row * B_batch + head // GROUP * N
-    at_step = (row * HEADS + head) * CHUNK * chunks
-    step += at_step
-    total += at_step
-    at_state = n[:, None] * P + p[None, :]
-    outside = (row * HEADS + head) * N * P + p[None, :] * N + n[:, None]  # (b, h, p, n), as others keep it
-    state = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
-    steps, is_first, is_last = chunks, True, True
-    if own is not None:
-        place, runs = tl.program_id(0) // PARTS, (chunks + run - 1) // run
-        first = place * run
-        steps, is_first, is_last = tl.minimum(chunks - first, run), place == 0, place == runs - 1
-        start = (first * CHUNK).to(tl.int64)
-        x += start * x_token
-        B += start * B_token
-        step += start
-        total += start
-        length -= first * CHUNK
-        kept += (row * HEADS + head) * runs
-        own += (row * HEADS + head) * runs * N * P
-    if initial is not None:
-        state = tl.load(initial + outside, in_state & is_first, 0.0).to(tl.float32)
-    if doc is not None:
-        doc += row * CHUNK * chunks
-        if own is not None:
-            doc += start
-        before = tl.load(doc - tl.where(is_first, 0, 1))
-    if MEASURE:
-        remains = 1.0
-    else:
-        states += (row * chunks * HEADS + head) * N * P
-        if own is not None:
-            states += first.to(tl.int64) * HEADS * N * P
-            for earlier in range(times(place)):
-                state = state * tl.load(kept + earlier) + tl.load(own + earlier * N * P + at_state, in_state, 0.0)
-    for _ in range(times(steps)):
-        if not MEASURE:
-            tl.store(states + at_state, state.to(states.dtype.element_ty), in_state)
-        inside = tokens < length
-        sums, last = tl.load(total + tokens), tl.load(total + CHUNK - 1)
-        weight = tl.load(step + tokens) * tl.exp2(last - sums)
-        keep = tl.exp2(last)
-        if doc is not None:
-            last_doc = tl.load(doc + CHUNK - 1)
-            weight = tl.where(tl.load(doc + tokens) == last_doc, weight, 0.0)
-            keep = tl.where(before == last_doc, keep, 0.0)
-            before = last_doc
-            doc += CHUNK
-        xs = tl.load(x + tokens[:, None] * x_token + p[None, :], inside[:, None] & in_p[None, :], 0.0)
-        Bs = tl.load(B + tokens[:, None] * B_token + n[None, :], inside[:, None] & in_n[None, :], 0.0)
-        weighted = (xs * weight[:, None]).to(Bs.dtype)
-        state = state * keep + dot(tl.trans(Bs), weighted)
-        x += CHUNK * x_token
-        B += CHUNK * B_token
-        step += CHUNK
-        total += CHUNK
-        length -= CHUNK
-        if MEASURE:
-            remains *= keep
-        else:
-            states += HEADS * N * P
-    if MEASURE:
-        tl.store(own + place * N * P + at_state, state, in_state)
-        tl.store(kept + place, remains)
-    else:
-        tl.store(final + outside, state, in_state & is_last)
+from megatron_ext.ops.triton_jit import PRUNE, configs, dot, sigmoid
 
 
 @triton.autotune(

@@ -17,13 +17,14 @@ from megatron_ext.ops.ssd import cpu, triton_tiling
 from megatron_ext.ops.ssd import triton as scan
 from megatron_ext.ops.ssd import triton_backward_kernels as backward_kernels
 from megatron_ext.ops.ssd import triton_forward_kernels as forward_kernels
+from megatron_ext.ops.ssd import triton_state_kernels as state_kernels
 
 pytestmark = [pytest.mark.triton, pytest.mark.gpu]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS: dict[str, Any] = {
-    "states": forward_kernels.states_kernel,
+    "states": state_kernels.states_kernel,
     "scan": forward_kernels.scan_kernel,
-    "states_backward": backward_kernels.states_backward_kernel,
+    "states_backward": state_kernels.states_backward_kernel,
     "scan_backward": backward_kernels.scan_backward_kernel,
 }
 # By kernel, number, and chunks of a run in two passes over the states (None: one pass), which the scans do not know of.
