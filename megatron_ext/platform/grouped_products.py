@@ -20,7 +20,7 @@ FAST = (9, 10)
 def together(x: Tensor, weights: list[Tensor]) -> bool:
     """Whether the experts' products are better one operation here."""
     o, i = weights[0].shape
-    fits = x.is_cuda and x.dtype == weights[0].dtype == torch.bfloat16 and i % 8 == 0 == o % 8
+    fits = x.device.type == "cuda" and x.dtype == weights[0].dtype == torch.bfloat16 and i % 8 == 0 == o % 8
     if not fits or len(weights) == 1 or 2 * len(x) * o * i > SMALL * len(weights):
         return False
     return torch.cuda.get_device_capability(x.device)[0] in FAST
@@ -37,7 +37,7 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, splits, *weights):
         ends = torch.tensor(splits).cumsum(0, dtype=torch.int32)
-        if x.is_cuda:  # without waiting for the GPU
+        if x.device.type == "cuda":  # without waiting for the GPU
             ends = ends.pin_memory().to(x.device, non_blocking=True)
         ctx.save_for_backward(x, ends, *weights)
         ctx.splits = splits

@@ -70,7 +70,7 @@ def kernels(q: Tensor) -> AbstractContextManager[Any]:
     """
     from megatron.core.inference.utils import InferenceMode
 
-    return sdpa_kernel(UNPLANNED) if q.is_cuda and InferenceMode.is_active() else nullcontext()
+    return sdpa_kernel(UNPLANNED) if q.device.type == "cuda" and InferenceMode.is_active() else nullcontext()
 
 
 def shares_keys(q: Tensor) -> bool:
@@ -78,7 +78,7 @@ def shares_keys(q: Tensor) -> bool:
 
     In 32 bits the one that runs on a GPU (memory-efficient) does not, and torch would fall back to the plain formula.
     """
-    return not q.is_cuda or q.dtype in (torch.bfloat16, torch.float16)
+    return q.device.type != "cuda" or q.dtype in (torch.bfloat16, torch.float16)
 
 
 def groups_as_sequences(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

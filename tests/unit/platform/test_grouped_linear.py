@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses import FakeTensorMode
+from on_a_gpu import fake
 
 from megatron_ext.platform import grouped_products
 from megatron_ext.platform.grouped_linear import TorchColumnParallelGroupedLinear, TorchGroupedLinear
@@ -109,9 +109,8 @@ def test_small_experts_go_together(monkeypatch: pytest.MonkeyPatch, changes: dic
     of = {"capability": (9, 0), "device": "cuda", "dtype": torch.bfloat16, "features": 1024, "tokens": 4096} | changes
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: of["capability"])
     kind: Any = {"device": of["device"], "dtype": of["dtype"]}
-    with FakeTensorMode():
-        x, weights = torch.empty(of["tokens"], 2048, **kind), [torch.empty(of["features"], 2048, **kind)] * 16
-        assert grouped_products.together(x, weights) == expected
+    x, weights = fake(of["tokens"], 2048, **kind), [fake(of["features"], 2048, **kind)] * 16
+    assert grouped_products.together(x, weights) == expected
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses import FakeTensorMode
+from on_a_gpu import fake
 from torch.autograd import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -114,9 +114,8 @@ def recorded(monkeypatch):
 def test_on_a_gpu_32_bits_get_heads_that_a_kernel_takes(monkeypatch, dtype):
     """With tensors that only say they are there."""
     calls = recorded(monkeypatch)
-    with FakeTensorMode():
-        q, k, v = (torch.empty(64, 2, heads, 8, device="cuda", dtype=dtype) for heads in (4, 2, 2))
-        out = make_attention("causal")(q, k, v, None)
+    q, k, v = (fake(64, 2, heads, 8, dtype=dtype) for heads in (4, 2, 2))
+    out = make_attention("causal")(q, k, v, None)
     assert out.shape == (64, 2, 4 * 8)
     whole = dtype == torch.bfloat16
     keys = 64 * 2 * 2 * 8 * dtype.itemsize
@@ -128,11 +127,10 @@ def test_generating_on_a_gpu_plans_nothing(monkeypatch, device):
     from megatron.core.inference.utils import InferenceMode
 
     calls, attention = recorded(monkeypatch), make_attention("causal")
-    with FakeTensorMode():
-        q, k, v = (torch.empty(length, 2, 4, 8, device=device) for length in (1, 9, 9))
+    q, k, v = (fake(length, 2, 4, 8, device=device) for length in (1, 9, 9))
+    attention(q, k, v, None)
+    with InferenceMode.active():
         attention(q, k, v, None)
-        with InferenceMode.active():
-            attention(q, k, v, None)
     assert [call["planned"] for call in calls] == [True, device == "cpu"]
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
