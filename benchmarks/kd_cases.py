@@ -45,7 +45,8 @@ def liger(x: Tensor, w: Tensor, xt: Tensor, wt: Tensor) -> Tensor:
     """Liger-Kernel's, a mean over the tokens."""
     from liger_kernel.transformers import LigerFusedLinearJSD  # pyright: ignore[reportMissingImports]
 
-    return LigerFusedLinearJSD(jsd_beta=0.0, temperature=1.0)(x, w, xt, wt)
+    labels = torch.zeros(len(x), dtype=torch.long, device=x.device)  # none is ignored
+    return LigerFusedLinearJSD(jsd_beta=0.0, temperature=1.0)(x, w, xt, wt, labels)
 
 
 CASES: dict[str, Case] = {"plain": plain, "ours": ours(None), "ours in torch": ours(loss_in_torch), "liger": liger}

@@ -24,9 +24,12 @@ from megatron_ext.lm_head.divergences import TopK
 from megatron_ext.lm_head.objective import Objective
 from megatron_ext.lm_head.vocab_parallel import VocabParallel
 
-CHUNK = {"cpu": 2**26, "cuda": 13 * 2**25}
-"""Bytes of logits, of both models together, that are held at a time: 64 MB; 436 MB, 850 tokens of a vocabulary of 128K
-in 16 bits. For each chunk the gradient of the weights is read and written once."""
+CHUNK = {"cpu": 2**26, "cuda": 2**29}
+"""Bytes of logits, of both models together, that are held at a time: 64 MB; 512 MB, 1,024 tokens of a vocabulary of
+128K in 16 bits. For each chunk the gradient of the weights is read and written once."""
+
+TILE = {"cpu": 1, "cuda": 128}
+"""Tokens of a tile of a matrix product: a chunk that ends within one wastes the rest of it."""
 
 KEPT = {"cpu": 2**27, "cuda": 2**27}
 """Bytes of the weights' gradient in fp32 up to which it is kept from the forward to the backward pass."""
@@ -137,9 +140,13 @@ def _run(
 
 
 def _tokens_at_a_time(n: int, bytes_per_token: int, device: torch.device) -> int:
-    """Of chunks that are as even as possible, none with more logits than `CHUNK`."""
-    most = max(1, CHUNK[device.type] // bytes_per_token)
-    return -(-n // -(-n // most))
+    """Of chunks that are as even as possible, none with more logits than `CHUNK`, all but the last of whole tiles."""
+    most, tile = max(1, CHUNK[device.type] // bytes_per_token), TILE[device.type]
+    even = -(-n // -(-n // most))
+    whole = -(-even // tile) * tile
+    if whole <= most:
+        return min(n, whole)
+    return most // tile * tile or even
 
 
 def _add_product(total: Float[Tensor, "v h"], slope: Float[Tensor, "n v"], hidden: Float[Tensor, "n h"]) -> None:

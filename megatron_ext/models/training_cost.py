@@ -16,7 +16,7 @@ from megatron_ext.ops.ssd import triton_tiling
 
 # Bytes of both models' logits that the distillation loss holds at a time, and of the output weights' gradient up to
 # which it keeps that from the forward to the backward pass (`lm_head/fused_loss.py`).
-LOGITS_AT_A_TIME, LOGITS_IN_TORCH, GRADIENT_KEPT = 13 * 2**25, 2**26, 2**27
+LOGITS_AT_A_TIME, LOGITS_IN_TORCH, GRADIENT_KEPT = 2**29, 2**26, 2**27
 
 
 @dataclass(frozen=True)

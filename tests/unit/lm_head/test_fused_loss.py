@@ -79,3 +79,15 @@ def test_products_of_16_bits_are_added_in_fp32_on_a_gpu() -> None:
     total = torch.ones(64, 32, device="cuda")
     fused_loss._add_product(total, slope.cuda(), hidden.cuda())
     torch.testing.assert_close(total.cpu().double(), 1 + slope.double().T @ hidden.double(), rtol=1e-5, atol=1e-4)
+
+
+def test_chunks_are_of_whole_tiles_and_cover_all_tokens() -> None:
+    """Of 128 tokens on a GPU, within what may be held, and no larger than the batch."""
+    gpu, most = torch.device("cuda"), fused_loss.CHUNK["cuda"]
+    for n in (1, 100, 128, 8191, 8192, 50_000):
+        for held in (1, 90, 127, 128, 300, 1046, 70_000):
+            step = fused_loss._tokens_at_a_time(n, most // held, gpu)
+            assert 1 <= step <= min(n, held + 1)
+            assert step % 128 == 0 or step == n or held < 128
+            chunks = -(-n // step)
+            assert chunks <= -(-n // max(1, held // 128 * 128 or held))
