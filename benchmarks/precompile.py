@@ -1,6 +1,6 @@
 """Compile the kernels of ssm_gpu.py for an H100 or H200 on a machine without one, into Triton's cache.
 
-    TRITON_CACHE_DIR=DIR python benchmarks/precompile.py [--only ours] [--sizes full batch tp8 context pretrain]
+    TRITON_CACHE_DIR=DIR python benchmarks/precompile.py [--only ours] [--sizes full batch tp8 context pretrain tests]
 
 All configurations that would be timed, of ours and, where they are on the PYTHONPATH (`peers.py`), of mamba-ssm's:
 several minutes of one core that a rented GPU then does not wait for. Nothing is run. The cache is good for the same
@@ -20,8 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import autotuner, driver, jit
 
 HOPPER = GPUTarget("cuda", 90, 32)
-# Those that are timed, and the layer of the hybrid model that pretrain.py trains.
-ALL = SIZES | {"pretrain": Size(4, 4096, 64, 8)}
+# Those that are timed, the layer of the hybrid model that pretrain.py trains, and that of tests/functional/test_gpu.py.
+ALL = SIZES | {"pretrain": Size(4, 4096, 64, 8), "tests": Size(2, 256, 8, 2)}
 compiled: list[str] = []
 
 

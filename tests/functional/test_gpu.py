@@ -100,6 +100,7 @@ class Programs:
         data = [*self.workspace.data, *SHAPE] if trains else []
         program = command if command[0] == "-m" else [str(ROOT / command[0]), *command[1:]]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # by default as many as there are cores, for each program
         environment |= {"PYTHONPATH": path_of_ours()} | ({"MEGATRON_EXT_DEVICE": device} if device else {})
         begun = time.perf_counter()
         done = subprocess.run(
