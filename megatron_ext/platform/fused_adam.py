@@ -63,12 +63,15 @@ class FusedAdam(torch.optim.Optimizer):
         grads = [p.grad.float() for p in params]  # type: ignore[union-attr]
         first = [self.state[p]["exp_avg"] for p in params]
         second = [self.state[p]["exp_avg_sq"] for p in params]
-        one_kernel = group["bias_correction"] and all(p.is_cuda and p.dtype == torch.float32 for p in params)
+        one_kernel = group["bias_correction"] and all(p.dtype == torch.float32 for p in params)
         update = self.fused if one_kernel else self.unfused
         update(group, params, grads, first, second)
 
     def fused(self, group: dict[str, Any], params: Any, grads: Any, first: Any, second: Any) -> None:
-        """Torch's own fused kernel, which reads and writes each float32 value once: 28 bytes a parameter, not 100."""
+        """Torch's own fused kernel, which reads and writes each value in 32 bits once: 28 bytes a parameter, not 100.
+
+        There is one for a GPU and one for a CPU.
+        """
         step = torch.full((), float(group["step"]), device=params[0].device)  # filled there: nothing is waited for
         (beta1, beta2), update = group["betas"], _T._fused_adamw_ if self.adam_w_mode else _T._fused_adam_
         update(

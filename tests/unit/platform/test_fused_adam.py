@@ -37,7 +37,7 @@ def test_it_follows_torch(mode, reference, decay):
 
 @pytest.mark.parametrize("mode", [True, False])
 def test_one_kernel_is_the_same_update(mode, monkeypatch):
-    """What a GPU runs, by torch's kernel of that name for a CPU."""
+    """What runs in 32 bits: by torch's kernel for a CPU, which has the name of that for a GPU."""
 
     def in_float32(params):
         leaves = [p.clone().requires_grad_() for p in params]
@@ -47,7 +47,7 @@ def test_one_kernel_is_the_same_update(mode, monkeypatch):
     start = [torch.randn(7, 5), torch.randn(3)]
     results = []
     for update in (FusedAdam.unfused, FusedAdam.fused):
-        monkeypatch.setattr(FusedAdam, "unfused", update)
+        monkeypatch.setattr(FusedAdam, "fused", update)
         optimizer = in_float32(start)
         params = optimizer.param_groups[0]["params"]
         for _ in range(25):
@@ -107,3 +107,22 @@ def test_a_restored_state_goes_on_bit_for_bit():
     restored.load_state_dict(optimizer.state_dict())
     advance(restored, second, 3)
     assert torch.equal(straight, second)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "correction", "chosen"),
+    [
+        (torch.float32, True, "fused"),
+        (torch.float32, False, "unfused"),
+        (torch.bfloat16, True, "unfused"),
+        (torch.float64, True, "unfused"),
+    ],
+)
+def test_one_kernel_runs_what_it_can_express(monkeypatch, dtype, correction, chosen):
+    calls = []
+    for name in ("fused", "unfused"):
+        monkeypatch.setattr(FusedAdam, name, lambda *_, name=name: calls.append(name))
+    p = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+    p.grad = torch.ones_like(p)
+    FusedAdam([p], bias_correction=correction).step()
+    assert calls == [chosen]
