@@ -34,7 +34,7 @@ def test_kernels_compile_for_hopper() -> None:
         # about operands that it transposes on their way to shared memory.
         assert found["operands_in_registers"] == found["copied_transposes"] == 0, found
         # The fused backward trades some spilling, to L1, for twice the tokens in a chunk; nothing else may spill.
-        assert found["spilled_bytes"] <= (768 if name == "scan_backward_kernel" else 64), found
+        assert found["spilled_bytes"] <= (384 if name == "scan_backward_kernel" else 64), found
     # The token, three inputs, three gradients and five sums go from one token to the next. Where two of the gradients
     # began as one value, Triton dropped them, and half of dx, which the interpreter knows nothing of.
     assert kernels["conv_backward_kernel"]["carried"] == 12
