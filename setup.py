@@ -32,7 +32,8 @@ setup(
         "xxhash",
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]", "mamba-ssm", "causal-conv1d"],
+        # The kernels that benchmarks/results were measured beside; they compile against the torch that is here.
+        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<3", "mamba-ssm==2.3.2.post1", "causal-conv1d==1.7.0"],
         "eval": ["lm-eval"],
         "dev": [
             "beartype",
