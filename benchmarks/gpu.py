@@ -1,6 +1,6 @@
 """Every figure of a GPU in one run: stages in order, each with a deadline, and what they found after each of them.
 
-    python benchmarks/gpu.py --out DIR [--minutes 9] [--stages ceilings kernels ...] [--full]
+    python benchmarks/gpu.py --out DIR [--minutes 9] [--stages ceilings kernels ...] [--full] [--set ssm='--sizes full']
     python benchmarks/gpu.py --merge DIR/gpu.json
 
 A stage is a benchmark of this folder or a set of tests, in a process of its own, that writes results into a folder;
@@ -20,13 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-TESTS = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+TESTS = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,13 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--full", action="store_true", help="all rounds and repeats, and four times the deadlines")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="STAGE=ARGUMENTS",
+        help="arguments of a stage in place of its quick ones",
+    )
     parser.add_argument("--merge", type=Path, metavar="JSON", help="take over the results of a run, and run nothing")
     args = parser.parse_args()
     if args.merge:
@@ -121,12 +128,15 @@ def main() -> int:
         return 0
     if not args.out:
         parser.error("--out or --merge is needed")
+    given = dict(word.split("=", 1) for word in args.set)
+    if unknown := given.keys() - STAGES.keys():
+        parser.error(f"--set: no stage {', '.join(unknown)}, but {', '.join(STAGES)}")
     args.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
     report: dict[str, Any] = {"stages": {}, "files": {}}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.stages:
-            stage = STAGES[name]
+            stage = replace(STAGES[name], quick=given[name].split()) if name in given else STAGES[name]
             left = end - time.monotonic()
             if left < 5:
                 report["stages"][name] = {"ended": "not begun: no time was left"}
