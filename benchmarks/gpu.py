@@ -128,9 +128,9 @@ def main() -> int:
         return 0
     if not args.out:
         parser.error("--out or --merge is needed")
-    given = dict(word.split("=", 1) for word in args.set)
+    given = {name: words for name, _, words in (word.partition("=") for word in args.set)}
     if unknown := given.keys() - STAGES.keys():
-        parser.error(f"--set: no stage {', '.join(unknown)}, but {', '.join(STAGES)}")
+        parser.error(f"--set: no stage {', '.join(unknown)}; stages are {', '.join(STAGES)}")
     args.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
     report: dict[str, Any] = {"stages": {}, "files": {}}
