@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -136,7 +137,7 @@ def main() -> int:
     report: dict[str, Any] = {"stages": {}, "files": {}}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.stages:
-            stage = replace(STAGES[name], quick=given[name].split()) if name in given else STAGES[name]
+            stage = replace(STAGES[name], quick=shlex.split(given[name])) if name in given else STAGES[name]
             left = end - time.monotonic()
             if left < 5:
                 report["stages"][name] = {"ended": "not begun: no time was left"}
