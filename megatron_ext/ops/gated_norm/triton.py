@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_ext.errors import ConfigError
 from megatron_ext.ops.gated_norm import triton_kernels
-from megatron_ext.ops.triton_jit import INTERPRETED
+from megatron_ext.ops.triton_jit import INTERPRETED, packed
 from megatron_ext.ops.triton_tiles import cdiv, next_power_of_two
 
 # Tokens of a program of the backward: its sums for the weight's gradient are then 1/16 of a float32 pass.
@@ -63,57 +63,64 @@ def check_groups(channels: int, size: int) -> int:
     return size
 
 
-def rows(t: Float[Tensor, "*batch d"]) -> Float[Tensor, "rows d"]:
-    """(*batch, d) as (rows, d) with packed channels; no copy where the batch has one stride."""
-    flat = t.reshape(-1, t.shape[-1])
-    return flat if flat.stride(1) == 1 else flat.contiguous()
-
-
 def forward(
-    x: Float[Tensor, "rows d"],
+    x: Float[Tensor, "b l d"],
     weight: Float[Tensor, "d"],
-    z: Float[Tensor, "rows d"] | None,
+    z: Float[Tensor, "b l d"] | None,
     eps: float,
     size: int,
     norm_before_gate: bool,
-) -> tuple[Float[Tensor, "rows d"], Float[Tensor, "rows g"]]:
-    """The gated norm, and the reciprocal root mean square of each group. z may be part of a projection."""
-    count, d = x.shape
-    y = torch.empty(count, d, dtype=x.dtype, device=x.device)
-    scale = torch.empty(count, d // size, dtype=torch.float32, device=x.device)
-    triton_kernels.norm_kernel[(count, d // size)](
-        x, weight, z, y, scale, x.stride(0), 0 if z is None else z.stride(0), eps,
+    y: Float[Tensor, "b l d"],
+) -> Float[Tensor, "b l g"]:
+    """Write the gated norm into `y`; the reciprocal root mean square of each group.
+
+    All of x, y and z may be parts of a projection, and tokens first in memory: only channels must be packed.
+    """
+    batch, length, d = x.shape
+    scale = torch.empty(batch, length, d // size, dtype=torch.float32, device=x.device)
+    triton_kernels.norm_kernel[(batch * length, d // size)](
+        x, weight, z, y, scale, *_strides(x), *_strides(z), *_strides(y), length, eps,
         SIZE=size, GATE_FIRST=not norm_before_gate, BLOCK=next_power_of_two(size), num_warps=_warps(size),
     )  # fmt: skip
-    return y, scale
+    return scale
 
 
 def backward(
-    x: Float[Tensor, "rows d"],
+    x: Float[Tensor, "b l d"],
     weight: Float[Tensor, "d"],
-    z: Float[Tensor, "rows d"] | None,
-    scale: Float[Tensor, "rows g"],
-    dy: Float[Tensor, "rows d"],
+    z: Float[Tensor, "b l d"] | None,
+    scale: Float[Tensor, "b l g"],
+    dy: Float[Tensor, "b l d"],
     norm_before_gate: bool,
-    dz: Float[Tensor, "rows d"] | None,
-) -> tuple[Float[Tensor, "rows d"], Float[Tensor, "d"]]:
-    """The gradients of x and weight; that of the gate is written to `dz`, which may be part of a projection's."""
-    count, d = x.shape
-    dx = torch.empty(count, d, dtype=x.dtype, device=x.device)
-    runs, size = cdiv(count, RUN), d // scale.shape[1]
+    dz: Float[Tensor, "b l d"] | None,
+) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "d"]]:
+    """The gradients of x, contiguous, and of the weight; that of the gate is written to `dz`, laid out like any z."""
+    batch, length, d = x.shape
+    dx = torch.empty(batch, length, d, dtype=x.dtype, device=x.device)
+    runs, size = cdiv(batch * length, RUN), d // scale.shape[-1]
     dweight = torch.empty(runs, d, dtype=torch.float32, device=x.device)
     triton_kernels.norm_backward_kernel[(runs, d // size)](
         x, weight, z, scale, dy, dx, dz, dweight,
-        x.stride(0), 0 if z is None else z.stride(0), dy.stride(0), 0 if dz is None else dz.stride(0), count,
+        *_strides(x), *_strides(z), *_strides(dy), *_strides(dz), length, batch * length,
         SIZE=size, GATE_FIRST=not norm_before_gate, RUN=RUN, BLOCK=next_power_of_two(size), num_warps=_warps(size),
     )  # fmt: skip
     return dx, dweight.sum(0)
 
 
+def _strides(t: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if t is None else (t.stride(0), t.stride(1))
+
+
+def _rows(t: Float[Tensor, "*batch d"] | None) -> Float[Tensor, "1 rows d"] | None:
+    """All tokens as those of one sequence; no copy where the batch has one stride."""
+    return None if t is None else packed(t.reshape(1, -1, t.shape[-1]), 1)
+
+
 class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, z, eps, size, norm_before_gate):
-        y, scale = forward(rows(x), weight, None if z is None else rows(z), eps, size, norm_before_gate)
+        y = torch.empty(1, x.numel() // x.shape[-1], x.shape[-1], dtype=x.dtype, device=x.device)
+        scale = forward(_rows(x), weight, _rows(z), eps, size, norm_before_gate, y)  # type: ignore[arg-type]
         ctx.save_for_backward(x, weight, z, scale)
         ctx.norm_before_gate = norm_before_gate
         return y.view(x.shape)
@@ -122,9 +129,9 @@ class _GatedNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy):  # type: ignore[override]
         x, weight, z, scale = ctx.saved_tensors
-        zs = None if z is None else rows(z)
+        zs = _rows(z)
         dz = None if zs is None else torch.empty(zs.shape, dtype=zs.dtype, device=zs.device)
-        dx, dweight = backward(rows(x), weight, zs, scale, rows(dy), ctx.norm_before_gate, dz)
+        dx, dweight = backward(_rows(x), weight, zs, scale, _rows(dy), ctx.norm_before_gate, dz)  # type: ignore[arg-type]
         dz = None if dz is None else dz.view(x.shape)
         return dx.view(x.shape), dweight.to(weight.dtype), dz, None, None, None
 

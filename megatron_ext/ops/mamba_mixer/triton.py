@@ -60,12 +60,21 @@ def conv_scan_norm(
     zxbcdt = packed(zxbcdt, 1)
     if norm_weight is not None:
         norm.check_groups(p.inner, p.inner // p.groups)
-        zxbcdt, norm_weight = zxbcdt.contiguous(), norm_weight.contiguous()
+        norm_weight = norm_weight.contiguous()
     options = (p, dt_limit, is_silu(activation), norm_eps, norm_before_gate, chunk_size)
     return _Mixer.apply(  # type: ignore[return-value]
         zxbcdt, conv_weight.contiguous(), conv_bias, dt_bias, A, D.contiguous(), initial, norm_weight,
         numbers, options,
     )  # fmt: skip
+
+
+def _laid_out_like(t: Float[Tensor, "b l d"], channels: int) -> Float[Tensor, "b l channels"]:
+    """Nothing yet, tokens or sequences first in memory as in `t`: Megatron's come first, and are not moved."""
+    batch, length = t.shape[:2]
+    options: dict[str, Any] = {"dtype": t.dtype, "device": t.device}
+    if t.stride(0) < t.stride(1):
+        return torch.empty(length, batch, channels, **options).transpose(0, 1)
+    return torch.empty(batch, length, channels, **options)
 
 
 class _Mixer(torch.autograd.Function):
@@ -82,15 +91,15 @@ class _Mixer(torch.autograd.Function):
         scale = None
         if norm_weight is not None:
             assert y is not None  # there is no gate in the scan
-            rows, size = norm.rows(y.flatten(2)), projection.inner // projection.groups
-            out, scale = norm.forward(rows, norm_weight, norm.rows(z), eps, size, norm_before_gate)
+            size, out = projection.inner // projection.groups, _laid_out_like(zxbcdt, projection.inner)
+            scale = norm.forward(y.flatten(2), norm_weight, z, eps, size, norm_before_gate, out)
         assert out is not None  # the scan's, for there is a gate, or the norm's
         if needs_backward:
             kept = (saved.step, saved.total, saved.states, saved.doc)
             ctx.save_for_backward(zxbcdt, weight, bias, dt_bias, A, D, norm_weight, seq_idx, y, scale, *kept)
         ctx.tiling, ctx.options, ctx.has_initial = t, options, initial is not None
         ctx.set_materialize_grads(False)
-        return out.view(z.shape), final
+        return out.flatten(2), final
 
     @staticmethod
     @once_differentiable
@@ -100,17 +109,14 @@ class _Mixer(torch.autograd.Function):
         z, xBC, dt = projection.parts(zxbcdt)
         convolved = conv.forward(xBC, None, weight, bias, seq_idx, silu)
         x, B, C = projection.inputs(convolved)
-        dzxbcdt = torch.empty(zxbcdt.shape, dtype=zxbcdt.dtype, device=zxbcdt.device)
+        dzxbcdt = _laid_out_like(zxbcdt, zxbcdt.shape[-1])
         dz, dxBC, ddt = projection.parts(dzxbcdt)
         dconvolved = torch.empty_like(convolved)
         dx, dB, dC = projection.inputs(dconvolved)
         dout = torch.zeros_like(y).flatten(2) if dout is None else packed(dout, 1)
         gate, dgate, dnorm_weight = z.unflatten(-1, y.shape[2:]), dz.unflatten(-1, y.shape[2:]), None
         if norm_weight is not None:
-            rows, dz_rows = norm.rows(y.flatten(2)), dz.view(-1, projection.inner)
-            dout, dnorm_weight = norm.backward(
-                rows, norm_weight, norm.rows(z), scale, norm.rows(dout), norm_before_gate, dz_rows
-            )
+            dout, dnorm_weight = norm.backward(y.flatten(2), norm_weight, z, scale, dout, norm_before_gate, dz)
             gate, dgate, dnorm_weight = None, None, dnorm_weight.to(norm_weight.dtype)
         dA, dD, ddt_bias, dinitial = scan.backward(
             ctx.tiling, Saved(*kept), x, dt, A, B, C, D, gate, None if gate is None else y,

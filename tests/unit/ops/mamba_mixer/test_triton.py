@@ -42,6 +42,29 @@ def test_mixer_of_several_rows() -> None:
     )
 
 
+@pytest.mark.parametrize("normed", [False, True])
+def test_tokens_that_come_first_stay_where_they_are(normed: bool) -> None:
+    """As Megatron lays out its activations: the same numbers, and neither inputs nor gradients are moved."""
+    given = {name: None if t is None else t.to(DEVICE).float() for name, t in leaves(7, batch=2, normed=normed).items()}
+    mixer = partial(conv_scan_norm, projection=PROJECTION, norm_before_gate=False)
+    found, layouts = [], []
+    for first in (False, True):
+        own = {name: None if t is None else t.clone().requires_grad_() for name, t in given.items()}
+        leaf = own["zxbcdt"]
+        assert leaf is not None
+        if first:
+            leaf = own["zxbcdt"] = leaf.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+        y, _ = mixer(**own)
+        weight = torch.arange(y.shape[-1], device=y.device, dtype=y.dtype).cos()
+        dy = weight.expand(y.shape[1], y.shape[0], -1).contiguous().transpose(0, 1) if first else weight.expand(y.shape)
+        gradients = torch.autograd.grad(y, [t for t in own.values() if t is not None], dy)
+        found.append([y, *gradients])
+        layouts.append([t.transpose(0, 1).is_contiguous() for t in (y, gradients[0])])
+    assert layouts == [[False, False], [normed, True]]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_mixer_with_runs_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gate in the scan, whose gradients one of two passes over the states makes."""
     monkeypatch.setattr(ScanTiling, "run", lambda self: 1)
