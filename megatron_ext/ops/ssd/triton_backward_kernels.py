@@ -13,8 +13,10 @@ before the matrix unit has read it.
 
 Per token of a mixer of width 8192 (128 heads x 64, state 128, 8 groups, bf16, chunk 128): 90 KB to and from memory, the
 published kernels 433 KB. For sources of the first block three float32 tiles of 128 x 64 are kept over the heads and
-two are made for each head: with 8 warps all 255 registers of a thread, and 72 bytes that spill to L1 (204 with
+two are made for each head: with 8 warps all 255 registers of a thread, and 130 bytes that spill to L1 (170 to 260 with
 documents). Nearly nothing does for the others. The order of the products in the loops is the one that spills least.
+With two stages the tiles of a head are asked for when those of the head before it are done with; with three they are on
+their way meanwhile, which takes 182 KB of shared memory instead of 140, and only an H100 has.
 
 The gradient of a log-decay is a sum over pairs of tokens around it. Here each token's row sum of the pairs' float32
 terms is written; the same terms make both sums, so what must cancel does (`decay_backward_kernel` takes it on).
@@ -59,10 +61,9 @@ def _targets(
         dys = tl.load(dy + i[:, None] * dy_token + p[None, :], in_i[:, None] & in_p[None, :], 0.0)
         xs = tl.load(x + j[:, None] * x_token + p[None, :], in_j[:, None] & in_p[None, :], 0.0)
         state = tl.load(states + n[:, None] * P + p[None, :], in_n[:, None] & in_p[None, :], 0.0)
-        own_sums = tl.load(total + i)
-        exponents = tl.minimum(own_sums[None, :] - tl.load(total + j)[:, None], 0.0)
-        steps = tl.load(step + j)[:, None]
-        weights = tl.exp2(exponents) * dot(xs, tl.trans(dys))
+        own_sums, sums, steps = tl.load(total + i), tl.load(total + j), tl.load(step + j)[:, None]
+        weights = dot(xs, tl.trans(dys))
+        weights *= tl.exp2(tl.minimum(own_sums[None, :] - sums[:, None], 0.0))
         pairs = weights * BC
         dBC += weights * steps
         tl.store(source + j, tl.sum(pairs, 1))
@@ -112,17 +113,22 @@ def _sources(
         xs = tl.load(x + j[:, None] * x_token + p[None, :], in_x, 0.0)
         dys = tl.load(dy + i[:, None] * dy_token + p[None, :], in_i[:, None] & in_p[None, :], 0.0)
         dstate = tl.load(dstates + n[:, None] * P + p[None, :], in_state, 0.0)
-        own_sums, steps = tl.load(total + j), tl.load(step + j)
-        weights = tl.exp2(tl.minimum(tl.load(total + i)[:, None] - own_sums[None, :], 0.0))
-        dCB += weights * dot(dys, tl.trans(xs)) * steps[None, :]
+        if D is not None:  # loaded long before it is used, as no pipeline does it
+            own_dys = tl.load(dy + j[:, None] * dy_token + p[None, :], in_x, 0.0)
+            skip = tl.load(D + p, in_p, 0.0)
+        own_sums, steps, last = tl.load(total + j), tl.load(step + j), tl.load(total + PARTS * ROWS - 1)
+        sums = tl.load(total + i)
+        products = dot(dys, tl.trans(xs))
+        weights = tl.exp2(tl.minimum(sums[:, None] - own_sums[None, :], 0.0))
+        dCB += weights * products * steps[None, :]
         within = dot(tl.trans(dys), (weights * CB).to(dys.dtype))
-        to_end = tl.where(leaves, tl.exp2(tl.load(total + PARTS * ROWS - 1) - own_sums), 0.0)
+        to_end = tl.where(leaves, tl.exp2(last - own_sums), 0.0)
         after = dot(own_B, dstate)
         tl.store(arriving + j, tl.sum(after * xs.to(tl.float32), 1) * to_end)
         dxs = tl.fma(after, tl.broadcast_to(to_end[:, None], after.shape), tl.trans(within)) * steps[:, None]
         if D is not None:
-            dy_j = tl.load(dy + j[:, None] * dy_token + p[None, :], in_x, 0.0).to(tl.float32)
-            dxs += tl.load(D + p, in_p, 0.0)[None, :] * dy_j
+            dy_j = own_dys.to(tl.float32)
+            dxs += skip[None, :] * dy_j
             tl.store(dD + p, tl.sum(dy_j * xs.to(tl.float32), 0), in_p)
             D += P
             dD += P
@@ -140,7 +146,7 @@ def _sources(
 
 
 @triton.autotune(
-    configs=configs((8, 2), (8, 3)),
+    configs=configs((8, 2), (8, 3), (8, 4)),
     key=["HEADS", "GROUP", "P", "N", "CHUNK", "ROWS", "BLOCK_P", "BLOCK_N"],
     prune_configs_by=PRUNE,
 )

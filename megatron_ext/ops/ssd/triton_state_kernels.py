@@ -6,12 +6,14 @@ walks from the last chunk to the first with the gradient of the state; where y i
 way.
 
 With too few heads and rows for the GPU runs of chunks are walked side by side, in two passes: x and B (or dy and C) are
-read again, states are not. At 16 heads and 4,096 tokens 32 programs of 32 chunks become 256 of 4 and 4, at 4 heads and
-131,072 tokens 8 of 1,024 chunks 256 of 32 and 32.
+read again, states are not. At 16 heads and 4,096 tokens 16 programs of 32 chunks become 128 of 4 and 4, at 4 heads and
+131,072 tokens 4 of 1,024 chunks 256 of 16 and 16.
 
 Per token of a mixer of width 8192 (128 heads x 64, state 128, 8 groups, bf16, chunk 128): 35 KB to and from memory
-forward, 50 KB backward (114 with a gate). Compiled for Hopper they take 167 and 202 registers a thread with 4 warps
-(255 with a gate), and 84 KB of shared memory, so that two programs fit a multiprocessor.
+forward, 50 KB backward (114 with a gate), and 48 KB and more from the L2 cache, as each head reads B or C of its group.
+Compiled for Hopper they take 128 and 170 registers a thread with 8 warps (255 with a gate), and 100 KB of shared memory
+(116), so that two programs fit a multiprocessor; with three stages, of which one is on its way while another is worked
+on, 150 KB (182).
 
 Where a row of tokens is addressed, the offset of its first token is 64 bits wide; within a chunk 32 bits do.
 """
@@ -26,7 +28,7 @@ from megatron_ext.ops.triton_jit import PRUNE, configs, dot, sigmoid, times
 
 
 @triton.autotune(
-    configs=configs((4, 2), (4, 3), (8, 2)),
+    configs=configs((8, 2), (8, 3), (4, 2), (4, 3)),
     key=["HEADS", "GROUP", "P", "N", "CHUNK", "BLOCK_P", "BLOCK_N", "MEASURE"],
     prune_configs_by=PRUNE,
 )
@@ -121,7 +123,7 @@ def states_kernel(
 
 
 @triton.autotune(
-    configs=configs((4, 2), (4, 3), (8, 2)),
+    configs=configs((8, 2), (8, 3), (4, 2), (4, 3)),
     key=["HEADS", "GROUP", "P", "N", "CHUNK", "BLOCK_P", "BLOCK_N", "MEASURE"],
     prune_configs_by=PRUNE,
 )

@@ -51,9 +51,13 @@ class ScanTiling:
         return {"HEADS": self.heads, "GROUP": self.group, "P": self.channels, "N": self.state, "CHUNK": self.chunk}
 
     def channel_block(self) -> int:
-        """Channels of a program that walks the sequence: half of a head's where whole heads are too few programs."""
-        whole = tile_side(self.channels)
-        return whole if self.batch * self.heads >= MANY_PROGRAMS or whole < 64 else whole // 2
+        """Channels of a program that walks the sequence: a head's, as all of them go with the same B and C.
+
+        Half of them where whole heads are too few programs, and the sequence is too short to walk in runs.
+        """
+        whole, enough = tile_side(self.channels), WALKERS // 2
+        few = self.batch * self.heads < enough and self.chunks < LEAST_RUNS * LEAST_RUN
+        return whole // 2 if few and whole >= 64 else whole
 
     def run(self) -> int:
         """Chunks that a program which walks the sequence takes: all, or fewer where that makes too few programs."""
@@ -72,7 +76,8 @@ def scan_tiling(x: Tensor, B: Tensor, chunk_size: int | None) -> ScanTiling:
     """Sizes and tiles of a scan.
 
     At most `CHUNK` tokens: each chunk's state is written and read, and 64 tokens would double that, while 256 would
-    not fit the registers of the backward, nor shared memory. Float32 and large states get half.
+    not fit the registers of the backward, nor shared memory. Float32 and large states get half. Blocks of a chunk have
+    64, the side of the tile that matrix units multiply, but of float32 more than 32 do not fit.
 
     Raises:
         ConfigError: The heads do not divide into the groups, the sequence is empty, or the chunk is no tile.
@@ -88,5 +93,5 @@ def scan_tiling(x: Tensor, B: Tensor, chunk_size: int | None) -> ScanTiling:
     if chunk_size and chunk_size != tile_side(chunk_size):
         raise ConfigError("a chunk of the Triton scan is a power of two", got=chunk_size, legal="16, 32, 64, 128, ...")
     chunk = min(chunk_size or tile_side(length), most)
-    rows = min(chunk, 32 if small else 64)
+    rows = min(chunk, 32 if x.dtype == torch.float32 else 64)
     return ScanTiling(batch, length, heads, channels, groups, state, chunk, rows)

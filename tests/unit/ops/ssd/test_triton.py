@@ -110,8 +110,8 @@ def test_how_many_runs() -> None:
         return scan_tiling(x, torch.empty(batch, length, 1, 128, device="meta"), None).run()
 
     assert run(1, 4096, 128) == run(2, 4096, 64) == 4096 // 128
-    assert run(1, 4096, 16) == 4  # 32 programs become 256
-    assert run(1, 131_072, 4) == 32  # 8 programs of 1,024 chunks become 256 of 32
+    assert run(1, 4096, 16) == 4  # 16 programs become 128
+    assert run(1, 131_072, 4) == 16  # 4 programs of 1,024 chunks become 256 of 16
     assert run(1, 1024, 4) == 1024 // 128  # too short
 
 

@@ -104,7 +104,8 @@ def test_configuration(
 
     for each, kernel in KERNELS.items():
         monkeypatch.setattr(kernel, "configs", [kernel.configs[index if each == name else 0]])
-    monkeypatch.setattr(triton_tiling, "MANY_PROGRAMS", 1 if gated else 512)
+    for many in ("MANY_PROGRAMS", "WALKERS") if gated else ():
+        monkeypatch.setattr(triton_tiling, many, 1)
     monkeypatch.setattr(triton_tiling.ScanTiling, "run", lambda self: run or self.chunks)
     pinned = KERNELS[name].configs[0]
     try:
