@@ -52,25 +52,26 @@ def benchmark(name: str, seconds: int, script: str, quick: str = "") -> Stage:
     return Stage(name, seconds, [sys.executable, str(HERE / script), "--out", "OUT"], quick.split())
 
 
-def tests(name: str, seconds: int, *paths: str) -> Stage:
-    """Tests marked `gpu` or `triton`, in as many processes as half the cores."""
-    processes = str(max(1, (os.cpu_count() or 2) // 2))
-    marked = ["-n", processes, "--dist", "loadfile" if "functional" in paths[0] else "load", "-m", "gpu or triton"]
-    return Stage(name, seconds, [*TESTS, *marked, f"--junitxml=OUT/{name}.xml", *(str(ROOT / path) for path in paths)])
+def marked_tests(name: str, seconds: int, *paths: str, processes: int = 0) -> Stage:
+    """Tests marked `gpu` or `triton`."""
+    marked = ["-n", str(processes), "-m", "gpu or triton", f"--junitxml=OUT/{name}.xml"]
+    return Stage(name, seconds, [*TESTS, *marked, *(str(ROOT / path) for path in paths)])
 
 
 STAGES = {
     stage.name: stage
     for stage in (
         benchmark("ceilings", 20, "gpu_ceilings.py"),
-        tests("kernels", 120, "tests/unit/ops", "tests/unit/lm_head"),
+        marked_tests(
+            "kernels", 120, "tests/unit/ops", "tests/unit/lm_head", processes=max(1, (os.cpu_count() or 2) // 2)
+        ),
         benchmark("ssm", 130, "ssm_gpu.py"),
         benchmark("pretrain", 150, "pretrain.py", quick="--rounds 1 --steps 5"),
         benchmark("decode", 90, "decode.py", quick="--rounds 1 --contexts 4096 32768 131072"),
         benchmark("distillation", 45, "kd_loss.py"),
         benchmark("memory", 60, "memory.py"),
         benchmark("calibration", 30, "calibration.py"),
-        tests("product", 120, "tests/functional/test_gpu.py"),
+        marked_tests("product", 120, "tests/functional/test_gpu.py"),
     )
 }
 
