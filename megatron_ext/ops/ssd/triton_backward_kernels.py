@@ -186,17 +186,17 @@ def scan_backward_kernel(
         dC += row * dC_batch + start * dC_token + group * N
         target += at_step
         source += (row * HEADS + first) * per_head * PARTS + part * per_head + start
-        if part == 0:
-            _targets(
-                x, B, C, dy, step, total, doc, states, dC, target, source,
-                x_token, B_token, C_token, dy_token, dC_token, left, per_head, before,
-                P, N, GROUP, PARTS, 0, ROWS, BLOCK_P, BLOCK_N,
-            )  # fmt: skip
-        else:
+        if part == PARTS - 1:
             _targets(
                 x, B, C, dy, step, total, doc, states, dC, target, source,
                 x_token, B_token, C_token, dy_token, dC_token, left, per_head, before,
                 P, N, GROUP, PARTS, PARTS - 1, ROWS, BLOCK_P, BLOCK_N,
+            )  # fmt: skip
+        elif PARTS > 1:
+            _targets(
+                x, B, C, dy, step, total, doc, states, dC, target, source,
+                x_token, B_token, C_token, dy_token, dC_token, left, per_head, before,
+                P, N, GROUP, PARTS, 0, ROWS, BLOCK_P, BLOCK_N,
             )  # fmt: skip
     else:
         dstates += at_state
@@ -206,15 +206,15 @@ def scan_backward_kernel(
         if D is not None:
             D += first * P
             dD += ((row * chunks * PARTS + place) * HEADS + first) * P
-        if part == 0:
-            _sources(
-                x, B, C, D, dy, step, total, doc, dstates, dx, dB, dD, arriving,
-                x_token, B_token, C_token, dy_token, dx_token, dB_token, left, per_head, after,
-                P, N, GROUP, PARTS, 0, ROWS, BLOCK_P, BLOCK_N,
-            )  # fmt: skip
-        else:
+        if part == PARTS - 1:
             _sources(
                 x, B, C, D, dy, step, total, doc, dstates, dx, dB, dD, arriving,
                 x_token, B_token, C_token, dy_token, dx_token, dB_token, left, per_head, after,
                 P, N, GROUP, PARTS, PARTS - 1, ROWS, BLOCK_P, BLOCK_N,
+            )  # fmt: skip
+        elif PARTS > 1:
+            _sources(
+                x, B, C, D, dy, step, total, doc, dstates, dx, dB, dD, arriving,
+                x_token, B_token, C_token, dy_token, dx_token, dB_token, left, per_head, after,
+                P, N, GROUP, PARTS, 0, ROWS, BLOCK_P, BLOCK_N,
             )  # fmt: skip

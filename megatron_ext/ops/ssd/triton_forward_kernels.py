@@ -110,15 +110,15 @@ def scan_kernel(
     if z is not None:
         z += row * z_batch + start * z_token + first * P
         out += at_row
-    if part == 0:
-        _targets(
-            x, B, C, D, z, step, total, doc, states, y, out,
-            x_token, B_token, C_token, z_token, HEADS * P, left, per_head, before_doc,
-            P, N, HEADS_PER_PROGRAM, 0, ROWS, BLOCK_P, BLOCK_N,
-        )  # fmt: skip
-    else:
+    if part == PARTS - 1:
         _targets(
             x, B, C, D, z, step, total, doc, states, y, out,
             x_token, B_token, C_token, z_token, HEADS * P, left, per_head, before_doc,
             P, N, HEADS_PER_PROGRAM, PARTS - 1, ROWS, BLOCK_P, BLOCK_N,
+        )  # fmt: skip
+    elif PARTS > 1:
+        _targets(
+            x, B, C, D, z, step, total, doc, states, y, out,
+            x_token, B_token, C_token, z_token, HEADS * P, left, per_head, before_doc,
+            P, N, HEADS_PER_PROGRAM, 0, ROWS, BLOCK_P, BLOCK_N,
         )  # fmt: skip
