@@ -13,7 +13,7 @@ before the matrix unit has read it.
 
 Per token of a mixer of width 8192 (128 heads x 64, state 128, 8 groups, bf16, chunk 128): 90 KB to and from memory, the
 published kernels 433 KB. For sources of the first block three float32 tiles of 128 x 64 are kept over the heads and
-two are made for each head: with 8 warps all 255 registers of a thread, and 130 bytes that spill to L1 (170 to 260 with
+two are made for each head: with 8 warps all 255 registers of a thread, and 184 bytes that spill to L1 (up to 256 with
 documents). Nearly nothing does for the others. The order of the products in the loops is the one that spills least.
 With two stages the tiles of a head are asked for when those of the head before it are done with; with three they are on
 their way meanwhile, which takes 182 KB of shared memory instead of 140, and only an H100 has.
