@@ -9,7 +9,7 @@ first block and sources in the second have pairs in their own block alone, and p
 
 Tiles lie such that sums over one side stay within a warp where they can, and that every operand of a product that is
 computed is the second one, which comes from shared memory: ptxas before 13.3 may overwrite a first one in registers
-before the matrix unit has read it.
+before the matrix unit has read it. (Of float32 the parts that TF32 takes are made in registers all the same.)
 
 Per token of a mixer of width 8192 (128 heads x 64, state 128, 8 groups, bf16, chunk 128): 90 KB to and from memory, the
 published kernels 433 KB. For sources of the first block three float32 tiles of 128 x 64 are kept over the heads and
