@@ -62,6 +62,7 @@ STAGES = {
     stage.name: stage
     for stage in (
         benchmark("ceilings", 20, "gpu_ceilings.py"),
+        Stage("compile", 90, [sys.executable, str(HERE / "precompile.py"), "--sizes", "full", "tp8", "context"]),
         marked_tests(
             "kernels", 120, "tests/unit/ops", "tests/unit/lm_head", processes=max(1, (os.cpu_count() or 2) // 2)
         ),
@@ -84,7 +85,10 @@ def run(stage: Stage, seconds: float, full: bool, out: Path, log: Path) -> dict[
     with log.open("a") as file:
         file.write(f"\n===== {stage.name}: {' '.join(command)}\n")
         file.flush()
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        environment = os.environ | {"TRITON_CACHE_AUTOTUNING": "1"}  # a later stage, or run, does not choose again
+        process = subprocess.Popen(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             ended = f"status {process.wait(seconds)}"
         except subprocess.TimeoutExpired:

@@ -243,7 +243,11 @@ def shown(row: Row, path: Path) -> tuple[str, str]:
     if not isinstance(found, dict):
         return value, ""
     device = found.get("device", "CPU")
-    where = [device if device not in ("CPU", "cpu") else found.get("machine", ""), found.get("date", ""), found.get("remark", "")]
+    where = [
+        device if device not in ("CPU", "cpu") else found.get("machine", ""),
+        found.get("date", ""),
+        found.get("remark", ""),
+    ]
     return value, ", ".join(part for part in where if part)
 
 

@@ -156,6 +156,9 @@ class TorchDotProductAttention(torch.nn.Module):
             mask = None if last or q.shape[2] == k.shape[2] else causal_lower_right(q.shape[2], k.shape[2])
             causal = not last and mask is None
         whole = q.shape[:3]
+        if q.shape[2] == 1 and mask is None:
+            # The heads of a group ask the same keys. As queries of one head they read them once.
+            q = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
         if q.shape[1] != k.shape[1] and not shares_keys(q) and (mask is None or isinstance(mask, CausalBias)):
             q, k, v = groups_as_sequences(q, k, v)
         dropout = self.dropout if self.training else 0.0
