@@ -1,7 +1,7 @@
 """Width importance, measured by hooks in one forward pass, the same on every parallel layout.
 
 An activation is aggregated over the sequence, then over the calibration samples, each by the mean of its magnitude, by
-its L2 norm or by its variance (Minitron, arXiv 2407.14679):
+its L2 norm, by its variance (Minitron, arXiv 2407.14679) or by whatever else is in `aggregations.AGGREGATIONS`:
 
 - hidden channel: the output of each sub-layer's pre-norm, summed over sub-layers;
 - FFN neuron: the input of the down projection;
@@ -31,8 +31,8 @@ from megatron_ext.models.hooks import FUSED_NORM, pre_norm
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
 from megatron_ext.pruning import expert_importance
 from megatron_ext.pruning import scores as names
+from megatron_ext.pruning.aggregations import AGGREGATIONS
 
-Aggregation = Literal["mean", "l2", "var"]
 # Of each kind of sub-layer, the projection whose output it adds.
 _LAST = {MAMBA: "mixer.out_proj", ATTENTION: "self_attention.linear_proj", MLP: "mlp.linear_fc2"}
 
@@ -43,13 +43,13 @@ class WidthMetric:
 
     Attributes:
         kind: `activation`, or `wanda`, which always takes L2 norms.
-        batch: Over the samples, of what `sequence` made of each: the mean, the L2 norm, or the variance.
-        sequence: Over a sample's tokens: the mean magnitude, the L2 norm, or the variance.
+        batch: Over the samples, of what `sequence` made of each: one of `AGGREGATIONS`.
+        sequence: Over a sample's tokens: one of `AGGREGATIONS`.
     """
 
     kind: Literal["activation", "wanda"] = "activation"
-    batch: Aggregation = "l2"
-    sequence: Aggregation = "mean"
+    batch: str = "l2"
+    sequence: str = "mean"
 
     def __str__(self) -> str:
         if self.kind == "wanda":
@@ -71,7 +71,8 @@ class Importance:
         self.metric = metric or WidthMetric()
         if self.metric.kind == "wanda":
             self.metric = WidthMetric("wanda", "l2", "l2")
-        self._moments: dict[str, Tensor] = {}  # of each sample's aggregate: the sum, and the sum of squares
+        self._batch, self._sequence = AGGREGATIONS[self.metric.batch], AGGREGATIONS[self.metric.sequence]
+        self._added: dict[str, Tensor] = {}  # over the samples, of what is made of each
         self._columns: dict[str, Tensor] = {}  # squared norms of the columns that activations are multiplied by
         self._samples = torch.zeros((), dtype=torch.float64)
         self._mixtures: dict[int, expert_importance.ExpertImportance] = {}
@@ -126,7 +127,7 @@ class Importance:
         hidden, wanda, mixture = f"{names.HIDDEN}.{index}", self.metric.kind == "wanda", layer.mlp
         split = self._config.sequence_parallel
         see = layer.pre_mlp_layernorm.register_forward_hook(lambda _, __, x: self._add(hidden, x.float(), split=split))
-        self._mixtures[index] = expert_importance.ExpertImportance(mixture.experts, self._sums, wanda)
+        self._mixtures[index] = expert_importance.ExpertImportance(mixture.experts, self._sequence.sums, wanda)
         self._handles += [see, *self._mixtures[index].handles]
         if wanda:
             squares = mixture.router.weight.detach().double().square().sum(dim=0)
@@ -169,24 +170,15 @@ class Importance:
 
     @torch.no_grad()
     def _add(self, name: str, activation: Float[Tensor, "s b *axes"], split: bool = False) -> None:
-        """Add one micro-batch: aggregated over the whole sequence, then its moments over the samples."""
-        sums = self._sums(activation)
+        """Add one micro-batch: aggregated over the whole sequence, then added up over the samples."""
+        sums = self._sequence.sums(activation)
         length = activation.shape[0]
         for group in ([self._groups.tp] if split else []) + [self._groups.cp]:
             if group.size() > 1:
                 dist.all_reduce(sums, group=group)
                 length *= group.size()
-        sample = _aggregate(self.metric.sequence, sums[0], sums[-1], length)
-        moments = torch.stack([sample.sum(dim=0), sample.square().sum(dim=0)])
-        self._moments[name] = self._moments[name] + moments if name in self._moments else moments
-
-    def _sums(self, activation: Tensor) -> Tensor:
-        """What `_aggregate` needs to aggregate dimension 0: one or two sums, on a new dimension 0, in float64."""
-        return {
-            "mean": lambda: activation.abs().sum(dim=0)[None],
-            "l2": lambda: activation.square().sum(dim=0)[None],
-            "var": lambda: torch.stack([activation.double().sum(dim=0), activation.double().square().sum(dim=0)]),
-        }[self.metric.sequence]().double()
+        added = self._batch.sums(self._sequence.value(sums, length))
+        self._added[name] = self._added[name] + added if name in self._added else added
 
     def gather(self) -> dict[str, Tensor] | None:
         """The scores of the whole model, float32, on rank 0; None elsewhere. A collective of all ranks.
@@ -196,27 +188,23 @@ class Importance:
         """
         groups = self._groups
         samples = self._samples.to(torch.cuda.current_device())
-        for value in (*self._moments.values(), samples):
+        for value in (*self._added.values(), samples):
             dist.all_reduce(value, group=groups.dp)
         here = None
         if groups.dp.rank() == 0 and groups.cp.rank() == 0:
-            here = (groups.tp.rank(), {name: self._score(name, float(samples)).cpu() for name in self._moments})
+            here = (groups.tp.rank(), {name: self._score(name, float(samples)).cpu() for name in self._added})
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, here)
         experts: dict[str, Tensor] = {}
         if MOE in self.architecture.pattern:
-            sequence = self.metric.sequence
-            experts = expert_importance.gather(
-                self._mixtures, groups, lambda sums, count: _aggregate(sequence, sums[0], sums[-1], count)
-            )
+            experts = expert_importance.gather(self._mixtures, groups, self._sequence.value)
         if dist.get_rank():
             return None
         scores = self._assemble([part for part in parts if part is not None]) | experts
         return {name: value.float() for name, value in scores.items()}
 
     def _score(self, name: str, samples: float) -> Tensor:
-        sums, squares = self._moments[name]
-        score = _aggregate(self.metric.batch, squares if self.metric.batch == "l2" else sums, squares, samples)
+        score = self._batch.value(self._added[name], samples)
         if name in self._columns:
             score = score * self._columns[name].sqrt().view(score.shape)
             if "query_head" in name:
@@ -234,18 +222,6 @@ class Importance:
             B, C = (torch.cat(merged.pop(f"{names.state(i)}.{part}")) for part in "BC")
             result[names.state(i)] = B * C
         return result | {name: torch.cat(shards) for name, shards in merged.items()}
-
-
-def _aggregate(how: Aggregation, sums: Tensor, squares: Tensor, count: float | Tensor) -> Tensor:
-    """The mean, the L2 norm or the (population) variance of `count` numbers, from their sum and sum of squares.
-
-    For the norm both are the sum of squares.
-    """
-    if how == "mean":
-        return sums / count
-    if how == "l2":
-        return sums.sqrt()
-    return (squares / count - (sums / count).square()).clamp_min(0)
 
 
 def _columns(linear: Any, group: Any = None) -> Tensor:

@@ -7,10 +7,11 @@ from typing import Literal
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.cost import Workload
 from megatron_ext.options.fields import option
+from megatron_ext.pruning.aggregations import AGGREGATIONS
 from megatron_ext.pruning.budget import Targets
 from megatron_ext.pruning.calibration import Calibration
 from megatron_ext.pruning.depth_metrics import DEPTH_METRICS, Shapley
-from megatron_ext.pruning.importance import Aggregation, WidthMetric
+from megatron_ext.pruning.importance import WidthMetric
 from megatron_ext.pruning.leave_out import ShapleySampling
 
 GIB = 2**30
@@ -64,8 +65,10 @@ class PruneOptions:
     width_metric: Literal["activation", "wanda", "magnitude"] = option(
         "activation", "Importance of widths: activations, weight times activation, or weights alone."
     )
-    batch_aggregation: Aggregation = option("l2", "How activations are aggregated over the samples.")
-    sequence_aggregation: Aggregation = option("mean", "How activations are aggregated over a sample's tokens.")
+    batch_aggregation: str = option("l2", "How activations are aggregated over the samples.", choices=AGGREGATIONS.keys)
+    sequence_aggregation: str = option(
+        "mean", "How activations are aggregated over a sample's tokens.", choices=AGGREGATIONS.keys
+    )
     merge_heads: bool = option(False, "Fold what is lost with dropped query heads into those that stay.")
     depth_metric: str = option(
         "block_influence",

@@ -17,7 +17,9 @@ PRUNE = """
 import sys
 from math import exp
 from megatron_ext.cli import main
+from megatron_ext.pruning.aggregations import AGGREGATIONS, Aggregation
 from megatron_ext.pruning.depth_metrics import DEPTH_METRICS, Change, LeaveOut
+AGGREGATIONS["twice_the_mean"] = Aggregation(lambda x: (x.abs(), x.abs()), lambda sums, count: sums.sum(0) / count)
 DEPTH_METRICS["twice_l2"] = Change(lambda move: 2 * move.update.norm(dim=-1) / move.length)
 DEPTH_METRICS["perplexity"] = LeaveOut(lambda outcome: exp(outcome.loss))
 sys.exit(main(["prune", *sys.argv[1:]]))
@@ -49,6 +51,21 @@ def cut(workspace: Workspace, program: Path, teacher: str, metric: str, ok: bool
     words = ["--load", teacher, "--save", f"by-{metric}", *workspace.data, *CUT, "--prune-depth-metric", metric]
     done = checked(fork_server.run([program, *words], ranks, workspace.path), ok)
     return done.stdout + done.stderr
+
+
+def test_an_aggregation_of_widths(workspace: Workspace, teacher: str, programs: dict[str, Path]) -> None:
+    """Over the tokens and over the samples: four times what the means are."""
+    found = []
+    for how in ("mean", "twice_the_mean"):
+        words = ["--load", teacher, "--save", f"widths-{how}", *workspace.data, "--prune-hidden-size", "48"]
+        words += ["--prune-samples", "8", "--prune-batch-aggregation", how, "--prune-sequence-aggregation", how]
+        checked(fork_server.run([programs["prune"], *words], 2, workspace.path), True)
+        found.append(load_file(workspace.path / f"widths-{how}" / "scores.safetensors"))
+    mean, twice = found
+    assert {"hidden", "state"} <= {name.split(".")[-1] for name in mean}
+    for name, score in mean.items():
+        if not name.startswith("depth"):  # a state's is a product of two
+            torch.testing.assert_close(twice[name], (16 if name.endswith(".state") else 4) * score)
 
 
 def test_a_change_of_the_stream(workspace: Workspace, teacher: str, programs: dict[str, Path]) -> None:
