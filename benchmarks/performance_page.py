@@ -172,12 +172,12 @@ ROWS = [
         lambda found: f"{_at(found, 'copy_bytes_per_second') / 1e12:.2f} TB/s"),
     Row("matrix product in bf16 on a GPU", "gpu.py", "gpu_ceilings",
         lambda found: f"{_at(found, 'matmul_flops') / 1e12:,.0f} TFLOP/s"),
-    *(row for norm, flag, result in (("", "", "ssm_gpu"), (" with its norm", " --norm", "ssm_gpu_norm")) for row in (
-        Row(f"Mamba-2 mixer{norm} on a GPU: speed over mamba-ssm, forward + backward", f"ssm_gpu.py{flag}", result,
+    *(row for norm, result in (("", "ssm_gpu"), (" with its norm", "ssm_gpu_norm")) for row in (
+        Row(f"Mamba-2 mixer{norm} on a GPU: speed over mamba-ssm, forward + backward", "ssm_gpu.py", result,
             _ssm_gpu("full"), "" if norm else "1.3x"),
-        Row("the same, a rank's share at tensor parallel 8", f"ssm_gpu.py{flag}", result, _ssm_gpu("tp8")),
-        Row("the same, a rank's share of a context of 128K", f"ssm_gpu.py{flag}", result, _ssm_gpu("context")),
-        Row("the same: error of each gradient over mamba-ssm's", f"ssm_gpu.py{flag}", result, _ssm_gpu_errors, "1x"),
+        Row("the same, a rank's share at tensor parallel 8", "ssm_gpu.py", result, _ssm_gpu("tp8")),
+        Row("the same, a rank's share of a context of 128K", "ssm_gpu.py", result, _ssm_gpu("context")),
+        Row("the same: error of each gradient over mamba-ssm's", "ssm_gpu.py", result, _ssm_gpu_errors, "1x"),
     )),
     *(row for result in ("ssm_cpu", "ssm_cpu_xeon") for row in (
         Row("Mamba-2 mixer on a CPU: speed over transformers at its default chunk", "ssm_cpu.py", result,

@@ -85,11 +85,12 @@ class CachedModel:
 
 
 def can_be_graphed(model: ShardedModel) -> bool:
-    """Whether a step of one token depends on nothing that the host knows."""
+    """Whether a step of one token depends on nothing that the host knows.
+
+    Experts do: each gets as many tokens as chose it.
+    """
     alone = mpu.get_tensor_model_parallel_world_size() == 1 and model.stages == len(model.chunks) == 1
-    attention = [
-        module.core_attention for module in model.chunks[0].modules() if hasattr(module, "core_attention")
-    ]  # experts are given as many tokens as chose them, which a graph cannot know
+    attention = [module.core_attention for module in model.chunks[0].modules() if hasattr(module, "core_attention")]
     ours = all(isinstance(each, TorchDotProductAttention) for each in attention)
     return device_type() == "cuda" and alone and ours and not model.architecture.num_experts and dispatch.triton_runs()
 

@@ -1,6 +1,9 @@
 """Benchmarks that train run to their end; what they measure is not looked at."""
 
 import json
+import os
+import sys
+import time
 from pathlib import Path
 
 import fork_server
@@ -31,3 +34,41 @@ def test_speeds_of_two_ranks_are_measured(tmp_path: Path) -> None:
     done = fork_server.run([ROOT / "benchmarks" / "scaling.py", "--speeds", out], 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(out.read_text()).keys() == {"flops", "link"}
+
+
+@pytest.fixture
+def suite(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    return gpu
+
+
+def test_a_stage_that_takes_too_long_ends_with_all_it_started(suite, tmp_path: Path) -> None:
+    """What it had written counts."""
+    code = (
+        "import pathlib, subprocess, sys, time; out = pathlib.Path(sys.argv[1]); (out / 'early.json').write_text('1'); "
+    )
+    code += "(out / 'pid').write_text(str(subprocess.Popen(['sleep', '60']).pid)); time.sleep(60)"
+    stage = suite.Stage("slow", 60, [sys.executable, "-c", code, "OUT"])
+    out = tmp_path / "out"
+    out.mkdir()
+    found = suite.run(stage, 2, False, out, tmp_path / "gpu.log")
+    assert found["ended"] == "stopped after 2 s"
+    assert suite.files(out)["early.json"] == "1"
+    child, until = Path(f"/proc/{(out / 'pid').read_text()}/stat"), time.monotonic() + 20
+    while child.exists() and child.read_text().split()[2] != "Z" and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not child.exists() or child.read_text().split()[2] == "Z"
+
+
+def test_results_of_a_run_are_written_where_they_belong(suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their names say."""
+    (tmp_path / "here" / "results").mkdir(parents=True)
+    (tmp_path / "here" / "performance_page.py").touch()
+    monkeypatch.setattr(suite, "HERE", tmp_path / "here")
+    report = tmp_path / "gpu.json"
+    report.write_text(json.dumps({"stages": {}, "files": {"a.json": "{}", "../b.json": "{}", "c.py": "", "d.xml": ""}}))
+    suite.merge(report)
+    assert sorted(os.listdir(tmp_path / "here" / "results")) == ["a.json", "b.json"]
+    assert sorted(os.listdir(tmp_path / "here")) == ["performance_page.py", "results"]
