@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from megatron_ext.errors import ConfigError
+from megatron_ext.families.language_model import architecture_of
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.training_cost import (
     GPUS,
@@ -19,7 +20,6 @@ from megatron_ext.models.training_cost import (
 from megatron_ext.training.command_line import parse_command_line
 from megatron_ext.training.dry_run import shown
 from megatron_ext.training.job import Job, RunConfig
-from megatron_ext.training.language_model import architecture_of
 
 DAY = 86400.0
 

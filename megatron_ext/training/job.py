@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from megatron_ext.checkpoint.start import Start
+from megatron_ext.families.family import Model, ModelFamily
+from megatron_ext.families.language_model import LANGUAGE_MODEL
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import Pattern
 from megatron_ext.models.pattern import parse as parse_pattern
-from megatron_ext.training.family import Model, ModelFamily
-from megatron_ext.training.language_model import LANGUAGE_MODEL
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,7 +7,7 @@ import fork_server
 import pytest
 from workspace import MODEL, ROOT, TRAIN, Workspace
 
-from megatron_ext.training.language_model import layer_shape
+from megatron_ext.families.language_model import layer_shape
 
 # Notes the first layer that is run: heads, groups, tokens, batch, and whether the norm is an operation by itself.
 NOTED = """

@@ -28,6 +28,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "estimate": ("functional/test_estimate.py", "unit/models/test_*cost.py"),
     "evaluation": ("functional/test_evaluate.py", "functional/test_measures.py"),
+    "families": ("functional/test_measured_layer.py", "functional/test_toy_wing.py"),
     "inference": ("distributed/test_inference.py", "functional/test_generate.py"),
     "lm_head": ("distributed/test_distillation.py",),
     "models": ("functional/test_experts.py",),

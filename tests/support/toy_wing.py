@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 
 from megatron_ext import program
 from megatron_ext.errors import ConfigError
+from megatron_ext.families.family import DataclassFamily
 from megatron_ext.options.fields import option
-from megatron_ext.training.family import DataclassFamily
 from megatron_ext.training.job import STOPPABLE, Job, RunConfig
 from megatron_ext.training.run_job import run_job
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_ext import platform
+from megatron_ext.families.language_model import layer_shape
 from megatron_ext.models import bootstrap
 from megatron_ext.ops import autotune, dispatch, mamba_ssm_api
 from megatron_ext.ops.autotune import REPEATS, WARM_UP, Shape, choose
@@ -19,7 +20,6 @@ from megatron_ext.ops.gated_norm import triton as triton_norm
 from megatron_ext.ops.mamba_mixer import naive
 from megatron_ext.ops.mamba_mixer import triton as triton_mixer
 from megatron_ext.platform import state_space
-from megatron_ext.training.language_model import layer_shape
 
 
 class Clock:

@@ -1,6 +1,6 @@
 """A model family: from flags to a description of a model, and from that to Megatron's module.
 
-The layer pattern (`training.language_model`) is one; a family of a wing derives from `DataclassFamily`, whose
+The layer pattern (`families.language_model`) is one; a family of a wing derives from `DataclassFamily`, whose
 models are frozen dataclasses of flags.
 """
 

@@ -14,6 +14,7 @@ from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.resume import architecture_on_disk, sequence_length_on_disk
 from megatron_ext.checkpoint.start import Start
 from megatron_ext.errors import ConfigError
+from megatron_ext.families.family import ModelFamily
 from megatron_ext.models import training_cost
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.megatron_args import MAMBA_EXPAND
@@ -23,7 +24,6 @@ from megatron_ext.models.presets import preset
 from megatron_ext.models.rope_extension import extension
 from megatron_ext.ops.autotune import Shape
 from megatron_ext.options.early_flags import early_parser
-from megatron_ext.training.family import ModelFamily
 
 
 class LayerPatternFamily(ModelFamily):
