@@ -25,13 +25,14 @@ LAYOUTS = {
 }
 TEXT = Path(json.__file__).read_text()[:3000]
 WINDOW, STRIDE = 48, 20
+LONGEST = 8192  # tokens that the model says it can read
 
 
 @pytest.fixture(scope="module")
 def model(workspace: Workspace) -> str:
     """A hybrid with the corpus's tokenizer, as a checkpoint; its original is in `model-hf`."""
     original = workspace.path / "model-hf"
-    make("nemotron-h", original, vocab_size=512)
+    make("nemotron-h", original, vocab_size=512, max_position_embeddings=LONGEST)
     for file in (workspace.path / "data" / "tokenizer").iterdir():
         shutil.copyfile(file, original / file.name)
     to_megatron(original, workspace.path / "model", vocab_multiple=96)
@@ -243,7 +244,7 @@ def test_a_conversation_is_what_the_harness_makes_of_it(workspace: Workspace, mo
 def test_what_was_measured_before_a_signal_is_kept(workspace: Workspace, model: str) -> None:
     """The second task sends the last rank a SIGTERM while its questions are made."""
     flags = ["--tasks", "local_choice", "local_signal", "local_until", *TASK_FOLDER, "--num-fewshot", "2"]
-    flags += ["--text", "text.txt", "--save", "evaluation stopped", "--window", str(WINDOW)]
+    flags += ["--text", "text.txt", "--save", "evaluation stopped"]
     for ranks in (1, 2):
         done = workspace.run(COMMAND, "evaluate", model, *flags, ranks=ranks, ok=False)
         assert done.returncode == 143
@@ -252,6 +253,9 @@ def test_what_was_measured_before_a_signal_is_kept(workspace: Workspace, model: 
         found = json.loads((workspace.path / "evaluation stopped" / "results.json").read_text())
         assert {"local_choice"} <= set(found["tasks"]) <= {"local_choice", "local_signal"}
         assert found["text"]["files"]["text.txt"]["bytes"] == len(TEXT.encode())
+        # No window was asked for: tasks are read at the model's own length, texts at no more than is useful.
+        assert found["tasks"]["local_choice"]["settings"]["window"] == LONGEST
+        assert found["text"]["size"] == 4096
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(workspace: Workspace, model: str) -> None:

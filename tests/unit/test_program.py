@@ -1,8 +1,10 @@
 """What ends a program becomes one line where a user can do something about it."""
 
 import errno
+import sys
 
 import pytest
+import torch.distributed as dist
 
 from megatron_ext.program import main
 
@@ -23,3 +25,22 @@ def test_another_error_of_the_system_is() -> None:
 
     with pytest.raises(OSError, match="Input/output error"):
         main(run)
+
+
+def group() -> None:
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+
+def test_process_groups_end_before_the_interpreter() -> None:
+    """Their threads would use what it has taken away already; so also where Megatron ends the program itself."""
+    assert main(group) == 0
+    assert not dist.is_initialized()
+
+    def told_to_stop() -> None:
+        group()
+        sys.exit(0)
+
+    with pytest.raises(SystemExit):
+        main(told_to_stop)
+    assert not dist.is_initialized()
