@@ -12,8 +12,9 @@ SCRIPTS = sorted(path for path in (ROOT / "examples").rglob("*") if path.suffix 
 RECIPE = ROOT / "examples" / "pretrain_hybrid_8b"
 SETTINGS = ("DATA", "DATA_PATH", "TOKENIZER", "SAVE", "DRY_RUN", "RANK", "WORLD_SIZE", "NNODES", "CONTAINER_IMAGE")
 PYTHON = """#!/usr/bin/env bash
-# In python's place: notes rank and command line, and saves step $STEP.
+# In python's place: notes rank, command line and parent, and saves step $STEP.
 echo "rank ${RANK:-none} of ${WORLD_SIZE:-none}: $*" >> "$NOTES"
+echo $PPID > "$NOTES.parent"
 mkdir -p "$SAVE"
 [ -z "${STEP:-}" ] || echo "$STEP" > "$SAVE/latest_checkpointed_iteration.txt"
 exit "${STATUS:-0}"
@@ -42,7 +43,7 @@ def start(tmp_path):
     notes = tmp_path / "notes"
     notes.touch()
 
-    def run(script: str, **settings: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    def run(script: str, *arguments: str, **settings: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
         environment = {key: value for key, value in os.environ.items() if key not in SETTINGS} | {
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
             "PYTHON": str(tmp_path / "bin" / "python"),
@@ -52,7 +53,7 @@ def start(tmp_path):
             "SLURM_JOB_ID": "41",
             "SLURM_JOB_NODELIST": "node[1-2]",
         }
-        command = ["bash", str(RECIPE / script)]
+        command = ["bash", str(RECIPE / script), *arguments]
         done = subprocess.run(
             command, env=environment | settings, cwd=tmp_path, capture_output=True, text=True, check=False
         )
@@ -170,6 +171,18 @@ def test_a_job_can_run_in_a_container(start, tmp_path):
     save = tmp_path / "run"
     mounts = f"/data:/data,{save}:{save},{ROOT}:{ROOT}"
     assert f"--container-image registry#image --container-workdir {ROOT} --container-mounts {mounts} bash" in notes[0]
+
+
+@pytest.mark.parametrize(("example", "recipe"), [("distill", "mn-minitron-8b"), ("prune", "minitron-8b")])
+def test_the_batch_step_becomes_a_launcher_that_lets_ranks_save(start, tmp_path, example, recipe):
+    """SLURM signals the batch step (`B:`), so nothing may stand between it and our torchrun, which waits for ranks."""
+    script = ROOT / "examples" / example / "job.sbatch"
+    settings = {name: "/some" for name in ("DATA", "TEACHER", "STUDENT", "LOAD")}
+    done, (note,) = start(str(script), recipe, **settings)
+    assert done.returncode == 0, done.stderr
+    assert note.startswith("rank none of none: -m megatron_ext torchrun --standalone --nproc-per-node 8 ")
+    assert int((tmp_path / "notes.parent").read_text()) == os.getpid()  # each shell has become the next one
+    assert example == "prune" or "#SBATCH --signal=B:TERM@" in script.read_text()
 
 
 @pytest.mark.parametrize("missing", ["DATA", "SAVE"])
