@@ -177,7 +177,7 @@ def test_a_job_can_run_in_a_container(start, tmp_path):
 def test_the_batch_step_becomes_a_launcher_that_lets_ranks_save(start, tmp_path, example, recipe):
     """SLURM signals the batch step (`B:`), so nothing may stand between it and our torchrun, which waits for ranks."""
     script = ROOT / "examples" / example / "job.sbatch"
-    settings = {name: "/some" for name in ("DATA", "TEACHER", "STUDENT", "LOAD")}
+    settings = dict.fromkeys(("DATA", "TEACHER", "STUDENT", "LOAD"), "/some")
     done, (note,) = start(str(script), recipe, **settings)
     assert done.returncode == 0, done.stderr
     assert note.startswith("rank none of none: -m megatron_ext torchrun --standalone --nproc-per-node 8 ")
