@@ -1,6 +1,7 @@
 """What the command line of a cache means, before anything starts."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from megatron_ext.distillation.logit_cache.cache import Cache
 from megatron_ext.distillation.logit_cache.check import command_line, compared
 from megatron_ext.distillation.logit_cache.manifest import Manifest
 from megatron_ext.distillation.logit_cache.shards import CacheReader, CacheWriter
-from megatron_ext.distillation.logit_cache.write import _Stored
+from megatron_ext.distillation.logit_cache.write import _finish, _Stored
 from megatron_ext.distillation.options import DistillOptions, source_of
-from megatron_ext.errors import ConfigError
+from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.lm_head.divergences import TopK
 from megatron_ext.lm_head.objective import Objective
 
@@ -66,3 +67,29 @@ def test_what_only_fills_a_batch_is_not_stored(tmp_path):
     assert CacheReader(tmp_path, manifest).known() == {ids[i].numpy().tobytes() for i in (0, 2)}
     assert stored.left == 0
     assert f"sample {to_hex(ids[1])}" in str(stored.problem)
+
+
+@pytest.mark.parametrize(("left", "stopped", "lost"), [(0, False, 0), (2, False, 2), (2, True, 0)])
+def test_a_cache_is_whole_when_the_disk_has_what_was_computed(tmp_path, left: int, stopped: bool, lost: int):
+    manifest = replace(MANIFEST, k=2, sequence_length=3, dtype="float32")
+    manifest.write(tmp_path)
+    ids = torch.arange(6).view(3, 2)
+    kept = TopK(torch.zeros(9, 2).long(), torch.full((9, 2), -1.0), torch.full((9,), -2.0))
+    with CacheWriter(tmp_path, manifest, shard_bytes=1) as writer:
+        writer.add(ids, kept)
+    run, writing = SimpleNamespace(args=SimpleNamespace(rank=0)), SimpleNamespace(directory=tmp_path, manifest=manifest)
+
+    def finish() -> None:
+        _finish(run, writing, _Stored(writer, manifest, left), stopped)  # type: ignore[arg-type]
+
+    if lost:
+        with pytest.raises(DataError, match=rf"holds less than was computed\n  got:   {lost} sequences"):
+            finish()
+    else:
+        finish()
+    assert Manifest.read(tmp_path).sequences == (None if stopped or lost else 3)
+    manifest.write(tmp_path)
+    next(tmp_path.glob("*.safetensors")).unlink()  # as another rank's file that has taken its name would
+    with pytest.raises(DataError, match=rf"holds less than was computed\n  got:   {lost + 1} sequences"):
+        finish()
+    assert Manifest.read(tmp_path).sequences is None
