@@ -10,15 +10,17 @@ Another package adds a job by an entry point of the group `megatron_ext.jobs`: t
 
 import argparse
 import importlib
+import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from typing import Any, Literal
 
 from megatron_ext.errors import ConfigError, MegatronExtError, nearest
+from megatron_ext.options.numbers import restrict
 
 GROUP = "megatron_ext.jobs"
 Main = Callable[[argparse.Namespace], None]
@@ -106,6 +108,19 @@ def commands() -> dict[str, Command]:
     return found | COMMANDS
 
 
+class _Version(argparse.Action):
+    """Print the version, and those of the packages that results depend on, without importing them."""
+
+    def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Print them and end."""
+        others = ", ".join(f"{name} {version(name)}" for name in ("megatron-core", "torch"))
+        print(f"megatron-ext {version('megatron-ext')} ({others}, Python {platform.python_version()})")
+        parser.exit()
+
+
 def _refuse_taken(name: str) -> None:
     """Say which packages want to be this command, which is ours: it stays so, and theirs is not run."""
     for entry in entry_points(group=GROUP, name=name):
@@ -122,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and words[0] in known and known[words[0]].flags == "job":
         return _run_job(known[words[0]], words[1:])
     parser = argparse.ArgumentParser(prog="megatron-ext", description="Compress and train language models.")
+    parser.add_argument("--version", action=_Version, help="print the versions of this package and those it stands on")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     run: Main | None = None
     own: list[str] = []
@@ -136,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = command.load()
             run = module.main
             module.add_arguments(sub)
+            restrict(sub)
             own = [flag for action in sub._actions for flag in action.option_strings]
     args, rest = parser.parse_known_args(words)
     assert run is not None  # argparse has refused every other word

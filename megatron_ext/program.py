@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from megatron_ext.errors import MegatronExtError
+from megatron_ext.errors import ConfigError, MegatronExtError
 
 LAUNCHER = "MEGATRON_EXT_LAUNCHER"  # set where `megatron-ext torchrun` has started the ranks and says what went wrong
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -26,6 +26,11 @@ def main(run: Callable[[], None]) -> int:
     Returns:
         Its exit status: 0, 2 for a user's mistake, which becomes one readable message, or 130 after Ctrl-C.
     """
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not os.environ.get(name, "0").isdecimal():
+            got, legal = f"{name}={os.environ[name]}", "none, or what torchrun sets"
+            print(f"error: {ConfigError('the environment', got=got, legal=legal)}", file=sys.stderr, flush=True)
+            return 2
     if _rank() == 0:
         ours = logging.getLogger("megatron_ext")
         ours.setLevel(logging.INFO)

@@ -3,7 +3,9 @@
 Megatron repeats a split until it is long enough; one without a token is repeated for ever.
 """
 
+import re
 from argparse import Namespace
+from math import inf
 from pathlib import Path
 
 from megatron_ext.checkpoint.tokenizer import check_rows
@@ -97,9 +99,13 @@ def _blends(args: Namespace) -> list[tuple[str, list[str], tuple[float, float] |
     if args.split is None:
         raise ConfigError("--data-path needs --split", legal="--split 99,1,0: training, validation, test")
     try:
+        parts = [float(part) for part in re.split("[,/]", args.split)]
+        if not (0 < sum(parts) < inf and min(parts) >= 0):  # NaN neither
+            raise ValueError(args.split)
         shares = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
     except (AssertionError, ValueError) as error:
-        raise ConfigError("--split", got=args.split, legal="up to three numbers, such as 99,1,0") from error
+        legal = "up to three numbers, one of them above 0, such as 99,1,0"
+        raise ConfigError("--split", got=args.split, legal=legal) from error
     flag = "--data-path" if args.data_path else "--data-args-path"
     return [(flag if share is not None else "--split", blend[0], share) for share in shares]
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ext import platform
+from megatron_ext.options.readable import mend
 
 VOCAB_MULTIPLE = 128
 
@@ -43,6 +44,7 @@ def early_parser() -> argparse.ArgumentParser:
     parser.add_argument("--mamba-head-dim", type=int, default=64)
     parser.add_argument("--mamba-state-dim", type=int, default=128)
     parser.add_argument("--mamba-num-groups", type=int, default=8)
+    mend(parser)
     return parser
 
 

@@ -8,12 +8,13 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from megatron_ext.errors import ConfigError, MegatronExtError, nearest
+from megatron_ext.options.numbers import restrict
 
-KINDS = {"int": "a whole number", "float": "a number"}
 WORDS: dict[type[ast.AST], str] = {
     ast.Eq: "equal to", ast.NotEq: "other than", ast.Lt: "less than", ast.LtE: "at most", ast.Gt: "greater than",
     ast.GtE: "at least", ast.In: "one of", ast.NotIn: "none of",
@@ -34,6 +35,7 @@ IS = Mood("is given", "is not given", "is")
 
 def mend(parser: argparse.ArgumentParser) -> None:
     """Refuse wrong flags in a few lines instead of Megatron's 600 of usage, and make its `--help` work."""
+    restrict(parser)
     names = [name for action in parser._actions for name in action.option_strings]
 
     def refuse(message: str) -> NoReturn:
@@ -50,9 +52,10 @@ def _wrong_flag(message: str, names: list[str]) -> ConfigError:
     if found := re.match(r"argument (\S+): invalid choice: (.+) \(choose from (.+)\)$", message):
         got, legal = found[2].strip("'"), [word.strip("' ") for word in found[3].split(",")]
         return ConfigError(f"{found[1]}: no such value", got=got, legal=nearest(got, legal))
+    if found := re.match(r"argument (\S+): (.+), not (['\"])(.*)\3$", message, re.DOTALL):
+        return ConfigError(f"{found[1]}: no such value", got=found[4], legal=found[2])
     if found := re.match(r"argument (\S+): invalid (\S+) value: (.*)$", message, re.DOTALL):
-        legal = KINDS.get(found[2], f"a value of {found[2]}")
-        return ConfigError(f"{found[1]}: no such value", got=found[3].strip("'"), legal=legal)
+        return ConfigError(f"{found[1]}: no such value", got=found[3].strip("'"), legal=f"a value of {found[2]}")
     unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
     if not message.startswith("unrecognized arguments") or not unknown:
         return ConfigError(message, legal="see --help")
@@ -82,6 +85,13 @@ def readable(args: Namespace, parser: argparse.ArgumentParser) -> Iterator[None]
 
 
 def _refusal(error: Exception, flags: "_Flags") -> ConfigError:
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        asking = flags.given_of(f"{error.name}*")
+        return ConfigError(
+            f"the package {error.name} is not installed",
+            got=", ".join(asking) or None,
+            legal=f"pip install {error.name}",
+        )
     summary = traceback.extract_tb(error.__traceback__)[-1]
     statement, conditions = _statement(summary)
     wanted = statement.test if isinstance(statement, ast.Assert) else None
@@ -133,6 +143,11 @@ class _Flags:
     def _name(self, node: ast.AST) -> str | None:
         named = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
         return node.attr if named and node.attr in self._actions else None  # type: ignore[union-attr]
+
+    def given_of(self, pattern: str) -> list[str]:
+        """The flags of a name that were given."""
+        found = [name for name, action in self._actions.items() if fnmatchcase(name, pattern) and action.nargs != 0]
+        return [self.given(name) for name in found if getattr(self._args, name, None) != self._actions[name].default]
 
     def given(self, name: str) -> str:
         """A flag as it was given, or as Megatron has it."""

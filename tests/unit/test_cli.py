@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
@@ -50,6 +51,18 @@ def test_what_the_programs_load_first_imports_no_megatron():
     assert done.stdout.endswith("imported: []\n")
 
 
+def test_the_version_names_what_results_depend_on():
+    code = (
+        "import sys; from megatron_ext import cli\n"
+        "try: cli.main(['--version'])\nexcept SystemExit as end: assert end.code == 0\n"
+        f"print('imported:', [name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ours, others = version("megatron-ext"), f"megatron-core {version('megatron-core')}, torch {version('torch')}"
+    assert done.stdout.startswith(f"megatron-ext {ours} ({others}, Python 3.12")
+    assert done.stdout.endswith("imported: []\n")
+
+
 @pytest.mark.parametrize("name", list(cli.COMMANDS))
 def test_every_subcommand_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as end:
@@ -64,7 +77,7 @@ def test_only_the_chosen_subcommand_is_loaded(monkeypatch):
     assert cli.main(["presets", "--json"]) == 0
 
 
-@pytest.mark.parametrize("words", [[], ["prestes"], ["presets", "extra"], ["data"]])
+@pytest.mark.parametrize("words", [[], ["prestes"], ["presets", "extra"], ["data"], ["data", "--max-bytes", "0"]])
 def test_a_wrong_command_line_ends_with_status_2(words, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(words)

@@ -44,3 +44,12 @@ def test_process_groups_end_before_the_interpreter() -> None:
     with pytest.raises(SystemExit):
         main(told_to_stop)
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(("name", "value"), [("RANK", "x"), ("WORLD_SIZE", ""), ("LOCAL_RANK", "-1")])
+def test_an_environment_that_torchrun_did_not_set(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert main(lambda: pytest.fail("the program ran")) == 2
+    assert f"got:   {name}={value}\n  legal: none, or what torchrun sets" in capsys.readouterr().err

@@ -92,7 +92,8 @@ def test_data_that_is_not_said_or_said_twice(tmp_path: Path, two: str) -> None:
     assert "no data given" in refusal(arguments())
     assert "--data-path needs --split" in refusal(arguments(data_path=[two]))
     assert "--split does not go with" in refusal(arguments(train_data_path=[two], split="1,1,0"))
-    assert "got:   1,2,3,4" in refusal(arguments(data_path=[two], split="1,2,3,4"))
+    for wrong in ("1,2,3,4", "a,b", "0,0,0", "-1,2", "nan,1", "inf,1,0", "", "1,,1"):
+        assert f"--split\n  got:   {wrong}\n" in refusal(arguments(data_path=[two], split=wrong))
     assert "list of data cannot be read" in refusal(arguments(data_args_path=str(tmp_path / "none")))
     (tmp_path / "list").write_text("nowhere")
     assert "--data-args-path: no such data" in refusal(arguments(data_args_path=str(tmp_path / "list"), split="1,0,0"))
