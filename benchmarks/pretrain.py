@@ -96,7 +96,7 @@ def child(out: Path, kind: str, meter: bool, flags: list[str]) -> None:
         config = gpt_config_from_args(args)
     begun: list[float] = []
 
-    built, task = "", language_modelling()
+    built, task = "", language_modelling(started.args)
 
     def timed(data: Any, model: Any) -> Any:
         nonlocal built

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.training import get_args
 
 from megatron_ext.data.batch import build, dataset_settings
 
@@ -59,14 +58,17 @@ def epochs(size: int, wanted: int, seed: int, first: np.ndarray | None = None) -
     return np.concatenate(orders if first is None else [first.astype(np.uint32), *orders[1:]])
 
 
-def replayed(seed: int) -> Callable[..., Any]:
+def replayed(args: Any, seed: int) -> Callable[..., Any]:
     """Megatron's dataset provider for training on the sequences of one pass, packed by `seed`.
 
     There is no test set: it is not part of a cache.
+
+    Args:
+        args: Megatron's flags; their seed orders the sequences.
+        seed: Packs the documents.
     """
 
     def provide(num_samples: Sequence[int | None], vp_stage: int | None = None) -> Any:
-        args: Any = get_args()
         settings = dataset_settings(args)
         settings.update(random_seed=seed, order_seed=args.seed)
         config = PassConfig(**settings)
@@ -77,12 +79,17 @@ def replayed(seed: int) -> Callable[..., Any]:
     return provide
 
 
-def single_pass(seed: int, vp_stage: int | None = None) -> list[Any]:
+def single_pass(args: Any, seed: int, vp_stage: int | None = None) -> list[Any]:
     """All sequences of the training and of the validation split, each once, whatever the weights of a blend.
 
     Empty on ranks that read no data. A collective of all ranks.
+
+    Args:
+        args: Megatron's flags.
+        seed: Packs the documents.
+        vp_stage: Virtual pipeline stage that asks.
     """
-    settings = dataset_settings(get_args())
+    settings = dataset_settings(args)
     settings["random_seed"] = seed
     config = PassConfig(**settings)
     train, validation, _ = build(PassDataset, config, (None, None, 0), vp_stage)

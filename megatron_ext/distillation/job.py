@@ -1,12 +1,12 @@
 """The distillation job: a student and its teacher in Megatron's own loop."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from megatron_ext.checkpoint import tokenizer
@@ -31,6 +31,9 @@ from megatron_ext.training.dry_run import memory_per_gpu
 from megatron_ext.training.job import STOPPABLE, DryRun, Job, RunConfig
 from megatron_ext.training.run_directory import lock_run_directory
 from megatron_ext.training.run_job import run_job
+
+if TYPE_CHECKING:
+    from megatron_ext.training.step import Sums
 
 
 def check(run: RunConfig) -> Teacher | Cache | Writing:
@@ -104,12 +107,11 @@ def distill(run: RunConfig, source: Teacher | Cache, apart: RankSplit | None = N
     corrected `teacher_loss`; also `total_loss`, what the student minimises, where that is not one of them.
     """
     from megatron_ext.data import packing
-    from megatron_ext.data.batch import build_datasets, get_identified_batch
     from megatron_ext.distillation.setup import Setup
     from megatron_ext.distillation.teachers.correction import correct, corrected_first
     from megatron_ext.platform.loop import before_saving, before_schedule, pipeline_widths
     from megatron_ext.training import loop
-    from megatron_ext.training.step import Task, forward_step
+    from megatron_ext.training.step import language_modelling
 
     options: DistillOptions = run.options["distill"]
     if options.correct_teacher != "only" and loop.finished(run):
@@ -134,10 +136,11 @@ def distill(run: RunConfig, source: Teacher | Cache, apart: RankSplit | None = N
         before_schedule(setup.before_schedule)
     weights = [(o.kd_weight, o.ce_weight) for o in (objective_at(options, source, share) for share in (0.0, 1.0))]
     mixed = weights not in ([(1.0, 0.0)] * 2, [(0.0, 1.0)] * 2) or bool(options.states)
-    step = partial(forward_step, loss=partial(masked_sums, mixed), batch_of=get_identified_batch)
-    datasets = packing.replayed(source.manifest.seed) if isinstance(source, Cache) else build_datasets
+    task = language_modelling(run.args, partial(masked_sums, mixed), identified=True)
+    if isinstance(source, Cache):
+        task = replace(task, datasets=packing.replayed(run.args, source.manifest.seed))
     try:
-        loop.train(run, Task(step, datasets, {"loss": "nats per token"}), hooks=(setup.hook,))
+        loop.train(run, task, hooks=(setup.hook,))
     except SystemExit as end:
         if end.code in (0, None):  # asked to stop, and has saved
             setup.close()
@@ -148,20 +151,20 @@ def distill(run: RunConfig, source: Teacher | Cache, apart: RankSplit | None = N
     setup.close()
 
 
-def masked_sums(mixed: bool, loss_mask: Float[Tensor, "b s"], losses: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Megatron's loss contract: sum of `total` over unmasked tokens, how many they are, and each component to log.
+def masked_sums(mixed: bool, batch: Mapping[str, Tensor], losses: Any) -> "Sums":
+    """The sum of `total` over unmasked tokens, how many they are, and each component to log.
 
     Args:
         mixed: Whether to log what the student minimises, too.
-        loss_mask: 1 where a token counts.
+        batch: With `loss_mask`, 1 where a token counts.
         losses: `distillation.model.StepLosses`.
     """
-    mask = loss_mask.T.float()
+    mask = batch["loss_mask"].T.float()
     count = mask.sum().to(torch.int)
     sums = {name: (value * mask).sum() for name, value in losses.parts.items()}
     if mixed:
         sums["total loss"] = losses.total.detach() - sums.get("teacher loss", 0.0)
-    return losses.total, count, {name: torch.cat([x.detach().view(1), count.view(1)]) for name, x in sums.items()}
+    return losses.total, count, {name: (value, count) for name, value in sums.items()}
 
 
 def run(run: RunConfig, source: Teacher | Cache | Writing, split: RankSplit | None = None) -> None:

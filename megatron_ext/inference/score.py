@@ -12,7 +12,6 @@ from megatron.core import parallel_state as mpu
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor
 
-from megatron_ext.data.context_parallel import zigzag_split
 from megatron_ext.errors import ConfigError
 from megatron_ext.inference.interrupt import Interrupted, exchange
 from megatron_ext.inference.passage import Loglikelihood, LoglikelihoodRequest
@@ -21,6 +20,7 @@ from megatron_ext.lm_head.hidden_states import head, hidden_states
 from megatron_ext.lm_head.log_probabilities import log_probabilities
 from megatron_ext.lm_head.losses import LMHead
 from megatron_ext.lm_head.vocab_parallel import VocabParallel
+from megatron_ext.platform.context_parallel import zigzag_split
 
 
 def score(

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from megatron_ext.platform.attention_cache import kept
+from megatron_ext.platform.context_parallel import zigzag_join
 from megatron_ext.platform.grouped_linear import TorchColumnParallelGroupedLinear, TorchRowParallelGroupedLinear
 from megatron_ext.platform.linear import linear
 from megatron_ext.platform.replacements import replace
@@ -172,9 +173,8 @@ class TorchDotProductAttention(torch.nn.Module):
         """The whole sequence, in order, from the two pieces of each rank."""
         from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-        size = self.cp_group.size()  # type: ignore[union-attr]
-        pieces = gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group).chunk(2 * size)
-        return torch.cat([*pieces[::2], *reversed(pieces[1::2])])
+        parts = gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)
+        return zigzag_join(parts, self.cp_group.size())  # type: ignore[union-attr]
 
 
 def _linear_classes() -> dict[str, type]:

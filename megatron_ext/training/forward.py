@@ -27,6 +27,7 @@ def start(run: RunConfig) -> None:
     from megatron.training import initialize_megatron
 
     run.args.skip_train = True  # no optimizer, no gradient buffers
+    run.args.eval_micro_batch_size = run.args.micro_batch_size  # that of a validation between steps of training
     initialize_megatron()
 
 

@@ -117,4 +117,4 @@ def task_of(run: RunConfig) -> "Task":
     """What the job's model is trained and measured on."""
     from megatron_ext.training.step import language_modelling
 
-    return language_modelling() if run.job.task is None else run.job.task(run)
+    return language_modelling(run.args) if run.job.task is None else run.job.task(run)

@@ -1,17 +1,17 @@
 """A task: data, and a step from a batch to named sums, the same in training, validation and `--skip-train`."""
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from megatron.core.utils import get_attr_wrapped_model
-from megatron.training import get_timers
+from megatron.training import get_args, get_timers
 from torch import Tensor
 
-from megatron_ext.data.batch import build_datasets, get_batch
+from megatron_ext.data.batch import text_batch, text_datasets
 from megatron_ext.data.schema import BatchSchema
 
 
@@ -35,24 +35,30 @@ class Task:
 
 
 Sums = tuple[Tensor, Tensor, Mapping[str, tuple[Tensor, Tensor]]]
+Losses = Callable[[Mapping[str, Tensor], Any], Sums]
 
 
 def batch_step(
-    schema: BatchSchema,
-    forward: Callable[[torch.nn.Module, Mapping[str, Tensor]], Any],
-    losses: Callable[[Mapping[str, Tensor], Any], Sums],
+    schema: BatchSchema, forward: Callable[[torch.nn.Module, Mapping[str, Tensor]], Any], losses: Losses
 ) -> Callable[..., Any]:
     """Megatron's `forward_step_func` for a model whose batches are named tensors.
 
     Args:
         schema: What a batch is made of.
-        forward: The model's output on a batch.
-        losses: From batch and output to what is minimised (a sum with a gradient), its count, and by name each
-            metric's sum and count.
+        forward: The model's output on a batch, of which a pipeline stage has the tensors that it uses.
+        losses: From batch and output of the last stage to what is minimised (a sum with a gradient), its count, and by
+            name each metric's sum and count.
     """
 
     def step(data: Iterator[Mapping[str, Tensor]] | None, model: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
-        batch = schema.read(data)
+        args: Any = get_args()
+        timers: Any = get_timers()
+        timer = timers("batch-generator", log_level=2)
+        timer.start()
+        micro_batch = args.micro_batch_size if model.training else args.eval_micro_batch_size
+        vp_stage: Any = get_attr_wrapped_model(model, "vp_stage")
+        batch = schema.read(data, micro_batch, vp_stage)
+        timer.stop()
 
         def loss(output: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             total, count, sums = losses(batch, output)
@@ -64,51 +70,27 @@ def batch_step(
     return step
 
 
-def masked_sum(
-    loss_mask: Float[Tensor, "b s"], losses: Float[Tensor, "b s"]
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Megatron's loss contract: the sum over unmasked tokens, how many they are, and what to log.
-
-    Megatron sums both over micro-batches and over data- and context-parallel ranks before it divides, so the logged
-    loss is the mean over tokens whatever the layout.
-    """
-    mask = loss_mask.reshape(-1).float()
-    total = torch.sum(losses.reshape(-1).float() * mask)
-    count = mask.sum().clone().detach().to(torch.int)
-    return total, count, {"lm loss": torch.cat([total.clone().detach().view(1), count.view(1)])}
+def masked_sum(batch: Mapping[str, Tensor], losses: Float[Tensor, "b s"]) -> Sums:
+    """Of a language model's losses the sum over unmasked tokens, and how many they are."""
+    mask = batch["loss_mask"].reshape(-1).float()
+    total, count = torch.sum(losses.reshape(-1).float() * mask), mask.sum().to(torch.int)
+    return total, count, {"lm loss": (total, count)}
 
 
-def forward_step(
-    data: Iterator[dict[str, Any]],
-    model: torch.nn.Module,
-    loss: Callable[..., Any] = masked_sum,
-    batch_of: Callable[..., dict[str, Any]] = get_batch,
-) -> tuple[Tensor, Any]:
-    """Run the model on the next micro-batch; (output, loss function) as Megatron's schedules expect.
+def language_modelling(args: Namespace, losses: Losses = masked_sum, identified: bool = False) -> Task:
+    """The next token of Megatron's text data sets.
 
     Args:
-        data: This rank's micro-batches.
-        model: The model, wrapped as Megatron wraps it.
-        loss: From the loss mask and the model's output to Megatron's loss contract (see `masked_sum`).
-        batch_of: `get_batch`, or `get_identified_batch` for a model that takes `sample_id`.
+        args: Megatron's validated arguments.
+        losses: Of a batch and of what the model makes of it.
+        identified: Whether the model takes `sample_id`, which says of the last stage's sequences which they are.
     """
-    timers: Any = get_timers()
-    timer = timers("batch-generator", log_level=2)
-    timer.start()
-    vp_stage: Any = get_attr_wrapped_model(model, "vp_stage")
-    batch = batch_of(data, vp_stage)
-    timer.stop()
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        batch["attention_mask"],
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-        **({"sample_id": batch["sample_id"]} if "sample_id" in batch else {}),
+    schema = text_batch(
+        args.seq_length, args.padded_vocab_size, args.create_attention_mask_in_dataloader, identified=identified
     )
-    return output, partial(loss, batch["loss_mask"])
 
+    def forward(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Any:
+        labels = {name: batch.get(name) for name in ("labels", "loss_mask", *["sample_id"] * identified)}
+        return model(batch.get("tokens"), batch.get("position_ids"), batch.get("attention_mask"), **labels)
 
-def language_modelling() -> Task:
-    """The next token of Megatron's text data sets."""
-    return Task(forward_step, build_datasets, {"loss": "nats per token"})
+    return Task(batch_step(schema, forward, losses), text_datasets(args), {"loss": "nats per token"})

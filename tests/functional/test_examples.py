@@ -9,8 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path for path in (ROOT / "examples").rglob("*") if path.suffix in (".sh", ".sbatch"))
-RECIPE = ROOT / "examples" / "pretrain_hybrid_8b"
-SETTINGS = ("DATA", "DATA_PATH", "TOKENIZER", "SAVE", "DRY_RUN", "RANK", "WORLD_SIZE", "NNODES", "CONTAINER_IMAGE")
+EXAMPLES = ROOT / "examples"
+RECIPES = sorted(f"{path.parts[-3]}/{path.stem}" for path in EXAMPLES.glob("*/recipes/*.flags"))
+PRETRAIN = "pretrain/mamba2-hybrid-8b"
+SETTINGS = ("DATA", "DATA_PATH", "TOKENIZER", "SAVE", "SHOW", "RANK", "WORLD_SIZE", "NNODES", "CONTAINER_IMAGE")
 PYTHON = """#!/usr/bin/env bash
 # In python's place: notes rank, command line and parent, and saves step $STEP.
 echo "rank ${RANK:-none} of ${WORLD_SIZE:-none}: $*" >> "$NOTES"
@@ -43,7 +45,7 @@ def start(tmp_path):
     notes = tmp_path / "notes"
     notes.touch()
 
-    def run(script: str, *arguments: str, **settings: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    def run(script: str, *words: str, **settings: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
         environment = {key: value for key, value in os.environ.items() if key not in SETTINGS} | {
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
             "PYTHON": str(tmp_path / "bin" / "python"),
@@ -53,7 +55,7 @@ def start(tmp_path):
             "SLURM_JOB_ID": "41",
             "SLURM_JOB_NODELIST": "node[1-2]",
         }
-        command = ["bash", str(RECIPE / script), *arguments]
+        command = ["bash", str(EXAMPLES / script), *words]
         done = subprocess.run(
             command, env=environment | settings, cwd=tmp_path, capture_output=True, text=True, check=False
         )
@@ -70,14 +72,42 @@ def test_every_script_is_bash_and_may_be_run(script):
     assert done.returncode == 0, done.stderr
 
 
-def test_there_are_scripts_and_each_recipe_explains_itself():
-    assert len(SCRIPTS) >= 3
-    for script in SCRIPTS:
-        assert (script.parent / "README.md").is_file()
+def test_there_is_one_runner_and_each_folder_explains_its_recipes():
+    assert [path.name for path in SCRIPTS] == ["job.sbatch", "run.sh"]
+    assert {recipe.split("/")[0] for recipe in RECIPES} == {"distill", "long_context", "pretrain", "prune"}
+    for recipe in RECIPES:
+        folder, name = recipe.split("/")
+        assert f"`{name}`" in (EXAMPLES / folder / "README.md").read_text()
+    for folder in EXAMPLES.iterdir():
+        assert not folder.is_dir() or f"({folder.name}/README.md)" in (EXAMPLES / "README.md").read_text()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_a_program_and_its_flags(start, recipe):
+    """A path with a space is one word, and what is missing has a name."""
+    named = {"LOAD": "/some one", "MODEL": "/some one", "TEACHER": "/some one", "STUDENT": "/s", "DATA": "/d"}
+    done, notes = start("run.sh", recipe, "--lr", "1", SHOW="1", **named)
+    words = done.stdout.splitlines()
+    assert (ROOT / words[0]).is_file()
+    assert words[-2:] == ["--lr", "1"]
+    assert not any(word.startswith("/some") and word != "/some one" for word in words)
+    assert notes == []
+    if recipe.split("/")[0] != "pretrain":
+        done, _ = start("run.sh", recipe, DATA="/d", SHOW="1")
+        assert done.returncode != 0
+        assert "the checkpoint" in done.stderr or "the trained checkpoint" in done.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["prune"], ["prune/minitron-9b"]])
+def test_what_is_no_recipe_is_answered_with_those_there_are(start, words):
+    done, notes = start("run.sh", *words)
+    assert done.returncode == 2
+    assert f"legal: {' '.join(RECIPES)}\n" in done.stderr
+    assert notes == []
 
 
 def test_the_dry_run_builds_the_published_model_on_any_machine(start, tmp_path):
-    done, _ = start("run.sh", DRY_RUN="1", PYTHON=sys.executable, NNODES="8", MEGATRON_EXT_DEVICE="cpu")
+    done, _ = start("run.sh", PRETRAIN, "--dry-run", PYTHON=sys.executable, NNODES="8", MEGATRON_EXT_DEVICE="cpu")
     assert done.returncode == 0, done.stderr
     text = " ".join(done.stdout.split())
     assert "8,654,517,248 (8.65B)" in text
@@ -87,107 +117,113 @@ def test_the_dry_run_builds_the_published_model_on_any_machine(start, tmp_path):
 
 
 def test_without_data_it_says_what_is_missing(start):
-    done, notes = start("run.sh")
+    done, notes = start("run.sh", PRETRAIN)
     assert done.returncode == 2
     assert "error: DATA is not set" in done.stderr
     assert notes == []
 
 
 def test_one_node_is_a_torchrun_of_the_same_flags(start, tmp_path):
-    done, (note,) = start("run.sh", DATA="/data", NNODES="2", NODE_RANK="1", MASTER_ADDR="node1", GPUS_PER_NODE="4")
+    one = {"DATA": "/data", "GPUS_PER_NODE": "4"}
+    done, notes = start("run.sh", PRETRAIN, **one)
+    assert done.returncode == 0, done.stderr
+    program = "pretrain_hybrid.py --save"
+    assert notes[0].startswith(f"rank none of none: -m megatron_ext torchrun --nproc-per-node 4 --standalone {program}")
+    done, (_, note) = start("run.sh", PRETRAIN, **one, NNODES="2", NODE_RANK="1", MASTER_ADDR="node1")
     assert done.returncode == 0, done.stderr
     assert note.startswith(
         "rank none of none: -m megatron_ext torchrun --nproc-per-node 4 --nnodes 2 --node-rank 1 --master-addr node1 "
-        "--master-port 29500 pretrain_hybrid.py --preset mamba2-hybrid-8b --data-path /data/text_document "
+        f"--master-port 29500 {program}"
     )
+    assert "--data-path /data/text_document " in note
     assert f"--save {tmp_path / 'run'} --load {tmp_path / 'run'} " in note
     assert "--tokenizer-model /data/tokenizer" in note
     assert "--sequence-parallel" in note
     assert "--dry-run" not in note
 
 
-STARTING = [path for path in SCRIPTS if "PYTHON" in path.read_text()]
-
-
-@pytest.mark.parametrize("script", STARTING, ids=lambda path: path.parent.name)
-def test_kernels_compile_in_the_environment_of_an_example(script, tmp_path):
+def test_kernels_compile_in_the_environment_of_an_example(tmp_path):
     python = tmp_path / "python"
     python.write_text(f"#!/usr/bin/env bash\nexec {sys.executable} {ROOT}/tests/support/triton_compile_one.py\n")
     python.chmod(0o755)
-    named = dict.fromkeys(("DATA", "SAVE", "LOAD", "MODEL", "TEACHER", "STUDENT"), str(tmp_path / "some"))
+    named = dict.fromkeys(("DATA", "SAVE"), str(tmp_path / "some"))
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
     environment |= named | {"PYTHON": str(python), "TMPDIR": str(tmp_path), "HOME": str(tmp_path / "home")}
-    recipe = [path.stem for path in sorted(script.parent.glob("recipes/*.flags"))][:1]
+    command = ["bash", str(EXAMPLES / "run.sh"), PRETRAIN]
     for _ in range(2):  # the second time from the cache
-        done = subprocess.run(["bash", str(script), *recipe], env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         assert int(done.stdout) > 0
     assert list(tmp_path.glob("triton-cache-*/*/*.ptx")), "on the node, not in a home that all nodes share"
     assert not (tmp_path / "home").exists()
 
 
-def test_every_example_that_starts_processes_is_among_them():
-    """None of the above can pass by finding no script."""
-    assert {path.parent.name for path in STARTING} == {
-        "distill", "long_context", "pretrain_hybrid_8b", "prune",
-    }  # fmt: skip
-
-
 def test_a_blend_and_more_flags_are_passed_on(start):
     command = {"DATA_PATH": "0.7 /a/text_document 0.3 /b/text_document", "TOKENIZER": "/t", "TENSOR_PARALLEL": "1"}
-    done, (note,) = start("run.sh", **command)
+    done, (note,) = start("run.sh", PRETRAIN, "--more", **command)
     assert done.returncode == 0, done.stderr
     assert "--data-path 0.7 /a/text_document 0.3 /b/text_document --split" in note
     assert "--tokenizer-model /t " in note
+    assert note.endswith(" --more")
     assert "--sequence-parallel" not in note
 
 
 @pytest.mark.parametrize(("step", "again"), [("7", True), ("", True), ("10", False)])
 def test_a_job_goes_back_into_the_queue_until_its_last_step_is_saved(start, step, again):
-    done, notes = start("job.sbatch", DATA="/data", TRAIN_ITERS="10", STEP=step)
+    done, notes = start("job.sbatch", PRETRAIN, DATA="/data", TRAIN_ITERS="10", STEP=step)
     assert done.returncode == 0, done.stderr
     ranks = [note for note in notes if note.startswith("rank")]
     assert [note.split(":")[0] for note in ranks] == ["rank 0 of 2", "rank 1 of 2"]
-    assert all(note.split(": ")[1].startswith("pretrain_hybrid.py --preset mamba2-hybrid-8b ") for note in ranks)
+    assert all(note.split(": ")[1].startswith("pretrain_hybrid.py --save ") for note in ranks)
     assert all("--train-iters 10 " in note for note in ranks)
     assert ("scontrol requeue 41" in notes) == again
 
 
 def test_a_job_that_is_told_to_stop_before_its_first_step_goes_back_too(start):
-    done, notes = start("job.sbatch", DATA="/data", TRAIN_ITERS="10", STATUS="143")
+    done, notes = start("job.sbatch", PRETRAIN, DATA="/data", TRAIN_ITERS="10", STATUS="143")
     assert done.returncode == 0, done.stderr
     assert "scontrol requeue 41" in notes
 
 
 def test_a_job_that_fails_ends(start):
-    done, notes = start("job.sbatch", DATA="/data", STATUS="2")
+    done, notes = start("job.sbatch", PRETRAIN, DATA="/data", STATUS="2")
     assert done.returncode == 2
     assert not any("requeue" in note for note in notes)
 
 
+@pytest.mark.parametrize("status", ["0", "143"])
+def test_a_cut_ends_as_it_ends(start, status):
+    """It has no steps to go on from."""
+    done, notes = start("job.sbatch", "prune/minitron-4b", DATA="/data", LOAD="/l", STATUS=status)
+    assert done.returncode == int(status)
+    assert [note.split(":")[0] for note in notes if note.startswith("rank")]
+    assert not any("requeue" in note for note in notes)
+
+
 def test_a_job_can_run_in_a_container(start, tmp_path):
-    done, notes = start("job.sbatch", DATA="/data", TRAIN_ITERS="1", STEP="1", CONTAINER_IMAGE="registry#image")
+    given = {"DATA": "/data", "TRAIN_ITERS": "1", "STEP": "1", "CONTAINER_IMAGE": "registry#image"}
+    done, notes = start("job.sbatch", PRETRAIN, **given)
     assert done.returncode == 0, done.stderr
-    save = tmp_path / "run"
-    mounts = f"/data:/data,{save}:{save},{ROOT}:{ROOT}"
+    mounts = f"{ROOT}:{ROOT},{tmp_path}:{tmp_path},/data:/data"
     assert f"--container-image registry#image --container-workdir {ROOT} --container-mounts {mounts} bash" in notes[0]
 
 
-@pytest.mark.parametrize(("example", "recipe"), [("distill", "mn-minitron-8b"), ("prune", "minitron-8b")])
-def test_the_batch_step_becomes_a_launcher_that_lets_ranks_save(start, tmp_path, example, recipe):
-    """SLURM signals the batch step (`B:`), so nothing may stand between it and our torchrun, which waits for ranks."""
-    script = ROOT / "examples" / example / "job.sbatch"
+@pytest.mark.parametrize("recipe", ["distill/mn-minitron-8b", "prune/minitron-8b"])
+def test_the_runner_becomes_a_launcher_that_lets_ranks_save(start, tmp_path, recipe):
+    """Nothing may stand between a signal and our torchrun, which waits for ranks, or under SLURM the rank itself."""
     settings = dict.fromkeys(("DATA", "TEACHER", "STUDENT", "LOAD"), "/some")
-    done, (note,) = start(str(script), recipe, **settings)
-    assert done.returncode == 0, done.stderr
-    assert note.startswith("rank none of none: -m megatron_ext torchrun --standalone --nproc-per-node 8 ")
-    assert int((tmp_path / "notes.parent").read_text()) == os.getpid()  # each shell has become the next one
-    assert example == "prune" or "#SBATCH --signal=B:TERM@" in script.read_text()
+    for rank in ({}, {"RANK": "3", "WORLD_SIZE": "8"}):
+        done, notes = start("run.sh", recipe, **settings, **rank)
+        assert done.returncode == 0, done.stderr
+        launcher = "rank 3 of 8: " if rank else "rank none of none: -m megatron_ext torchrun --nproc-per-node 8 --standalone "
+        assert notes[-1].startswith(launcher)
+        assert int((tmp_path / "notes.parent").read_text()) == os.getpid()  # each shell has become the next one
+    assert "#SBATCH --signal=TERM@" in (EXAMPLES / "job.sbatch").read_text()  # to every rank, not to the batch step
 
 
 @pytest.mark.parametrize("missing", ["DATA", "SAVE"])
 def test_a_job_names_the_setting_it_lacks(start, missing):
-    done, notes = start("job.sbatch", **({"DATA": "/data"} | {missing: ""}))
+    done, notes = start("job.sbatch", PRETRAIN, **({"DATA": "/data"} | {missing: ""}))
     assert done.returncode != 0
-    assert f"{missing}: " in done.stderr
+    assert missing in done.stderr
     assert notes == []

@@ -17,6 +17,7 @@ SIZES = ["--seq-length", "64", "--micro-batch-size", "2", "--global-batch-size",
 VOCABULARY = ["--padded-vocab-size", "512", "--make-vocab-size-divisible-by", "8"]
 STEPS = ["--train-iters", "2", "--lr-warmup-iters", "1", "--eval-iters", "1", "--save-interval", "1"]
 RUN = {
+    "pretrain": ["mamba2-hybrid-8b"],
     "distill": ["mn-minitron-8b"],
     "prune": ["minitron-4b", "nemotron-h-4b", "llama3.1-minitron-4b-depth"],
     "long_context": ["16k", "32k"],
@@ -31,11 +32,10 @@ def recipe(workspace: Workspace, tmp_path: Path):
     python.write_text(PYTHON)
     python.chmod(0o755)
 
-    def command(example: str, *arguments: str, **settings: str) -> tuple[str, list[str]]:
+    def command(recipe: str, *arguments: str, **settings: str) -> tuple[str, list[str]]:
         environment = {"PYTHON": str(python), "NOTES": str(tmp_path / "notes"), "GPUS_PER_NODE": "2"}
         environment |= {"DATA": str(workspace.path / "data"), "MICRO_BATCH": "2", **settings}
-        script = ROOT / "examples" / example / "run.sh"
-        subprocess.run([script, *arguments], env=os.environ | environment, check=True)
+        subprocess.run([ROOT / "examples" / "run.sh", recipe, *arguments], env=os.environ | environment, check=True)
         words = shlex.split((tmp_path / "notes").read_text())
         assert words[:3] == ["-m", "megatron_ext", "torchrun"]
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
@@ -53,7 +53,7 @@ def test_the_other_recipes_have_no_other_flags() -> None:
 
 
 def test_the_8b_hybrid_trains_and_goes_on(workspace: Workspace, recipe) -> None:
-    program, flags = recipe("pretrain_hybrid_8b", SAVE="recipe-8b", TENSOR_PARALLEL="1", TRAIN_ITERS="4")
+    program, flags = recipe("pretrain/mamba2-hybrid-8b", SAVE="recipe-8b", TENSOR_PARALLEL="1", TRAIN_ITERS="4")
     overlapped = {"--overlap-grad-reduce", "--overlap-param-gather", "--use-distributed-optimizer"}
     assert {"--bf16", "--cross-entropy-loss-fusion", *overlapped} <= set(flags)
     tiny = [*flags, *MODEL, *SIZES, *VOCABULARY, "--eval-iters", "1", "--lr-warmup-iters", "1"]
@@ -65,7 +65,7 @@ def test_the_8b_hybrid_trains_and_goes_on(workspace: Workspace, recipe) -> None:
 
 def test_a_distillation_corrects_its_teacher_and_trains(workspace: Workspace, teacher: str, recipe) -> None:
     settings = {"TEACHER": teacher, "STUDENT": teacher, "SAVE": "recipe-distilled"}
-    program, flags = recipe("distill", "mn-minitron-8b", **settings)
+    program, flags = recipe("distill/mn-minitron-8b", **settings)
     assert "--bf16" in flags
     workspace.run(program, *flags, *SIZES, *VOCABULARY, *STEPS, ranks=2)
     save = workspace.path / "recipe-distilled"
@@ -81,7 +81,7 @@ def test_a_distillation_corrects_its_teacher_and_trains(workspace: Workspace, te
 )
 def test_a_cut_is_made(workspace: Workspace, teacher: str, recipe, tmp_path: Path, name: str, heads: list[str]) -> None:
     save = str(tmp_path / name)
-    program, flags = recipe("prune", name, LOAD=teacher, SAVE=save)
+    program, flags = recipe(f"prune/{name}", LOAD=teacher, SAVE=save)
     assert "--bf16" in flags
     cut = ["--prune-hidden-size", "48", "--prune-ffn-hidden-size", "64", *heads, "--prune-samples", "8"]
     workspace.run(program, *flags, *SIZES, *VOCABULARY, *cut, ranks=2)
@@ -93,7 +93,7 @@ def test_a_cut_is_made(workspace: Workspace, teacher: str, recipe, tmp_path: Pat
 def test_layers_go_by_a_task(workspace: Workspace, teacher: str, recipe, tmp_path: Path) -> None:
     """By choices instead of Winogrande, which is downloaded."""
     task = ["--prune-task", "megatron_ext.evaluation.synthetic:copying_choice"]
-    program, flags = recipe("prune", "llama3.1-minitron-4b-depth", *task, LOAD=teacher, SAVE=str(tmp_path / "depth"))
+    program, flags = recipe("prune/llama3.1-minitron-4b-depth", *task, LOAD=teacher, SAVE=str(tmp_path / "depth"))
     assert flags[flags.index("--prune-task") + 1] == "lm_eval:winogrande"
     cut = ["--prune-num-layers", "2", "--prune-samples", "8"]
     workspace.run(program, *flags, *SIZES, *VOCABULARY, *cut, ranks=2)
@@ -106,7 +106,7 @@ def test_a_model_learns_longer_contexts(
     workspace: Workspace, teacher: str, recipe, tmp_path: Path, name: str, context_parallel: str
 ) -> None:
     save = str(tmp_path / name)
-    program, flags = recipe("long_context", name, MODEL=teacher, SAVE=save, TENSOR_PARALLEL="1")
+    program, flags = recipe(f"long_context/{name}", MODEL=teacher, SAVE=save, TENSOR_PARALLEL="1")
     assert flags[flags.index("--context-parallel-size") + 1] == context_parallel
     length = ["--seq-length", "128", "--rotary-base", "30000", "--global-batch-size", "4", "--split", "90,10,0"]
     workspace.run(program, *flags, *length, *VOCABULARY, *STEPS, ranks=2)

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from workspace import ROOT
 
-PAGES = sorted(
-    path for folder in (".", "docs", "docker", "examples/*") for path in ROOT.glob(f"{folder}/*.md") if path.is_file()
-)
+FOLDERS = (".", "docs", "docker", "examples", "examples/*")
+PAGES = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.md") if path.is_file())
 FENCED = re.compile(r"^```bash\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:^ {4}.*\n)+", flags=re.MULTILINE)
 LAUNCHER = ["torchrun", "--nproc-per-node"]

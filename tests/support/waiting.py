@@ -6,6 +6,8 @@ WAIT_SECONDS says how long; a file `waiting.RANK` appears when it begins. Under 
 import os
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,14 @@ def parse_and_wait_later(*inputs: Any) -> Any:
     from megatron_ext.data import batch
     from megatron_ext.training import step
 
-    forward_step, build = step.forward_step, batch.build
+    language_modelling, build = step.language_modelling, batch.build
     calls = 0
 
-    def waiting_step(*inputs: Any, **options: Any) -> Any:
+    def waiting_task(*inputs: Any) -> Any:
+        task = language_modelling(*inputs)
+        return replace(task, forward_step=partial(waiting_step, task.forward_step))
+
+    def waiting_step(forward_step: Any, *inputs: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if str(calls) == waits_at:
@@ -44,7 +50,7 @@ def parse_and_wait_later(*inputs: Any) -> Any:
             wait()
         return build(*inputs)
 
-    step.forward_step, batch.build = waiting_step, waiting_build
+    step.language_modelling, batch.build = waiting_task, waiting_build
     return parsed
 
 

@@ -2,10 +2,11 @@
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,9 @@ from megatron_ext.reports.progress import Progress
 from megatron_ext.training import signals
 from megatron_ext.training.job import RunConfig
 
+if TYPE_CHECKING:
+    from megatron_ext.data.schema import BatchSchema
+
 
 @torch.no_grad()
 def write(run: RunConfig, writing: Writing) -> None:
@@ -40,6 +44,7 @@ def write(run: RunConfig, writing: Writing) -> None:
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.core.utils import unwrap_model
 
+    from megatron_ext.data.batch import text_batch
     from megatron_ext.distillation.teachers.colocated import load
     from megatron_ext.training.forward import build_model, forward_pass, start
 
@@ -48,7 +53,10 @@ def write(run: RunConfig, writing: Writing) -> None:
         hold_run(directory, (MANIFEST, "*.safetensors"))
     start(run)
     stages = range(args.virtual_pipeline_model_parallel_size or 1)
-    shares = [_Share(manifest.seed, stage, known) for stage in stages]
+    schema = text_batch(
+        args.seq_length, args.padded_vocab_size, args.create_attention_mask_in_dataloader, identified=True
+    )
+    shares = [_Share(args, schema, manifest.seed, stage, known) for stage in stages]
     total, missing, most = _sizes(shares)
     with _all_or_none():
         if args.rank == 0:
@@ -67,7 +75,7 @@ def write(run: RunConfig, writing: Writing) -> None:
     with _all_or_none(), CacheWriter(directory, manifest, known) as writer, Progress("storing", missing) as shown:
         stored = _Stored(writer, manifest, len(shares[-1].missing) if _writes() else 0)
         for step in range(steps):
-            forward_pass(partial(_forward_step, stored=stored), model, iterators, micro_batches, shape)
+            forward_pass(partial(_forward_step, schema, stored=stored), model, iterators, micro_batches, shape)
             wrong, asked = _anywhere(stored.problem is not None, signals.requested(args))
             shown.update(missing * (step + 1) // steps)
             stopped = asked and step + 1 < steps
@@ -176,13 +184,15 @@ class _Stored:
 
 
 class _Samples(ConcatDataset):
-    """Several datasets as one, whose samples have the same keys."""
+    """Several datasets as one, whose samples have the same keys: those of a batch."""
+
+    def __init__(self, datasets: Iterable[Any], schema: "BatchSchema") -> None:
+        super().__init__(datasets)
+        self._names = schema.fields
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
-        from megatron_ext.data.batch import KEYS
-
         sample: dict[str, Any] = super().__getitem__(idx)
-        return {key: value for key, value in sample.items() if key in KEYS}
+        return {name: value for name, value in sample.items() if name in self._names}
 
 
 class _Share:
@@ -193,13 +203,13 @@ class _Share:
         missing: Numbers of this rank's samples that are not known.
     """
 
-    def __init__(self, seed: int, stage: int, known: set[bytes]) -> None:
+    def __init__(self, args: Namespace, schema: "BatchSchema", seed: int, stage: int, known: set[bytes]) -> None:
         from megatron.core import mpu
 
         from megatron_ext.data.packing import single_pass
 
-        splits = single_pass(seed, stage)
-        self._data = _Samples(splits) if splits else None
+        splits = single_pass(args, seed, stage)
+        self._data = _Samples(splits, schema) if splits else None
         self.total = len(self._data) if self._data is not None else 0
         own = range(mpu.get_data_parallel_rank(), self.total, mpu.get_data_parallel_world_size())
         self.missing: list[int] = [number for number in own if not known or self._identity(number) not in known]
@@ -252,24 +262,26 @@ def _bytes(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
-def _forward_step(data: Iterator[dict[str, Any]], model: torch.nn.Module, stored: _Stored) -> tuple[Tensor, None]:
+def _forward_step(
+    schema: "BatchSchema", data: Iterator[dict[str, Any]], model: torch.nn.Module, stored: _Stored
+) -> tuple[Tensor, None]:
     """The teacher's forward pass over a micro-batch; on the last stage its likeliest entries go to the writer."""
+    from megatron.core.num_microbatches_calculator import get_micro_batch_size
     from megatron.core.utils import unwrap_model
 
-    from megatron_ext.data.batch import get_identified_batch
     from megatron_ext.lm_head.hidden_states import head, hidden_states
     from megatron_ext.lm_head.top_k import teacher_top_k
     from megatron_ext.lm_head.vocab_parallel import VocabParallel
 
     chunk: Any = unwrap_model(model)
-    batch, manifest = get_identified_batch(data, chunk.vp_stage), stored.manifest
-    states = hidden_states(chunk, batch["tokens"], batch["position_ids"], batch["attention_mask"])
+    batch, manifest = schema.read(data, get_micro_batch_size(), chunk.vp_stage), stored.manifest
+    states = hidden_states(chunk, batch.get("tokens"), batch.get("position_ids"), batch.get("attention_mask"))
     if not chunk.post_process:
         return states, None
     own, groups, sample_id = head(chunk, states), chunk.pg_collection, batch["sample_id"]
     vocabulary = VocabParallel(own.weight.shape[0], manifest.vocabulary, groups.tp)
     found = teacher_top_k(own, vocabulary, manifest.k, manifest.temperature)
-    kept = _whole(found.kept, len(sample_id), manifest.sequence_length, groups.cp)
+    kept = _whole(found.kept, len(sample_id), groups.cp)
     finite = found.finite.view(-1, len(sample_id)).all(0).int()
     if groups.cp.size() > 1:
         dist.all_reduce(finite, dist.ReduceOp.MIN, group=groups.cp)
@@ -278,19 +290,16 @@ def _forward_step(data: Iterator[dict[str, Any]], model: torch.nn.Module, stored
     return torch.zeros((), device=states.device), None
 
 
-def _whole(kept: TopK, b: int, sequence_length: int, group: Any) -> TopK:
+def _whole(kept: TopK, b: int, group: Any) -> TopK:
     """The entries of whole sequences, in the order (s, b), from the parts of the context-parallel ranks."""
-    from megatron_ext.data.context_parallel import zigzag_split
+    from megatron_ext.platform.context_parallel import zigzag_join
 
     if group.size() == 1:
         return kept
 
-    def gather(x: Tensor) -> Tensor:
+    def whole(x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(group.size())]
         dist.all_gather(parts, x.contiguous(), group=group)
-        return torch.cat(parts)
+        return zigzag_join(torch.cat(parts).unflatten(0, (-1, b)), group.size()).flatten(0, 1)
 
-    own = zigzag_split(torch.arange(sequence_length, device=kept.index.device), group.rank(), group.size())
-    order = gather(own).argsort()
-    whole = (gather(x.view(len(own), b, *x.shape[1:]))[order] for x in (kept.index, kept.log_q, kept.log_rest))
-    return TopK(*(x.flatten(0, 1) for x in whole))
+    return TopK(whole(kept.index), whole(kept.log_q), whole(kept.log_rest))

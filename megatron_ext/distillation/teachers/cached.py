@@ -8,12 +8,12 @@ from jaxtyping import Int
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor
 
-from megatron_ext.data.context_parallel import zigzag_split
 from megatron_ext.distillation.logit_cache.cache import Cache
 from megatron_ext.distillation.logit_cache.shards import CacheReader
 from megatron_ext.distillation.model import StepLosses
 from megatron_ext.lm_head.divergences import TopK
 from megatron_ext.lm_head.objective import Objective
+from megatron_ext.platform.context_parallel import zigzag_split
 
 
 class CachedTeacher:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from megatron_ext.data.context_parallel import zigzag_split
+from megatron_ext.platform.context_parallel import zigzag_split
 
 
 class ParallelSizes(NamedTuple):

@@ -112,14 +112,3 @@ def test_every_token_needs_a_row(two: str) -> None:
     check_vocabulary(args, 100, 100)
     with pytest.raises(ConfigError, match=r"(?s)a tokenizer of 101 tokens.*100 tokens at most"):
         check_vocabulary(args, 101, 100)
-
-
-def test_a_token_beyond_the_vocabulary_is_found_in_the_batch() -> None:
-    import torch
-
-    from megatron_ext.data.batch import _check_ids
-
-    sample = {"tokens": torch.tensor([[3, 7]]), "labels": torch.tensor([[7, 8]])}
-    _check_ids(sample, 9)
-    with pytest.raises(DataError, match=r"(?s)got:   8.*0 to 7"):
-        _check_ids(sample, 8)

@@ -1,7 +1,6 @@
 """The recipes in examples/ make the architectures that the papers publish."""
 
 import argparse
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -67,9 +66,3 @@ def test_the_depth_recipe_drops_one_run() -> None:
         Scores(values=values, architecture=source), source, options("llama3.1-minitron-4b-depth").targets()
     )
     assert plan.units == tuple(range(32))
-
-
-def test_the_script_names_the_recipes() -> None:
-    done = subprocess.run([FOLDER / "run.sh", "minitron-9b"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert all(recipe in done.stderr for recipe in SOURCES)
