@@ -19,7 +19,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import small_model
 import torch
-from machine import describe, write
+from machine import describe, sized_arguments, write
 from small_model import BATCH, MODEL, PROCESSES, ROOT, SEQUENCE
 
 from megatron_ext.checkpoint import layout
@@ -197,13 +197,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_distillation"), help="default: %(default)s")
     sizes = {"teacher-iters": 600, "train-iters": 150, "seeds": 1}
     quick = {"teacher-iters": 12, "train-iters": 6, "seeds": 1}
-    for name in sizes:
-        parser.add_argument(f"--{name}", type=int)
-    parser.add_argument("--quick", action="store_true", help="whether it runs at all; the report goes into --out")
-    arguments = parser.parse_args()
-    for name, size in (quick if arguments.quick else sizes).items():
-        field = name.replace("-", "_")
-        setattr(arguments, field, getattr(arguments, field) or size)
+    arguments = sized_arguments(parser, sizes, quick)
     machine, bench = describe(), Bench(arguments.out.absolute(), arguments)
     seeds = [1234 + i for i in range(arguments.seeds)]
     rows = [bench.train(arm, seed) for seed in seeds for arm in ARMS]

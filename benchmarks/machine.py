@@ -1,10 +1,12 @@
 """What every result says about where it was measured, and where it goes."""
 
+import argparse
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,20 @@ def torchrun(processes: int, *command: str) -> None:
     done = subprocess.run([*start, *command], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-12000:])
+
+
+def sized_arguments(
+    parser: argparse.ArgumentParser, sizes: Mapping[str, int], quick: Mapping[str, int]
+) -> argparse.Namespace:
+    """Parse the command line with a flag for each size, and `--quick`, which makes other values the defaults."""
+    for name in sizes:
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--quick", action="store_true", help="whether it runs at all; the report goes into --out")
+    arguments = parser.parse_args()
+    for name, size in (quick if arguments.quick else sizes).items():
+        field = name.replace("-", "_")
+        setattr(arguments, field, getattr(arguments, field) or size)
+    return arguments
 
 
 def write(report: dict[str, Any], name: str, text: str, folder: Path | None = None) -> None:

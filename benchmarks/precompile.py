@@ -20,28 +20,16 @@ from typing import Any
 
 import torch
 import triton
+from no_device import HOPPER, NoDevice
 from ssm_gpu import HEAD_DIM, NAMES, SIZES, Size, call, inputs
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import autotuner, driver, jit
 from triton.runtime.cache import triton_key
 
-HOPPER = GPUTarget("cuda", 90, 32)
 # Those that are timed, the layer of the hybrid model that pretrain.py trains, and that of tests/functional/test_gpu.py.
 ALL = SIZES | {"pretrain": Size(4, 4096, 64, 8), "tests": Size(2, 256, 8, 2)}
 compiled: list[str] = []
 children: list[int] = []
-
-
-class _NoDevice:
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return HOPPER
 
 
 def key() -> str:
@@ -70,7 +58,7 @@ def in_a_fork(work: Callable[[], object], jobs: int) -> None:
 
 def install(jobs: int) -> None:
     """From here on launches compile, every configuration that the kernel's own pruning leaves."""
-    driver.set_active(_NoDevice())  # type: ignore[arg-type]
+    driver.set_active(NoDevice())  # type: ignore[arg-type]
     torch.cuda.device = lambda *_: contextlib.nullcontext()  # type: ignore[assignment, misc]
     torch.cuda.get_device_properties = lambda *_: types.SimpleNamespace(multi_processor_count=132)  # type: ignore
     launch = jit.JITFunction.run

@@ -23,7 +23,7 @@ from typing import Any
 
 import small_model
 import torch
-from machine import describe, write
+from machine import describe, sized_arguments, write
 from pruning_metrics_report import markdown
 from small_model import BATCH, SEQUENCE
 from torch import Tensor
@@ -335,13 +335,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_model"), help="data and model (%(default)s)")
     sizes = {"train-iters": 1500, "samples": 32, "questions": 64, "shapley-samples": 8, "choices": 70, "draws": 5}
     quick = {"train-iters": 20, "samples": 8, "questions": 8, "shapley-samples": 2, "choices": 4, "draws": 2}
-    for name in sizes:
-        parser.add_argument(f"--{name}", type=int)
-    parser.add_argument("--quick", action="store_true", help="whether it runs at all; the report goes into --out")
-    arguments = parser.parse_args()
-    for name, size in (quick if arguments.quick else sizes).items():
-        field = name.replace("-", "_")
-        setattr(arguments, field, getattr(arguments, field) or size)
+    arguments = sized_arguments(parser, sizes, quick)
     machine = describe()
     model = small_model.train(arguments.out, arguments.train_iters)
     report = machine | measure(arguments.out, model, arguments)

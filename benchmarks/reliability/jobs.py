@@ -7,15 +7,10 @@ see. Each rank is a session of its own, so that a kill reaches what it has start
 import argparse
 import contextlib
 import functools
-import gc
-import importlib
 import inspect
 import json
 import os
-import random
-import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tests.support import fork_server
 
 ROOT = Path(__file__).parents[2]
 CONSOLE = ROOT / "megatron_ext" / "__main__.py"
@@ -83,8 +80,7 @@ class Server:
     """The process whose forks the jobs are; ends with the block."""
 
     def __init__(self) -> None:
-        environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-        environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "MEGATRON_EXT_DEVICE": "cpu"}
+        environment = fork_server.servers_environment()
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         command = [sys.executable, "-m", "benchmarks.reliability.jobs"]
         self._process = subprocess.Popen(
@@ -113,7 +109,7 @@ class Server:
             path.touch()  # a job may be killed before it opens them
         begun = time.perf_counter()
         request = {"command": [str(word) for word in command], "outputs": [str(path) for path in outputs]}
-        request |= {"cwd": str(cwd), "environments": _environments(ranks, environment or {})}
+        request |= {"cwd": str(cwd), "environments": fork_server.environments(ranks, environment or {})}
         return Job(self, self._ask(request), outputs, begun)
 
     def run(
@@ -146,40 +142,9 @@ def _state(pid: int) -> str:
         return ""
 
 
-def _environments(ranks: int, given: Mapping[str, str]) -> list[dict[str, str]]:
-    if ranks == 1:
-        return [dict(given)]
-    size = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    size |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **size, **given} for rank in range(ranks)]
-
-
-def _free_port() -> int:
-    """Below those that outgoing connections take."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as free, contextlib.suppress(OSError):
-            free.bind(("127.0.0.1", port))
-            return port
-
-
 def _serve() -> None:
     """Answer each request, a line of JSON; forks return from here and run their program."""
-    from megatron_ext.models.bootstrap import prepare
-    from tests.support.fork_server import IMPORTED
-
-    prepare()
-    for name in (*IMPORTED, "megatron_ext.cli"):
-        importlib.import_module(name)
-    from megatron.training import arguments
-
-    # Megatron reads the source of its configurations to make flags of them: a second for each job.
-    inspect.getsource = functools.cache(inspect.getsource)
-    arguments.add_megatron_arguments(argparse.ArgumentParser())
-    assert len(os.listdir("/proc/self/task")) == 1, "a fork would lack the threads that an import has started"
-    gc.collect()
-    gc.freeze()  # the collector of a fork need not look at, and so copy, what was imported
-    print("ready", flush=True)
+    fork_server.get_ready("megatron_ext.cli", then=_make_flags)
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -189,31 +154,19 @@ def _serve() -> None:
         for environment in request["environments"]:
             pid = os.fork()
             if pid == 0:
-                _become(request, environment)
+                os.setsid()
+                fork_server.become(request, environment, ROOT)
                 return
             pids.append(pid)
         print(json.dumps(pids), flush=True)
 
 
-def _become(request: dict[str, Any], environment: dict[str, str]) -> None:
-    """Let this fork look like a fresh process of the request's command, and run it."""
-    import numpy
-    import torch
+def _make_flags() -> None:
+    """Megatron reads the source of its configurations to make flags of them: a second, and only once."""
+    from megatron.training import arguments
 
-    os.setsid()
-    for descriptor, name in enumerate((os.devnull, *request["outputs"])):
-        file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, descriptor)
-        os.close(file)
-    sys.stdin = os.fdopen(0)
-    torch.default_generator.seed()  # anew, from the system, as at a start; Python's own generator sees to itself
-    numpy.random.seed()
-    os.chdir(request["cwd"])
-    os.environ.update(environment)
-    script = request["command"][0]
-    sys.argv = request["command"]
-    sys.path[:1] = [str(Path(script).parent), str(ROOT)]
-    runpy.run_path(script, run_name="__main__")
+    inspect.getsource = functools.cache(inspect.getsource)
+    arguments.add_megatron_arguments(argparse.ArgumentParser())
 
 
 def _wait(pids: list[int], patience: float) -> int:

@@ -100,13 +100,12 @@ def _leave_out(config: GPTDatasetConfig, num_samples: Sequence[int | None]) -> N
         config.blend = (config.blend[0], None)
 
 
-def text_batch(length: int, vocabulary: int, attention_mask: bool = False, identified: bool = False) -> BatchSchema:
+def text_batch(length: int, vocabulary: int, identified: bool = False) -> BatchSchema:
     """What a language model's micro-batch is made of; a middle stage of the pipeline needs none of it.
 
     Args:
         length: Tokens of a sequence.
         vocabulary: Rows of the embedding: every token must have one.
-        attention_mask: Whether the data have one, which is true where a token is not seen.
         identified: Whether `sample_id` says which sequences these are.
     """
     tokens = partial(Field, (length,), sequence=0)
@@ -116,8 +115,6 @@ def text_batch(length: int, vocabulary: int, attention_mask: bool = False, ident
         "labels": tokens(torch.int64, stages="last", below=vocabulary),
         "loss_mask": tokens(torch.float32, stages="last"),
     }
-    if attention_mask:
-        fields["attention_mask"] = Field((1, length, length), torch.bool, sequence=1, stages="ends")
     if identified:
         fields["sample_id"] = Field(
             (2,), torch.int64, stages="last", made=lambda batch: hash_samples(batch["tokens"], batch["labels"])

@@ -30,14 +30,14 @@ from megatron_ext.checkpoint.atomic import fresh_directory
 from megatron_ext.checkpoint.file_checksums import write_rest
 from megatron_ext.checkpoint.outputs import check_writable
 from megatron_ext.checkpoint.tokenizer import fingerprint
-from megatron_ext.data.documents import find_documents, size_of, texts_of
+from megatron_ext.data.documents import batches, find_documents, size_of, texts_of
 from megatron_ext.data.manifest import MANIFEST, verify
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.reports.progress import Progress
 
 EOD = "<|endoftext|>"
 TOKENIZER_SAMPLE_BYTES = 16 << 20  # a few thousand merges do not change with more
-BATCH_BYTES = 2 << 20  # one parallel encode
+BATCH_CHARACTERS = 2 << 20  # one parallel encode
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ def _train_tokenizer(path: Path, texts: Iterator[str], vocab_size: int) -> None:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_batches(texts), trainer)
+    tokenizer.train_from_iterator(batches(texts, len, BATCH_CHARACTERS), trainer)
     tokenizer.add_special_tokens([EOD])
     path.mkdir()
     tokenizer.save(str(path / "tokenizer.json"))
@@ -322,7 +322,7 @@ def _write_indexed(
     first = [tokenizer.bos_token_id] if bos else []
     documents = tokens = size = 0
     with Progress("tokenizing", total_bytes, unit="bytes") as shown:
-        for batch in _batches(texts):
+        for batch in batches(texts, len, BATCH_CHARACTERS):
             for encoding in encoder.encode_batch_fast(batch, add_special_tokens=False):
                 ids = torch.tensor([*first, *encoding.ids, tokenizer.eos_token_id])
                 builder.add_item(ids)
@@ -333,20 +333,6 @@ def _write_indexed(
             shown.update(size, note=f"{tokens:,} tokens")
     builder.finalize(f"{prefix}.idx")
     return documents, tokens, size
-
-
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Lists of texts of about `BATCH_BYTES` characters."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _sha256(path: Path) -> str:

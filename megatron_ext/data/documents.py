@@ -2,7 +2,7 @@
 
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -115,15 +115,22 @@ def _decoded(document: Document, content: bytes, json_key: str) -> str:
 
 def _contents(documents: Iterable[Document], window: int) -> Iterator[tuple[Document, bytes | None]]:
     """Each document, in the order given, and its bytes; None if it cannot be read."""
-    batch: list[Document] = []
+    for batch in batches(documents, size_of, window):
+        yield from _in_file_order(batch)
+
+
+def batches[Item](items: Iterable[Item], size_of: Callable[[Item], int], least: int) -> Iterator[list[Item]]:
+    """Lists of items whose sizes sum up to `least` or a little more; the last may be smaller, but is not empty."""
+    batch: list[Item] = []
     size = 0
-    for document in documents:
-        batch.append(document)
-        size += size_of(document)
-        if size >= window:
-            yield from _in_file_order(batch)
+    for item in items:
+        batch.append(item)
+        size += size_of(item)
+        if size >= least:
+            yield batch
             batch, size = [], 0
-    yield from _in_file_order(batch)
+    if batch:
+        yield batch
 
 
 def _in_file_order(documents: Sequence[Document]) -> Iterator[tuple[Document, bytes | None]]:

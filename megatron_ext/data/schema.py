@@ -27,7 +27,7 @@ class Field:
         shape: Of one sample; None is any size, the same for all samples of a micro-batch.
         dtype: Its type.
         sequence: The dimension of a sample that context-parallel ranks split; None if each has it whole.
-        stages: Of the pipeline that use it; `ends` are the first and the last.
+        stages: Of the pipeline that use it.
         below: What its values are smaller than, such as the rows of a table.
         made: Makes it of a micro-batch's other tensors; by default the data have it.
     """
@@ -35,7 +35,7 @@ class Field:
     shape: tuple[int | None, ...]
     dtype: torch.dtype
     sequence: int | None = None
-    stages: Literal["all", "ends", "first", "last"] = "all"
+    stages: Literal["all", "first", "last"] = "all"
     below: int | None = None
     made: Callable[[Sample], Tensor] | None = None
 
@@ -121,10 +121,10 @@ class BatchSchema:
 
 def _is_used(field: Field, vp_stage: int | None) -> bool:
     """Whether this pipeline stage uses a tensor."""
-    whole = vp_stage is None
-    first = mpu.is_pipeline_first_stage(ignore_virtual=whole, vp_stage=vp_stage)
-    last = mpu.is_pipeline_last_stage(ignore_virtual=whole, vp_stage=vp_stage)
-    return {"all": True, "ends": first or last, "first": first, "last": last}[field.stages]
+    if field.stages == "all":
+        return True
+    is_end = mpu.is_pipeline_first_stage if field.stages == "first" else mpu.is_pipeline_last_stage
+    return is_end(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
 
 
 def _checked(name: str, field: Field, sample: Sample, micro_batch: int) -> Tensor:

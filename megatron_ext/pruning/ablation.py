@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ext.lm_head.logit_distance import squared_distances
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.pruning.left_out import LeftOut
 
 GIB = 2**30
-LOGITS_AT_A_TIME = 2**24  # compared in float32; of a micro-batch there may be a hundred times as many
 
 
 @dataclass(frozen=True)
@@ -205,23 +204,10 @@ class Ablation(LeftOut):
         return see
 
     def _add_distance(self, chunk: Any, logits: Tensor, whole: Tensor) -> None:
-        """Compare logits (s, b, v) with those that the whole model's last states make, some rows at a time."""
-        from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+        """Compare logits (s, b, v) with those that the whole model's last states make."""
+        from megatron_ext.lm_head.hidden_states import head
 
-        from megatron_ext.lm_head.hidden_states import output_weight
-
-        if chunk.config.sequence_parallel:
-            whole = gather_from_sequence_parallel_region(whole, group=self._groups.tp)
-        weight, rows = output_weight(chunk), max(1, LOGITS_AT_A_TIME // logits[0].numel())
-        parts = []
-        for part, states in zip(logits.split(rows), whole.split(rows), strict=True):
-            expected = F.linear(states, weight).float()
-            norms = [torch.linalg.vector_norm(value, dim=-1) for value in (part.float() - expected, expected)]
-            parts.append(torch.stack(norms).square())
-        squares = torch.cat(parts, dim=1)
-        if self._groups.tp.size() > 1:
-            dist.all_reduce(squares, group=self._groups.tp)
-        squares = squares.double().cpu()
+        squares = squared_distances(logits, head(chunk, whole), self._groups.tp).double().cpu()
         self._distances += torch.stack(
             [squares[0].sum(), squares[1].sum(), squares[0].sqrt().sum(), torch.tensor(float(squares[0].numel()))]
         )

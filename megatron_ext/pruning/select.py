@@ -1,8 +1,10 @@
 """From scores to a plan: what stays on every axis."""
 
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +61,7 @@ def make_plan(
     for place, i in enumerate(units):
         old, new = arch.at(i), target.at(place)
         if arch.pattern[i] == MLP and new.ffn_hidden_size < old.ffn_hidden_size:
-            widths.ffn[i] = top(scores[names.ffn(i)], new.ffn_hidden_size)
+            widths["ffn"][i] = top(scores[names.ffn(i)], new.ffn_hidden_size)
         elif arch.pattern[i] == ATTENTION:
             widths.cut_attention(i, scores, old, new, merge_heads)
         elif arch.pattern[i] == MAMBA:
@@ -67,7 +69,7 @@ def make_plan(
         elif arch.pattern[i] == MOE:
             widths.cut_experts(i, scores, old, new)
     return Plan(
-        source=arch, target=target, units=units, hidden=hidden, **vars(widths),
+        source=arch, target=target, units=units, hidden=hidden, **widths,
         provenance=Provenance(
             model=scores.model, iteration=scores.iteration, fingerprint=scores.fingerprint, scores=str(scores_path),
             data=scores.data, seed=scores.seed, metric=scores.metric,
@@ -75,63 +77,50 @@ def make_plan(
     )  # fmt: skip
 
 
-_Kept = dict[int, tuple[int, ...]]
+class _Widths(defaultdict[str, dict[int, Any]]):
+    """The per-layer fields of a plan by name, while they are found."""
 
-
-@dataclass
-class _Widths:
-    """The per-layer fields of a plan, while they are found."""
-
-    ffn: _Kept = field(default_factory=dict)
-    kv_groups: _Kept = field(default_factory=dict)
-    query_heads: _Kept = field(default_factory=dict)
-    merged_heads: dict[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
-    mamba_groups: _Kept = field(default_factory=dict)
-    mamba_heads: _Kept = field(default_factory=dict)
-    head_channels: _Kept = field(default_factory=dict)
-    states: _Kept = field(default_factory=dict)
-    experts: _Kept = field(default_factory=dict)
-    expert_ffn: _Kept = field(default_factory=dict)
-    shared_ffn: _Kept = field(default_factory=dict)
+    def __init__(self) -> None:
+        super().__init__(dict)
 
     def cut_attention(self, i: int, scores: Scores, old: Architecture, new: Architecture, merge: bool) -> None:
         groups = None
         if new.num_query_groups < old.num_query_groups:
             per_group = scores[names.query_head(i)].view(old.num_query_groups, -1).norm(dim=1)
-            groups = self.kv_groups[i] = top(per_group, new.num_query_groups)
+            groups = self["kv_groups"][i] = top(per_group, new.num_query_groups)
         staying = old.num_query_groups if groups is None else len(groups)
         if new.num_attention_heads < old.num_attention_heads // old.num_query_groups * staying:
             heads = scores[names.query_head(i)]
-            self.query_heads[i] = top(heads, new.num_attention_heads, old.num_query_groups, groups)
+            self["query_heads"][i] = top(heads, new.num_attention_heads, old.num_query_groups, groups)
             if merge:
-                self.merged_heads[i] = _merged(heads, self.query_heads[i], old.num_query_groups)
+                self["merged_heads"][i] = _merged(heads, self["query_heads"][i], old.num_query_groups)
 
     def cut_mamba(self, i: int, scores: Scores, old: Architecture, new: Architecture) -> None:
         channels, groups = list(range(old.mamba_head_dim)), None
         if new.mamba_head_dim < old.mamba_head_dim:
-            self.head_channels[i] = top(scores[names.mamba(i)].norm(dim=0), new.mamba_head_dim)
-            channels = list(self.head_channels[i])
+            self["head_channels"][i] = top(scores[names.mamba(i)].norm(dim=0), new.mamba_head_dim)
+            channels = list(self["head_channels"][i])
         if new.mamba_num_groups < old.mamba_num_groups:
             per_group = scores[names.mamba(i)][:, channels].reshape(old.mamba_num_groups, -1).norm(dim=1)
-            groups = self.mamba_groups[i] = top(per_group, new.mamba_num_groups)
+            groups = self["mamba_groups"][i] = top(per_group, new.mamba_num_groups)
         staying = old.mamba_num_groups if groups is None else len(groups)
         if new.mamba_num_heads < old.mamba_num_heads // old.mamba_num_groups * staying:
             heads = scores[names.mamba(i)][:, channels].norm(dim=1)
-            self.mamba_heads[i] = top(heads, new.mamba_num_heads, old.mamba_num_groups, groups)
+            self["mamba_heads"][i] = top(heads, new.mamba_num_heads, old.mamba_num_groups, groups)
         if new.mamba_state_dim < old.mamba_state_dim:
             states = scores[names.state(i)].flatten()
-            self.states[i] = top(states, new.mamba_state_dim * staying, old.mamba_num_groups, groups)
+            self["states"][i] = top(states, new.mamba_state_dim * staying, old.mamba_num_groups, groups)
 
     def cut_experts(self, i: int, scores: Scores, old: Architecture, new: Architecture) -> None:
         experts = None
         if new.num_experts < old.num_experts:
-            experts = self.experts[i] = top(scores[names.expert(i)], new.num_experts)
+            experts = self["experts"][i] = top(scores[names.expert(i)], new.num_experts)
         if new.moe_ffn_hidden_size < old.moe_ffn_hidden_size:
             neurons = scores[names.expert_ffn(i)].flatten()
             count = new.moe_ffn_hidden_size * new.num_experts
-            self.expert_ffn[i] = top(neurons, count, old.num_experts, experts)
+            self["expert_ffn"][i] = top(neurons, count, old.num_experts, experts)
         if new.moe_shared_expert_intermediate_size < old.moe_shared_expert_intermediate_size:
-            self.shared_ffn[i] = top(scores[names.shared_ffn(i)], new.moe_shared_expert_intermediate_size)
+            self["shared_ffn"][i] = top(scores[names.shared_ffn(i)], new.moe_shared_expert_intermediate_size)
 
 
 def keep_units(scores: Scores, arch: Architecture, targets: Targets) -> tuple[int, ...]:

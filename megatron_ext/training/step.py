@@ -85,12 +85,10 @@ def language_modelling(args: Namespace, losses: Losses = masked_sum, identified:
         losses: Of a batch and of what the model makes of it.
         identified: Whether the model takes `sample_id`, which says of the last stage's sequences which they are.
     """
-    schema = text_batch(
-        args.seq_length, args.padded_vocab_size, args.create_attention_mask_in_dataloader, identified=identified
-    )
+    schema = text_batch(args.seq_length, args.padded_vocab_size, identified)
 
     def forward(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Any:
         labels = {name: batch.get(name) for name in ("labels", "loss_mask", *["sample_id"] * identified)}
-        return model(batch.get("tokens"), batch.get("position_ids"), batch.get("attention_mask"), **labels)
+        return model(batch.get("tokens"), batch.get("position_ids"), None, **labels)  # causal: no mask is needed
 
     return Task(batch_step(schema, forward, losses), text_datasets(args), {"loss": "nats per token"})

@@ -20,7 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def run(
     with tempfile.TemporaryDirectory() as directory:
         outputs = [str(Path(directory) / name) for name in ("stdout", "stderr")]
         request = {"command": [str(word) for word in command], "outputs": outputs, "cwd": str(cwd or Path.cwd())}
-        request |= {"environments": _environments(ranks, environment or {})}
+        request |= {"environments": environments(ranks, environment or {})}
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
         status = int(server.stdout.readline())
@@ -71,7 +71,8 @@ def run_code(code: str, *arguments: str | Path, ranks: int = 1) -> subprocess.Co
         return run([script, *arguments], ranks)
 
 
-def _environments(ranks: int, given: Mapping[str, str]) -> list[dict[str, str]]:
+def environments(ranks: int, given: Mapping[str, str]) -> list[dict[str, str]]:
+    """What torchrun puts into the environment of each rank, and what was given."""
     if ranks == 1:
         return [dict(given)]
     port = str(_free_port())
@@ -88,13 +89,17 @@ def _free_port() -> int:
             return port
 
 
+def servers_environment() -> dict[str, str]:
+    """One process on a CPU, with one thread."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    return environment | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "MEGATRON_EXT_DEVICE": "cpu"}
+
+
 @functools.cache
 def _server() -> subprocess.Popen[str]:
     """This process's server, which ends with it."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "MEGATRON_EXT_DEVICE": "cpu"}
     server = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=servers_environment()
     )
     atexit.register(server.communicate)  # closes its input
     assert server.stdout is not None
@@ -105,30 +110,46 @@ def _server() -> subprocess.Popen[str]:
 def _serve() -> None:
     """Answer each request, a line of JSON, with its exit status; forks return from here and run their program."""
     sys.path[0] = str(ROOT)
-    from megatron_ext.models.bootstrap import prepare
-
-    prepare()
-    for name in IMPORTED:
-        importlib.import_module(name)
-    threads = os.listdir("/proc/self/task")
-    assert len(threads) == 1, "a fork would lack the threads that an import has started"
-    gc.collect()
-    gc.freeze()  # the collector of a fork need not look at, and so copy, what was imported
-    print("ready", flush=True)
+    get_ready()
     for line in sys.stdin:
         request = json.loads(line)
         pids = set()
         for environment in request["environments"]:
             pid = os.fork()
             if pid == 0:
-                _become(request, environment)
+                become(request, environment, ROOT, SUPPORT)
                 return
             pids.add(pid)
         print(_wait(pids), flush=True)
 
 
-def _become(request: dict[str, Any], environment: dict[str, str]) -> None:
-    """Let this fork look like a fresh process of the request's command, and run it."""
+def get_ready(*more: str, then: Callable[[], object] = lambda: None) -> None:
+    """Import what the programs import, and say so.
+
+    Args:
+        *more: Modules beside those in `IMPORTED`.
+        then: Is done last, before the first fork.
+    """
+    from megatron_ext.models.bootstrap import prepare
+
+    prepare()
+    for name in (*IMPORTED, *more):
+        importlib.import_module(name)
+    then()
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork would lack the threads that an import has started"
+    gc.collect()
+    gc.freeze()  # the collector of a fork need not look at, and so copy, what was imported
+    print("ready", flush=True)
+
+
+def become(request: dict[str, Any], environment: dict[str, str], *folders: Path) -> None:
+    """Let this fork look like a fresh process of the request's command, and run it.
+
+    Args:
+        request: `command`, `cwd` and the two files of `outputs`.
+        environment: Variables beside those of the server.
+        *folders: Where it finds modules, beside the script's own folder.
+    """
     for descriptor, name in enumerate((os.devnull, *request["outputs"])):
         file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         os.dup2(file, descriptor)
@@ -140,7 +161,7 @@ def _become(request: dict[str, Any], environment: dict[str, str]) -> None:
     os.environ.update(environment)
     script = request["command"][0]
     sys.argv = request["command"]
-    sys.path[:1] = [str(Path(script).parent), str(ROOT), str(SUPPORT)]
+    sys.path[:1] = [str(Path(script).parent), *map(str, folders)]
     runpy.run_path(script, run_name="__main__")
 
 

@@ -17,28 +17,17 @@ from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
+from no_device import NoDevice
 from triton.runtime import autotuner, driver, jit
 
-HOPPER = GPUTarget("cuda", 90, 32)
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 # Two lists of registers: not only the sums, also the first operand.
 WGMMA_FROM_REGISTERS = re.compile(r"wgmma\.mma_async[^;{]*\{[^}]*\}\s*,\s*\{")
 found: list[dict[str, Any]] = []
-
-
-class _NoDevice:
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return HOPPER
 
 
 def copied_transposes(ttgir: str) -> int:
@@ -78,7 +67,7 @@ def _describe(name: str, kernel: Any) -> dict[str, Any]:
 
 def install(every_configuration: bool) -> None:
     """From here on launches compile."""
-    driver.set_active(_NoDevice())  # type: ignore[arg-type]
+    driver.set_active(NoDevice())  # type: ignore[arg-type]
     launch = jit.JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:

@@ -53,9 +53,7 @@ def write(run: RunConfig, writing: Writing) -> None:
         hold_run(directory, (MANIFEST, "*.safetensors"))
     start(run)
     stages = range(args.virtual_pipeline_model_parallel_size or 1)
-    schema = text_batch(
-        args.seq_length, args.padded_vocab_size, args.create_attention_mask_in_dataloader, identified=True
-    )
+    schema = text_batch(args.seq_length, args.padded_vocab_size, identified=True)
     shares = [_Share(args, schema, manifest.seed, stage, known) for stage in stages]
     total, missing, most = _sizes(shares)
     with _all_or_none():
@@ -275,7 +273,7 @@ def _forward_step(
 
     chunk: Any = unwrap_model(model)
     batch, manifest = schema.read(data, get_micro_batch_size(), chunk.vp_stage), stored.manifest
-    states = hidden_states(chunk, batch.get("tokens"), batch.get("position_ids"), batch.get("attention_mask"))
+    states = hidden_states(chunk, batch.get("tokens"), batch.get("position_ids"), None)
     if not chunk.post_process:
         return states, None
     own, groups, sample_id = head(chunk, states), chunk.pg_collection, batch["sample_id"]

@@ -25,7 +25,6 @@ def text() -> dict[str, Tensor]:
     return {
         "tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(),
         "loss_mask": (tokens[:, 1:] > 10).float(), "position_ids": torch.arange(LENGTH).repeat(ROWS, 1),
-        "attention_mask": torch.ones(LENGTH, LENGTH).tril().logical_not().repeat(ROWS, 1, 1, 1),
     }  # fmt: skip
 
 
@@ -36,14 +35,12 @@ def rank_parts(tp: int, cp: int, pp: int) -> tuple[dict[str, Any], dict[str, Any
 
     mpu.initialize_model_parallel(tp, pp, context_parallel_size=cp)
     reads = mpu.get_tensor_model_parallel_rank() == 0
-    found = text_batch(LENGTH, VOCABULARY, attention_mask=True, identified=True).read(
-        iter([text()]) if reads else None, ROWS
-    )
+    found = text_batch(LENGTH, VOCABULARY, identified=True).read(iter([text()]) if reads else None, ROWS)
     group: Any = mpu.get_tensor_model_parallel_group()
     expected = get_batch_on_this_tp_rank(
         text() if reads else {},
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(), broadcast_group=group, has_cu_seqlens=False,
-        is_hybrid_cp=False, create_attention_mask_in_dataloader=True, cp_size=cp, tp_rank=group.rank(),
+        is_hybrid_cp=False, create_attention_mask_in_dataloader=False, cp_size=cp, tp_rank=group.rank(),
         micro_batch_size=ROWS, seq_length=LENGTH, mtp_on_this_rank=False, pipeline_model_parallel_size=pp,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(), is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )  # fmt: skip
