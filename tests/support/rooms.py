@@ -45,6 +45,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "functional/test_half_precision.py", "functional/test_reliability.py", "functional/test_restart.py",
         "functional/test_stop.py", "functional/test_toy_wing.py",
     ),
+    "untrusted": ("unit/test_untrusted.py",),
     "verify": ("unit/checkpoint/test_checksums.py", "functional/test_reliability.py"),
     # What lies beside it
     "benchmarks": ("unit/test_*_page.py", "functional/test_benchmarks.py"),
