@@ -9,7 +9,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.start import Start
@@ -101,15 +101,18 @@ class DataclassFamily(ModelFamily):
         name: Also the prefix of the flags.
         model: The dataclass; it has `num_parameters()` and may have `check_layout(tp)`, which raises `ConfigError`.
         build: From Megatron's `TransformerConfig` (layout, precision, initialisation), the model and the process groups
-            to the module, a `MegatronModule`.
+            to the module, a `MegatronModule`; of a family that splits into a pipeline also from the
+            `models.module_builder.Stage` that it is to be.
         presets: Named models.
+        splits: What its models can be split over beside tensor and data parallelism; anything else is refused.
         megatron_flags: What Megatron's parser insists on, of a model that it does not know.
     """
 
     name: str
     model: type
-    build: Callable[[Any, Any, Any], Any]
+    build: Callable[..., Any]
     presets: Mapping[str, Any] = field(default_factory=dict)
+    splits: frozenset[Literal["pipeline", "context", "expert"]] = frozenset()
     megatron_flags: tuple[str, ...] = (
         "--num-layers", "1", "--hidden-size", "64", "--num-attention-heads", "64", "--seq-length", "1",
         "--max-position-embeddings", "1", "--position-embedding-type", "none", "--tokenizer-type", "NullTokenizer",
@@ -133,12 +136,13 @@ class DataclassFamily(ModelFamily):
         return [*front, *to_flags(self._saved(step), self.name)], str(step.path)
 
     def check(self, args: Namespace, loads: bool) -> None:
-        """What the dataclass itself refuses, and a pipeline: the model is one stage."""
+        """What the dataclass itself refuses, and what the family does not split."""
         self.from_args(args)
-        for flag in ("pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"):
-            if getattr(args, flag) != 1:
-                name = "--" + flag.replace("_", "-")
-                raise ConfigError(f"a {self.name} model is one stage", got=f"{name} {getattr(args, flag)}", legal="1")
+        flags = {"pipeline": "pipeline-model-parallel-size", "context": "context-parallel-size"}
+        flags["expert"] = "expert-model-parallel-size"
+        for kind, flag in flags.items():
+            if (size := getattr(args, flag.replace("-", "_"))) != 1 and kind not in self.splits:
+                raise ConfigError(f"a {self.name} model has no {kind} parallelism", got=f"--{flag} {size}", legal="1")
 
     def from_args(self, args: Namespace) -> Any:
         """The dataclass with the values of its flags."""
@@ -155,7 +159,10 @@ class DataclassFamily(ModelFamily):
 
         from megatron_ext.models.module_builder import ModuleConfig
 
-        return ModuleConfig(transformer=core_transformer_config_from_args(args), model=model, build=self.build)
+        return ModuleConfig(
+            transformer=core_transformer_config_from_args(args), model=model, build=self.build,
+            pipelines="pipeline" in self.splits,
+        )  # fmt: skip
 
     def rows(self, args: Namespace, model: Any) -> dict[str, str]:
         """Every field, and the parameters."""

@@ -2,11 +2,25 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models.base import ModelBuilder, ModelConfig, compose_hooks
 from megatron.training.models.dist_utils import unimodal_build_distributed_models
+
+
+class Stage(NamedTuple):
+    """Which part of a model a pipeline rank builds.
+
+    Attributes:
+        pre_process: Whether it is the first, which reads the data.
+        post_process: Whether it is the last, whose output the losses are of.
+        vp_stage: Its number in a virtual pipeline; None without one.
+    """
+
+    pre_process: bool
+    post_process: bool
+    vp_stage: int | None
 
 
 @dataclass(kw_only=True)
@@ -16,13 +30,15 @@ class ModuleConfig(ModelConfig):
     Attributes:
         transformer: Layout, precision and initialisation.
         model: The family's description of the model.
-        build: From these and the process groups to the module.
+        build: From these and the process groups to the module, or with a `Stage` to that part of it.
+        pipelines: Whether `build` takes a `Stage`.
     """
 
     builder: ClassVar[str] = "megatron_ext.models.module_builder.ModuleBuilder"
     transformer: TransformerConfig
     model: Any
-    build: Callable[[Any, Any, Any], Any]
+    build: Callable[..., Any]
+    pipelines: bool = False
 
     def __getattr__(self, name: str, /) -> Any:
         # Megatron asks the whole configuration for fields of the transformer's.
@@ -32,7 +48,7 @@ class ModuleConfig(ModelConfig):
 
 
 class ModuleBuilder(ModelBuilder[Any, ModuleConfig]):
-    """Builds the module whole on each pipeline stage, of which there is one."""
+    """Builds the module, or a pipeline rank's stages of it."""
 
     def build_model(
         self,
@@ -43,7 +59,8 @@ class ModuleBuilder(ModelBuilder[Any, ModuleConfig]):
     ) -> Any:
         """The module, on `pg_collection`'s groups."""
         config: Any = self._model_config
-        module = config.build(config.transformer, config.model, pg_collection)
+        stage = [Stage(bool(pre_process), bool(post_process), vp_stage)] if config.pipelines else []
+        module = config.build(config.transformer, config.model, pg_collection, *stage)
         module.pg_collection, module.vp_stage = pg_collection, vp_stage  # what Megatron's loop asks every model for
         return module
 

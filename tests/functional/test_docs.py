@@ -9,7 +9,7 @@ from pathlib import Path
 
 import fork_server
 import pytest
-from documented import PAGES, Command, blocks, commands
+from documented import PAGES, Command, blocks, commands, outside
 from workspace import ROOT
 
 from megatron_ext import cli
@@ -37,6 +37,17 @@ def test_commands_are_bash_and_name_what_exists(page):
             for word in words:
                 if re.fullmatch(r"[a-z_]+\.py|(examples|docker)/\S+", word):
                     assert (ROOT / word).exists(), word
+            if words[:1] == ["make"]:
+                assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), line
+            for runner in ("examples/run.sh", "examples/job.sbatch"):
+                if runner in words:
+                    folder, recipe = words[words.index(runner) + 1].split("/")
+                    assert (ROOT / "examples" / folder / "recipes" / f"{recipe}.flags").is_file(), line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_every_command_block_is_fenced(page):
+    assert outside(page) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)

@@ -100,7 +100,7 @@ def test_what_its_layout_does_not_divide_is_refused(wing: Workspace) -> None:
     done = wing.run(WING, *flags, "--tensor-model-parallel-size", "2", "--toy-width", "33", ok=False)
     assert "--toy-width does not divide" in done.stderr
     done = wing.run(WING, *flags, "--pipeline-model-parallel-size", "2", ok=False)
-    assert "a toy model is one stage" in done.stderr
+    assert "a toy model has no pipeline parallelism" in done.stderr
 
 
 def test_it_is_measured_and_compared(wing: Workspace, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,6 @@ from workspace import ROOT
 FOLDERS = (".", "docs", "docker", "examples", "examples/*")
 PAGES = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.md") if path.is_file())
 FENCED = re.compile(r"^```bash\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
-INDENTED = re.compile(r"(?:^ {4}.*\n)+", flags=re.MULTILINE)
 LAUNCHER = ["torchrun", "--nproc-per-node"]
 
 
@@ -46,19 +45,16 @@ def blocks(page: Path) -> list[str]:
 
 
 def commands(page: Path) -> list[Command]:
-    """Those of our programs, in blocks of both kinds; not what is handed to docker or srun."""
-    text = page.read_text()
-    both = [*FENCED.finditer(text), *INDENTED.finditer(re.sub(r"^```.*?^```", _blank, text, flags=re.M | re.S))]
-    found = []
-    for block in sorted(both, key=lambda match: match.start()):
-        for line in block.group().replace("\\\n", " ").splitlines():
-            try:
-                words = shlex.split(line, comments=True)
-            except ValueError:
-                continue  # an apostrophe: prose, or what a command has printed
-            if (command := _of_ours(words)) is not None:
-                found.append(command)
-    return found
+    """Those of our programs; not what is handed to docker or srun."""
+    lines = [line for block in blocks(page) for line in block.replace("\\\n", " ").splitlines()]
+    found = [_of_ours(shlex.split(line, comments=True)) for line in lines]
+    return [command for command in found if command is not None]
+
+
+def outside(page: Path) -> list[str]:
+    """Lines that are indented as code and stand in no fenced block."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"(?<=\n\n) {4}\S.*", prose)
 
 
 def _of_ours(words: list[str]) -> Command | None:
@@ -76,8 +72,3 @@ def _of_ours(words: list[str]) -> Command | None:
     if program != "megatron-ext" and not (program.endswith(".py") and program == words[0]):
         return None
     return Command(program, tuple(words[1:]), ranks, tuple(environment))
-
-
-def _blank(match: re.Match[str]) -> str:
-    """The same length without a line that is indented."""
-    return " ".ljust(len(match.group()) - 1) + "\n"
