@@ -9,7 +9,6 @@ Writes results/distillation_pipeline.json and .md.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import machine
+
+from megatron_ext.reports.metrics_file import read_metrics
 
 ROOT = Path(__file__).parents[1]
 STAGES, SEQUENCE, BATCH, WARM_UP = 2, 256, 8, 2
@@ -46,7 +47,7 @@ def common(steps: int) -> list[str]:
 def trained(script: str, run: Path, *flags: str) -> float:
     """Median seconds of a step, the first ones left out."""
     machine.torchrun(STAGES, str(ROOT / script), "--save", str(run), "--save-interval", "1000000", *flags)
-    steps = [json.loads(line)["seconds"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [step["seconds"] for step in read_metrics(run / "metrics.jsonl")]
     return statistics.median(steps[WARM_UP:])
 
 

@@ -32,10 +32,11 @@ from kd_cases import CASES, COMPARES, DEVICE, MEANS, Case, Weight, chosen, colle
 from peak import PeakMeter
 from torch import Tensor
 
-from megatron_ext.lm_head.fused_loss import CHUNK, Compare
+from megatron_ext.lm_head.fused_loss import Compare
 from megatron_ext.lm_head.losses import loss_in_torch
 from megatron_ext.lm_head.objective import Objective
 from megatron_ext.lm_head.vocab_parallel import VocabParallel
+from megatron_ext.models.loss_buffers import CHUNK
 
 SIZES = {"cuda": (8192, 128256, 4096), "cpu": (4096, 32000, 512)}
 LARGE = (16, 128256, 1024)

@@ -1,7 +1,8 @@
 """Compressing and training models on Megatron-Core.
 
-An engine below (`training`, `families`, `checkpoint`, `models`, `ops`, `lm_head`, `data`, `reports`), features above
-(`pretraining`, `pruning`, `distillation`, `conversion`, `evaluation`, `inference`, `demo`), each with its own job,
-options and report.
-docs/architecture.md is the map.
+An engine below (`training`, `families`, `data`, `reports`, `checkpoint`, `lm_head`, `models`, `ops`, `options`,
+`platform`), features above (`pretraining`, `pruning`, `distillation`, `conversion`, `evaluation`, `inference`,
+`demo`), each with its own job, options and report; `estimate` and `verify` are commands of one file. `cli` and
+`__main__` are the ways in, `program` is how every command ends, `torchrun` starts several ranks; `errors` are what a
+user can do wrong, and `untrusted` reads files of others. docs/architecture.md is the map.
 """

@@ -50,10 +50,6 @@ class Tiny:
         """Run `megatron-ext WORDS`, and wait."""
         return self.server.run([CONSOLE, *words], self.path)
 
-    def metrics(self, run: str) -> list[dict[str, float]]:
-        """The steps of a run directory."""
-        return [json.loads(line) for line in (self.path / run / "metrics.jsonl").read_text().splitlines()]
-
     def copy(self, name: str, new: str) -> Path:
         """A directory once more, in the place of what is there."""
         shutil.rmtree(self.path / new, ignore_errors=True)

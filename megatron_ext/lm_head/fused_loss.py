@@ -23,16 +23,10 @@ from torch import Tensor
 from megatron_ext.lm_head.divergences import TopK
 from megatron_ext.lm_head.objective import Objective
 from megatron_ext.lm_head.vocab_parallel import VocabParallel
-
-CHUNK = {"cpu": 2**26, "cuda": 2**29}
-"""Bytes of logits, of both models together, that are held at a time: 64 MB; 512 MB, 1,024 tokens of a vocabulary of
-128K in 16 bits. For each chunk the gradient of the weights is read and written once."""
+from megatron_ext.models.loss_buffers import CHUNK, KEPT
 
 TILE = {"cpu": 1, "cuda": 128}
 """Tokens of a tile of a matrix product: a chunk that ends within one wastes the rest of it."""
-
-KEPT = {"cpu": 2**27, "cuda": 2**27}
-"""Bytes of the weights' gradient in fp32 up to which it is kept from the forward to the backward pass."""
 
 
 class LMHead(NamedTuple):

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from megatron_ext.lm_head.fused_loss import CHUNK, LMHead
+from megatron_ext.lm_head.fused_loss import LMHead
 from megatron_ext.lm_head.losses import SLICE
 from megatron_ext.lm_head.vocab_parallel import VocabParallel, row_max
+from megatron_ext.models.loss_buffers import CHUNK
 
 
 @torch.no_grad()

@@ -10,13 +10,10 @@ from dataclasses import dataclass, replace
 
 from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
+from megatron_ext.models.loss_buffers import CHUNK, KEPT
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE, parse
 from megatron_ext.ops.ssd import cpu as ssd_cpu
 from megatron_ext.ops.ssd import triton_tiling
-
-# Bytes of both models' logits that the distillation loss holds at a time, and of the output weights' gradient up to
-# which it keeps that from the forward to the backward pass (`lm_head/fused_loss.py`).
-LOGITS_AT_A_TIME, LOGITS_IN_TORCH, GRADIENT_KEPT = 2**29, 2**26, 2**27
 
 
 @dataclass(frozen=True)
@@ -330,10 +327,10 @@ def _loss(arch: Architecture, lesson: TeacherSetup, layout: Layout) -> float:
     """A chunk of logits of both models, and what is made of the gradients before it is where it belongs."""
     tokens, columns = layout.micro_batch * layout.seq_length / layout.cp, arch.vocab_size / layout.tp
     models = 1 if lesson.teacher is None else 2
-    most = LOGITS_AT_A_TIME if layout.fused else LOGITS_IN_TORCH
+    most = CHUNK["cuda" if layout.fused else "cpu"]
     kept = 4 * columns * arch.hidden_size
     logits, states = models * tokens * columns * layout.width, tokens * arch.hidden_size * layout.width
-    return min(logits, most) + states + (kept if kept <= GRADIENT_KEPT else 0.0)
+    return min(logits, most) + states + (kept if kept <= KEPT["cuda"] else 0.0)
 
 
 def step_seconds(

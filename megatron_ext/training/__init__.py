@@ -2,5 +2,5 @@
 
 Read in this order: `job` (what a command is), `run_job`, `command_line` (parsing and every check), `step` (what is
 trained and measured), `loop` and `validation` (training, `--skip-train`), `forward` (passes without training),
-`run_directory` and `signals` (how a run is stopped). What a model is, `families` says.
+`dry_run`, `run_directory` and `signals` (how a run is stopped). What a model is, `families` says.
 """

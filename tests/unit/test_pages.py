@@ -1,5 +1,6 @@
 """The map of the house is true: what docs/architecture.md names is where it says."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -26,3 +27,16 @@ def test_every_room_is_on_the_tree_and_says_what_is_in_it() -> None:
             continue
         assert re.search(rf"\b{room.name}/", PAGE), room.name
         assert (room / "__init__.py").read_text().startswith('"""'), room.name
+
+
+PACKAGES = sorted((ROOT / "megatron_ext").rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: str(path.parent.relative_to(ROOT)))
+def test_a_package_says_what_each_of_its_modules_is(package: Path) -> None:
+    said = ast.get_docstring(ast.parse(package.read_text()))
+    assert said is not None
+    own = [path for path in package.parent.iterdir() if path != package and not path.name.startswith("__pycache__")]
+    for path in own:
+        if path.suffix == ".py" or (path / "__init__.py").is_file():
+            assert re.search(rf"(?<![a-z_]){path.stem}(?![a-z_])", said), path.stem

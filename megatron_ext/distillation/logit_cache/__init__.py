@@ -1,1 +1,5 @@
-"""A teacher's likeliest next tokens on disk: `write` makes them, `check` compares a run with them, `shards` stores."""
+"""A teacher's likeliest next tokens on disk, so that a student learns without the teacher in memory.
+
+`write` makes a cache and `check` compares a run with one, `cache` finds it, `manifest` is what it says of itself, and
+`shards` stores the samples.
+"""

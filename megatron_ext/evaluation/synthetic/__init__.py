@@ -3,6 +3,9 @@
 Each suite is a task in the sense of `megatron_ext.evaluation.questions` too:
 `megatron_ext.evaluation.synthetic:phonebook`.
 Some are there as choices as well, compared by likelihood: `megatron_ext.evaluation.synthetic:phonebook_choice`.
+
+`suite` is what a suite is; the suites lie in `retrieval`, `recall` and `aggregation`, their words and numbers come from
+`words`. `choice` makes choices of them, and `curves` the accuracy over length.
 """
 
 from megatron_ext.evaluation.synthetic.aggregation import common_words, variable_tracking

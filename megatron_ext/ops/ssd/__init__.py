@@ -6,7 +6,8 @@ Each head by itself; x (b, l, h, p), dt (b, l, h), A (h), B and C (b, l, g, n), 
     naive.py         the recurrence, token by token
     cpu.py           in chunks, in plain torch; cpu_chunks.py does a block of them, cpu_decays.py their decays
     triton.py        in chunks, in fused kernels; triton_tiling.py has their sizes, and the kernels lie in
-                     triton_decay_kernels.py, triton_forward_kernels.py and triton_backward_kernels.py
+                     triton_decay_kernels.py, triton_state_kernels.py, triton_forward_kernels.py and
+                     triton_backward_kernels.py
     decode.py        one more token in plain torch; triton_decode.py and triton_decode_kernel.py on a GPU
     step_sizes.py    dt after bias, softplus and limits
 """
