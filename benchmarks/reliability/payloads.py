@@ -20,6 +20,7 @@ import yaml
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from benchmarks.reliability.jobs import CONSOLE
+from benchmarks.reliability.pickles import calls, calls_in_2, word
 from benchmarks.reliability.tiny import DATA, DISTILL, MODEL, PRETRAIN, PRUNE, SIZES, TRAIN, Tiny
 
 EVIL, RESULT, HIT = "evil", "evil-result", "hit"
@@ -55,50 +56,32 @@ RUN_DIRECTORY: dict[str, Command] = {
 }
 
 
-def _short(text: str) -> bytes:
-    return b"\x8c" + bytes([len(text.encode())]) + text.encode()
-
-
-def _long(text: str) -> bytes:
-    return b"X" + len(text.encode()).to_bytes(4, "little") + text.encode()
-
-
-def _in_4(module: str, name: str, argument: str) -> bytes:
-    """A call of what a dotted name reaches from a module."""
-    return b"\x80\x04" + _short(module) + _short(name) + b"\x93" + _short(argument) + b"\x85R."
-
-
-def _in_2(module: str, name: str, argument: str) -> bytes:
-    """The same in the protocol of `torch.save`, which takes no dots."""
-    return b"\x80\x02c" + f"{module}\n{name}\n".encode() + _long(argument) + b"\x85R."
-
-
 def _code(hit: str) -> str:
     return f"__import__('os').mkdir({hit!r})"
 
 
 def _through_builtins(hit: str) -> bytes:
     """`eval`, out of the namespace of a function that tensors are rebuilt with."""
-    namespace = _short("torch._utils") + _short("_rebuild_tensor_v2.__globals__.get") + b"\x93"
-    builtins = namespace + _short("__builtins__") + b"\x85R"
-    get = _short("builtins") + _short("dict.get") + b"\x93"
-    return b"\x80\x04" + get + builtins + _short("eval") + b"\x86R" + _short(_code(hit)) + b"\x85R."
+    namespace = word("torch._utils") + word("_rebuild_tensor_v2.__globals__.get") + b"\x93"
+    builtins = namespace + word("__builtins__") + b"\x85R"
+    get = word("builtins") + word("dict.get") + b"\x93"
+    return b"\x80\x04" + get + builtins + word("eval") + b"\x86R" + word(_code(hit)) + b"\x85R."
 
 
 PICKLES: dict[str, Callable[[str], bytes]] = {
-    "posix.mkdir": lambda hit: _in_2("posix", "mkdir", hit),
-    "posix.mkdir, protocol 4": lambda hit: _in_4("posix", "mkdir", hit),
-    "os.system": lambda hit: _in_2("os", "system", f"mkdir {hit}"),
-    "subprocess.getoutput": lambda hit: _in_2("subprocess", "getoutput", f"mkdir {hit}"),
-    "builtins.eval": lambda hit: _in_2("builtins", "eval", _code(hit)),
-    "builtins.exec": lambda hit: _in_2("builtins", "exec", _code(hit)),
-    "cProfile.run": lambda hit: _in_2("cProfile", "run", _code(hit)),
-    "timeit.timeit": lambda hit: _in_2("timeit", "timeit", f"import os; os.path.isdir({hit!r}) or os.mkdir({hit!r})"),
-    "os of pathlib": lambda hit: _in_4("pathlib", "os.mkdir", hit),
-    "os of shutil": lambda hit: _in_4("shutil", "os.mkdir", hit),
-    "os of torch's checkpoints": lambda hit: _in_4("torch.distributed.checkpoint.filesystem", "os.mkdir", hit),
-    "os of torch.serialization": lambda hit: _in_4("torch", "serialization.os.mkdir", hit),
-    "os of tempfile": lambda hit: _in_4("tempfile", "_os.mkdir", hit),
+    "posix.mkdir": lambda hit: calls_in_2("posix", "mkdir", hit),
+    "posix.mkdir, protocol 4": lambda hit: calls("posix", "mkdir", hit),
+    "os.system": lambda hit: calls_in_2("os", "system", f"mkdir {hit}"),
+    "subprocess.getoutput": lambda hit: calls_in_2("subprocess", "getoutput", f"mkdir {hit}"),
+    "builtins.eval": lambda hit: calls_in_2("builtins", "eval", _code(hit)),
+    "builtins.exec": lambda hit: calls_in_2("builtins", "exec", _code(hit)),
+    "cProfile.run": lambda hit: calls_in_2("cProfile", "run", _code(hit)),
+    "timeit.timeit": lambda hit: calls_in_2("timeit", "timeit", f"import os; os.makedirs({hit!r}, exist_ok=True)"),
+    "os of pathlib": lambda hit: calls("pathlib", "os.mkdir", hit),
+    "os of shutil": lambda hit: calls("shutil", "os.mkdir", hit),
+    "os of torch's checkpoints": lambda hit: calls("torch.distributed.checkpoint.filesystem", "os.mkdir", hit),
+    "os of torch.serialization": lambda hit: calls("torch", "serialization.os.mkdir", hit),
+    "os of tempfile": lambda hit: calls("tempfile", "_os.mkdir", hit),
     "eval of a function's namespace": _through_builtins,
     "an instance": lambda hit: b"(S'" + hit.encode() + b"'\niposix\nmkdir\n.",
     "an object": lambda hit: b"(cposix\nmkdir\nS'" + hit.encode() + b"'\no.",

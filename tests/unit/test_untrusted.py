@@ -15,6 +15,7 @@ from torch.distributed._shard.sharded_tensor import metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, MetadataIndex, StorageMeta
 
+from benchmarks.reliability.pickles import calls, calls_in_2, unicode, word
 from megatron_ext.checkpoint import checksums, layout
 from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.writer import writing
@@ -23,26 +24,6 @@ from megatron_ext.models import axes
 from megatron_ext.models.presets import PRESETS
 
 ARCH = replace(PRESETS["tiny-hybrid"].architecture, pattern="M*", hidden_size=16, vocab_size=32)
-
-
-def word(text: str) -> bytes:
-    """A string for protocol 4."""
-    return b"\x8c" + bytes([len(text.encode())]) + text.encode()
-
-
-def unicode(text: str) -> bytes:
-    """A string for protocol 2."""
-    return b"X" + len(text.encode()).to_bytes(4, "little") + text.encode()
-
-
-def calls(module: str, name: str, argument: str) -> bytes:
-    """A pickle of protocol 4 that calls what `name`, with dots in it, reaches from `module`."""
-    return b"\x80\x04" + word(module) + word(name) + b"\x93" + word(argument) + b"\x85R."
-
-
-def calls_in_2(module: str, name: str, argument: str) -> bytes:
-    """The same in protocol 2, the one `torch.save` uses."""
-    return b"\x80\x02c" + f"{module}\n{name}\n".encode() + unicode(argument) + b"\x85R."
 
 
 MKDIR = {
