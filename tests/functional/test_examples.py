@@ -215,7 +215,9 @@ def test_the_runner_becomes_a_launcher_that_lets_ranks_save(start, tmp_path, rec
     for rank in ({}, {"RANK": "3", "WORLD_SIZE": "8"}):
         done, notes = start("run.sh", recipe, **settings, **rank)
         assert done.returncode == 0, done.stderr
-        launcher = "rank 3 of 8: " if rank else "rank none of none: -m megatron_ext torchrun --nproc-per-node 8 --standalone "
+        launcher = (
+            "rank 3 of 8: " if rank else "rank none of none: -m megatron_ext torchrun --nproc-per-node 8 --standalone "
+        )
         assert notes[-1].startswith(launcher)
         assert int((tmp_path / "notes.parent").read_text()) == os.getpid()  # each shell has become the next one
     assert "#SBATCH --signal=TERM@" in (EXAMPLES / "job.sbatch").read_text()  # to every rank, not to the batch step
