@@ -1,6 +1,7 @@
-"""Operations of Mamba-2 layers and of generation, one folder each: a naive form that says what is meant, and fast ones.
+"""Operations of Mamba layers and of generation, one folder each: a naive form that says what is meant, and fast ones.
 
-    ssd/             the chunked state-space scan
+    ssd/             the chunked state-space scan of Mamba-2
+    selective_scan/  the scan of Mamba-1, with a state and decay rates for each channel
     causal_conv1d/   the short causal convolution before it
     gated_norm/      the root-mean-square norm with a gate after it
     cached_attention/  attention of one more token to a cache, for generation

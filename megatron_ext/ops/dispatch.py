@@ -19,6 +19,8 @@ from megatron_ext.ops.gated_norm import cpu as norm_cpu
 from megatron_ext.ops.gated_norm import naive as norm_naive
 from megatron_ext.ops.mamba_mixer import cpu as mixer_cpu
 from megatron_ext.ops.mamba_mixer import naive as mixer_naive
+from megatron_ext.ops.selective_scan import cpu as selective_cpu
+from megatron_ext.ops.selective_scan import naive as selective_naive
 from megatron_ext.ops.ssd import cpu as ssd_cpu
 from megatron_ext.ops.ssd import naive as ssd_naive
 from megatron_ext.ops.ssd.decode import state_step
@@ -39,6 +41,7 @@ class Backend:
         conv_scan_norm: Convolution, scan, norm and gate at once (`mamba_mixer`).
         conv_step: The convolution of one more token.
         state_step: The scan of one more token.
+        selective_scan: Mamba-1's scan.
     """
 
     name: str
@@ -48,16 +51,17 @@ class Backend:
     conv_scan_norm: Callable[..., tuple[Tensor, Tensor]]
     conv_step: Callable[..., Tensor]
     state_step: Callable[..., Tensor]
+    selective_scan: Callable[..., tuple[Tensor, Tensor]]
 
 
 _TORCH_BACKENDS = {
     "naive": Backend(
         "naive", ssd_naive.ssd, conv_naive.causal_conv1d, norm_naive.gated_rms_norm, mixer_naive.conv_scan_norm,
-        conv_step, state_step,
+        conv_step, state_step, selective_naive.selective_scan,
     ),
     "torch": Backend(
         "torch", ssd_cpu.ssd, conv_cpu.causal_conv1d, norm_cpu.gated_rms_norm, mixer_cpu.conv_scan_norm,
-        conv_step, state_step,
+        conv_step, state_step, selective_cpu.selective_scan,
     ),
 }  # fmt: skip
 NAMES = ("auto", *_TORCH_BACKENDS, "triton", "mamba_ssm")
@@ -168,10 +172,11 @@ def _import_triton() -> Backend:
     from megatron_ext.ops.causal_conv1d import triton as conv
     from megatron_ext.ops.gated_norm import triton as norm
     from megatron_ext.ops.mamba_mixer import triton as mixer
+    from megatron_ext.ops.selective_scan import triton as selective
     from megatron_ext.ops.ssd import triton as ssd
     from megatron_ext.ops.ssd import triton_decode
 
     return Backend(
         "triton", ssd.ssd, conv.causal_conv1d, norm.gated_rms_norm, mixer.conv_scan_norm,
-        conv.conv_step, triton_decode.state_step,
+        conv.conv_step, triton_decode.state_step, selective.selective_scan,
     )  # fmt: skip

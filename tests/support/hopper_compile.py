@@ -108,11 +108,12 @@ def largest_scans() -> None:
 
 
 def layer() -> None:
-    """The benchmark's layer, with all that a kernel can be asked for."""
+    """The benchmark's layer, and one of a selective scan, with all that a kernel can be asked for."""
     from megatron_ext.ops.causal_conv1d.triton import conv_step
     from megatron_ext.ops.gated_norm import triton as norm
     from megatron_ext.ops.mamba_mixer.projection import Projection
     from megatron_ext.ops.mamba_mixer.triton import conv_scan_norm
+    from megatron_ext.ops.selective_scan.triton import selective_scan
     from megatron_ext.ops.ssd.triton_decode import state_step
 
     heads, channels, groups, state, length = 128, 64, 8, 128, 2048
@@ -136,6 +137,16 @@ def layer() -> None:
         torch.autograd.grad((y.sum(), final.sum()), own)
     out = norm.gated_rms_norm(y.detach(), weight, gate, group_size=inner // groups)
     torch.autograd.grad(out.sum(), [weight, gate])
+
+    # MambaVision-T's third stage
+    sequence = [torch.zeros(2, 196, 160, **bf16) for _ in range(3)]
+    projections = [torch.zeros(2, 196, 8, **bf16) for _ in range(2)]
+    x, dt, z = sequence
+    own = [x, dt, torch.zeros(160, 8), *projections, torch.zeros(160), z, torch.zeros(160), torch.zeros(2, 160, 8)]
+    for t in own:
+        t.requires_grad_()
+    y, final = selective_scan(*own, dt_softplus=True)
+    torch.autograd.grad((y.sum(), final.sum()), own)
 
     with torch.no_grad():
         token, slots = torch.zeros(2, conv, **bf16), torch.zeros(2, dtype=torch.int64)

@@ -38,7 +38,7 @@ def test_the_functions_follow_it(monkeypatch: pytest.MonkeyPatch) -> None:
         return call
 
     names = ("ssd", "causal_conv1d", "gated_rms_norm", "conv_scan_norm", "conv_step", "state_step")
-    spy = dispatch.Backend("spy", *(spied(name) for name in names))
+    spy = dispatch.Backend("spy", *(spied(name) for name in (*names, "selective_scan")))
     monkeypatch.setitem(dispatch._TORCH_BACKENDS, "spy", spy)
     dispatch.set_backend("spy")
     x = torch.randn(1, 4, 2, 3)
