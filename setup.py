@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+VISION = ["timm", "torchvision", "onnx", "onnxruntime", "onnxscript"]
+
 setup(
     name="megatron-ext",
     version="0.1.0",
@@ -32,10 +34,13 @@ setup(
         "xxhash",
     ],
     extras_require={
+        # Torchvision belongs to one version of torch, onnxscript to one of its exporter.
+        "vision": VISION,
         # The kernels that benchmarks/results were measured beside; they compile against the torch that is here.
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<3", "mamba-ssm==2.3.2.post1", "causal-conv1d==1.7.0"],
         "eval": ["lm-eval"],
         "dev": [
+            *VISION,
             "beartype",
             "hypothesis",
             "import-linter",

@@ -1,0 +1,13 @@
+"""MambaVision: image backbones of convolutions, selective-scan mixers and attention, on a CPU and on a GPU.
+
+What is in it:
+
+    architecture.py   a network as one value: pattern, sizes, parameters, operations
+    presets.py        the published networks T, T2, S, B, L, L2, L3, and a tiny one
+    linears.py        linear layers, plain or split over tensor-parallel ranks
+    mixer.py          the mixer, in four arms; attention
+    blocks.py         convolution and token blocks, windows, drop path, batch norm
+    network.py        the whole: stem, stages, features at strides 4, 8, 16 and 32, classifier
+    weights.py        weights in the layout of the published checkpoints
+    timm_models.py    import it, and `timm.create_model("mambavision_tiny")` works; needs megatron-ext[vision]
+"""
