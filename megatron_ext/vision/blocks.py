@@ -55,16 +55,16 @@ class BatchNorm(nn.BatchNorm2d):
         """x, normalised by the batch's statistics in training, else by the running ones."""
         kind = torch.promote_types(x.dtype, torch.float32)
         weight, bias = self.weight.to(kind), self.bias.to(kind)
-        together = self.training and self.group is not None and self.group.size() > 1
-        if not together:
+        group: Any = self.group
+        if not self.training or group is None or group.size() == 1:
             if self.training:
                 self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
             return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, self.training, 0.1, self.eps)
         own = x.to(kind)
-        count = own.numel() / own.shape[1] * self.group.size()  # every rank's micro-batch is as large
-        mean = _Sum.apply(own.sum((0, 2, 3)), self.group) / count  # type: ignore[operator]
+        count = own.numel() / own.shape[1] * group.size()  # every rank's micro-batch is as large
+        mean = _Sum.apply(own.sum((0, 2, 3)), group) / count  # type: ignore[operator]
         centred = own - mean[:, None, None]
-        variance = _Sum.apply(centred.square().sum((0, 2, 3)), self.group) / count  # type: ignore[operator]
+        variance = _Sum.apply(centred.square().sum((0, 2, 3)), group) / count  # type: ignore[operator]
         with torch.no_grad():
             self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
             self.running_mean.lerp_(mean, 0.1)  # type: ignore[union-attr]

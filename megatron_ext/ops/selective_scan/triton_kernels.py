@@ -14,6 +14,9 @@ none; they have not yet run on one.
 Where a row of tokens is addressed, the offset of its first token is 64 bits wide; within a chunk 32 bits do.
 """
 
+# What `step_sizes` gives is not to be seen through Triton's annotations.
+# pyright: reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 
