@@ -4,10 +4,7 @@
 see. Each rank is a session of its own, so that a kill reaches what it has started, too.
 """
 
-import argparse
 import contextlib
-import functools
-import inspect
 import json
 import os
 import signal
@@ -144,7 +141,7 @@ def _state(pid: int) -> str:
 
 def _serve() -> None:
     """Answer each request, a line of JSON; forks return from here and run their program."""
-    fork_server.get_ready("megatron_ext.cli", then=_make_flags)
+    fork_server.get_ready()
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -159,14 +156,6 @@ def _serve() -> None:
                 return
             pids.append(pid)
         print(json.dumps(pids), flush=True)
-
-
-def _make_flags() -> None:
-    """Megatron reads the source of its configurations to make flags of them: a second, and only once."""
-    from megatron.training import arguments
-
-    inspect.getsource = functools.cache(inspect.getsource)
-    arguments.add_megatron_arguments(argparse.ArgumentParser())
 
 
 def _wait(pids: list[int], patience: float) -> int:

@@ -43,7 +43,11 @@ def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Write each (x, y, text, colour) right of its point, moved up or down where two would overlap."""
     figure = ax.get_figure(root=True)
     assert figure is not None
-    figure.draw_without_rendering()  # settles the limits and the layout that the distances below are measured in
+    # Settle the limits and the layout that the distances below are measured in.
+    if figure.get_layout_engine() is None:
+        ax.autoscale_view()
+    else:
+        figure.draw_without_rendering()
     height = 14 * figure.dpi / 72
     placed: list[tuple[float, float]] = []
     for x, y, text, color in sorted(ends, key=lambda end: end[1]):

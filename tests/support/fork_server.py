@@ -6,6 +6,7 @@ and for their sake some tests start each program for real: the order of imports,
 sets for all ranks here), and torchrun itself.
 """
 
+import argparse
 import atexit
 import contextlib
 import functools
@@ -20,8 +21,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -31,9 +33,12 @@ SUPPORT = Path(__file__).parent
 ROOT = SUPPORT.parents[1]
 # What the programs import, once; nothing that starts a thread, a process group or a random number.
 IMPORTED = (
-    "matplotlib.pyplot", "matplotlib.backends.backend_agg", "megatron.core.models.hybrid.hybrid_model",
-    "megatron.training.training", "megatron.training.checkpointing", "megatron_ext.distillation.job",
-    "megatron_ext.training.forward", "megatron_ext.pruning.job", "megatron_ext.training.loop", "pytest",
+    "PIL.Image", "matplotlib.pyplot", "matplotlib.backends.backend_agg", "megatron.core.datasets.gpt_dataset",
+    "megatron.core.datasets.blended_megatron_dataset_builder", "megatron.core.models.hybrid.hybrid_model",
+    "megatron.core.models.mimo", "megatron.core.tokenizers.text.text_tokenizer", "megatron.training.training",
+    "megatron.training.checkpointing", "megatron_ext.cli", "megatron_ext.distillation.job",
+    "megatron_ext.training.forward", "megatron_ext.models.builder", "megatron_ext.pretraining.job",
+    "megatron_ext.pruning.job", "megatron_ext.training.loop", "megatron_ext.training.step", "pytest",
     "torch.utils.tensorboard", "transformers.models.auto.tokenization_auto", "yaml",
 )  # fmt: skip
 
@@ -123,23 +128,29 @@ def _serve() -> None:
         print(_wait(pids), flush=True)
 
 
-def get_ready(*more: str, then: Callable[[], object] = lambda: None) -> None:
-    """Import what the programs import, and say so.
-
-    Args:
-        *more: Modules beside those in `IMPORTED`.
-        then: Is done last, before the first fork.
-    """
+def get_ready() -> None:
+    """Import what the programs import, and say so."""
     from megatron_ext.models.bootstrap import prepare
 
     prepare()
-    for name in (*IMPORTED, *more):
+    for name in IMPORTED:
         importlib.import_module(name)
-    then()
+    _make_flags_once()
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would lack the threads that an import has started"
     gc.collect()
     gc.freeze()  # the collector of a fork need not look at, and so copy, what was imported
     print("ready", flush=True)
+
+
+def _make_flags_once() -> None:
+    """Read once what Megatron makes flags of, the source of its configurations: it takes a tenth of a short program."""
+    from megatron.training import argument_utils, arguments
+
+    factory = argument_utils.ArgumentGroupFactory
+    read = factory._get_field_docstrings
+    told = functools.cache(lambda configuration: read(SimpleNamespace(_get_field_docstrings=told), configuration))
+    factory._get_field_docstrings = lambda self, configuration: told(configuration)
+    arguments.add_megatron_arguments(argparse.ArgumentParser())
 
 
 def become(request: dict[str, Any], environment: dict[str, str], *folders: Path) -> None:

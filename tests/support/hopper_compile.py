@@ -4,7 +4,7 @@
 
 Triton compiles without a device if it is told what for. The kernels are reached through the public functions, with
 tensors on the CPU; they are compiled, not run. `--all` compiles every configuration, not only each kernel's first.
-`--limits` takes the scan alone, with the largest heads and states that there are tiles for.
+`--limits` takes the scan alone, with the largest heads and states that there are tiles for, and tells no registers.
 """
 
 import json
@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import torch
 import triton
 from no_device import NoDevice
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import autotuner, driver, jit
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
@@ -42,7 +43,18 @@ def copied_transposes(ttgir: str) -> int:
 
 
 def _describe(name: str, kernel: Any) -> dict[str, Any]:
-    ptx = kernel.asm["ptx"]
+    carried = [held.count("=") for held in re.findall(r"iter_args\(([^)]*)\)", kernel.asm["ttir"])]
+    return {
+        "kernel": name,
+        "warps": kernel.metadata.num_warps,
+        "stages": kernel.metadata.num_stages,
+        "shared_bytes": kernel.metadata.shared,
+        "carried": max(carried, default=0),
+        "copied_transposes": copied_transposes(kernel.asm["ttgir"]),
+    }
+
+
+def _describe_code(ptx: str) -> dict[str, int]:
     arch = re.search(r"\.target (sm_\w+)", ptx)[1]  # type: ignore[index]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
@@ -50,29 +62,31 @@ def _describe(name: str, kernel: Any) -> dict[str, Any]:
         command = [str(PTXAS), "-v", f"-arch={arch}", file.name, "-o", os.devnull]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return {
-        "kernel": name,
-        "warps": kernel.metadata.num_warps,
-        "stages": kernel.metadata.num_stages,
         "registers": int(re.search(r"Used (\d+) registers", said)[1]),  # type: ignore[index]
         "spilled_bytes": int(re.search(r"(\d+) bytes spill stores", said)[1]),  # type: ignore[index]
-        "shared_bytes": kernel.metadata.shared,
-        "carried": max(
-            (held.count("=") for held in re.findall(r"iter_args\(([^)]*)\)", kernel.asm["ttir"])), default=0
-        ),
         "matrix_instructions": ptx.count("wgmma.mma_async") + ptx.count("mma.sync"),
         "operands_in_registers": len(WGMMA_FROM_REGISTERS.findall(ptx)),
-        "copied_transposes": copied_transposes(kernel.asm["ttgir"]),
     }
 
 
-def install(every_configuration: bool) -> None:
-    """From here on launches compile."""
+def _named(self: Any, source: Any, metadata: dict[str, Any], *_: Any) -> str:
+    """In place of PTX: what its translation notes."""
+    metadata["name"] = "kernel"
+    return ""
+
+
+def install(every_configuration: bool, machine_code: bool) -> None:
+    """From here on launches compile, as far as shared memory is known, or to machine code too."""
     driver.set_active(NoDevice())  # type: ignore[arg-type]
+    CUDABackend.make_cubin = lambda *_: b""  # never run
+    if not machine_code:
+        CUDABackend.make_ptx = _named  # shared memory is known before
     launch = jit.JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
         kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
-        found.append(_describe(self.fn.__name__, kernel))
+        code = _describe_code(kernel.asm["ptx"]) if machine_code else {}
+        found.append(_describe(self.fn.__name__, kernel) | code)
         return kernel
 
     def each(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -159,6 +173,8 @@ def layer() -> None:
 
 
 if __name__ == "__main__":
-    install("--all" in sys.argv)
-    largest_scans() if "--limits" in sys.argv else layer()
+    with tempfile.TemporaryDirectory() as cache:  # one of their own, for kernels that cannot run
+        os.environ["TRITON_CACHE_DIR"] = cache
+        install("--all" in sys.argv, machine_code="--limits" not in sys.argv)
+        largest_scans() if "--limits" in sys.argv else layer()
     print(json.dumps(found, indent=1))
