@@ -65,3 +65,21 @@ def test_a_room_that_does_not_exist_is_told(name: str) -> None:
     assert ("did you mean 'pruning'?" in done.stderr) == (name == "prunning")
     assert "one of checkpoint, cli, conversion, " in done.stderr
     assert done.stdout == "", "no test has run"
+
+
+SUBJECTS = {
+    "ops/test_triton_compiles.py", "ops/test_triton_interpreter.py", "ops/ssd/test_triton_configurations.py",
+    "platform/test_quiet.py", "pruning/test_masking.py", "pruning/test_recipes.py",
+    "checkpoint/test_reader_and_writer.py", "checkpoint/huggingface/test_foreign_directories.py",
+    "checkpoint/huggingface/test_types.py", "test_performance_page.py", "test_reliability_page.py", "test_pages.py",
+    "test_rooms.py", "test_names.py", "test_flag_list.py", "test_fork_server.py",
+}  # fmt: skip
+"""Unit tests of what several modules do together, or of what lies beside the package."""
+
+
+def test_the_others_mirror_the_package() -> None:
+    for test in (TESTS / "unit").rglob("test_*.py"):
+        own = test.relative_to(TESTS / "unit")
+        module = ROOT / "megatron_ext" / own.parent / own.stem.removeprefix("test_")
+        known = str(own) in SUBJECTS or module.with_suffix(".py").is_file() or module.is_dir()
+        assert known, f"{own}: no such module; tests/unit mirrors megatron_ext"
