@@ -11,7 +11,6 @@ memory of apply's, with all that it imports, is beside the bar: twice the larges
 Writes results/apply.json and prints one table.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+import disk
 import machine
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
@@ -50,11 +50,9 @@ def model(gigabytes: float) -> Architecture:
 
 def save(arch: Architecture, path: Path) -> None:
     """Random weights, in two parts each as two tensor ranks store them, some of them in columns."""
-    noise = torch.randint(-(2**15), 2**15, (2**24,), dtype=torch.int16)
     with writing(path, arch) as writer:
         for key, shape in axes.tensors(arch).items():
-            count = torch.Size(shape).numel()
-            tensor = noise.repeat(ceil(count / len(noise)))[:count].view(shape).view(torch.bfloat16)
+            tensor = disk.weight(shape)
             dimension = 1 if key.endswith(("linear_proj.weight", "linear_fc2.weight")) else 0
             if len(shape) == 1:
                 writer.write(key, tensor)
@@ -150,12 +148,7 @@ def measure(directory: Path, gigabytes: float, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=4.0)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--directory", help="where to work; a temporary directory by default")
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = disk.arguments(__doc__, child=4)
     if args.child:
         child(*args.child)
         return

@@ -10,7 +10,6 @@ the peak resident memory of conversion's, with all that it imports, is beside th
 Writes results/convert.json and results/convert.md.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -18,10 +17,10 @@ import statistics
 import tempfile
 import time
 from dataclasses import replace
-from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
+import disk
 import machine
 import torch
 
@@ -49,16 +48,13 @@ def model(name: str, gigabytes: float) -> Architecture:
 def save(name: str, arch: Architecture, path: Path) -> None:
     """The model as a Hugging Face directory."""
     family = families.named(name)
-    noise = torch.randint(-(2**15), 2**15, (2**24,), dtype=torch.int16)
     path.mkdir()
     (path / "config.json").write_text(json.dumps(family.write(arch) | {"torch_dtype": "bfloat16"}))
     shapes = hf_shapes(arch, family.bind(arch))
     tensors = {key: TensorEntry(shape, torch.bfloat16) for key, shape in shapes.items()}
     with writing_shards(path, tensors, GIGABYTE) as writer:
         for key, shape in shapes.items():
-            writer.write(
-                key, noise.repeat(ceil(prod(shape) / len(noise)))[: prod(shape)].view(shape).view(torch.bfloat16)
-            )
+            writer.write(key, disk.weight(shape))
 
 
 def child(what: str, source: str, destination: str) -> None:
@@ -112,12 +108,7 @@ def measure(name: str, directory: Path, gigabytes: float, repeats: int) -> list[
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=4.0)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--directory", help="where to work; a temporary directory by default")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = disk.arguments(__doc__, child=3)
     if args.child:
         child(*args.child)
         return
