@@ -16,7 +16,7 @@ CHECKED = [
     *(f"megatron_ext.ops.ssd.{name}" for name in ("naive", "step_sizes", "cpu", "cpu_chunks", "cpu_decays", "decode")),
     *(f"megatron_ext.ops.ssd.{name}" for name in ("triton", "triton_decode")),
     *(f"megatron_ext.ops.selective_scan.{name}" for name in ("naive", "cpu", "exportable", "triton")),
-    "megatron_ext.platform.linear",
+    *(f"megatron_ext.platform.{name}" for name in ("context_parallel", "linear")),
     *(f"megatron_ext.distillation.{name}" for name in ("intermediate_layers", "model", "projections", "student")),
     *(f"megatron_ext.distillation.{name}" for name in ("teachers", "logit_cache.cache", "logit_cache.shards")),
     "megatron_ext.data.sample_id",

@@ -1,4 +1,4 @@
-"""The places of Megatron's loop that have no door: around its saves, before a step's micro-batches, around its data."""
+"""The places of Megatron's loop that have no door: its saves, its micro-batches, its data, and what it measures."""
 
 from collections.abc import Callable
 from functools import partial
@@ -139,3 +139,18 @@ def keep_random_state() -> None:
 
     reason = "a run that goes on has the dropout of one that was never stopped (everywhere)"
     replace(training, "build_train_valid_test_data_iterators", build_train_valid_test_data_iterators, reason)
+
+
+def divert_scalars(wrap: Callable[[Any], Any]) -> Any:
+    """Put `wrap(writer)` in the place of Megatron's TensorBoard writer (`None` where the user asked for none).
+
+    It is the one place where Megatron hands out the loss, gradient norm and learning rate of a step in full precision.
+
+    Returns:
+        The new writer.
+    """
+    import megatron.training.global_vars as global_vars
+
+    writer = wrap(global_vars._GLOBAL_TENSORBOARD_WRITER)
+    replace(global_vars, "_GLOBAL_TENSORBOARD_WRITER", writer, "every scalar also goes to metrics.jsonl (everywhere)")
+    return writer
