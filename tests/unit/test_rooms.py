@@ -71,8 +71,9 @@ SUBJECTS = {
     "ops/test_triton_compiles.py", "ops/test_triton_interpreter.py", "ops/ssd/test_triton_configurations.py",
     "platform/test_quiet.py", "pruning/test_masking.py", "pruning/test_recipes.py",
     "checkpoint/test_reader_and_writer.py", "checkpoint/huggingface/test_foreign_directories.py",
-    "checkpoint/huggingface/test_types.py", "test_performance_page.py", "test_reliability_page.py", "test_pages.py",
-    "test_rooms.py", "test_names.py", "test_flag_list.py", "test_fork_server.py",
+    "checkpoint/huggingface/test_types.py", "vision/test_timm_and_export.py", "test_performance_page.py",
+    "test_reliability_page.py", "test_pages.py", "test_rooms.py", "test_names.py", "test_flag_list.py",
+    "test_fork_server.py",
 }  # fmt: skip
 """Unit tests of what several modules do together, or of what lies beside the package."""
 
