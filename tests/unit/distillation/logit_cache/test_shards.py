@@ -1,8 +1,6 @@
 """What a cache gives back is what was put in, found by content; what does not fit is refused."""
 
-import hashlib
 import json
-import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,20 +50,6 @@ def write(directory: Path, manifest: Manifest = OWN, count: int = B, **options: 
         writer.add(sample_id, kept(distribution(count, vocabulary=manifest.vocabulary), manifest.k))
     replace(manifest, sequences=count).write(directory)
     return sample_id
-
-
-def test_an_identity_is_of_the_content_and_nothing_else() -> None:
-    read, labels = tokens()
-    ids = hash_samples(read, labels)
-    window = [*read[1].tolist(), int(labels[1, -1])]
-    assert to_hex(ids[1]) == hashlib.blake2b(struct.pack(f"<{S + 1}i", *window), digest_size=16).hexdigest()
-    assert hash_samples(read[[2, 1]].int(), labels[[2, 1]].int()).equal(ids[[2, 1]])
-    for changed in (read, labels):
-        changed[0, -1] = (changed[0, -1] + 1) % V
-        other = hash_samples(read, labels)
-        assert not other[0].equal(ids[0])
-        assert other[1:].equal(ids[1:])
-        ids = other
 
 
 def test_gives_back_what_was_put_in(tmp_path: Path) -> None:
