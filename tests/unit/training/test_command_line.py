@@ -86,6 +86,7 @@ def check_refusal(status: int, err: str, *messages: str) -> None:
             ["--position-embedding-type: learned positions are not supported", "legal: none, rope"],
         ),
         ([*OK, *MOCK, "--seq-length", "0"], ["--seq-length: no such value", "got:   0", "legal: a whole number of at"]),
+        ([*OK[:-2], *MOCK], ["no learning rate given", "legal: --lr 3e-4"]),
         ([*OK, *MOCK, "--lr", "inf"], ["--lr: no such value", "got:   inf", "legal: a finite number of at least 0"]),
         ([*OK, *MOCK, "--wandb-project", "x"], ["wandb is not installed", "got:   --wandb-project x", "pip install"]),
         ([*OK, *MOCK, "--num-layers", "3"], ["--num-layers is not the pattern's", "legal: 12"]),
