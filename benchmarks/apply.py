@@ -43,7 +43,7 @@ MEGABYTE = 10**6
 
 def model(gigabytes: float) -> Architecture:
     """Layers of Llama 3.1 8B, as many as it takes, with a quarter of the vocabulary."""
-    whole = replace(PRESETS["llama3.1-8b"].architecture, vocab_size=32064)
+    whole = replace(PRESETS["llama3.1-8b"].architecture, padded_vocab_size=32064)
     one, two = (replace(whole, pattern="*-" * n).num_parameters() for n in (1, 2))
     return replace(whole, pattern="*-" * max(2, ceil((gigabytes * 1e9 / 2 - one) / (two - one)) + 1))
 

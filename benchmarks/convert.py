@@ -40,7 +40,7 @@ MODELS = {"LlamaForCausalLM": ("llama3.1-8b", "*-"), "NemotronHForCausalLM": ("n
 def model(name: str, gigabytes: float) -> Architecture:
     """As many blocks as it takes, with a small vocabulary."""
     preset, block = MODELS[name]
-    whole = replace(PRESETS[preset].architecture, vocab_size=32_064)
+    whole = replace(PRESETS[preset].architecture, padded_vocab_size=32_064)
     one, two = (replace(whole, pattern=block * n).num_parameters() for n in (1, 2))
     return replace(whole, pattern=block * max(1, round((gigabytes * 1e9 / 2 - one) / (two - one)) + 1))
 

@@ -70,8 +70,8 @@ def child(out: Path, name: str, batch: int, contexts: list[int], room: int) -> N
     from megatron_ext.training.forward import load_model
 
     clock = time.perf_counter if DEVICE == "cuda" else time.process_time
-    model = ShardedModel(unwrap_model(load_model(started)), started.architecture, arch.vocab_size)
-    tokens = torch.randint(arch.vocab_size, (batch, longest), device=torch.cuda.current_device())
+    model = ShardedModel(unwrap_model(load_model(started)), started.architecture, arch.padded_vocab_size)
+    tokens = torch.randint(arch.padded_vocab_size, (batch, longest), device=torch.cuda.current_device())
     found: dict[str, Any] = {"parameters": arch.num_parameters(), "seconds": {}}
     with torch.no_grad(), InferenceMode.active():
         for length in contexts:

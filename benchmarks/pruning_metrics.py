@@ -82,7 +82,7 @@ class Bench:
             ]
             for split, seed in (("train", 2), ("valid", 3))
         }
-        self.sharded = ShardedModel(self.chunks, self.arch, self.arch.vocab_size)
+        self.sharded = ShardedModel(self.chunks, self.arch, self.arch.padded_vocab_size)
 
     def loss(self, split: str) -> float:
         """Nats per token of text."""

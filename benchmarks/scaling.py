@@ -26,7 +26,7 @@ from megatron_ext.models.training_cost import GPUS, Gpu, Layout, memory, scaled,
 
 HERE = Path(__file__).parent
 ARCH = Architecture(
-    pattern="M-*-", hidden_size=256, vocab_size=4096, max_position_embeddings=2048, ffn_hidden_size=768,
+    pattern="M-*-", hidden_size=256, padded_vocab_size=4096, max_position_embeddings=2048, ffn_hidden_size=768,
     num_attention_heads=8, num_query_groups=4, kv_channels=32, mamba_num_heads=16, mamba_head_dim=32,
     mamba_state_dim=32, mamba_num_groups=4,
 )  # fmt: skip

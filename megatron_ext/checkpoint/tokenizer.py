@@ -58,15 +58,15 @@ def of_step(step: Path) -> str | None:
     return fingerprint(named) if named is not None and named.is_absolute() else None
 
 
-def check_rows(tokens: int, rows: int) -> None:
+def check_rows(vocab_size: int, rows: int) -> None:
     """Check that a model has a row of its embedding for every token of a tokenizer.
 
     Raises:
         ConfigError: It has not.
     """
-    if tokens > rows:
+    if vocab_size > rows:
         raise ConfigError(
-            "the tokenizer has more tokens than the model has rows for", got=f"a tokenizer of {tokens:,} tokens",
+            "the tokenizer has more tokens than the model has rows for", got=f"a tokenizer of {vocab_size:,} tokens",
             legal=f"{rows:,} tokens at most: the tokenizer that the model was trained with",
         )  # fmt: skip
 

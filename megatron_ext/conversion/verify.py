@@ -71,7 +71,7 @@ def verify(hf: Path, megatron: Path, tolerance: float = TOLERANCE) -> float:
 def verify_gpt(pattern: Path, twin: Path) -> float:
     """Compare the logits of a checkpoint and of Megatron's own GPTModel in fp32, on random tokens; see `verify`."""
     arch = layout.architecture(layout.find(pattern).path)
-    inputs = _random(arch.vocab_size, _length(arch, {}))
+    inputs = _random(arch.padded_vocab_size, _length(arch, {}))
     ours, theirs = megatron_logits(pattern, [inputs], twin)
     return _compared(["random tokens"], [theirs], [ours], TOLERANCE)
 
@@ -81,7 +81,7 @@ def _length(arch: Architecture, config: Mapping[str, Any]) -> int:
     context = arch.max_position_embeddings
     window = max(_windows(config), default=0)
     wanted = min(context, max(TOKENS, 2 * window))
-    most = [_WORK // arch.num_active_parameters(), _BYTES // (4 * arch.vocab_size)]
+    most = [_WORK // arch.num_active_parameters(), _BYTES // (4 * arch.padded_vocab_size)]
     if ATTENTION in arch.pattern:
         most.append(isqrt(_BYTES // (4 * arch.num_attention_heads)))
     if MAMBA in arch.pattern:
@@ -103,8 +103,8 @@ def _windows(config: Mapping[str, Any]) -> Iterator[int]:
             yield value
 
 
-def _random(words: int, length: int) -> Tensor:
-    return torch.randint(words, (1, length), generator=torch.Generator().manual_seed(0))
+def _random(vocab_size: int, length: int) -> Tensor:
+    return torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
 
 
 def _text(directory: Path) -> Tensor | None:

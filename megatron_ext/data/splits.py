@@ -49,21 +49,21 @@ def check_splits(args: Namespace, measured: int) -> None:
         _check_lengths(own, split, share, args)
 
 
-def check_vocabulary(args: Namespace, tokens: int, rows: int) -> None:
+def check_vocabulary(args: Namespace, vocab_size: int, padded_vocab_size: int) -> None:
     """Check that the model has a row for every token of the tokenizer, and that the data were made with that tokenizer.
 
     Args:
         args: Validated, with the tokenizer's fingerprint.
-        tokens: Of the tokenizer.
-        rows: Of the model's embedding.
+        vocab_size: Of the tokenizer.
+        padded_vocab_size: Rows of the model's embedding.
 
     Raises:
         ConfigError, DataError: Says what does not fit.
     """
-    check_rows(tokens, rows)
+    check_rows(vocab_size, padded_vocab_size)
     if not args.mock_data:
         for prefix in dict.fromkeys(prefix for _, prefixes, _ in _blends(args) for prefix in prefixes):
-            manifest.check(prefix, args.tokenizer_fingerprint, rows)
+            manifest.check(prefix, args.tokenizer_fingerprint, padded_vocab_size)
 
 
 def _read(args: Namespace, blends: list[tuple[str, list[str], tuple[float, float] | None]]) -> list[int]:

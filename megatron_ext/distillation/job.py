@@ -19,7 +19,6 @@ from megatron_ext.distillation.options import (
     pairs,
     source_of,
     teacher_sizes,
-    vocabulary_size,
 )
 from megatron_ext.distillation.teachers.identity import remember
 from megatron_ext.distillation.teachers.rank_split import RankSplit, serve_teacher, split_ranks
@@ -46,23 +45,23 @@ def check(run: RunConfig) -> Teacher | Cache | Writing:
     """
     args, options = run.args, run.options["distill"]
     if options.cache_write is not None:
-        return check_writing(run, vocabulary_size())
+        return check_writing(run, run.vocab_size)
     source = source_of(options)
-    check_weights(options, source, vocabulary_size())
+    check_weights(options, source, run.vocab_size)
     if options.correct_teacher and not args.save:
         raise ConfigError("--distill-correct-teacher needs a directory for the teacher", legal="--save DIR")
     if args.fp16 and (options.states or options.correct_teacher):
         # Their optimizers do not see the loss scale of the student's.
         raise ConfigError("intermediate states and a corrected teacher do not go with --fp16", legal="--bf16")
     if isinstance(source, Cache):
-        check_cache(run, source, compared(options, source), vocabulary_size())
+        check_cache(run, source, compared(options, source), run.vocab_size)
         remember(run, source)
         return source
     grid = teacher_sizes(run, options)
     stages = args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)
     source.check(
         run.architecture,
-        tokens=vocabulary_size(),
+        vocab_size=run.vocab_size,
         student_multiple=args.make_vocab_size_divisible_by * args.tensor_model_parallel_size,
         tp=grid.tp if grid else args.tensor_model_parallel_size,
         stages=grid.pp if grid else stages,

@@ -111,7 +111,7 @@ class DistillationModel(StudentWrapper):
         teacher: The teacher on this stage, or what stands for it.
         matching: Intermediate states.
         objective: What is compared, at this moment.
-        tokens: Entries of the vocabulary, without padding.
+        vocab_size: Entries of the tokenizer, without padding.
     """
 
     teacher: TeacherStage
@@ -122,11 +122,11 @@ class DistillationModel(StudentWrapper):
         teacher: TeacherStage,
         matching: IntermediateLossConfig,
         objective: Callable[[], Objective],
-        tokens: int,
+        vocab_size: int,
     ) -> None:
         super().__init__(student)
         self.teacher = teacher
-        self._matching, self._objective, self._tokens = matching, objective, tokens
+        self._matching, self._objective, self._vocab_size = matching, objective, vocab_size
         self.stage = student.pg_collection.pp.rank() + student.pg_collection.pp.size() * (student.vp_stage or 0)
         self._names = intermediate_layers.names(STUDENT, matching.route.points(self.stage, STUDENT))
         self._taps = HiddenStateRecorder(student, list(self._names))
@@ -196,7 +196,7 @@ class DistillationModel(StudentWrapper):
         sample_id: Int[Tensor, "b 2"],
     ) -> StepLosses:
         own, objective = head(self.module, found[STUDENT]), self._objective()
-        vocabulary = VocabParallel(own.weight.shape[0], self._tokens, self.pg_collection.tp)
+        vocabulary = VocabParallel(own.weight.shape[0], self._vocab_size, self.pg_collection.tp)
         mask, transposed = loss_mask.T.contiguous(), labels.T.contiguous()
         target = self.teacher.target(found, sample_id, labels, objective.k)
         losses = distillation_losses(own, target, transposed, mask, objective, vocabulary)

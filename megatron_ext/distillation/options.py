@@ -1,7 +1,7 @@
 """The flags of `distill_gpt.py`, and what they ask for at each moment of the training."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_ext.distillation import intermediate_layers
 from megatron_ext.distillation.intermediate_layers import DISTANCES, LayerPair
@@ -107,20 +107,20 @@ def compared(options: DistillOptions, source: Teacher | Cache) -> Objective:
     )
 
 
-def check_weights(options: DistillOptions, source: Teacher | Cache, tokens: int) -> None:
+def check_weights(options: DistillOptions, source: Teacher | Cache, vocab_size: int) -> None:
     """Find what is wrong with the losses and their weights, at the first and the last step.
 
     Args:
         options: The flags.
         source: Whom the student learns from.
-        tokens: Entries of the vocabulary, without padding.
+        vocab_size: Entries of the tokenizer, without padding.
 
     Raises:
         ConfigError: One is illegal.
     """
     for share in (0.0, 1.0):
         objective, weight = objective_at(options, source, share), states_weight_at(options, share)
-        objective.check(tokens)
+        objective.check(vocab_size)
         if (
             min(objective.kd_weight, objective.ce_weight, weight or 0) < 0
             or not objective.kd_weight + objective.ce_weight > 0
@@ -216,11 +216,3 @@ def _weight(name: str, text: str, share: float) -> float:
         legal = "a number, or FIRST:LAST" + (f", or {BALANCED}" if name == "states_weight" else "")
         raise ConfigError(f"{flag} is no weight", got=text, legal=legal) from error
     return first + (last - first) * min(max(share, 0.0), 1.0)
-
-
-def vocabulary_size() -> int:
-    """Entries of the tokenizer, without padding."""
-    from megatron.training import get_tokenizer
-
-    tokenizer: Any = get_tokenizer()
-    return tokenizer.vocab_size

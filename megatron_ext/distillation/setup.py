@@ -22,7 +22,6 @@ from megatron_ext.distillation.options import (
     pairs,
     states_weight_at,
     teacher_sizes,
-    vocabulary_size,
 )
 from megatron_ext.distillation.projections import AGAIN, LossBalancer, Projections
 from megatron_ext.distillation.teachers import colocated
@@ -96,7 +95,7 @@ class Setup:
             self._balance,
         )
         self._models = [
-            DistillationModel(student, side, matching, self._objective, vocabulary_size())
+            DistillationModel(student, side, matching, self._objective, self._run.vocab_size)
             for student, side in zip(students, sides, strict=True)
         ]
         return self._models
@@ -133,7 +132,7 @@ class Setup:
         for student, chunk in zip(students, chunks, strict=True):
             points = route.points(stage_number(student), TEACHER)
             side = (
-                TrainedColocatedTeacher(chunk, points, vocabulary_size())
+                TrainedColocatedTeacher(chunk, points, self._run.vocab_size)
                 if trained
                 else ColocatedTeacher(chunk, points)
             )

@@ -16,7 +16,7 @@ from megatron_ext.evaluation.measure import Evaluation, Measure, kinds
 from megatron_ext.evaluation.measures.text import WINDOW
 from megatron_ext.inference import session
 from megatron_ext.inference.interrupt import Interrupted, interruptible
-from megatron_ext.inference.tokenizer import identity, tokenizer_of, words_of
+from megatron_ext.inference.tokenizer import identity, tokenizer_of, vocab_size_of
 from megatron_ext.reports.results import Results
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
     longest = started.architecture.max_position_embeddings
     evaluation = Evaluation(args, results, tokenizer, longest, settings)
     measures = [kind.build(evaluation) for kind in asked]
-    with session.open_checkpoint(started, words_of(args.checkpoint, tokenizer)) as model:
+    with session.open_checkpoint(started, vocab_size_of(args.checkpoint, tokenizer)) as model:
         stopped = _measure(measures, model, results)
         if rank() == 0:
             for measure in measures:  # now that all of it is on disk

@@ -93,7 +93,8 @@ class LayerPatternFamily(ModelFamily):
         active = f", of which a token uses {model.num_active_parameters():,}" if model.num_experts else ""
         return {
             "pattern": args.hybrid_layer_pattern,
-            "sizes": f"hidden {model.hidden_size:,}, FFN {model.ffn_hidden_size:,}, vocabulary {model.vocab_size:,}, "
+            "sizes": f"hidden {model.hidden_size:,}, FFN {model.ffn_hidden_size:,}, "
+            f"vocabulary {model.padded_vocab_size:,}, "
             f"{model.num_attention_heads} heads in {model.num_query_groups} groups",
             "parameters": f"{total:,} ({total / 1e9:.2f}B), without embeddings {body:,}{active}",
         }

@@ -64,7 +64,7 @@ class CachedModel:
         for context in self.contexts:
             context.increment_sequence_len_offset(stop - start)
             context.enable_decode_mode()
-        return torch.cat(found)[:, : self._model.words] if found else None
+        return torch.cat(found)[:, : self._model.vocab_size] if found else None
 
     def _through_all_stages(self, tokens: Int[Tensor, "n s"], start: int, stop: int) -> list[Float[Tensor, "b v"]]:
         rows = self.contexts[0].max_batch_size

@@ -68,10 +68,10 @@ def _check(model: ShardedModel, requests: Sequence[Request]) -> None:
     for number, request in enumerate(requests):
         if not request.prompt:
             raise ConfigError("an empty prompt", got=f"request {number}", legal="at least one token")
-        if not 0 <= min(request.prompt) <= max(request.prompt) < model.architecture.vocab_size:
+        if not 0 <= min(request.prompt) <= max(request.prompt) < model.architecture.padded_vocab_size:
             raise ConfigError(
                 "a prompt with a token that the model does not know", got=f"request {number}: {max(request.prompt)}",
-                legal=f"0 to {model.architecture.vocab_size - 1}",
+                legal=f"0 to {model.architecture.padded_vocab_size - 1}",
             )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from megatron_ext.inference.interrupt import Interrupted, interruptible
 from megatron_ext.inference.prompts import TextCodec, read_prompts, stop_tokens
 from megatron_ext.inference.request import Request
 from megatron_ext.inference.sampling import Sampling
-from megatron_ext.inference.tokenizer import tokenizer_of, words_of
+from megatron_ext.inference.tokenizer import tokenizer_of, vocab_size_of
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.reports.progress import Progress
 
@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
         _warn(requests, started.architecture)
     made: dict[int, Sequence[int]] = {}
     stopped = None
-    with session.open_checkpoint(started, min(words_of(args.checkpoint, tokenizer), len(tokenizer))) as model:
+    with session.open_checkpoint(started, min(vocab_size_of(args.checkpoint, tokenizer), len(tokenizer))) as model:
         begun = time.monotonic()
         try:
             with Progress("continuing", len(requests)) as shown, interruptible():

@@ -58,7 +58,7 @@ def score(
             done = model.run(
                 batches, (rows, length),
                 lambda chunk, batch: hidden_states(chunk, batch.tokens, batch.positions, None),
-                partial(_scores, model.words),
+                partial(_scores, model.vocab_size),
             )  # fmt: skip
         parts, asked = exchange(done if model.is_output_rank else [])
         for part in parts:
@@ -102,13 +102,15 @@ def _batch(passages: Sequence[LoglikelihoodRequest], owners: list[int], rows: in
     return _Batch(owners, tokens[:, here], here.expand(rows, -1), tokens[:, 1:], wanted)
 
 
-def _scores(words: int, chunk: HybridModel, batch: _Batch, hidden: Float[Tensor, "s b h"]) -> dict[int, Loglikelihood]:
+def _scores(
+    vocab_size: int, chunk: HybridModel, batch: _Batch, hidden: Float[Tensor, "s b h"]
+) -> dict[int, Loglikelihood]:
     """From the last stage's states to the scores of a micro-batch."""
     groups: Any = chunk.pg_collection
     states, weight = head(chunk, hidden)
     here = batch.positions[0]
     wanted = batch.wanted[:, here]
-    vocabulary = VocabParallel(weight.shape[0], words, groups.tp)
+    vocabulary = VocabParallel(weight.shape[0], vocab_size, groups.tp)
     scored = log_probabilities(
         LMHead(states.transpose(0, 1)[wanted], weight), batch.labels[:, here][wanted], vocabulary
     )
@@ -131,8 +133,8 @@ def _check(model: ShardedModel, passages: Sequence[LoglikelihoodRequest]) -> Non
                 f"text {number} has nothing to score", got=f"{len(passage.tokens)} tokens from {passage.first} on",
                 legal="at least one token of context, and one to score",
             )  # fmt: skip
-        if not 0 <= min(passage.tokens) <= max(passage.tokens) < model.words:
+        if not 0 <= min(passage.tokens) <= max(passage.tokens) < model.vocab_size:
             raise ConfigError(
                 f"text {number} has a token that the model does not know", got=max(passage.tokens),
-                legal=f"0 to {model.words - 1}: the tokenizer is not this model's",
+                legal=f"0 to {model.vocab_size - 1}: the tokenizer is not this model's",
             )  # fmt: skip

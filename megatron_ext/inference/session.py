@@ -60,12 +60,12 @@ def prepare(checkpoint: Path, dtype: str | None, flags: Sequence[str]) -> RunCon
 
 
 @contextmanager
-def open_checkpoint(started: RunConfig, words: int) -> "Iterator[ShardedModel]":
+def open_checkpoint(started: RunConfig, vocab_size: int) -> "Iterator[ShardedModel]":
     """Start Megatron and load the model; ends the process group afterwards.
 
     Args:
         started: From `prepare`.
-        words: See `ShardedModel`.
+        vocab_size: See `ShardedModel`.
     """
     from megatron.core.utils import unwrap_model
 
@@ -80,7 +80,7 @@ def open_checkpoint(started: RunConfig, words: int) -> "Iterator[ShardedModel]":
         with silenced(started.args), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of being alone
             chunks = load_model(started)
-        yield ShardedModel(unwrap_model(chunks), started.architecture, words)
+        yield ShardedModel(unwrap_model(chunks), started.architecture, vocab_size)
     finally:
         logging.disable(disabled)
         if torch.distributed.is_initialized():

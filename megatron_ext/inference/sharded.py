@@ -21,12 +21,12 @@ class ShardedModel:
     Attributes:
         chunks: This rank's, one for each virtual pipeline stage.
         architecture: The whole model.
-        words: Entries of the vocabulary that are words; what lies beyond is padding, neither generated nor counted.
+        vocab_size: Entries of the vocabulary; what lies beyond is padding, neither generated nor counted.
     """
 
     chunks: list[HybridModel]
     architecture: Architecture
-    words: int
+    vocab_size: int
 
     @property
     def stages(self) -> int:

@@ -35,7 +35,7 @@ def speed(model: ShardedModel, length: int, batch_size: int) -> dict[str, float]
     pieces = model.stages
     rows = -(-batch_size // pieces)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.words, (rows * pieces, length + WARM + STEPS), generator=generator)
+    tokens = torch.randint(model.vocab_size, (rows * pieces, length + WARM + STEPS), generator=generator)
     tokens = tokens.to(torch.cuda.current_device())
     with model.no_sequence_parallel(), InferenceMode.active():
         CachedModel(model, rows, length).next_logits(tokens, 0, length)

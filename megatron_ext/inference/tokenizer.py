@@ -43,17 +43,21 @@ def tokenizer_of(checkpoint: Path, given: Path | None) -> Any:
         )
     tokenizer = load_tokenizer(found)
     if given:
-        check_rows(len(tokenizer), layout.architecture(step).vocab_size)
+        check_rows(len(tokenizer), layout.architecture(step).padded_vocab_size)
     return tokenizer
 
 
-def words_of(checkpoint: Path, tokenizer: Any | None) -> int:
-    """Entries of the vocabulary that are words: what the model was converted from, or else its tokenizer, says."""
+def vocab_size_of(checkpoint: Path, tokenizer: Any | None) -> int:
+    """Entries of a checkpoint's vocabulary, without padding; all rows of its embedding where nothing says.
+
+    What it was converted from says so, or else the tokenizer, and the run that made it.
+    """
     step = layout.find(checkpoint).path
-    rows = layout.architecture(step).vocab_size
+    rows = layout.architecture(step).padded_vocab_size
     if folder := hf_assets.assets_of(step):
         return min(rows, hf_assets.read_config(folder).get("vocab_size", rows))
-    return rows if tokenizer is None else min(rows, len(tokenizer))
+    sizes = [getattr(layout.common(step)["args"], "vocab_size", None), None if tokenizer is None else len(tokenizer)]
+    return min([rows, *(size for size in sizes if size is not None)])
 
 
 def identity(tokenizer: Any) -> str:

@@ -127,8 +127,8 @@ def squared_error(
     """Mean squared difference of the logits over the vocabulary; gradient 2 (student - teacher) / tokens."""
     difference = student - teacher
     value, total = vocabulary.sum(_dot(difference, difference), teacher.sum(-1))
-    slope = difference.mul_(2 / vocabulary.size) if gradient else None
-    return Divergence(value / vocabulary.size, slope, total.isfinite())
+    slope = difference.mul_(2 / vocabulary.vocab_size) if gradient else None
+    return Divergence(value / vocabulary.vocab_size, slope, total.isfinite())
 
 
 def cosine(
@@ -181,7 +181,7 @@ def top_k_kl(
     rest_p = _rest(student.probability, teacher.index, vocabulary)
     log_rest_p = rest_p.clamp(min=TINY).log()
     # A probability may be smaller than fp32 can say; its logarithm, and its share of the rest, not.
-    small = (rest_p < SMALL) & (rest_q > 0) if teacher.index.shape[-1] < vocabulary.size else rest_p < 0
+    small = (rest_p < SMALL) & (rest_q > 0) if teacher.index.shape[-1] < vocabulary.vocab_size else rest_p < 0
     shares = None
     if small.any():
         log_rest_p[small], shares = _small_rest(student.log[small], column[small], here[small], vocabulary)

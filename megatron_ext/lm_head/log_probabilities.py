@@ -49,7 +49,7 @@ def fp32_logits(model: LMHead, vocabulary: VocabParallel) -> Iterator[Float[Tens
 def _of_logits(
     logits: Float[Tensor, "n v"], labels: Int[Tensor, " n"], vocabulary: VocabParallel
 ) -> Float[Tensor, "2 n"]:
-    logits[:, vocabulary.tokens :] = -torch.inf
+    logits[:, vocabulary.unpadded_columns :] = -torch.inf
     largest = row_max(logits)
     (top,) = vocabulary.max(largest)
     local, mine = vocabulary.local(labels)

@@ -156,7 +156,7 @@ def _slice(
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Float[Tensor, "n v"] | None]:
     """`kd`, `ce`, `finite` and the gradient of the weighted sum. Logits and target are working memory."""
-    tokens, temperature = vocabulary.tokens, objective.temperature
+    unpadded, temperature = vocabulary.unpadded_columns, objective.temperature
     column, here = vocabulary.local(labels)
     column = column.unsqueeze(-1)
     (at_label,) = vocabulary.sum(torch.where(here, logits.gather(-1, column).squeeze(-1), 0))
@@ -168,8 +168,8 @@ def _slice(
     # At temperature 1 the cross entropy needs no sum of its own, but for that of the padding.
     shared = temperature == 1 and not objective.of_logits
     whole = softmax(vocabulary, logits.clone())[0] if not shared else None
-    padding = logits[:, tokens:].clone() if shared and vocabulary.padded else None
-    kd, student = _diverge(logits[:, :tokens], target, objective, vocabulary, gradient)
+    padding = logits[:, unpadded:].clone() if shared and vocabulary.padded else None
+    kd, student = _diverge(logits[:, :unpadded], target, objective, vocabulary, gradient)
     log_sum = whole.log_sum if whole is not None else student.log_sum
     if padding is not None:
         log_sum = torch.logaddexp(log_sum, _log_sum_exp(padding, vocabulary))
@@ -178,18 +178,18 @@ def _slice(
     if kd.slope is None:
         return value, ce, kd.finite, None
     if not objective.ce_weight:
-        logits[:, tokens:] = 0
-        torch.mul(kd.slope, objective.kd_weight * scale, out=logits[:, :tokens])
+        logits[:, unpadded:] = 0
+        torch.mul(kd.slope, objective.kd_weight * scale, out=logits[:, :unpadded])
         return value, ce, kd.finite, logits
     if whole is not None:
         slope = whole.probability
     else:
         slope = logits
-        slope[:, :tokens].add_((student.log_sum - log_sum).unsqueeze(-1)).exp_()
+        slope[:, :unpadded].add_((student.log_sum - log_sum).unsqueeze(-1)).exp_()
         if padding is not None:
-            slope[:, tokens:] = padding.sub_(log_sum.unsqueeze(-1)).exp_()
+            slope[:, unpadded:] = padding.sub_(log_sum.unsqueeze(-1)).exp_()
     slope.mul_(objective.ce_weight).scatter_add_(-1, column, here.unsqueeze(-1) * -objective.ce_weight)
-    slope[:, :tokens].add_(kd.slope, alpha=objective.kd_weight * scale)
+    slope[:, :unpadded].add_(kd.slope, alpha=objective.kd_weight * scale)
     return value, ce, kd.finite, slope
 
 
@@ -204,7 +204,7 @@ def _diverge(
     if isinstance(target, TopK):
         (own,) = softmax(vocabulary, student, temperature=objective.temperature)
         return divergences.top_k_kl(own, target, vocabulary, gradient, objective.divergence == "top-k-rest"), own
-    teacher = target[:, : vocabulary.tokens]
+    teacher = target[:, : vocabulary.unpadded_columns]
     if objective.of_logits:
         return divergences.LOGITS[objective.divergence](student, teacher, vocabulary, gradient), None
     own, other = softmax(vocabulary, student, teacher, temperature=objective.temperature)

@@ -39,11 +39,11 @@ class Objective:
         """Whether logits are compared, and no distributions."""
         return self.divergence in divergences.LOGITS
 
-    def check(self, tokens: int) -> None:
+    def check(self, vocab_size: int) -> None:
         """Find what is wrong.
 
         Args:
-            tokens: Entries of the vocabulary.
+            vocab_size: Entries of the tokenizer, without padding.
 
         Raises:
             ConfigError: A value is illegal.
@@ -56,5 +56,5 @@ class Objective:
             raise ConfigError(f"{self.divergence} compares logits and knows no temperature", got=self.temperature)
         if self.divergence == "jsd" and not 0 < self.beta < 1:
             raise ConfigError("--distill-jsd-beta must lie between 0 and 1", got=self.beta)
-        if self.sparse and not 1 <= self.k <= tokens:
-            raise ConfigError("--distill-top-k must be a number of tokens", got=self.k, legal=f"1 to {tokens:,}")
+        if self.sparse and not 1 <= self.k <= vocab_size:
+            raise ConfigError("--distill-top-k must be a number of tokens", got=self.k, legal=f"1 to {vocab_size:,}")

@@ -31,12 +31,12 @@ def teacher_top_k(teacher: LMHead, vocabulary: VocabParallel, k: int, temperatur
     Args:
         teacher: What its logits are made of.
         vocabulary: This rank's columns.
-        k: At most `vocabulary.size`.
+        k: At most `vocabulary.vocab_size`.
         temperature: Of the distribution.
     """
     parts = []
     for logits in fp32_logits(teacher, vocabulary):
-        (distribution,) = softmax(vocabulary, logits[:, : vocabulary.tokens], temperature=temperature)
+        (distribution,) = softmax(vocabulary, logits[:, : vocabulary.unpadded_columns], temperature=temperature)
         found = top_k(distribution, vocabulary, k)
         log_q, order = found.log_q.sort(dim=-1, descending=True)
         parts.append((found.index.gather(-1, order), log_q, found.log_rest, distribution.log_sum.isfinite()))

@@ -57,7 +57,7 @@ def loss_in_triton(
     arguments: dict[str, Any] = {
         "student": logits, "teacher": target, "labels": column, "count": n, "student_stride": logits.stride(0),
         "teacher_stride": target.stride(0), "inverse_temperature": 1 / objective.temperature, "COLUMNS": columns,
-        "TOKENS": vocabulary.tokens, "REVERSE": reverse, "BLOCK": min(BLOCK, triton.next_power_of_2(columns)),
+        "TOKENS": vocabulary.unpadded_columns, "REVERSE": reverse, "BLOCK": min(BLOCK, triton.next_power_of_2(columns)),
         "num_warps": WARPS,
     }  # fmt: skip
     found = logits.new_empty(5, n, dtype=torch.float32)

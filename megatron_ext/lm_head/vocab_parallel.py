@@ -16,12 +16,12 @@ class VocabParallel:
 
     Attributes:
         columns: How many columns this rank holds, padding included; the same on every rank.
-        size: Entries of the whole vocabulary that are tokens; those beyond are padding.
+        vocab_size: Entries of the whole vocabulary, without padding, which comes last.
         group: The tensor-parallel group; None when the vocabulary is whole.
     """
 
     columns: int
-    size: int
+    vocab_size: int
     group: dist.ProcessGroup | None = None
 
     @cached_property
@@ -35,14 +35,14 @@ class VocabParallel:
         return self.columns * (dist.get_rank(self.group) if self.group is not None else 0)
 
     @cached_property
-    def tokens(self) -> int:
-        """How many of this rank's columns are tokens; they come first."""
-        return min(max(self.size - self.first, 0), self.columns)
+    def unpadded_columns(self) -> int:
+        """How many of this rank's columns are no padding; they come first."""
+        return min(max(self.vocab_size - self.first, 0), self.columns)
 
     @property
     def padded(self) -> bool:
         """Whether any rank holds padding."""
-        return self.size < self.columns * self.ranks
+        return self.vocab_size < self.columns * self.ranks
 
     def max(self, *values: Float[Tensor, " n"]) -> Float[Tensor, "q n"]:
         """The largest over all ranks of each of the q quantities, in one reduction."""

@@ -13,6 +13,8 @@ from megatron_ext.models.megatron_args import MIXTURE, fields_of
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
 
 CONV_KERNEL = axes.CONV_KERNEL
+FORMER_NAMES = {"vocab_size": "padded_vocab_size"}
+"""Of fields, in plans, scores and results that earlier versions wrote."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ class Architecture(Dimensions):
         elif ep > 1:
             wrong.append(f"expert parallel size={ep}, and the model has no mixture of experts")
         divides("num_attention_heads", tp, "tensor parallel size")  # Megatron insists, attention or not
-        divides("vocab_size", tp, "tensor parallel size")
+        divides("padded_vocab_size", tp, "tensor parallel size")
         if pp > len(self.pattern):
             wrong.append(f"{len(self.pattern)} sub-layers are fewer than pipeline parallel size={pp}")
         if wrong:
@@ -83,7 +85,7 @@ class Architecture(Dimensions):
 
     def _legal_tp(self) -> list[int]:
         """Tensor parallel sizes, up to 64, that the sizes allow."""
-        common = gcd(self.num_attention_heads, self.vocab_size)
+        common = gcd(self.num_attention_heads, self.padded_vocab_size)
         if ATTENTION in self.pattern:
             common = gcd(common, self.num_query_groups)
         if MOE in self.pattern:
@@ -107,7 +109,7 @@ class Architecture(Dimensions):
     def to_flags(self) -> list[str]:
         """Megatron's command line flags for this model: `from_args` of them, parsed, is this model again."""
         values = {
-            "hidden-size": self.hidden_size, "padded-vocab-size": self.vocab_size,
+            "hidden-size": self.hidden_size, "padded-vocab-size": self.padded_vocab_size,
             "max-position-embeddings": self.max_position_embeddings, "ffn-hidden-size": self.ffn_hidden_size,
             "num-attention-heads": self.num_attention_heads, "kv-channels": self.kv_channels,
             "num-query-groups": self.num_query_groups,
@@ -151,7 +153,7 @@ class Architecture(Dimensions):
         """Megatron's parsed arguments for this model, as a checkpoint keeps them: `from_args` gives it back."""
         return {
             "hybrid_layer_pattern": self.pattern, "num_layers": len(self.pattern), "hidden_size": self.hidden_size,
-            "padded_vocab_size": self.vocab_size, "max_position_embeddings": self.max_position_embeddings,
+            "padded_vocab_size": self.padded_vocab_size, "max_position_embeddings": self.max_position_embeddings,
             "ffn_hidden_size": self.ffn_hidden_size, "swiglu": self.gated_linear_unit, "quick_geglu": False,
             "squared_relu": self.activation == "squared_relu",
             "num_attention_heads": self.num_attention_heads, "group_query_attention": True,
@@ -181,11 +183,12 @@ class Architecture(Dimensions):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """From `to_dict`'s values.
+        """From `to_dict`'s values; also from those of earlier versions, which had other names for some.
 
         Raises:
             ConfigError: A field is unknown or missing.
         """
+        values = {FORMER_NAMES.get(name, name): value for name, value in values.items()}
         names = [field.name for field in fields(cls)]
         for name in values:
             if name not in names:

@@ -161,7 +161,7 @@ def _qkv(arch: Dimensions, kept: KeptIndices) -> Tensor | None:
 
 AXES: dict[str, Axis] = {
     "hidden": Axis(lambda a: a.hidden_size, lambda a, k: _indices(k.hidden), split=None),
-    "vocab": Axis(lambda a: a.vocab_size),
+    "vocab": Axis(lambda a: a.padded_vocab_size),
     "ffn": Axis(lambda a: a.ffn_hidden_size, lambda a, k: _indices(k.ffn)),
     "gate+up": Axis(lambda a: a.ffn_hidden_size * _halves(a), lambda a, k: _gate_and_up(a, k.ffn, a.ffn_hidden_size)),
     "qkv": Axis(lambda a: (a.num_attention_heads + 2 * a.num_query_groups) * a.kv_channels, _qkv),

@@ -55,7 +55,7 @@ def model_config(args: Namespace, architecture: Architecture) -> PatternModelCon
     if Architecture.from_args(args) != architecture:
         own = with_architecture(args, architecture)
     config = hybrid_config_from_args(own, core_transformer_config_from_args(own), PatternModelConfig)
-    config.vocab_size, config.should_pad_vocab = architecture.vocab_size, False
+    config.vocab_size, config.should_pad_vocab = architecture.padded_vocab_size, False
     config.rope_scaling_factor = architecture.rope_scaling_factor
     config.hybrid_stack_spec = stack_spec(architecture) or config.hybrid_stack_spec
     return config
@@ -76,7 +76,7 @@ def with_architecture(args: Namespace, architecture: Architecture) -> Namespace:
     ):  # fmt: skip
         setattr(other, name, getattr(architecture, name))
     other.group_query_attention = True
-    other.padded_vocab_size = architecture.vocab_size
+    other.padded_vocab_size = architecture.padded_vocab_size
     vars(other).update(architecture.mixture_args())
     other.ext_layer_sizes = architecture.layer_sizes_text
     other.layernorm_epsilon = architecture.norm_epsilon

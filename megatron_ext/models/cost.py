@@ -64,6 +64,6 @@ def decode_bytes_per_token(arch: Architecture, workload: Workload) -> float:
     """Bytes moved for one generated token at the end of the context: a lower bound of its time, times bandwidth."""
     weights = arch.num_parameters() - (1 - read_experts(arch, workload.batch)) * arch.num_expert_parameters()
     if arch.untie_embeddings_and_output_weights:
-        weights -= arch.vocab_size * arch.hidden_size  # one row of the embedding is read, not the table
+        weights -= arch.padded_vocab_size * arch.hidden_size  # one row of the embedding is read, not the table
     states = 2 * state_bytes_per_sequence(arch)
     return BYTES * weights / workload.batch + workload.context * kv_bytes_per_token(arch) + states

@@ -21,7 +21,7 @@ class Dimensions:
     Attributes:
         pattern: Sub-layers, one character each (see `megatron_ext.models.pattern`). Pipeline borders are dropped:
             they belong to a run, not to a model.
-        vocab_size: Rows of the embedding, padding included.
+        padded_vocab_size: Rows of the embedding: Megatron's word for the tokenizer's `vocab_size` and padding.
         num_query_groups: Key/value heads; `num_attention_heads` for plain multi-head attention.
         kv_channels: Channels per attention head.
         mamba_num_heads: Heads of a Mamba-2 layer; its inner width is `mamba_num_heads * mamba_head_dim`.
@@ -48,7 +48,7 @@ class Dimensions:
 
     pattern: str
     hidden_size: int
-    vocab_size: int
+    padded_vocab_size: int
     max_position_embeddings: int
     ffn_hidden_size: int
     gated_linear_unit: bool = True

@@ -113,7 +113,7 @@ def fields_of(args: Namespace) -> dict[str, Any]:
         raise ConfigError(f"hidden size {hidden} does not divide by {heads} heads", legal="give --kv-channels")
     ffn = args.ffn_hidden_size or (int((4 * hidden * 2 / 3) / 64) * 64 if args.swiglu else 4 * hidden)
     return {
-        "pattern": args.hybrid_layer_pattern, "hidden_size": hidden, "vocab_size": _padded_vocab_size(args),
+        "pattern": args.hybrid_layer_pattern, "hidden_size": hidden, "padded_vocab_size": _padded_vocab_size(args),
         "max_position_embeddings": args.max_position_embeddings, "ffn_hidden_size": ffn,
         "gated_linear_unit": args.swiglu,
         "activation": "silu" if args.swiglu else "squared_relu" if args.squared_relu else "gelu",

@@ -152,7 +152,7 @@ def forward_flops_per_token(arch: Architecture, seq_length: int) -> float:
     Two for each weight of a matrix that the token meets; attention under its causal mask, 2 s per query channel (half
     of both products); the scan of Mamba-2, 7 per channel and state.
     """
-    total = 2.0 * arch.vocab_size * arch.hidden_size
+    total = 2.0 * arch.padded_vocab_size * arch.hidden_size
     for key, shape in axes.tensors(arch).items():
         if key in (axes.EMBEDDING, axes.OUTPUT_LAYER) or len(shape) < 2 or "conv1d" in key:
             continue
@@ -274,7 +274,7 @@ def _activations(arch: Architecture, layout: Layout, stage: int, logits: bool) -
     if stage == layout.pp - 1:
         last = 2 * hidden * layout.width + _plain_norm(arch, layout)  # the last norm
         if logits:  # and, in 16 bits, the softmax in fp32
-            last += arch.vocab_size / layout.tp * (4 if layout.width == 4 else layout.width + 4)
+            last += arch.padded_vocab_size / layout.tp * (4 if layout.width == 4 else layout.width + 4)
     if layout.recompute:  # logits are gone before the first layer runs again
         total = len(layers) * hidden * layout.width * in_flight + max(last, *layers, 0.0)
     else:
@@ -311,7 +311,7 @@ def _distillation(arch: Architecture, lesson: TeacherSetup, layout: Layout, stag
     own = replace(layout, tp=tp, pp=pp, cp=1, sequence_parallel=False)
     if stage == layout.pp - 1:  # its states of a whole step, and its output rows
         tokens = layout.micro_batches * layout.micro_batch * layout.seq_length / layout.cp
-        total += (tokens + arch.vocab_size / layout.tp) * teacher.hidden_size * layout.width
+        total += (tokens + arch.padded_vocab_size / layout.tp) * teacher.hidden_size * layout.width
     return total if lesson.apart else total + max(_forward_only(teacher, own, each) for each in range(pp))
 
 
@@ -325,7 +325,7 @@ def _forward_only(teacher: Architecture, layout: Layout, stage: int) -> float:
 
 def _loss(arch: Architecture, lesson: TeacherSetup, layout: Layout) -> float:
     """A chunk of logits of both models, and what is made of the gradients before it is where it belongs."""
-    tokens, columns = layout.micro_batch * layout.seq_length / layout.cp, arch.vocab_size / layout.tp
+    tokens, columns = layout.micro_batch * layout.seq_length / layout.cp, arch.padded_vocab_size / layout.tp
     models = 1 if lesson.teacher is None else 2
     most = CHUNK["cuda" if layout.fused else "cpu"]
     kept = 4 * columns * arch.hidden_size

@@ -122,9 +122,8 @@ def _whole_score(
 ) -> tuple[Callable[[], float], float]:
     """What measures a score, and the whole model's."""
     from megatron_ext.inference.sharded import ShardedModel
-    from megatron_ext.pruning.task_scoring import words
 
-    asked = judge(ShardedModel(chunks, run.architecture, words(run)))
+    asked = judge(ShardedModel(chunks, run.architecture, vocab_size(run)))
     score = asked()
     if score == 0:
         raise ConfigError(

@@ -9,7 +9,7 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation import questions
 from megatron_ext.inference.passage import LoglikelihoodRequest
 from megatron_ext.inference.prompts import TextCodec, stop_tokens
-from megatron_ext.inference.tokenizer import tokenizer_of, words_of
+from megatron_ext.inference.tokenizer import tokenizer_of, vocab_size_of
 from megatron_ext.training.job import RunConfig
 
 if TYPE_CHECKING:
@@ -134,9 +134,6 @@ def _tokenizer(run: RunConfig) -> Any:
     return tokenizer_of(Path(args.load), given)
 
 
-def words(run: RunConfig) -> int:
-    """Entries of the vocabulary that are words, not padding."""
-    from megatron.training import get_tokenizer
-
-    tokenizer: Any = get_tokenizer()
-    return min(words_of(Path(run.args.load), None), int(tokenizer.vocab_size))
+def vocab_size(run: RunConfig) -> int:
+    """Entries of the vocabulary that are the model's and the tokenizer's, without padding."""
+    return min(vocab_size_of(Path(run.args.load), None), run.vocab_size)

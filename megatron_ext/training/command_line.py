@@ -119,9 +119,11 @@ def parse_command_line(job: Job, argv: Sequence[str] | None = None) -> RunConfig
         set_global_variables(args)
     model: Any = family.from_args(args)
     family.check_layout(args, model)
-    if family.reads_text and not offline:
+    if family.reads_text:
         in_use: Any = get_tokenizer()
-        check_vocabulary(args, in_use.vocab_size, model.vocab_size)
+        args.vocab_size = in_use.vocab_size
+        if not offline:
+            check_vocabulary(args, args.vocab_size, model.padded_vocab_size)
     if not isinstance(model, Architecture):  # whose checkpoints say it by Megatron's own arguments
         args.ext_family, args.ext_model = family.name, model.to_dict() | {"num_parameters": model.num_parameters()}
     check_continues(begins, args)

@@ -108,6 +108,11 @@ class RunConfig:
         return self.model
 
     @property
+    def vocab_size(self) -> int:
+        """Entries of the run's tokenizer; the model's embedding has `padded_vocab_size` rows."""
+        return self.args.vocab_size
+
+    @property
     def pattern(self) -> Pattern:
         """The layer pattern with this run's pipeline borders."""
         return parse_pattern(self.args.hybrid_layer_pattern)

@@ -21,7 +21,7 @@ from megatron_ext.pruning.magnitude import magnitudes
 from megatron_ext.pruning.plan import Plan
 from megatron_ext.pruning.select import make_plan
 
-ARCH = replace(PRESETS["tiny-hybrid"].architecture, hidden_size=64, vocab_size=128)
+ARCH = replace(PRESETS["tiny-hybrid"].architecture, hidden_size=64, padded_vocab_size=128)
 
 
 @pytest.fixture(scope="module")

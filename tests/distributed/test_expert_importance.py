@@ -20,7 +20,7 @@ from megatron_ext.pruning import scores as names
 from megatron_ext.pruning.importance import WidthMetric
 
 ARCH = Architecture(
-    pattern="*E-E", hidden_size=32, vocab_size=64, max_position_embeddings=32, ffn_hidden_size=48,
+    pattern="*E-E", hidden_size=32, padded_vocab_size=64, max_position_embeddings=32, ffn_hidden_size=48,
     num_attention_heads=4, num_query_groups=2, kv_channels=8, mamba_num_heads=4, num_experts=6, moe_ffn_hidden_size=12,
     moe_shared_expert_intermediate_size=16, moe_router_topk=2, moe_router_score_function="sigmoid",
     moe_router_enable_expert_bias=True, moe_router_topk_scaling_factor=1.5,
@@ -57,7 +57,7 @@ def weights() -> dict[str, Tensor]:
 
 
 def tokens() -> Tensor:
-    return torch.randint(ARCH.vocab_size, (SAMPLES, SEQUENCE), generator=torch.Generator().manual_seed(8))
+    return torch.randint(ARCH.padded_vocab_size, (SAMPLES, SEQUENCE), generator=torch.Generator().manual_seed(8))
 
 
 def measured(checkpoint: str, save: str, layout: list[str]) -> tuple[list[dict[str, Tensor] | None], list[Tensor]]:

@@ -17,7 +17,7 @@ from megatron_ext.models.architecture import Architecture
 pytestmark = pytest.mark.filterwarnings("ignore")
 SEQUENCE = 16
 LLAMA = Architecture(
-    pattern="*-*-*-*-", hidden_size=32, vocab_size=96, max_position_embeddings=64, ffn_hidden_size=48,
+    pattern="*-*-*-*-", hidden_size=32, padded_vocab_size=96, max_position_embeddings=64, ffn_hidden_size=48,
     num_attention_heads=4, num_query_groups=2, kv_channels=16, mamba_num_heads=8, position_embedding_type="rope",
     rotary_base=500_000, rope_scaling_factor=8.0,
 )  # fmt: skip

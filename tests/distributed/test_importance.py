@@ -18,7 +18,7 @@ from megatron_ext.pruning import scores as names
 from megatron_ext.pruning.importance import WidthMetric
 
 ARCH = Architecture(
-    pattern="M-*-MM-", hidden_size=32, vocab_size=64, max_position_embeddings=32, ffn_hidden_size=48,
+    pattern="M-*-MM-", hidden_size=32, padded_vocab_size=64, max_position_embeddings=32, ffn_hidden_size=48,
     num_attention_heads=4, num_query_groups=2, kv_channels=8, mamba_num_heads=4, mamba_head_dim=8, mamba_state_dim=8,
     mamba_num_groups=2,
 )  # fmt: skip
@@ -34,7 +34,7 @@ def random_checkpoint(path: Path) -> None:
 
 
 def tokens() -> Tensor:
-    return torch.randint(ARCH.vocab_size, (SAMPLES, SEQUENCE), generator=torch.Generator().manual_seed(8))
+    return torch.randint(ARCH.padded_vocab_size, (SAMPLES, SEQUENCE), generator=torch.Generator().manual_seed(8))
 
 
 METRICS = [WidthMetric(batch=b, sequence=q) for b, q in (("l2", "mean"), ("mean", "l2"), ("var", "var"))]

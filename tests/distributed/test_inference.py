@@ -84,7 +84,7 @@ def on_ranks(folder: str, names: list[str], flags: list[str], port: int, graph: 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     from megatron_ext.checkpoint.resume import architecture_on_disk
     from megatron_ext.inference.session import prepare
-    from megatron_ext.inference.tokenizer import words_of
+    from megatron_ext.inference.tokenizer import vocab_size_of
 
     paths = {name: Path(folder) / f"{name}-megatron" for name in names}
     started = prepare(paths[names[0]], None, flags)
@@ -102,7 +102,7 @@ def on_ranks(folder: str, names: list[str], flags: list[str], port: int, graph: 
             chunks = load_model(started)
         else:
             started, chunks = load_other(started, architecture_on_disk(path), path)
-        model = ShardedModel(unwrap_model(chunks), started.architecture, words_of(path, None))
+        model = ShardedModel(unwrap_model(chunks), started.architecture, vocab_size_of(path, None))
         found[name] = inferred(model)
     return found
 

@@ -36,7 +36,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 # Hybrids that were never a model of transformers'.
 OWN = Architecture(
-    pattern="M-*-M-", hidden_size=32, vocab_size=96, max_position_embeddings=64, ffn_hidden_size=48,
+    pattern="M-*-M-", hidden_size=32, padded_vocab_size=96, max_position_embeddings=64, ffn_hidden_size=48,
     num_attention_heads=4, num_query_groups=2, kv_channels=16, mamba_num_heads=8, mamba_head_dim=8, mamba_state_dim=16,
     mamba_num_groups=2,
 )  # fmt: skip

@@ -18,7 +18,7 @@ from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.reference import forward, mask, rms_norm
 
 TEACHER = Architecture(
-    pattern="M-*-MM-", hidden_size=32, vocab_size=64, max_position_embeddings=32, ffn_hidden_size=48,
+    pattern="M-*-MM-", hidden_size=32, padded_vocab_size=64, max_position_embeddings=32, ffn_hidden_size=48,
     num_attention_heads=4, num_query_groups=2, kv_channels=8, mamba_num_heads=4, mamba_head_dim=8, mamba_state_dim=8,
     mamba_num_groups=2,
 )  # fmt: skip

@@ -24,7 +24,7 @@ from megatron_ext.models.architecture import Architecture
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LLAMA = Architecture(
-    pattern="*-*-", hidden_size=32, vocab_size=96, max_position_embeddings=64, ffn_hidden_size=48,
+    pattern="*-*-", hidden_size=32, padded_vocab_size=96, max_position_embeddings=64, ffn_hidden_size=48,
     num_attention_heads=4, num_query_groups=2, kv_channels=16, mamba_num_heads=8, position_embedding_type="rope",
 )  # fmt: skip
 
@@ -111,7 +111,7 @@ def test_what_is_written_must_be_megatrons_choice_but_for_ties() -> None:
     ],
 )
 def test_the_length_reaches_past_what_the_configuration_names(context, config, vocab, length, told, capsys) -> None:
-    arch = replace(LLAMA, max_position_embeddings=context, vocab_size=vocab)
+    arch = replace(LLAMA, max_position_embeddings=context, padded_vocab_size=vocab)
     assert verify._length(arch, config) == length
     assert told in capsys.readouterr().out
 

@@ -23,7 +23,7 @@ from megatron_ext.errors import CheckpointError, MegatronExtError, UntrustedErro
 from megatron_ext.models import axes
 from megatron_ext.models.presets import PRESETS
 
-ARCH = replace(PRESETS["tiny-hybrid"].architecture, pattern="M*", hidden_size=16, vocab_size=32)
+ARCH = replace(PRESETS["tiny-hybrid"].architecture, pattern="M*", hidden_size=16, padded_vocab_size=32)
 
 
 MKDIR = {

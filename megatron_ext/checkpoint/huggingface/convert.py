@@ -67,7 +67,7 @@ def to_megatron(
     config = hf_assets.read_config(source)
     family = families.of_config(config)
     unpadded = family.read(config)
-    arch = replace(unpadded, vocab_size=-(-unpadded.vocab_size // vocab_multiple) * vocab_multiple)
+    arch = replace(unpadded, padded_vocab_size=-(-unpadded.padded_vocab_size // vocab_multiple) * vocab_multiple)
     mappings = family.bind(unpadded)
     weights = weights_of(source, config)
     check_tensors(family, unpadded, mappings, weights)
@@ -80,7 +80,8 @@ def to_megatron(
         padding = shapes[key][0] - axes.shape(unpadded, key)[0]
         parts = tuple(mapping.from_hf() for mapping in own)
         moves.append(Move(key, TensorEntry(shapes[key], types[key]), parts, padding))
-    args = Namespace(params_dtype=dtype or types[axes.EMBEDDING], vocab_size=None)
+    vocab_size = config.get("vocab_size", unpadded.padded_vocab_size)
+    args = Namespace(params_dtype=dtype or types[axes.EMBEDDING], vocab_size=vocab_size)
     with writing(destination, arch, args) as writer:
         hf_assets.attach(writer, hf_assets.files(source))
         stream.run(moves, weights, writer, progress)
@@ -132,16 +133,19 @@ def to_hf(
     check_shapes(arch, reader.shapes)
     folder = hf_assets.find(like) if like is not None else hf_assets.assets_of(reader.step.path)
     config = original = hf_assets.read_config(folder) if folder else {}
-    words = _tokenizer(reader.step.path, tokenizer, folder, vocab_size)
-    arch = replace(arch, vocab_size=_words(arch, {} if tokenizer else config, words, vocab_size))
+    replacement = _tokenizer(reader.step.path, tokenizer, folder, vocab_size)
+    vocab_size = _vocab_size(arch, {} if tokenizer else config, replacement, vocab_size)
+    arch = replace(arch, padded_vocab_size=vocab_size)  # a directory of transformers' has no padding
     chosen = _family(arch, config, family)
     if config and families.of_config(config) not in (chosen, getattr(chosen, "base", None)):
         config = {}
     types = {key: dtype_ for key, (_, dtype_) in layout.tensors(reader.step.path).items()}
     written = chosen.write(arch, config)
     written = _with_type(written, config, _type(axes.EMBEDDING, types[axes.EMBEDDING], dtype))
-    special = hf_assets.special_tokens(words) if words else {name: original.get(name) for name in SPECIAL_TOKENS}
-    if words or not config:
+    special = (
+        hf_assets.special_tokens(replacement) if replacement else {name: original.get(name) for name in SPECIAL_TOKENS}
+    )
+    if replacement or not config:
         written = written | special
     sources: dict[str, list[BoundMapping]] = {}
     for mapping in (mappings := chosen.bind(arch)):
@@ -157,7 +161,7 @@ def to_hf(
         with writing_shards(directory, targets, shard_bytes) as writer:
             stream.run(moves, reader, writer, progress)
         if ranks.rank() == 0:
-            _write_files(directory, folder, words, special)
+            _write_files(directory, folder, replacement, special)
             if written != config:
                 (directory / hf_assets.CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
             if isinstance(chosen, RemoteCodeFamily):
@@ -168,14 +172,14 @@ def to_hf(
     return chosen
 
 
-def _write_files(directory: Path, folder: Path | None, words: Path | None, special: dict[str, int | None]) -> None:
-    """Copy what lies in `folder`, with the tokenizer of the directory `words` in place of its own."""
+def _write_files(directory: Path, folder: Path | None, tokenizer: Path | None, special: dict[str, int | None]) -> None:
+    """Copy what lies in `folder`, with the tokenizer of a directory, if one is given, in place of its own."""
     if folder:
         kept = hf_assets.files(folder)
-        others = set(hf_assets.tokenizer_files(folder)) if words else set()
+        others = set(hf_assets.tokenizer_files(folder)) if tokenizer else set()
         hf_assets.copy([path for path in kept if path not in others], directory)
-    if words:
-        hf_assets.copy(hf_assets.tokenizer_files(words), directory)
+    if tokenizer:
+        hf_assets.copy(hf_assets.tokenizer_files(tokenizer), directory)
         generation = json.dumps({name: number for name, number in special.items() if number is not None}, indent=2)
         (directory / hf_assets.GENERATION).write_text(generation + "\n", encoding="utf-8")
 
@@ -198,20 +202,22 @@ def _tokenizer(step: Path, given: str | Path | None, folder: Path | None, wanted
     return found
 
 
-def _words(arch: Architecture, config: dict[str, Any], tokenizer: Path | None, wanted: int | None) -> int:
-    if wanted is not None and not 1 <= wanted <= arch.vocab_size:
-        raise ConfigError("--vocab-size: the embedding has other rows", got=wanted, legal=f"1 to {arch.vocab_size}")
-    told = arch.vocab_size
+def _vocab_size(arch: Architecture, config: dict[str, Any], tokenizer: Path | None, wanted: int | None) -> int:
+    """Entries of the vocabulary: as asked for, or what the configuration or the tokenizer says, or all rows."""
+    rows = arch.padded_vocab_size
+    if wanted is not None and not 1 <= wanted <= rows:
+        raise ConfigError("--vocab-size: the embedding has other rows", got=wanted, legal=f"1 to {rows}")
+    known = rows
     if config:
         try:
-            told = families.of_config(config).read(config).vocab_size
+            known = families.of_config(config).read(config).padded_vocab_size
         except CheckpointError:
-            told = int(config.get("vocab_size", told))
+            known = int(config.get("vocab_size", rows))
     elif tokenizer:
-        told = hf_assets.words(tokenizer)
-        if told > arch.vocab_size:
-            raise ConfigError("the tokenizer has more words than the model", got=told, legal=f"up to {arch.vocab_size}")
-    return min(wanted or told, arch.vocab_size)
+        known = hf_assets.vocab_size(tokenizer)
+        if known > rows:
+            raise ConfigError("the tokenizer has more words than the model", got=known, legal=f"up to {rows}")
+    return min(wanted or known, rows)
 
 
 def _family(arch: Architecture, config: dict[str, Any], name: str | None) -> Family:

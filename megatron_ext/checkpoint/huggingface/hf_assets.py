@@ -161,7 +161,7 @@ def hand_on(step: Path, writer: CheckpointWriter) -> None:
         _keep(writer, TOKENIZER_FOLDER, tokenizer_files(found))
 
 
-def words(directory: Path) -> int:
+def vocab_size(directory: Path) -> int:
     """Rows that an embedding needs for the tokenizer of a directory: one for the largest number of a token."""
     from tokenizers import Tokenizer
 

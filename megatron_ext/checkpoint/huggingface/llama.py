@@ -66,7 +66,7 @@ def sizes(context: int, missing_groups: int | None = None) -> list[Any]:
     """
     return [
         Layers("*-"),
-        Renamed("vocab_size", "vocab_size"),
+        Renamed("vocab_size", "padded_vocab_size"),
         Renamed("hidden_size", "hidden_size"),
         Renamed("intermediate_size", "ffn_hidden_size"),
         Renamed("num_attention_heads", "num_attention_heads"),

@@ -126,7 +126,7 @@ class _Heads:
 MAMBA2 = Family(
     "Mamba2ForCausalLM", "mamba2", "backbone.layers.{}", "M",
     [*OUTER, *MIXER],
-    [Layers("M", default=64), Renamed("vocab_size", "vocab_size"), Renamed("hidden_size", "hidden_size"),
+    [Layers("M", default=64), Renamed("vocab_size", "padded_vocab_size"), Renamed("hidden_size", "hidden_size"),
      Renamed("num_heads", "mamba_num_heads", 128), Renamed("head_dim", "mamba_head_dim", 64),
      Renamed("state_size", "mamba_state_dim", 128), *MIXER_CONFIG, Required("hidden_act", "silu"), Tied(), _Expand(),
      _Heads(), Fixed(max_position_embeddings=2**20, position_embedding_type="none", add_bias_linear=False)],

@@ -24,7 +24,7 @@ def whole(arch: Architecture, weight: Tensor) -> Tensor:
 
 def unpadded(arch: Architecture, weight: Tensor) -> Tensor:
     """The rows of an embedding that are tokens; `arch` is the model without padding."""
-    return weight[: arch.vocab_size]
+    return weight[: arch.padded_vocab_size]
 
 
 @dataclass(frozen=True)

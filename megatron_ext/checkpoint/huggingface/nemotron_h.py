@@ -163,7 +163,7 @@ class _Mixture:
 
 # What a hybrid of our own has as well.
 SHARED: list[Any] = [
-    _Pattern(), Renamed("vocab_size", "vocab_size", 131_072), Renamed("hidden_size", "hidden_size", 4096),
+    _Pattern(), Renamed("vocab_size", "padded_vocab_size", 131_072), Renamed("hidden_size", "hidden_size", 4096),
     Renamed("intermediate_size", "ffn_hidden_size", 21_504), Renamed("num_attention_heads", "num_attention_heads", 32),
     Renamed("num_key_value_heads", "num_query_groups", 8), Renamed("head_dim", "kv_channels", _head_dim),
     Renamed("max_position_embeddings", "max_position_embeddings", 4096),

@@ -79,13 +79,13 @@ class _Vocabulary:
     def read(self, config: Config) -> dict[str, Any]:
         """The rows."""
         multiple = whole(config, "pad_vocab_size_multiple", 8)
-        return {"vocab_size": -(-whole(config, "vocab_size", 50_277) // multiple) * multiple}
+        return {"padded_vocab_size": -(-whole(config, "vocab_size", 50_277) // multiple) * multiple}
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
         """The rows, all of them words, unless the vocabulary is as it was."""
-        if "vocab_size" in like and self.read(like)["vocab_size"] == arch.vocab_size:
+        if "vocab_size" in like and self.read(like)["padded_vocab_size"] == arch.padded_vocab_size:
             return {}
-        return {"vocab_size": arch.vocab_size, "pad_vocab_size_multiple": 1}
+        return {"vocab_size": arch.padded_vocab_size, "pad_vocab_size_multiple": 1}
 
 
 class _Tied:

@@ -43,7 +43,7 @@ def command_line(argv: Sequence[str]) -> list[str]:
     return [*argv, "--preset", str(Path(early.distill_teacher).absolute()), "--skip-train"]
 
 
-def check_cache(run: RunConfig, cache: Cache, objective: Objective, tokens: int) -> None:
+def check_cache(run: RunConfig, cache: Cache, objective: Objective, vocab_size: int) -> None:
     """Check that a cache is one of this job's data, and has what its loss needs.
 
     Raises:
@@ -52,7 +52,7 @@ def check_cache(run: RunConfig, cache: Cache, objective: Objective, tokens: int)
     args = run.args
     if args.mock_data:
         raise ConfigError("a cache does not go with --mock-data")
-    data = {"sequence_length": args.seq_length, "vocabulary": tokens, "reset_at_documents": _resets(args)}
+    data = {"sequence_length": args.seq_length, "vocabulary": vocab_size, "reset_at_documents": _resets(args)}
     if None not in (args.tokenizer_fingerprint, cache.manifest.tokenizer):
         data["tokenizer"] = args.tokenizer_fingerprint
     cache.check(objective, **data)
@@ -75,12 +75,12 @@ class Writing:
     known: set[bytes]
 
 
-def check_writing(run: RunConfig, tokens: int) -> Writing:
+def check_writing(run: RunConfig, vocab_size: int) -> Writing:
     """Find what is wrong with a command line that writes a cache, before any process group.
 
     Args:
         run: The validated command line, as `command_line` left it.
-        tokens: Entries of the tokenizer, without padding.
+        vocab_size: Entries of the tokenizer, without padding.
 
     Raises:
         ConfigError: An option is illegal, the model is not the teacher's, or the directory holds something else.
@@ -91,7 +91,7 @@ def check_writing(run: RunConfig, tokens: int) -> Writing:
     check_writable(Path(given.cache_write), "--distill-cache-write")
     teacher, directory = Teacher.find(given.teacher), Path(given.cache_write)
     wanted = replace(compared(given, teacher), divergence="top-k-rest")
-    wanted.check(tokens)
+    wanted.check(vocab_size)
     length = run.architecture.max_position_embeddings  # a teacher without positions reads any
     if run.architecture != replace(teacher.architecture, max_position_embeddings=length):
         raise ConfigError(
@@ -103,7 +103,7 @@ def check_writing(run: RunConfig, tokens: int) -> Writing:
         raise ConfigError("a cache is written for data", legal="--data-path or --train-data-path")
     teacher.check(
         run.architecture,
-        tokens=tokens,
+        vocab_size=vocab_size,
         student_multiple=args.make_vocab_size_divisible_by * args.tensor_model_parallel_size,
         tp=args.tensor_model_parallel_size,
         stages=args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1),
@@ -115,7 +115,7 @@ def check_writing(run: RunConfig, tokens: int) -> Writing:
         dtype=given.cache_dtype,
         temperature=wanted.temperature,
         sequence_length=args.seq_length,
-        vocabulary=tokens,
+        vocabulary=vocab_size,
         teacher=layout.fingerprint(teacher.step),
         precision=str(args.params_dtype).removeprefix("torch."),
         reset_at_documents=_resets(args),

@@ -59,10 +59,10 @@ class TrainedColocatedTeacher(ColocatedTeacher):
     Minitron in practice (arXiv 2408.11796, section 2.1). The student's loss does not reach it.
     """
 
-    def __init__(self, chunk: HybridModel, points: Sequence[LayerOutput], tokens: int) -> None:
+    def __init__(self, chunk: HybridModel, points: Sequence[LayerOutput], vocab_size: int) -> None:
         self.chunk = chunk
         self._names, self._taps = names(TEACHER, points), HiddenStateRecorder(chunk, points)
-        self._tokens = tokens
+        self._vocab_size = vocab_size
         for module in chunk.modules():
             if isinstance(module, TopKRouter):
                 module.layer_number = None  # Megatron logs the balance of one model's experts: the student's
@@ -75,7 +75,7 @@ class TrainedColocatedTeacher(ColocatedTeacher):
     def loss(self, found: dict[str, Tensor], labels: Int[Tensor, "s b"], mask: Float[Tensor, "s b"]) -> StepLosses:
         """Its cross entropy with the data."""
         own = head(self.chunk, found[TEACHER])
-        vocabulary = VocabParallel(own.weight.shape[0], self._tokens, self.chunk.pg_collection.tp)
+        vocabulary = VocabParallel(own.weight.shape[0], self._vocab_size, self.chunk.pg_collection.tp)
         losses = cross_entropy(own, labels, mask, vocabulary)
         return StepLosses(losses.total, {"teacher loss": losses.ce})
 

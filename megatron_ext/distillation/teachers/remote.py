@@ -219,6 +219,6 @@ def _output_rows(teacher: Teacher, own: Architecture, groups: Any) -> Float[Tens
     """The teacher's output rows of this rank's part of the student's vocabulary; padding that it lacks is zero."""
     key = axes.OUTPUT_LAYER if own.untie_embeddings_and_output_weights else axes.EMBEDDING
     whole = CheckpointReader(teacher.step).read(key)
-    columns = own.vocab_size // groups.tp.size()
+    columns = own.padded_vocab_size // groups.tp.size()
     rows = whole[groups.tp.rank() * columns : (groups.tp.rank() + 1) * columns]
     return torch.nn.functional.pad(rows, (0, 0, 0, columns - len(rows))).to(torch.cuda.current_device())

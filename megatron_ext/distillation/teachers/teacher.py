@@ -44,7 +44,7 @@ class Teacher:
         self,
         student: Architecture,
         *,
-        tokens: int,
+        vocab_size: int,
         student_multiple: int,
         tp: int,
         stages: int,
@@ -55,7 +55,7 @@ class Teacher:
 
         Args:
             student: The student.
-            tokens: Entries of the tokenizer, without padding.
+            vocab_size: Entries of the tokenizer, without padding.
             student_multiple: Multiple to which the student's vocabulary is padded.
             tp: Tensor-parallel size.
             stages: Pipeline stages, virtual ones included.
@@ -76,7 +76,8 @@ class Teacher:
             student_multiple = multiple = sys.maxsize  # then all beyond the tokens is padding, however much it is
         else:
             multiple = self._padding_multiple()
-        check_vocabularies(tokens, student.vocab_size, student_multiple, self.architecture.vocab_size, multiple)
+        own, others = self.architecture.padded_vocab_size, student.padded_vocab_size
+        check_vocabularies(vocab_size, others, student_multiple, own, multiple)
 
     def check_length(self, length: int) -> None:
         """Check that its rotary positions reach over a sequence; without positions it needs nothing.
@@ -99,7 +100,7 @@ class Teacher:
 
     def with_student_vocab(self, student: Architecture) -> Architecture:
         """This teacher, its vocabulary padded as the student's is, so that the ranks' parts of both line up."""
-        return replace(self.architecture, vocab_size=student.vocab_size)
+        return replace(self.architecture, padded_vocab_size=student.padded_vocab_size)
 
     def _padding_multiple(self) -> int:
         try:
@@ -110,12 +111,14 @@ class Teacher:
         return divisor * (getattr(args, "tensor_model_parallel_size", None) or 1)
 
 
-def check_vocabularies(tokens: int, student: int, student_multiple: int, teacher: int, teacher_multiple: int) -> None:
-    """Two padded vocabularies are one if they are equal, or if each is `tokens` entries and padding.
+def check_vocabularies(
+    vocab_size: int, student: int, student_multiple: int, teacher: int, teacher_multiple: int
+) -> None:
+    """Two padded vocabularies are one if they are equal, or if each is `vocab_size` entries and padding.
 
     Args:
-        tokens: Entries of the tokenizer.
-        student: Rows of the student's embedding.
+        vocab_size: Entries of the tokenizer.
+        student: Rows of the student's embedding, its `padded_vocab_size`.
         student_multiple: Multiple to which they are padded; less than this, or than `PADDING`, is padding.
         teacher: Rows of the teacher's embedding.
         teacher_multiple: As above, of the teacher.
@@ -123,12 +126,13 @@ def check_vocabularies(tokens: int, student: int, student_multiple: int, teacher
     Raises:
         ConfigError: They are not one.
     """
-    short = min(student, teacher) < tokens
-    padded = student - tokens < max(PADDING, student_multiple) and teacher - tokens < max(PADDING, teacher_multiple)
+    short = min(student, teacher) < vocab_size
+    student_padding, teacher_padding = student - vocab_size, teacher - vocab_size
+    padded = student_padding < max(PADDING, student_multiple) and teacher_padding < max(PADDING, teacher_multiple)
     if short or (student != teacher and not padded):
         raise ConfigError(
             "teacher and student have different vocabularies",
-            got=f"teacher {teacher:,}, student {student:,}, tokenizer {tokens:,}",
+            got=f"teacher {teacher:,}, student {student:,}, tokenizer {vocab_size:,}",
             legal="a student and a tokenizer with the teacher's vocabulary; of a teacher that does not say which it "
             "has, no more than its usual padding may differ (megatron-ext convert --pad-vocab-to)",
         )

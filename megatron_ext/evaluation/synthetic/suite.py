@@ -63,7 +63,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._size = len(tokenizer) if hasattr(tokenizer, "__len__") else int(tokenizer.vocab_size)
+        self._vocab_size = len(tokenizer) if hasattr(tokenizer, "__len__") else int(tokenizer.vocab_size)
 
     def __call__(self, text: str) -> list[int]:
         """Of a whole text, with what the tokenizer puts before one."""
@@ -83,7 +83,7 @@ class Encoder:
     def ordinary(self) -> list[int]:
         """Tokens that are none of the special ones."""
         special = {*getattr(self._tokenizer, "all_special_ids", ()), getattr(self._tokenizer, "eod", None)}
-        return [token for token in range(self._size) if token not in special]
+        return [token for token in range(self._vocab_size) if token not in special]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from megatron_ext.errors import CheckpointError
 from megatron_ext.models import axes
 from megatron_ext.models.presets import PRESETS
 
-ARCH = replace(PRESETS["tiny-hybrid"].architecture, pattern="*", hidden_size=16, vocab_size=32)
+ARCH = replace(PRESETS["tiny-hybrid"].architecture, pattern="*", hidden_size=16, padded_vocab_size=32)
 DAMAGED = "is not what was written"
 
 

@@ -17,7 +17,7 @@ from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.presets import PRESETS
 
-ARCH = replace(PRESETS["tiny-transformer"].architecture, pattern="*-*-*-", hidden_size=16, vocab_size=32)
+ARCH = replace(PRESETS["tiny-transformer"].architecture, pattern="*-*-*-", hidden_size=16, padded_vocab_size=32)
 
 
 def save(path: Path, arch: Architecture = ARCH, form: bool = True, **args: object) -> Path:

@@ -15,8 +15,8 @@ from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
 
 MODEL = Architecture(
-    pattern="-", hidden_size=4, vocab_size=8, max_position_embeddings=8, ffn_hidden_size=4, num_attention_heads=1,
-    num_query_groups=1, kv_channels=4, mamba_num_heads=1,
+    pattern="-", hidden_size=4, padded_vocab_size=8, max_position_embeddings=8, ffn_hidden_size=4,
+    num_attention_heads=1, num_query_groups=1, kv_channels=4, mamba_num_heads=1,
 )  # fmt: skip
 WORDS = {"a": 0, "b": 1, "ab": 2}
 

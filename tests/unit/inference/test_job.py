@@ -31,7 +31,7 @@ def test_what_there_is_at_a_signal_is_kept_under_another_name(
         yield
 
     monkeypatch.setattr(generation, "generate", stopped)
-    for name, value in (("tokenizer_of", tokenizer), ("stop_tokens", frozenset()), ("words_of", 128)):
+    for name, value in (("tokenizer_of", tokenizer), ("stop_tokens", frozenset()), ("vocab_size_of", 128)):
         monkeypatch.setattr(job, name, lambda *_, value=value: value)
     monkeypatch.setattr(job.layout, "find", lambda path: None)
     monkeypatch.setattr(job.session, "open_checkpoint", opened)

@@ -131,7 +131,7 @@ def test_megatrons_defaults():
     assert arch.pattern == "M-*-"
     assert (arch.ffn_hidden_size, arch.kv_channels, arch.num_query_groups) == (1024, 32, 8)
     assert arch.mamba_num_heads == 2 * 256 // 64
-    assert arch.vocab_size == 1024
+    assert arch.padded_vocab_size == 1024
     gated = Architecture.from_args(Namespace(**MEGATRON | args | {"swiglu": True}))
     assert gated.ffn_hidden_size == 640  # 4 * 256 * 2/3 = 682, down to a multiple of 64
 
@@ -165,7 +165,7 @@ def test_the_installed_megatron_has_these_flags_and_defaults():
         ({"ffn_hidden_size": 513}, 2, "ffn_hidden_size=513"),
         ({"mamba_num_heads": 15}, 1, "mamba_num_heads=15"),
         ({"num_attention_heads": 7}, 1, "num_attention_heads=7"),
-        ({"vocab_size": 4095}, 2, "vocab_size=4095"),
+        ({"padded_vocab_size": 4095}, 2, "padded_vocab_size=4095"),
     ],
 )
 def test_what_does_not_divide_is_named(change, tp, named):

@@ -10,7 +10,7 @@ from megatron_ext.models.presets import PRESETS
 
 ARCH = replace(
     PRESETS["tiny-hybrid"].architecture,
-    pattern="M-*", hidden_size=24, vocab_size=64, ffn_hidden_size=10, num_attention_heads=6, num_query_groups=2,
+    pattern="M-*", hidden_size=24, padded_vocab_size=64, ffn_hidden_size=10, num_attention_heads=6, num_query_groups=2,
     kv_channels=4, mamba_num_heads=4, mamba_head_dim=8, mamba_state_dim=16, mamba_num_groups=2,
     untie_embeddings_and_output_weights=True,
 )  # fmt: skip
@@ -121,7 +121,7 @@ def test_unknown_keys_are_refused():
 def test_parameters_per_rank_add_up():
     tied = replace(PRESETS["tiny-hybrid"].architecture)
     assert axes.parameters_per_rank(tied) == [tied.num_parameters()]
-    table = tied.vocab_size * tied.hidden_size
+    table = tied.padded_vocab_size * tied.hidden_size
     assert sum(axes.parameters_per_rank(tied, pp=2)) == tied.num_parameters() + table  # the last stage holds a copy
     norms = (len(tied.pattern) + 1) * tied.hidden_size  # norms are whole on every rank, the rest is split
     assert axes.parameters_per_rank(tied, tp=2) == [(tied.num_parameters() - norms) // 2 + norms]

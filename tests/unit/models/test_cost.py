@@ -13,7 +13,7 @@ EXPERTS = replace(DENSE, pattern="*E", num_experts=8, moe_ffn_hidden_size=48, mo
 
 def test_one_sequence_reads_the_experts_it_is_sent_to():
     one = Workload(batch=1, context=0)
-    table = DENSE.vocab_size * DENSE.hidden_size if DENSE.untie_embeddings_and_output_weights else 0
+    table = DENSE.padded_vocab_size * DENSE.hidden_size if DENSE.untie_embeddings_and_output_weights else 0
     expected = BYTES * (EXPERTS.num_active_parameters() - table)
     assert decode_bytes_per_token(EXPERTS, one) == pytest.approx(expected)
     assert memory_bytes(EXPERTS, one) == BYTES * EXPERTS.num_parameters()

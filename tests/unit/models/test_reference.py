@@ -12,7 +12,7 @@ from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.reference import WHOLE, attention, forward, mask, rms_norm
 
 ARCH = Architecture(
-    pattern="*-", vocab_size=24, hidden_size=16, ffn_hidden_size=24, num_attention_heads=4, num_query_groups=2,
+    pattern="*-", padded_vocab_size=24, hidden_size=16, ffn_hidden_size=24, num_attention_heads=4, num_query_groups=2,
     kv_channels=6, mamba_num_heads=2, gated_linear_unit=True, activation="silu", max_position_embeddings=16,
 )  # fmt: skip
 

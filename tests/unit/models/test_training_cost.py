@@ -67,7 +67,7 @@ def test_memory_by_hand() -> None:
     mamba = 2 * h + (2 * inner + 2 * 8 * n + heads) + 2 * inner + inner * n / 128
     attention = 2 * h + (32 + 8 + 8 + 32) * 128
     values = mamba + attention + 2 * h + 3 * arch.ffn_hidden_size
-    logits = arch.vocab_size * (2 + 4)  # and the last norm
+    logits = arch.padded_vocab_size * (2 + 4)  # and the last norm
     assert found["activations"] == pytest.approx(200 * (2 * (values + 2 * h) + 8 * heads + 4 * 8 + 4 * 32 + logits))
     # In plain torch an RMSNorm keeps its input in fp32 and the normalised values, a gate two tensors more, and the
     # state-space layer y and a state for every 32 tokens in fp32, and decays.
@@ -75,7 +75,7 @@ def test_memory_by_hand() -> None:
     more = 4 * 8 * h + 2 * 2 * arch.ffn_hidden_size
     more += 2 * inner + 4 * inner * (n + 1) / 32 - 2 * inner * n / 128 + (28 - 8) * heads
     assert plain["activations"] - found["activations"] == pytest.approx(200 * more)
-    assert plain["working"] == 2 * arch.vocab_size * h
+    assert plain["working"] == 2 * arch.padded_vocab_size * h
     assert "working" not in found
 
 
@@ -103,7 +103,7 @@ def test_a_teacher_adds_its_weights_and_takes_the_logits() -> None:
     widest = max(kept_per_token(TRANSFORMER, layer, layout) for layer in range(2)) * 8192
     weights = 2 * TRANSFORMER.num_parameters()
     assert taught["distillation"] == pytest.approx(weights + widest + logits + states)
-    assert alone["activations"] - taught["activations"] == pytest.approx(8192 * 6 * HYBRID.vocab_size)
+    assert alone["activations"] - taught["activations"] == pytest.approx(8192 * 6 * HYBRID.padded_vocab_size)
     gpu = GPUS["h200"]
     more = step_seconds(HYBRID, layout, gpu, 0.5, TRANSFORMER)["compute"]
     share = forward_flops_per_token(TRANSFORMER, 8192) / training_flops_per_token(HYBRID, 8192)
@@ -112,8 +112,10 @@ def test_a_teacher_adds_its_weights_and_takes_the_logits() -> None:
 
 def test_what_a_model_learns_from_takes_by_hand() -> None:
     layout = Layout(tp=2, pp=2, dp=2, micro_batch=2, global_batch=8, seq_length=100)
-    small = replace(HYBRID, pattern="M*-M", vocab_size=4096, hidden_size=64, untie_embeddings_and_output_weights=True)
-    teacher = replace(TRANSFORMER, pattern="*-*-", vocab_size=4096)
+    small = replace(
+        HYBRID, pattern="M*-M", padded_vocab_size=4096, hidden_size=64, untie_embeddings_and_output_weights=True
+    )
+    teacher = replace(TRANSFORMER, pattern="*-*-", padded_vocab_size=4096)
     distillation = {
         name: memory(small, layout, lesson)["distillation"]
         for name, lesson in {

@@ -21,7 +21,7 @@ ARCH = replace(
     PRESETS["tiny-hybrid"].architecture,
     pattern="M-*-M",
     hidden_size=24,
-    vocab_size=64,
+    padded_vocab_size=64,
     ffn_hidden_size=10,
     num_attention_heads=6,
     num_query_groups=2,

@@ -19,7 +19,7 @@ from megatron_ext.pruning.options import PruneOptions
 from megatron_ext.pruning.plan import Plan
 from megatron_ext.training.job import RunConfig
 
-ARCH = replace(PRESETS["tiny-hybrid"].architecture, hidden_size=64, vocab_size=64)
+ARCH = replace(PRESETS["tiny-hybrid"].architecture, hidden_size=64, padded_vocab_size=64)
 # A value of each option that is not its default.
 OTHERS: dict[str, Any] = {
     "per_layer": ["ffn"],

@@ -19,7 +19,7 @@ ARCH = replace(
     PRESETS["tiny-hybrid"].architecture,
     pattern="-*M",
     hidden_size=HIDDEN,
-    vocab_size=16,
+    padded_vocab_size=16,
     ffn_hidden_size=FFN,
     num_attention_heads=HEADS,
     num_query_groups=GROUPS,
@@ -110,7 +110,7 @@ def test_memory_holds_some_rows_of_a_weight_in_float64(tmp_path, monkeypatch):
     """Of experts, too, whatever their size; the sums are the same."""
     arch = replace(
         ARCH, pattern="-E", num_experts=3, moe_ffn_hidden_size=8, moe_shared_expert_intermediate_size=4,
-        moe_router_topk=2, vocab_size=64,
+        moe_router_topk=2, padded_vocab_size=64,
     )  # fmt: skip
     weights = {key: tensor.bfloat16() for key, tensor in random_weights(arch).items()}
     with writing(tmp_path / "model", arch) as writer:

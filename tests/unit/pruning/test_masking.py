@@ -23,7 +23,7 @@ from megatron_ext.pruning.plan import Plan
 from megatron_ext.pruning.select import make_plan
 
 ARCH = Architecture(
-    pattern="M*-E", hidden_size=12, vocab_size=16, max_position_embeddings=8, ffn_hidden_size=10,
+    pattern="M*-E", hidden_size=12, padded_vocab_size=16, max_position_embeddings=8, ffn_hidden_size=10,
     num_attention_heads=6, num_query_groups=2, kv_channels=4, mamba_num_heads=6, mamba_head_dim=4, mamba_state_dim=4,
     mamba_num_groups=2, num_experts=5, moe_ffn_hidden_size=6, moe_shared_expert_intermediate_size=4, moe_router_topk=2,
 )  # fmt: skip

@@ -31,7 +31,7 @@ def test_the_first_family_that_can_is_written(hf: Path) -> None:
 
 def test_there_and_back_with_files_types_and_padding(hf: Path, tmp_path: Path) -> None:
     arch = to_megatron(hf, tmp_path / "m", vocab_multiple=64)
-    assert arch == replace(ARCH, vocab_size=64)
+    assert arch == replace(ARCH, padded_vocab_size=64)
     assert layout.architecture(tmp_path / "m" / "release") == arch
     embedding = CheckpointReader(tmp_path / "m").read("embedding.word_embeddings.weight")
     assert embedding.dtype == torch.bfloat16
@@ -58,7 +58,7 @@ def test_another_type_leaves_the_recurrence_alone(tmp_path: Path) -> None:
 def test_configuration_and_tokenizer_come_from_elsewhere(hf: Path, tmp_path: Path) -> None:
     """As for a student: another size, rows of padding, nothing kept beside it."""
     edit(hf, bos_token_id=7)
-    small = checkpoint(tmp_path / "m", replace(ARCH, hidden_size=8, vocab_size=64))
+    small = checkpoint(tmp_path / "m", replace(ARCH, hidden_size=8, padded_vocab_size=64))
     to_hf(small, tmp_path / "out", like=hf)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["hidden_size"], config["vocab_size"], config["bos_token_id"]) == (8, 40, 7)

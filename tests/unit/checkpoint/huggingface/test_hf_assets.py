@@ -17,7 +17,7 @@ from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.models.architecture import Architecture
 
 ARCH = Architecture(
-    pattern="*-*-", hidden_size=16, vocab_size=40, max_position_embeddings=64, ffn_hidden_size=24,
+    pattern="*-*-", hidden_size=16, padded_vocab_size=40, max_position_embeddings=64, ffn_hidden_size=24,
     num_attention_heads=4, num_query_groups=2, kv_channels=8, mamba_num_heads=8, position_embedding_type="rope",
 )  # fmt: skip
 

@@ -18,7 +18,7 @@ from megatron_ext.errors import CheckpointError
 from megatron_ext.models.architecture import Architecture
 
 ARCH = Architecture(
-    pattern="M-*-", hidden_size=16, vocab_size=40, max_position_embeddings=64, ffn_hidden_size=24,
+    pattern="M-*-", hidden_size=16, padded_vocab_size=40, max_position_embeddings=64, ffn_hidden_size=24,
     num_attention_heads=4, num_query_groups=2, kv_channels=8, mamba_num_heads=4, mamba_head_dim=8, mamba_state_dim=4,
     mamba_num_groups=2,
 )  # fmt: skip

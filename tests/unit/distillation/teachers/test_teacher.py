@@ -15,7 +15,7 @@ from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
 
 STUDENT = Architecture(
-    pattern="M-*-", hidden_size=16, vocab_size=128, max_position_embeddings=32, ffn_hidden_size=16,
+    pattern="M-*-", hidden_size=16, padded_vocab_size=128, max_position_embeddings=32, ffn_hidden_size=16,
     num_attention_heads=2, num_query_groups=2, kv_channels=8,
     mamba_num_heads=4, mamba_head_dim=8, mamba_state_dim=8, mamba_num_groups=2,
 )  # fmt: skip
@@ -29,8 +29,10 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "teacher"
 
 
-def check(teacher: Teacher, student: Architecture = STUDENT, tokens: int = 100, tp: int = 1, stages: int = 1) -> None:
-    teacher.check(student, tokens=tokens, student_multiple=128, tp=tp, stages=stages)
+def check(
+    teacher: Teacher, student: Architecture = STUDENT, vocab_size: int = 100, tp: int = 1, stages: int = 1
+) -> None:
+    teacher.check(student, vocab_size=vocab_size, student_multiple=128, tp=tp, stages=stages)
 
 
 def test_is_found_by_directory_and_by_step(checkpoint: Path) -> None:
@@ -77,19 +79,19 @@ def test_reaches_over_the_sequence(position: str, pattern: str, length: int, rea
 
 def test_of_one_tokenizer_any_padding_goes(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Qwen2.5's 152,064 and 151,936 rows are both padding beyond the tokenizer's 151,665 tokens."""
-    student = replace(STUDENT, vocab_size=1024)
+    student = replace(STUDENT, padded_vocab_size=1024)
     with pytest.raises(ConfigError, match="different vocabularies"):
         check(Teacher.find(checkpoint), student)
     monkeypatch.setattr(teacher_module.tokenizer, "check", lambda step, named, whose: True)
     check(Teacher.find(checkpoint), student)
     with pytest.raises(ConfigError, match="different vocabularies"):
-        check(Teacher.find(checkpoint), student, tokens=129)
+        check(Teacher.find(checkpoint), student, vocab_size=129)
 
 
 def test_is_padded_as_the_student_is(checkpoint: Path) -> None:
-    teacher, student = Teacher.find(checkpoint), replace(STUDENT, vocab_size=104, hidden_size=8)
+    teacher, student = Teacher.find(checkpoint), replace(STUDENT, padded_vocab_size=104, hidden_size=8)
     check(teacher, student)
-    assert teacher.with_student_vocab(student) == replace(STUDENT, vocab_size=104)
+    assert teacher.with_student_vocab(student) == replace(STUDENT, padded_vocab_size=104)
 
 
 @pytest.mark.parametrize(
