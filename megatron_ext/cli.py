@@ -159,7 +159,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if known[words[0]].flags == "megatron":
         args.megatron_flags = rest
     elif rest:
-        close = [get_close_matches(word.split("=")[0], own, n=1, cutoff=0.6) for word in rest if word[:2] == "--"]
+        from megatron_ext.options.early_flags import given_flags
+
+        close = [get_close_matches(flag, own, n=1, cutoff=0.6) for flag, _ in given_flags(rest)]
         hint = "".join(f"; did you mean {flag}?" for flags in close for flag in flags)
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     try:
@@ -180,8 +182,10 @@ def _run_job(command: Command, words: list[str]) -> int:
 
 def _mistyped(given: list[str], own: list[str]) -> ConfigError | None:
     """Of flags that a command left to Megatron the one that was meant for the command itself; None if there is none."""
-    for name in (word.split("=")[0] for word in given):
-        close = get_close_matches(name, own, n=1, cutoff=0.7) if name.startswith("--") else []
+    from megatron_ext.options.early_flags import given_flags
+
+    for name, _ in given_flags(given):
+        close = get_close_matches(name, own, n=1, cutoff=0.7)
         if close and name not in _megatron_flags():
             return ConfigError("unknown flag", got=name, legal=f"did you mean {close[0]!r}?")
     return None

@@ -24,15 +24,6 @@ _FINAL_NORM, _GPT_FINAL_NORM = "decoder.final_norm.", "decoder.final_layernorm."
 # Megatron's own modules (`--transformer-impl local`) call the norm before experts as that before an MLP.
 _LOCAL_NORM = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
 ROPE_FACTOR = 8.0  # `gpt_config_from_args` hands on no other
-# What arguments that older versions did not have mean.
-_DEFAULTS: dict[str, Any] = {
-    "quick_geglu": False, "squared_relu": False, "swiglu": False, "group_query_attention": False,
-    "num_query_groups": None, "kv_channels": None, "ffn_hidden_size": None, "normalization": "LayerNorm",
-    "layernorm_epsilon": 1e-5, "position_embedding_type": "learned_absolute", "rotary_base": 10000,
-    "rotary_percent": 1.0, "use_rope_scaling": False, "rope_scaling_factor": 8.0, "add_bias_linear": True,
-    "add_qkv_bias": False, "mamba_num_heads": None, "mamba_head_dim": 64, "mamba_state_dim": 128,
-    "mamba_num_groups": 8,
-}  # fmt: skip
 
 
 def architecture(step: str | Path) -> Architecture:
@@ -48,7 +39,7 @@ def architecture(step: str | Path) -> Architecture:
         raise CheckpointError(
             "the checkpoint is in the pattern form already", got=layout.pattern_of(args), legal="--from megatron"
         )
-    values = _DEFAULTS | vars(args)
+    values = dict(vars(args))
     values.setdefault("layernorm_zero_centered_gamma", values.get("apply_layernorm_1p", False))
     values["hybrid_layer_pattern"] = "".join(f"{ATTENTION}{unit}" for unit in _feed_forwards(args))
     try:
@@ -82,7 +73,7 @@ def check(arch: Architecture) -> None:
             "a GPTModel cannot have this layer pattern", got=arch.pattern, legal="*- and *E, one after another"
         )
     if arch.layer_sizes:
-        raise CheckpointError("a GPTModel's sizes cannot differ from layer to layer", got=arch.layer_sizes_text)
+        raise CheckpointError("a GPTModel's sizes cannot differ from layer to layer", got=arch.layer_sizes)
     if arch.rope_scaling_factor not in (None, ROPE_FACTOR):
         raise CheckpointError(
             "Megatron builds a GPTModel with its default RoPE scaling, whatever --rope-scaling-factor says",

@@ -13,16 +13,14 @@ from torch import Tensor
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.gpt import to_args
 from megatron_ext.inference.session import NO_DATA
-from megatron_ext.models.megatron_args import FUNCTION
+from megatron_ext.models.megatron_args import REPEATED, functional_arguments
 from megatron_ext.training.command_line import parse_command_line, silenced
 from megatron_ext.training.job import FORWARD_ONLY, Job, RunConfig
 
 JOB = Job("convert", defaults=(*FORWARD_ONLY, *NO_DATA))
 
 # Arguments that belong to a run's layout, or that launching settles from the same arguments.
-_OF_THE_RUN = (
-    "hybrid_layer_pattern", "num_layers", "moe_layer_freq", "vocab_size", "make_vocab_size_divisible_by", "spec",
-)  # fmt: skip
+_OF_THE_RUN = ("hybrid_layer_pattern", *REPEATED, "spec")
 
 
 @torch.no_grad()
@@ -70,7 +68,7 @@ def _logits(model: Any, inputs: list[Tensor]) -> list[Tensor]:
 def _as_trained(args: Namespace, checkpoint: Path) -> Namespace:
     """Megatron's arguments of a run, but for what changes the function of a model: that is as saved with it."""
     saved = vars(layout.common(layout.find(checkpoint).path)["args"])
-    own = {name: saved[name] for name in FUNCTION if name in saved and name not in _OF_THE_RUN}
+    own = {name: saved[name] for name in functional_arguments() if name in saved and name not in _OF_THE_RUN}
     return Namespace(**vars(args) | own)
 
 

@@ -26,6 +26,7 @@ from megatron_ext.distillation.teachers.teacher import Teacher
 from megatron_ext.errors import ConfigError
 from megatron_ext.models.pattern import MOE
 from megatron_ext.models.training_cost import TeacherSetup
+from megatron_ext.options.early_flags import read_early
 from megatron_ext.training.dry_run import memory_per_gpu
 from megatron_ext.training.job import STOPPABLE, DryRun, Job, RunConfig
 from megatron_ext.training.run_directory import lock_run_directory
@@ -189,5 +190,6 @@ JOB = Job(
 
 def main(args: argparse.Namespace) -> None:
     """Run the job on `args.words`; ranks that are the teacher's alone part from the student's first."""
-    split = split_ranks(args.words)
-    run_job(replace(JOB, run=partial(run, split=split)), command_line(args.words))
+    early = read_early(args.words, JOB.options)
+    split = split_ranks(early)
+    run_job(replace(JOB, run=partial(run, split=split)), command_line(args.words, early))

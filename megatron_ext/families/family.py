@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.start import Start
 from megatron_ext.errors import ConfigError, nearest
+from megatron_ext.models.argument_mappings import Argument
 from megatron_ext.models.training_cost import Layout, state_bytes
 from megatron_ext.options.fields import add_options, read_options, to_flags
 
@@ -52,8 +53,16 @@ class ModelFamily(ABC):
     def add_flags(self, parser: ArgumentParser) -> None:
         """Flags of our own that describe a model."""
 
-    def ssm_shape(self, words: Sequence[str]) -> "Shape | None":
-        """The state-space layer of a model, to choose kernels by; None if it has none."""
+    def early_arguments(self) -> Sequence[Argument]:
+        """Megatron's that describe a model; they are known before Megatron's own parser can be made."""
+        return ()
+
+    def ssm_shape(self, early: Namespace) -> "Shape | None":
+        """The state-space layer of a model, to choose kernels by; None if it has none.
+
+        Args:
+            early: The early flags, those of the model among them.
+        """
         return None
 
     @abstractmethod

@@ -17,13 +17,13 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.families.family import ModelFamily
 from megatron_ext.models import training_cost
 from megatron_ext.models.architecture import Architecture
-from megatron_ext.models.megatron_args import MAMBA_EXPAND
+from megatron_ext.models.argument_mappings import Argument
+from megatron_ext.models.megatron_args import TABLE, arguments
 from megatron_ext.models.pattern import MAMBA, MOE
 from megatron_ext.models.pattern import parse as parse_pattern
 from megatron_ext.models.presets import preset
 from megatron_ext.models.rope_extension import extension
 from megatron_ext.ops.autotune import Shape
-from megatron_ext.options.early_flags import early_parser
 
 
 class LayerPatternFamily(ModelFamily):
@@ -43,9 +43,24 @@ class LayerPatternFamily(ModelFamily):
         sizes = "sizes that differ from layer to layer, such as 'ffn_hidden_size=96,80 mamba_num_heads=8,4'"
         parser.add_argument("--ext-layer-sizes", metavar="SIZES", help=sizes)
 
-    def ssm_shape(self, words: Sequence[str]) -> Shape | None:
+    def early_arguments(self) -> Sequence[Argument]:
+        """Those of the table."""
+        return arguments()
+
+    def ssm_shape(self, early: Namespace) -> Shape | None:
         """A Mamba-2 layer on one rank."""
-        return layer_shape(words)
+        if MAMBA not in (early.hybrid_layer_pattern or ""):
+            return None
+        # Under context parallelism a rank has the whole sequence of some heads, and at least one group.
+        ranks = early.tensor_model_parallel_size * early.context_parallel_size
+        known = early.mamba_num_heads or early.hidden_size
+        heads = TABLE["mamba_num_heads"].read(early) if known else Shape.heads
+        width, states, groups = (TABLE[f"mamba_{name}"].read(early) for name in ("head_dim", "state_dim", "num_groups"))
+        return Shape(
+            max(1, heads // ranks), width, states, max(1, groups // ranks), early.seq_length or Shape.tokens,
+            "bfloat16" if early.bf16 else "float16" if early.fp16 else "float32",
+            early.micro_batch_size, norm_apart=early.context_parallel_size > 1,
+        ).limited()  # fmt: skip
 
     def check(self, args: Namespace, loads: bool) -> None:
         """Borders of the pipeline are set, where the user gave none."""
@@ -115,22 +130,6 @@ def _pipeline(pattern: str, stages: int) -> str:
     return str(parsed.split(stages))
 
 
-def layer_shape(words: Sequence[str]) -> Shape | None:
-    """What a Mamba-2 layer of the model is on one rank, to choose kernels by; None if the model has none."""
-    told, _ = early_parser().parse_known_args(words)
-    if MAMBA not in (told.hybrid_layer_pattern or ""):
-        return None
-    # Under context parallelism a rank has the whole sequence of some heads, and at least one group.
-    ranks = told.tensor_model_parallel_size * told.context_parallel_size
-    heads = told.mamba_num_heads or MAMBA_EXPAND * (told.hidden_size or 0) // told.mamba_head_dim or Shape.heads
-    return Shape(
-        max(1, heads // ranks), told.mamba_head_dim, told.mamba_state_dim,
-        max(1, told.mamba_num_groups // ranks), told.seq_length or Shape.tokens,
-        "bfloat16" if told.bf16 else "float16" if told.fp16 else "float32",
-        told.micro_batch_size, norm_apart=told.context_parallel_size > 1,
-    ).limited()  # fmt: skip
-
-
 def architecture_of(source: str) -> tuple[Architecture, bool]:
     """The architecture of a preset or a checkpoint directory, and whether it came from a checkpoint.
 
@@ -154,11 +153,9 @@ def model_flags(early: Namespace, start: Start | None) -> tuple[list[str], str]:
     if source is None:
         return [], "flags"
     architecture, from_checkpoint = architecture_of(source if step is None else str(step.absolute()))
-    flags = architecture.to_flags()
-    if not from_checkpoint and (early.tokenizer_model or early.tokenizer_type):
-        # A preset's vocabulary is only its default: the tokenizer in use decides.
-        at = flags.index("--padded-vocab-size")
-        del flags[at : at + 2]
+    # A preset's vocabulary is only its default: the tokenizer in use decides.
+    by_tokenizer = not from_checkpoint and (early.tokenizer_model or early.tokenizer_type)
+    flags = architecture.to_flags(but=("padded_vocab_size",) if by_tokenizer else ())
     if from_checkpoint:
         flags += extension(architecture, early)
         if length := sequence_length_on_disk(step or Path(source)):

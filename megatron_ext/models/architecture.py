@@ -1,15 +1,15 @@
 """What a model is, as one frozen value: enough to count, slice, build and convert it, and nothing about how it runs."""
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from math import gcd, prod
 from typing import Any, Self
 
 from megatron_ext.errors import ConfigError, nearest
 from megatron_ext.models import axes
-from megatron_ext.models.dimensions import ACTIVATIONS, Dimensions
-from megatron_ext.models.megatron_args import MIXTURE, fields_of
+from megatron_ext.models.dimensions import Dimensions
+from megatron_ext.models.megatron_args import arguments_of, fields_of, flags_of
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
 
 CONV_KERNEL = axes.CONV_KERNEL
@@ -104,78 +104,22 @@ class Architecture(Dimensions):
         Raises:
             ConfigError: A required argument is missing or asks for something this class cannot say.
         """
-        return cls(**fields_of(args))
+        return cls(**fields_of(args, [field.name for field in fields(cls)]))
 
-    def to_flags(self) -> list[str]:
-        """Megatron's command line flags for this model: `from_args` of them, parsed, is this model again."""
-        values = {
-            "hidden-size": self.hidden_size, "padded-vocab-size": self.padded_vocab_size,
-            "max-position-embeddings": self.max_position_embeddings, "ffn-hidden-size": self.ffn_hidden_size,
-            "num-attention-heads": self.num_attention_heads, "kv-channels": self.kv_channels,
-            "num-query-groups": self.num_query_groups,
-            "mamba-num-heads": self.mamba_num_heads, "mamba-head-dim": self.mamba_head_dim,
-            "mamba-state-dim": self.mamba_state_dim, "mamba-num-groups": self.mamba_num_groups,
-            "normalization": self.normalization, "norm-epsilon": repr(self.norm_epsilon),
-            "position-embedding-type": self.position_embedding_type,
-            "rotary-base": self.rotary_base, "rotary-percent": repr(self.rotary_percent),
-        }  # fmt: skip
-        # One word: a pattern that begins with "-" would be taken for a flag.
-        flags = [f"--hybrid-layer-pattern={self.pattern}", "--group-query-attention"]
-        for name, value in values.items():
-            flags += [f"--{name}", str(value)]
-        flags += ACTIVATIONS[self.gated_linear_unit, self.activation]
-        if self.zero_centered_norm:
-            flags += ["--apply-layernorm-1p"]
-        if self.rope_scaling_factor is not None:
-            flags += ["--use-rope-scaling", "--rope-scaling-factor", repr(self.rope_scaling_factor)]
-        if not self.add_bias_linear:
-            flags += ["--disable-bias-linear"]
-            if self.add_qkv_bias:
-                flags += ["--add-qkv-bias"]
-        if self.qk_layernorm:
-            flags += ["--qk-layernorm"]
-        if self.untie_embeddings_and_output_weights:
-            flags += ["--untie-embeddings-and-output-weights"]
-        if MOE in self.pattern:
-            for name, value in self.mixture_args().items():
-                flag = f"--{name.replace('_', '-')}"
-                flags += [flag] if value is True else [flag, str(value)] if value else []
-        if self.layer_sizes:
-            flags += ["--ext-layer-sizes", self.layer_sizes_text]
-        return flags
+    def to_flags(self, but: Collection[str] = ()) -> list[str]:
+        """Megatron's command line flags for this model: `from_args` of them, parsed, is this model again.
 
-    @property
-    def layer_sizes_text(self) -> str:
-        """`layer_sizes` as the flag `--ext-layer-sizes` takes it: `ffn_hidden_size=96,80 mamba_num_heads=8,4`."""
-        return " ".join(f"{name}={','.join(map(str, sizes))}" for name, sizes in self.layer_sizes.items())
+        Args:
+            but: Fields that are left to others to say.
+        """
+        return flags_of({name: value for name, value in self._values().items() if name not in but})
 
     def to_args(self) -> dict[str, Any]:
         """Megatron's parsed arguments for this model, as a checkpoint keeps them: `from_args` gives it back."""
-        return {
-            "hybrid_layer_pattern": self.pattern, "num_layers": len(self.pattern), "hidden_size": self.hidden_size,
-            "padded_vocab_size": self.padded_vocab_size, "max_position_embeddings": self.max_position_embeddings,
-            "ffn_hidden_size": self.ffn_hidden_size, "swiglu": self.gated_linear_unit, "quick_geglu": False,
-            "squared_relu": self.activation == "squared_relu",
-            "num_attention_heads": self.num_attention_heads, "group_query_attention": True,
-            "num_query_groups": self.num_query_groups, "kv_channels": self.kv_channels,
-            "mamba_num_heads": self.mamba_num_heads, "mamba_head_dim": self.mamba_head_dim,
-            "mamba_state_dim": self.mamba_state_dim, "mamba_num_groups": self.mamba_num_groups,
-            "normalization": self.normalization, "layernorm_epsilon": self.norm_epsilon,
-            "layernorm_zero_centered_gamma": self.zero_centered_norm,
-            "position_embedding_type": self.position_embedding_type, "add_position_embedding": True,
-            "rotary_base": self.rotary_base, "rotary_percent": self.rotary_percent,
-            "use_rope_scaling": self.rope_scaling_factor is not None,
-            "rope_scaling_factor": self.rope_scaling_factor or 8.0,
-            "add_bias_linear": self.add_bias_linear, "add_qkv_bias": self.add_qkv_bias,
-            "qk_layernorm": self.qk_layernorm,
-            "untie_embeddings_and_output_weights": self.untie_embeddings_and_output_weights,
-            "ext_layer_sizes": self.layer_sizes_text, **self.mixture_args(),
-        }  # fmt: skip
+        return arguments_of(self._values())
 
-    def mixture_args(self) -> dict[str, Any]:
-        """The part of `to_args` that says which experts there are; Megatron's word for no such size is `None`."""
-        values = {name: getattr(self, name) for name in MIXTURE}
-        return {name: value if value or value is False else None for name, value in values.items()}
+    def _values(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-serialisable values; the inverse of `from_dict`."""

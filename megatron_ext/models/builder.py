@@ -63,25 +63,6 @@ def model_config(args: Namespace, architecture: Architecture) -> PatternModelCon
 
 def with_architecture(args: Namespace, architecture: Architecture) -> Namespace:
     """A copy of `args` that describes another model on the same layout."""
-    other = Namespace(**vars(args))
     stages = args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)
-    pattern = architecture.layers
-    other.hybrid_layer_pattern = str(pattern if stages == 1 else pattern.split(stages))
-    other.num_layers = len(architecture.pattern)
-    for name in (
-        "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "normalization",
-        "mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups", "max_position_embeddings",
-        "add_bias_linear", "add_qkv_bias", "rotary_base", "rotary_percent", "position_embedding_type",
-        "untie_embeddings_and_output_weights", "rope_scaling_factor", "qk_layernorm",
-    ):  # fmt: skip
-        setattr(other, name, getattr(architecture, name))
-    other.group_query_attention = True
-    other.padded_vocab_size = architecture.padded_vocab_size
-    vars(other).update(architecture.mixture_args())
-    other.ext_layer_sizes = architecture.layer_sizes_text
-    other.layernorm_epsilon = architecture.norm_epsilon
-    other.apply_layernorm_1p = other.layernorm_zero_centered_gamma = architecture.zero_centered_norm
-    other.use_rope_scaling = architecture.rope_scaling_factor is not None
-    other.swiglu = architecture.activation == "silu"
-    other.squared_relu = architecture.activation == "squared_relu"
-    return other
+    pattern = architecture.layers if stages == 1 else architecture.layers.split(stages)
+    return Namespace(**vars(args) | architecture.to_args() | {"hybrid_layer_pattern": str(pattern)})

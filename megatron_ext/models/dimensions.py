@@ -5,13 +5,13 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal, Self
 
 from megatron_ext.errors import ConfigError
-from megatron_ext.models.megatron_args import MIXTURE
 from megatron_ext.models.pattern import MAMBA, MLP, MOE, Pattern, parse
 
 # Megatron's flags cannot say any other combination of gating and activation.
-ACTIVATIONS = {(True, "silu"): ["--swiglu"], (False, "gelu"): [], (False, "squared_relu"): ["--squared-relu"]}
+ACTIVATIONS = ((True, "silu"), (False, "gelu"), (False, "squared_relu"))
 # Sizes that may differ from layer to layer, and the kind of layer that has them.
 PER_LAYER = {"ffn_hidden_size": MLP, "mamba_num_heads": MAMBA}
+_MIXTURE = ("num_experts", "moe_")  # what the fields of a mixture of experts begin with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +85,12 @@ class Dimensions:
         units = parse(self.pattern).units
         object.__setattr__(self, "pattern", units)
         object.__setattr__(self, "add_qkv_bias", self.add_qkv_bias or self.add_bias_linear)  # as Megatron does
-        for name, absent in MIXTURE.items():
-            if MOE not in units:
-                object.__setattr__(self, name, absent)
         for entry in fields(self):
-            value, least = getattr(self, entry.name), 1
-            if entry.name == "moe_shared_expert_intermediate_size" or (entry.name in MIXTURE and MOE not in units):
-                least = 0
+            absent = entry.name.startswith(_MIXTURE) and MOE not in units
+            if absent:
+                object.__setattr__(self, entry.name, entry.default)
+            value = getattr(self, entry.name)
+            least = 0 if absent or entry.name == "moe_shared_expert_intermediate_size" else 1
             if entry.type is int and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ConfigError(f"{entry.name} must be a positive whole number", got=repr(value))
         if (self.gated_linear_unit, self.activation) not in ACTIVATIONS:

@@ -1,33 +1,206 @@
-"""What Megatron's arguments say about the function of a model: those that `Architecture` carries, and those it cannot.
+"""Megatron's arguments and an `Architecture`: one table, read in both directions, and what it cannot say.
 
-Every argument of Megatron's, and every field of its model configurations, is one of three kinds: it is `CARRIED`; it
+Every argument of Megatron's, and every field of its model configurations, is one of three kinds: it is in `TABLE`; it
 changes what a model computes and nothing here could say so, so that it must be as in `UNSUPPORTED`; or it says how a
 model is trained, run or stored. `tests/unit/models/test_megatron_args.py` lists the third kind and fails for an
 argument of the installed Megatron that is none of the three.
 """
 
 from argparse import Namespace
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron_ext.errors import ConfigError
+from megatron_ext.models.argument_mappings import Argument, ArgumentMapping, Count, Renamed
 from megatron_ext.models.pattern import MOE
 
 MAMBA_EXPAND = 2
-# The fields of a mixture of experts, with the values they have where there is none; Megatron's names.
-MIXTURE: dict[str, Any] = {
-    "num_experts": 0, "moe_ffn_hidden_size": 0, "moe_shared_expert_intermediate_size": 0, "moe_router_topk": 2,
-    "moe_router_score_function": "softmax", "moe_router_pre_softmax": False, "moe_router_topk_scaling_factor": None,
-    "moe_router_enable_expert_bias": False,
-}  # fmt: skip
-CARRIED = (
-    "hybrid_layer_pattern", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
-    "group_query_attention", "kv_channels", "max_position_embeddings", "position_embedding_type", "rotary_base",
-    "rotary_percent", "use_rope_scaling", "rope_scaling_factor", "normalization", "layernorm_epsilon",
-    "layernorm_zero_centered_gamma", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "swiglu", "squared_relu",
-    "untie_embeddings_and_output_weights", "padded_vocab_size", "vocab_size", "make_vocab_size_divisible_by",
-    "mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups", "ext_layer_sizes", "moe_layer_freq",
-    *MIXTURE,
-)  # fmt: skip
+_HIDDEN = Argument("hidden_size", required=True)
+_HEADS = Argument("num_attention_heads", required=True)
+_SWIGLU = Argument("swiglu", False)
+_HEAD_DIM = Argument("mamba_head_dim", 64)
+
+
+class _Pattern:
+    arguments = (Argument("hybrid_layer_pattern", kind=str, required=True),)
+
+    def read(self, args: Namespace) -> str:
+        if args.hybrid_layer_pattern is None:
+            raise ConfigError("no model given", legal="--hybrid-layer-pattern or --preset")
+        if "/" in args.hybrid_layer_pattern:
+            raise ConfigError("multi-token prediction is not supported", got=args.hybrid_layer_pattern)
+        return args.hybrid_layer_pattern
+
+    def write(self, value: str) -> dict[str, Any]:
+        return {"hybrid_layer_pattern": value, "num_layers": len(value)}
+
+
+class _PaddedVocabSize:
+    """Rows of the embedding; what the tokenizer needs is padded to a multiple (`vocab_utils.py`)."""
+
+    arguments = (Argument("padded_vocab_size"),)
+
+    def read(self, args: Namespace) -> int:
+        if args.padded_vocab_size is not None:
+            return args.padded_vocab_size
+        if args.vocab_size is None:
+            raise ConfigError("the vocabulary size is not known", legal="--padded-vocab-size or --vocab-size")
+        multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+        return -(-args.vocab_size // multiple) * multiple
+
+    def write(self, value: int) -> dict[str, Any]:
+        return {"padded_vocab_size": value}
+
+
+class _Activation:
+    arguments = (Argument("squared_relu", False),)
+
+    def read(self, args: Namespace) -> str:
+        return "silu" if _SWIGLU.of(args) else "squared_relu" if self.arguments[0].of(args) else "gelu"
+
+    def write(self, value: str) -> dict[str, Any]:
+        return {"squared_relu": value == "squared_relu", "quick_geglu": False}
+
+
+class _QueryGroups:
+    arguments = (Argument("group_query_attention", False), Argument("num_query_groups", 1))
+
+    def read(self, args: Namespace) -> int:
+        grouped, groups = (argument.of(args) for argument in self.arguments)
+        return groups if grouped else _HEADS.of(args)
+
+    def write(self, value: int) -> dict[str, Any]:
+        return {"group_query_attention": True, "num_query_groups": value}
+
+
+class _Positions:
+    arguments = (Argument("position_embedding_type", "learned_absolute"),)
+
+    def read(self, args: Namespace) -> str:
+        value = self.arguments[0].of(args)
+        if value == "learned_absolute":
+            raise ConfigError(
+                "--position-embedding-type: learned positions are not supported",
+                got="learned_absolute, Megatron's default", legal="none, rope",
+            )  # fmt: skip
+        return value
+
+    def write(self, value: str) -> dict[str, Any]:
+        return {"position_embedding_type": value, "add_position_embedding": True}
+
+
+class _RopeScaling:
+    arguments = (Argument("use_rope_scaling", False), Argument("rope_scaling_factor", 8.0))
+
+    def read(self, args: Namespace) -> float | None:
+        scaled, factor = (argument.of(args) for argument in self.arguments)
+        return factor if scaled else None
+
+    def write(self, value: float | None) -> dict[str, Any]:
+        return {"use_rope_scaling": value is not None, "rope_scaling_factor": value or 8.0}
+
+
+class _LayerSizes:
+    """`ffn_hidden_size=96,80 mamba_num_heads=8,4`, a flag of ours."""
+
+    arguments = (Argument("ext_layer_sizes", kind=str),)
+
+    def read(self, args: Namespace) -> dict[str, tuple[int, ...]]:
+        text = self.arguments[0].of(args)
+        try:
+            entries = [entry.split("=") for entry in (text or "").split()]
+            return {name: tuple(int(size) for size in sizes.split(",")) for name, sizes in entries}
+        except ValueError:
+            legal = "ffn_hidden_size=96,80,96 mamba_num_heads=8,4"
+            raise ConfigError("--ext-layer-sizes", got=text, legal=legal) from None
+
+    def write(self, value: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        return {"ext_layer_sizes": " ".join(f"{name}={','.join(map(str, sizes))}" for name, sizes in value.items())}
+
+
+def _ffn_hidden_size(args: Namespace) -> int:
+    own = getattr(args, "ffn_hidden_size", None)
+    return own or (int((4 * args.hidden_size * 2 / 3) / 64) * 64 if _SWIGLU.of(args) else 4 * args.hidden_size)
+
+
+def _kv_channels(args: Namespace) -> int:
+    hidden, heads = _HIDDEN.of(args), _HEADS.of(args)
+    if hidden % heads:
+        raise ConfigError(f"hidden size {hidden} does not divide by {heads} heads", legal="give --kv-channels")
+    return hidden // heads
+
+
+def _mamba_num_heads(args: Namespace) -> int:
+    return max(1, _HIDDEN.of(args) * MAMBA_EXPAND // _HEAD_DIM.of(args))
+
+
+def _same(name: str, default: Any = None, **details: Any) -> Renamed:
+    return Renamed(Argument(name, default, **details))
+
+
+# What is filled in is Megatron's own (`options/fields.py`; `MambaMixer` for its heads).
+TABLE: dict[str, ArgumentMapping] = {
+    "pattern": _Pattern(),
+    "hidden_size": Renamed(_HIDDEN),
+    "padded_vocab_size": _PaddedVocabSize(),
+    "max_position_embeddings": _same("max_position_embeddings", required=True),
+    "ffn_hidden_size": Renamed(Argument("ffn_hidden_size"), _ffn_hidden_size),
+    "gated_linear_unit": Renamed(_SWIGLU),
+    "activation": _Activation(),
+    "num_attention_heads": Renamed(_HEADS),
+    "num_query_groups": _QueryGroups(),
+    "kv_channels": Renamed(Argument("kv_channels"), _kv_channels),
+    "mamba_num_heads": Renamed(Argument("mamba_num_heads"), _mamba_num_heads),
+    "mamba_head_dim": Renamed(_HEAD_DIM),
+    "mamba_state_dim": _same("mamba_state_dim", 128),
+    "mamba_num_groups": _same("mamba_num_groups", 8),
+    "normalization": _same("normalization", "LayerNorm"),
+    "norm_epsilon": _same("layernorm_epsilon", 1e-5, flag="--norm-epsilon"),
+    "zero_centered_norm": _same("layernorm_zero_centered_gamma", False, flag="--apply-layernorm-1p"),
+    "position_embedding_type": _Positions(),
+    "rotary_base": _same("rotary_base", 10000),
+    "rotary_percent": _same("rotary_percent", 1.0),
+    "rope_scaling_factor": _RopeScaling(),
+    "add_bias_linear": _same("add_bias_linear", True, flag="--disable-bias-linear"),
+    "add_qkv_bias": _same("add_qkv_bias", False),
+    "qk_layernorm": _same("qk_layernorm", False),
+    "untie_embeddings_and_output_weights": _same("untie_embeddings_and_output_weights", False),
+    "num_experts": Count(Argument("num_experts")),
+    "moe_ffn_hidden_size": Count(Argument("moe_ffn_hidden_size"), _ffn_hidden_size),
+    "moe_shared_expert_intermediate_size": Count(Argument("moe_shared_expert_intermediate_size")),
+    "moe_router_topk": _same("moe_router_topk", 2),
+    "moe_router_score_function": _same("moe_router_score_function", "softmax"),
+    "moe_router_pre_softmax": _same("moe_router_pre_softmax", False),
+    "moe_router_topk_scaling_factor": _same("moe_router_topk_scaling_factor", kind=float),
+    "moe_router_enable_expert_bias": _same("moe_router_enable_expert_bias", False),
+    "layer_sizes": _LayerSizes(),
+}
+"""How Megatron's arguments say each field of an `Architecture`."""
+
+
+def fields_of(args: Namespace, names: Iterable[str] = TABLE) -> dict[str, Any]:
+    """These fields of a model, from Megatron's arguments before or after `validate_args`.
+
+    Raises:
+        ConfigError: A required argument is missing or asks for something that `Architecture` cannot say.
+    """
+    TABLE["pattern"].read(args)  # without which nothing else matters
+    check_supported(args)
+    return {name: TABLE[name].read(args) for name in names}
+
+
+def arguments_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Megatron's arguments for the fields of a model, as it would have parsed them: the inverse of `fields_of`."""
+    return {name: value for field, own in values.items() for name, value in TABLE[field].write(own).items()}
+
+
+def flags_of(values: Mapping[str, Any]) -> list[str]:
+    """The command line that is parsed to `arguments_of` these fields."""
+    parsed = arguments_of(values)
+    said = (argument for field in values for argument in TABLE[field].arguments)
+    return [word for argument in said for word in argument.to_flags(parsed[argument.name])]
+
+
 _OFF, _UNSET, _NONE = (False, None), (None,), (None, 0)
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     # attention
@@ -54,8 +227,20 @@ _MIXTURE_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "moe_mlp_glu_interleave_size": _NONE, "moe_shared_expert_glu_interleave_size": _NONE,
 }  # fmt: skip
 _BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "none", None)
-FUNCTION = (*CARRIED, *UNSUPPORTED, *_MIXTURE_UNSUPPORTED, "moe_router_load_balancing_type", "spec")
-"""Every argument that changes what a model computes."""
+# Beside those of the table: what the pattern says again, and what the padded vocabulary is made of.
+REPEATED = ("num_layers", "moe_layer_freq", "vocab_size", "make_vocab_size_divisible_by")
+
+
+def arguments() -> list[Argument]:
+    """All that the table reads from a command line."""
+    return [argument for mapping in TABLE.values() for argument in mapping.arguments]
+
+
+def functional_arguments() -> list[str]:
+    """The name of every argument that changes what a model computes."""
+    carried = [argument.name for argument in arguments()]
+    refused = [name for name in (*UNSUPPORTED, *_MIXTURE_UNSUPPORTED) if name not in carried]
+    return [*carried, *REPEATED, *refused, "moe_router_load_balancing_type", "spec"]
 
 
 def check_supported(args: Namespace) -> None:
@@ -74,8 +259,9 @@ def check_supported(args: Namespace) -> None:
         for kind in balancing if isinstance(balancing, list) else [balancing]:
             if kind not in _BALANCING:
                 raise ConfigError("this router is not supported", got=kind, legal="aux_loss, seq_aux_loss, none")
+    carried = {argument.name for argument in arguments()}
     for name, legal in unsupported.items():
-        value = getattr(args, name, None)
+        value = None if name in carried else getattr(args, name, None)
         if value not in legal and value is not None:
             raise ConfigError(
                 f"--{name.replace('_', '-')} changes what the model computes, and is not supported", got=value,
@@ -84,77 +270,3 @@ def check_supported(args: Namespace) -> None:
     spec = getattr(args, "spec", None)
     if spec and spec[0] != "local" and not str(spec[0]).startswith("megatron.core."):
         raise ConfigError("--spec: layers of your own are not supported", got=" ".join(map(str, spec)), legal="none")
-
-
-def fields_of(args: Namespace) -> dict[str, Any]:
-    """The fields of an `Architecture`, from Megatron's arguments before or after `validate_args`.
-
-    The defaults it fills in are Megatron's own (`options/fields.py`: FFN and head width; `MambaMixer`: number of heads;
-    `vocab_utils.py`: padding of the vocabulary).
-
-    Raises:
-        ConfigError: A required argument is missing or asks for something that `Architecture` cannot say.
-    """
-    if args.hybrid_layer_pattern is None:
-        raise ConfigError("no model given", legal="--hybrid-layer-pattern or --preset")
-    if "/" in args.hybrid_layer_pattern:
-        raise ConfigError("multi-token prediction is not supported", got=args.hybrid_layer_pattern)
-    check_supported(args)
-    for name in ("hidden_size", "num_attention_heads", "max_position_embeddings"):
-        if getattr(args, name) is None:
-            raise ConfigError(f"--{name.replace('_', '-')} is missing", legal="a positive whole number")
-    if args.position_embedding_type == "learned_absolute":
-        raise ConfigError(
-            "--position-embedding-type: learned positions are not supported",
-            got="learned_absolute, Megatron's default", legal="none, rope",
-        )  # fmt: skip
-    hidden, heads = args.hidden_size, args.num_attention_heads
-    if args.kv_channels is None and hidden % heads:
-        raise ConfigError(f"hidden size {hidden} does not divide by {heads} heads", legal="give --kv-channels")
-    ffn = args.ffn_hidden_size or (int((4 * hidden * 2 / 3) / 64) * 64 if args.swiglu else 4 * hidden)
-    return {
-        "pattern": args.hybrid_layer_pattern, "hidden_size": hidden, "padded_vocab_size": _padded_vocab_size(args),
-        "max_position_embeddings": args.max_position_embeddings, "ffn_hidden_size": ffn,
-        "gated_linear_unit": args.swiglu,
-        "activation": "silu" if args.swiglu else "squared_relu" if args.squared_relu else "gelu",
-        "num_attention_heads": heads,
-        "num_query_groups": args.num_query_groups if args.group_query_attention else heads,
-        "kv_channels": args.kv_channels or hidden // heads,
-        "mamba_num_heads": args.mamba_num_heads or max(1, hidden * MAMBA_EXPAND // args.mamba_head_dim),
-        "mamba_head_dim": args.mamba_head_dim, "mamba_state_dim": args.mamba_state_dim,
-        "mamba_num_groups": args.mamba_num_groups, "normalization": args.normalization,
-        "norm_epsilon": args.layernorm_epsilon, "zero_centered_norm": args.layernorm_zero_centered_gamma,
-        "position_embedding_type": args.position_embedding_type, "rotary_base": args.rotary_base,
-        "rotary_percent": args.rotary_percent,
-        "rope_scaling_factor": args.rope_scaling_factor if args.use_rope_scaling else None,
-        "add_bias_linear": args.add_bias_linear, "add_qkv_bias": args.add_qkv_bias,
-        "qk_layernorm": getattr(args, "qk_layernorm", False),
-        "untie_embeddings_and_output_weights": args.untie_embeddings_and_output_weights,
-        "layer_sizes": _parse_layer_sizes(getattr(args, "ext_layer_sizes", None)),
-        **(_mixture_of(args, ffn) if MOE in args.hybrid_layer_pattern else {}),
-    }  # fmt: skip
-
-
-def _mixture_of(args: Namespace, ffn_hidden_size: int) -> dict[str, Any]:
-    """The fields of the mixture of experts."""
-    given = {name: getattr(args, name, None) for name in MIXTURE}
-    given["moe_ffn_hidden_size"] = given["moe_ffn_hidden_size"] or ffn_hidden_size  # as Megatron does
-    return {name: MIXTURE[name] if value is None else value for name, value in given.items()}
-
-
-def _parse_layer_sizes(text: str | None) -> dict[str, tuple[int, ...]]:
-    """The inverse of `Architecture.layer_sizes_text`."""
-    try:
-        entries = [entry.split("=") for entry in (text or "").split()]
-        return {name: tuple(int(size) for size in sizes.split(",")) for name, sizes in entries}
-    except ValueError:
-        raise ConfigError("--ext-layer-sizes", got=text, legal="ffn_hidden_size=96,80,96 mamba_num_heads=8,4") from None
-
-
-def _padded_vocab_size(args: Namespace) -> int:
-    if args.padded_vocab_size is not None:
-        return args.padded_vocab_size
-    if args.vocab_size is None:
-        raise ConfigError("the vocabulary size is not known", legal="--padded-vocab-size or --vocab-size")
-    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
-    return -(-args.vocab_size // multiple) * multiple

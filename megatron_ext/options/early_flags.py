@@ -1,51 +1,76 @@
-"""The flags that go in front of the user's: those of the model, which is read early, and defaults for this machine."""
+"""The flags that are read before all others, and those that go in front of the user's: defaults for this machine."""
 
 import argparse
 import importlib.util
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
 
 from megatron_ext import platform
-from megatron_ext.options.readable import mend
+from megatron_ext.options import readable
+from megatron_ext.options.fields import add_options
 
 VOCAB_MULTIPLE = 128
 
 
-def early_parser() -> argparse.ArgumentParser:
-    """What must be known before Megatron's own parser can be made."""
+# Flags of Megatron's and of every job that must be known before Megatron's own parser can be made: what is loaded, the
+# layout that it is loaded on, and by which kernels.
+_EARLY: dict[str, dict[str, Any]] = {
+    "--preset": {}, "--dry-run": {"action": "store_true"}, "--ext-ssm-backend": {"default": "auto"},
+    "--load": {"type": Path}, "--save": {"type": Path}, "--pretrained-checkpoint": {"type": Path},
+    "--ckpt-step": {"type": int}, "--tokenizer-model": {}, "--tokenizer-type": {}, "--rerun-mode": {},
+    "--tensor-model-parallel-size": {"type": int, "default": 1}, "--context-parallel-size": {"type": int, "default": 1},
+    "--pipeline-model-parallel-size": {"type": int, "default": 1},
+    "--expert-model-parallel-size": {"type": int, "default": 1}, "--expert-tensor-parallel-size": {"type": int},
+    "--make-vocab-size-divisible-by": {"type": int}, "--seq-length": {"type": int},
+    "--micro-batch-size": {"type": int, "default": 1}, "--bf16": {"action": "store_true"},
+    "--fp16": {"action": "store_true"},
+}  # fmt: skip
+
+
+class EarlyArgument(Protocol):
+    """A flag of Megatron's that a parser can learn."""
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Let a parser know it; None where it is not given."""
+        ...
+
+
+def read_early(
+    words: Sequence[str],
+    options: Mapping[str, type] = MappingProxyType({}),
+    arguments: Iterable[EarlyArgument] = (),
+) -> Namespace:
+    """The flags that must be known before Megatron's own parser can be made; all others are left to that.
+
+    Args:
+        words: A command line.
+        options: Dataclasses of flags by their prefix, which are read, too.
+        arguments: Further flags of Megatron's, such as those of the model.
+
+    Raises:
+        ConfigError: One of them has an illegal value.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset")
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--hybrid-layer-pattern")
-    parser.add_argument("--load", type=Path)
-    parser.add_argument("--save", type=Path)
-    parser.add_argument("--pretrained-checkpoint", type=Path)
-    parser.add_argument("--ckpt-step", type=int)
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
-    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
-    parser.add_argument("--context-parallel-size", type=int, default=1)
-    parser.add_argument("--expert-model-parallel-size", type=int, default=1)
-    parser.add_argument("--expert-tensor-parallel-size", type=int)
-    parser.add_argument("--make-vocab-size-divisible-by", type=int)
-    parser.add_argument("--padded-vocab-size", type=int)
-    parser.add_argument("--tokenizer-model")
-    parser.add_argument("--tokenizer-type")
-    parser.add_argument("--ext-ssm-backend", default="auto")
-    parser.add_argument("--seq-length", type=int)
-    parser.add_argument("--micro-batch-size", type=int, default=1)
-    parser.add_argument("--max-position-embeddings", type=int)
-    parser.add_argument("--rotary-base", type=int)
-    parser.add_argument("--use-rope-scaling", action="store_true")
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--fp16", action="store_true")
-    parser.add_argument("--hidden-size", type=int)
-    parser.add_argument("--mamba-num-heads", type=int)
-    parser.add_argument("--mamba-head-dim", type=int, default=64)
-    parser.add_argument("--mamba-state-dim", type=int, default=128)
-    parser.add_argument("--mamba-num-groups", type=int, default=8)
-    mend(parser)
-    return parser
+    for flag, details in _EARLY.items():
+        parser.add_argument(flag, **details)
+    for prefix, dataclass in options.items():
+        add_options(parser, dataclass, prefix)
+    for argument in arguments:
+        argument.add_to(parser)
+    readable.mend(parser)
+    return parser.parse_known_args(equals_form(words))[0]
+
+
+def given_flags(words: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Every flag on a command line, and the value that is in its word or may be the next one."""
+    words = list(words)
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        flag, _, value = word.partition("=")
+        if flag.startswith("--"):
+            yield flag, value or after
 
 
 def equals_form(argv: Sequence[str]) -> list[str]:

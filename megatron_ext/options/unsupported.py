@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 
 from megatron_ext import platform
 from megatron_ext.errors import ConfigError
+from megatron_ext.options.early_flags import given_flags
 
 DOCUMENTS = "attention and Mamba-2 states run over whole rows, across the documents in them"
 VALIDATION = "--eval-iters N; pretrain_hybrid.py --skip-train measures on the whole validation split"
@@ -110,11 +111,7 @@ def check_flags(words: Sequence[str]) -> None:
 def refusal(words: Sequence[str]) -> tuple[str, str, str] | None:
     """The first flag that is refused, why, and what is legal; None if there is none."""
     engine = importlib.util.find_spec("transformer_engine") is not None
-    for number, word in enumerate(words):
-        flag, _, value = word.partition("=")
-        if not flag.startswith("--"):
-            continue
-        value = value or (words[number + 1] if number + 1 < len(words) else "")
+    for flag, value in given_flags(words):
         name = flag[2:]
         for (why, legal), names in REFUSED.items():
             if _matches(name, names):

@@ -122,6 +122,7 @@ def _whole_score(
 ) -> tuple[Callable[[], float], float]:
     """What measures a score, and the whole model's."""
     from megatron_ext.inference.sharded import ShardedModel
+    from megatron_ext.pruning.task_scoring import vocab_size
 
     asked = judge(ShardedModel(chunks, run.architecture, vocab_size(run)))
     score = asked()

@@ -277,7 +277,7 @@ JOB = Job(
     "prune",
     options={"prune": PruneOptions},
     defaults=FORWARD_ONLY,
-    offline=("--prune-scores", "--prune-plan"),
+    offline=("prune_scores", "prune_plan"),
     makes_new=True,
     check=check,
     dry_run=lambda run, request: DryRun(tables=(changes(run, request.target), costs(run))),

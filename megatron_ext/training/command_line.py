@@ -45,8 +45,8 @@ def parse_command_line(job: Job, argv: Sequence[str] | None = None) -> RunConfig
     """
     given = early_flags.equals_form(sys.argv[1:] if argv is None else argv)
     check_flags(given)
-    early, _ = early_flags.early_parser().parse_known_args(given)
     family = job.family
+    early = early_flags.read_early(given, job.options, family.early_arguments())
     begins = find_start(early)
     model_flags, source = family.flags(early, begins)
     if early.dry_run:
@@ -54,13 +54,13 @@ def parse_command_line(job: Job, argv: Sequence[str] | None = None) -> RunConfig
         experts = early.expert_model_parallel_size * (early.expert_tensor_parallel_size or tp)
         layout = early.pipeline_model_parallel_size * lcm(tp * early.context_parallel_size, experts)
         os.environ.setdefault("WORLD_SIZE", str(layout))
-    offline = early.dry_run or any(word.split("=")[0] in job.offline for word in given)
-    if offline and early.tokenizer_type is None and "--padded-vocab-size" in model_flags:
-        words = model_flags[model_flags.index("--padded-vocab-size") + 1]
-        model_flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(int(words) - 1)]
+    model = early_flags.read_early([*model_flags, *given], {}, family.early_arguments())
+    offline = early.dry_run or any(getattr(early, name) is not None for name in job.offline)
+    if offline and early.tokenizer_type is None and (rows := getattr(model, "padded_vocab_size", None)) is not None:
+        model_flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(rows - 1)]
     _single_process()
     # Where nothing is started, no kernels are timed.
-    prepare(early.ext_ssm_backend, None if early.dry_run else family.ssm_shape([*model_flags, *given]))
+    prepare(early.ext_ssm_backend, None if early.dry_run else family.ssm_shape(model))
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import get_tokenizer, set_global_variables
 
@@ -97,7 +97,7 @@ def parse_command_line(job: Job, argv: Sequence[str] | None = None) -> RunConfig
         raise ConfigError("no learning rate given", legal="--lr 3e-4, for instance")
     _check_saving(args)
     if not args.save:  # a rerun ends with a checkpoint of what led to a NaN, and there is no place for one
-        if any(word.partition("=")[0] == "--rerun-mode" for word in given) and args.rerun_mode != "disabled":
+        if early.rerun_mode not in (None, "disabled"):
             raise ConfigError("--rerun-mode saves what led to a NaN", got="no --save", legal="--save DIR, or disabled")
         args.rerun_mode = "disabled"
     if args.save and not early.dry_run:

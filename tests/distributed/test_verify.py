@@ -33,7 +33,7 @@ def verified(hf: Path, megatron: Path, lost: str | None = None) -> str:
     """What `verify` prints, or the error; with a bug in the conversion, which loses a field of each architecture."""
     if lost is not None:
         whole, default = architecture.fields_of, getattr(Architecture, lost)
-        architecture.fields_of = lambda args: whole(args) | {lost: default}
+        architecture.fields_of = lambda args, names: whole(args, names) | {lost: default}
     printed = io.StringIO()
     try:
         if lost is not None:

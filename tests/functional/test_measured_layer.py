@@ -7,7 +7,8 @@ import fork_server
 import pytest
 from workspace import MODEL, ROOT, TRAIN, Workspace
 
-from megatron_ext.families.language_model import layer_shape
+from megatron_ext.families.language_model import LANGUAGE_MODEL
+from megatron_ext.options.early_flags import read_early
 
 # Notes the first layer that is run: heads, groups, tokens, batch, and whether the norm is an operation by itself.
 NOTED = """
@@ -55,7 +56,7 @@ def test_the_layer_that_is_measured_is_the_one_that_runs(
         [script, ROOT / "pretrain_hybrid.py", *words, "--save", tmp_path / "run"], ranks, workspace.path
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    shape = layer_shape(words)
+    shape = LANGUAGE_MODEL.ssm_shape(read_early(words, {}, LANGUAGE_MODEL.early_arguments()))
     assert shape is not None
     measured = [shape.heads, shape.groups, shape.tokens, shape.batch, shape.norm_apart]
     for rank in range(ranks):

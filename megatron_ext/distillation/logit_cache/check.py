@@ -19,21 +19,21 @@ from megatron_ext.training.job import RunConfig
 from megatron_ext.training.run_directory import git_commit, versions
 
 
-def command_line(argv: Sequence[str]) -> list[str]:
+def command_line(argv: Sequence[str], early: argparse.Namespace) -> list[str]:
     """The command line of a distillation; where a cache is written, the teacher's model and no training added to it.
+
+    Args:
+        argv: The command line.
+        early: Its early flags, the job's options among them.
 
     Raises:
         ConfigError: A cache is to be written, and the teacher is missing or the model comes from elsewhere.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    others = ("--load", "--save", "--pretrained-checkpoint", "--preset", "--distill-cache")
-    for flag in ("--distill-teacher", "--distill-cache-write", *others):
-        parser.add_argument(flag)
-    early, _ = parser.parse_known_args(argv)
     if early.distill_cache_write is None:
         return list(argv)
     if early.distill_teacher is None:
         raise ConfigError("--distill-cache-write needs the teacher", legal="--distill-teacher DIR")
+    others = ("--load", "--save", "--pretrained-checkpoint", "--preset", "--distill-cache")
     if given := [flag for flag in others if getattr(early, flag[2:].replace("-", "_")) is not None]:
         raise ConfigError(
             "--distill-cache-write runs the teacher alone, and nothing is trained", got=", ".join(given),

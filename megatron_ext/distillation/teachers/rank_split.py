@@ -6,7 +6,6 @@ The student's ranks are a world of their own to Megatron; so are the teacher's. 
 import argparse
 import os
 import signal
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -42,18 +41,17 @@ class RankSplit:
         return BridgeGroup(group, self.rank, self.size)
 
 
-def split_ranks(argv: Sequence[str]) -> RankSplit | None:
+def split_ranks(early: argparse.Namespace) -> RankSplit | None:
     """Part the ranks if `--distill-teacher-ranks` asks for it: the environment then says what the student's world is.
 
     The teacher's ranks see it so, too, and validate the command line as the student's last rank does.
 
+    Args:
+        early: The early flags, the job's options among them.
+
     Raises:
         ConfigError: No rank would be left for the student.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--distill-teacher-ranks", type=int)
-    parser.add_argument("--dry-run", action="store_true")
-    early, _ = parser.parse_known_args(argv)
     if early.distill_teacher_ranks is None or early.dry_run:
         return None
     size = int(os.environ.get("WORLD_SIZE", "1"))

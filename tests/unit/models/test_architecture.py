@@ -1,13 +1,16 @@
 import json
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 
 import fork_server
 import pytest
 
 from megatron_ext.errors import ConfigError
 from megatron_ext.models.architecture import Architecture
+from megatron_ext.models.argument_mappings import Argument, Renamed
+from megatron_ext.models.megatron_args import TABLE, arguments
 from megatron_ext.models.presets import PRESETS
+from megatron_ext.options.early_flags import read_early
 
 TINY = PRESETS["tiny-hybrid"].architecture
 EXPERTS = replace(
@@ -17,57 +20,13 @@ EXPERTS = replace(
 )  # fmt: skip
 
 # Megatron's own defaults of the arguments that are read (options/fields.py of megatron-core 0.19.2)
-MEGATRON = {
-    "hybrid_layer_pattern": None,
-    "hidden_size": None,
-    "ffn_hidden_size": None,
-    "num_attention_heads": None,
-    "num_query_groups": 1,
-    "group_query_attention": False,
-    "kv_channels": None,
-    "max_position_embeddings": None,
-    "mamba_num_heads": None,
-    "mamba_head_dim": 64,
-    "mamba_state_dim": 128,
-    "mamba_num_groups": 8,
-    "swiglu": False,
-    "squared_relu": False,
-    "quick_geglu": False,
-    "normalization": "LayerNorm",
-    "layernorm_epsilon": 1e-5,
-    "layernorm_zero_centered_gamma": False,
-    "position_embedding_type": "learned_absolute",
-    "rotary_base": 10000,
-    "rotary_percent": 1.0,
-    "use_rope_scaling": False,
-    "rope_scaling_factor": 8.0,
-    "add_bias_linear": True,
-    "add_qkv_bias": False,
-    "qk_layernorm": False,
-    "untie_embeddings_and_output_weights": False,
-    "padded_vocab_size": None,
-    "vocab_size": None,
-    "make_vocab_size_divisible_by": 128,
-    "tensor_model_parallel_size": 1,
-    "num_experts": None,
-    "moe_ffn_hidden_size": None,
-    "moe_shared_expert_intermediate_size": None,
-    "moe_router_topk": 2,
-    "moe_router_score_function": "softmax",
-    "moe_router_pre_softmax": False,
-    "moe_router_topk_scaling_factor": None,
-    "moe_router_enable_expert_bias": False,
-    "moe_router_load_balancing_type": "aux_loss",
-    "moe_latent_size": None,
-    "moe_shared_expert_gate": False,
-    "moe_router_num_groups": None,
-    "moe_router_group_topk": None,
-    "moe_expert_capacity_factor": None,
-    "moe_input_jitter_eps": None,
-    "moe_apply_probs_on_input": False,
-    "moe_mlp_glu_interleave_size": None,
+MEGATRON = {argument.name: argument.default for argument in arguments() if argument.name != "ext_layer_sizes"} | {
+    "quick_geglu": False, "vocab_size": None, "make_vocab_size_divisible_by": 128, "tensor_model_parallel_size": 1,
+    "moe_router_load_balancing_type": "aux_loss", "moe_latent_size": None, "moe_shared_expert_gate": False,
+    "moe_router_num_groups": None, "moe_router_group_topk": None, "moe_expert_capacity_factor": None,
+    "moe_input_jitter_eps": None, "moe_apply_probs_on_input": False, "moe_mlp_glu_interleave_size": None,
     "moe_shared_expert_glu_interleave_size": None,
-}
+}  # fmt: skip
 # flag -> (destination, type); store_true and store_false have a value instead of a type
 FLAGS = {
     "--apply-layernorm-1p": ("layernorm_zero_centered_gamma", True),
@@ -197,6 +156,52 @@ def test_what_cannot_be_is_refused(change):
         replace(TINY, **change)
 
 
+def test_the_names_of_earlier_versions_are_read():
+    """Whose `vocab_size` was the padded one; plans, scores and results of theirs have it."""
+    values = TINY.to_dict()
+    assert "vocab_size" not in values
+    values["vocab_size"] = values.pop("padded_vocab_size")
+    assert Architecture.from_dict(values) == TINY
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gated(Architecture):
+    """A model with a field more."""
+
+    output_gate: bool = False
+    gate_size: int = 0
+
+
+def test_a_field_of_another_package_is_one_row_of_the_table(monkeypatch):
+    """Which Megatron's arguments, flags and older checkpoints follow, and what is refused."""
+    monkeypatch.setitem(TABLE, "output_gate", Renamed(Argument("attention_output_gate", False)))
+    monkeypatch.setitem(TABLE, "gate_size", Renamed(Argument("gate_hidden_size", 7)))
+    gated = Gated(**TINY.to_dict(), output_gate=True, gate_size=5)
+    flags = gated.to_flags()
+    assert [word for word in flags if "gate" in word] == ["--attention-output-gate", "--gate-hidden-size=5"]
+    assert Gated.from_args(Namespace(**MEGATRON | gated.to_args())) == gated
+    assert Gated.from_args(read_early(flags, {}, arguments())) == gated
+    assert Gated.from_dict(json.loads(json.dumps(gated.to_dict()))) == gated
+    assert Gated.from_args(Namespace(**MEGATRON | TINY.to_args())) == replace(gated, output_gate=False, gate_size=7)
+    args = Namespace(**MEGATRON | gated.to_args())
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="--attention-output-gate changes"):
+        Architecture.from_args(args)
+
+
+def test_every_field_has_a_row():
+    assert set(TABLE) == {field.name for field in fields(Architecture)}
+    names = [argument.name for argument in arguments()]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "experts"])
+def test_our_own_parser_reads_the_flags_too(name):
+    """Which knows a model before Megatron's can be made."""
+    arch = EXPERTS if name == "experts" else PRESETS[name].architecture
+    assert Architecture.from_args(read_early(arch.to_flags(), {}, arguments())) == arch
+
+
 def test_from_dict_names_the_nearest_field():
     with pytest.raises(ConfigError, match="did you mean 'hidden_size'"):
         Architecture.from_dict(TINY.to_dict() | {"hiden_size": 1})
@@ -223,7 +228,7 @@ def test_sizes_may_differ_from_layer_to_layer():
 
 
 def test_uneven_sizes_survive_flags_arguments_and_json():
-    args = {"ext_layer_sizes": UNEVEN.to_flags()[-1]}
+    args = {"ext_layer_sizes": UNEVEN.to_flags()[-1].removeprefix("--ext-layer-sizes=")}
     assert Architecture.from_args(Namespace(**MEGATRON | TINY.to_args() | args)) == UNEVEN
     assert Architecture.from_args(Namespace(**MEGATRON | UNEVEN.to_args())) == UNEVEN
     assert Architecture.from_dict(json.loads(json.dumps(UNEVEN.to_dict()))) == UNEVEN

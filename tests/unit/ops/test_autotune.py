@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_ext import platform
-from megatron_ext.families.language_model import layer_shape
+from megatron_ext.families.language_model import LANGUAGE_MODEL
 from megatron_ext.models import bootstrap
 from megatron_ext.ops import autotune, dispatch, mamba_ssm_api
 from megatron_ext.ops.autotune import REPEATS, WARM_UP, Shape, choose
@@ -19,6 +19,7 @@ from megatron_ext.ops.gated_norm import naive as norm_naive
 from megatron_ext.ops.gated_norm import triton as triton_norm
 from megatron_ext.ops.mamba_mixer import naive
 from megatron_ext.ops.mamba_mixer import triton as triton_mixer
+from megatron_ext.options.early_flags import read_early
 from megatron_ext.platform import state_space
 
 
@@ -134,6 +135,10 @@ def test_only_where_both_can_run(
     for module, name in ((platform, "device_type"), (state_space, "available"), (dispatch, "triton_runs")):
         monkeypatch.setattr(module, name, lambda answer=answers[name]: answer)
     assert bootstrap._has_choice(shape) == expected
+
+
+def layer_shape(words: list[str]) -> Shape | None:
+    return LANGUAGE_MODEL.ssm_shape(read_early(words, {}, LANGUAGE_MODEL.early_arguments()))
 
 
 def test_the_shape_is_what_a_rank_runs() -> None:

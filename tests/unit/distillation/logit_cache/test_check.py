@@ -16,6 +16,12 @@ from megatron_ext.distillation.options import DistillOptions, source_of
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.lm_head.divergences import TopK
 from megatron_ext.lm_head.objective import Objective
+from megatron_ext.options.early_flags import read_early
+
+
+def line(words: list[str]) -> list[str]:
+    return command_line(words, read_early(words, {"distill": DistillOptions}))
+
 
 WRITE = ["--distill-teacher", "t", "--distill-cache-write", "c"]
 MANIFEST = Manifest(7, "float16", 2.0, 64, 512, "fingerprint", "float32", [False, False], seed=1)
@@ -23,8 +29,8 @@ MANIFEST = Manifest(7, "float16", 2.0, 64, 512, "fingerprint", "float32", [False
 
 def test_writing_takes_the_model_from_the_teacher(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert command_line(["--lr", "1"]) == ["--lr", "1"]
-    assert command_line(WRITE) == [*WRITE, "--preset", str(tmp_path / "t"), "--skip-train"]
+    assert line(["--lr", "1"]) == ["--lr", "1"]
+    assert line(WRITE) == [*WRITE, "--preset", str(tmp_path / "t"), "--skip-train"]
 
 
 @pytest.mark.parametrize(
@@ -37,7 +43,7 @@ def test_writing_takes_the_model_from_the_teacher(tmp_path, monkeypatch):
 )
 def test_writing_does_nothing_else(argv, message):
     with pytest.raises(ConfigError, match=message):
-        command_line(argv)
+        line(argv)
 
 
 def test_a_cache_decides_the_defaults(tmp_path):
