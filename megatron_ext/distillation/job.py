@@ -109,7 +109,7 @@ def distill(run: RunConfig, source: Teacher | Cache, apart: RankSplit | None = N
     from megatron_ext.data import packing
     from megatron_ext.distillation.setup import Setup
     from megatron_ext.distillation.teachers.correction import correct, corrected_first
-    from megatron_ext.platform.loop import before_saving, before_schedule, pipeline_widths
+    from megatron_ext.platform.megatron_patches import before_saving, before_schedule, pipeline_widths
     from megatron_ext.training import loop
     from megatron_ext.training.step import language_modelling
 

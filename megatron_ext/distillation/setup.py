@@ -147,7 +147,7 @@ class Setup:
         return self._route.width(stage - 1, dtype) if stage else 0, self._route.width(stage, dtype)
 
     def before_schedule(self, data: Any, micro_batches: int, micro_batch_size: int) -> Any:
-        """Let a teacher on another layout run ahead (see `platform.loop.before_schedule`)."""
+        """Let a teacher on another layout run ahead (see `platform.megatron_patches.before_schedule`)."""
         assert self._elsewhere is not None
         return self._elsewhere.before_schedule(data, micro_batches, micro_batch_size)
 

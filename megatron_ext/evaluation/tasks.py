@@ -70,7 +70,7 @@ class Tasks:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         manager = self._manager()
         try:
-            with _first_rank_speaks():
+            with _first_rank_prints():
                 loaded = manager.load(list(self.names))
         except Exception as error:  # whatever a task's own code or a download raises
             raise DataError(f"the harness cannot load the tasks: {error!r}", got=" ".join(self.names)) from error
@@ -135,7 +135,7 @@ class Tasks:
             numpy.random.seed(SEED)
             lm.begin(name)
             chat = self.chat or Chat(multiturn=False)
-            with _first_rank_speaks():
+            with _first_rank_prints():
                 found: Any = evaluate(
                     lm, {"tasks": {name: task}, "groups": {}, "group_map": {}}, limit=self.limit,
                     bootstrap_iters=BOOTSTRAP, log_samples=samples, apply_chat_template=self.chat is not None,
@@ -153,14 +153,14 @@ class Tasks:
 
 
 @contextlib.contextmanager
-def _first_rank_speaks() -> Iterator[None]:
+def _first_rank_prints() -> Iterator[None]:
     """Without the progress bars that the harness would show on each rank, a world of its own.
 
     Standard output belongs to what is measured.
     """
-    speaks = int(os.environ.get("RANK", "0")) == 0
+    is_first = int(os.environ.get("RANK", "0")) == 0
     with contextlib.ExitStack() as stack:
-        if not speaks:
+        if not is_first:
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         yield

@@ -44,15 +44,15 @@ def generate(
     """
     _check(model, requests)
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-    speaks = model.is_output_rank
+    is_output_rank = model.is_output_rank
     if mpu.get_expert_model_parallel_world_size() > 1:
         # Ranks that share experts go through the layers together, token by token: they all work on the same.
-        speaks, rank, size = speaks and rank == 0, 0, 1
+        is_output_rank, rank, size = is_output_rank and rank == 0, 0, 1
     batches = plan(requests, batch_size)
     for first in range(0, len(batches), size):
         wave = batches[first : first + size]
         done = _continue(model, requests, wave[rank], sampling) if rank < len(wave) else {}
-        parts, asked = exchange(done if speaks else {})
+        parts, asked = exchange(done if is_output_rank else {})
         for part in parts:
             yield from part.items()
         if asked and first + size < len(batches):

@@ -45,12 +45,12 @@ class Divergence(NamedTuple):
 
     Attributes:
         value: The divergence.
-        slope: Its gradient with respect to the student's logits.
+        grad: Its gradient with respect to the student's logits.
         finite: Whether the teacher's logits were finite.
     """
 
     value: Float[Tensor, " n"]
-    slope: Float[Tensor, "n t"] | None
+    grad: Float[Tensor, "n t"] | None
     finite: Tensor
 
 
@@ -91,16 +91,16 @@ def softmax(
 def forward_kl(student: Distribution, teacher: Distribution, vocabulary: VocabParallel, gradient: bool) -> Divergence:
     """KL(teacher || student) = sum q (log q - log p); gradient p - q."""
     (value,) = vocabulary.sum(_dot(teacher.probability, teacher.log - student.log))
-    slope = student.probability - teacher.probability if gradient else None
-    return Divergence(value, slope, teacher.log_sum.isfinite())
+    grad = student.probability - teacher.probability if gradient else None
+    return Divergence(value, grad, teacher.log_sum.isfinite())
 
 
 def reverse_kl(student: Distribution, teacher: Distribution, vocabulary: VocabParallel, gradient: bool) -> Divergence:
     """KL(student || teacher) = sum p (log p - log q); gradient p (log p - log q - KL)."""
     difference = student.log - teacher.log
     (value,) = vocabulary.sum(_dot(student.probability, difference))
-    slope = difference.sub_(value.unsqueeze(-1)).mul_(student.probability) if gradient else None
-    return Divergence(value, slope, teacher.log_sum.isfinite())
+    grad = difference.sub_(value.unsqueeze(-1)).mul_(student.probability) if gradient else None
+    return Divergence(value, grad, teacher.log_sum.isfinite())
 
 
 def jensen_shannon(
@@ -115,10 +115,10 @@ def jensen_shannon(
     of_teacher = _dot(teacher.probability, teacher.log - log_m)
     difference = torch.sub(student.log, log_m, out=log_m)
     q_to_m, p_to_m = vocabulary.sum(of_teacher, _dot(student.probability, difference))
-    slope = None
+    grad = None
     if gradient:
-        slope = difference.sub_(p_to_m.unsqueeze(-1)).mul_(student.probability).mul_(1 - beta)
-    return Divergence(beta * q_to_m + (1 - beta) * p_to_m, slope, teacher.log_sum.isfinite())
+        grad = difference.sub_(p_to_m.unsqueeze(-1)).mul_(student.probability).mul_(1 - beta)
+    return Divergence(beta * q_to_m + (1 - beta) * p_to_m, grad, teacher.log_sum.isfinite())
 
 
 def squared_error(
@@ -127,8 +127,8 @@ def squared_error(
     """Mean squared difference of the logits over the vocabulary; gradient 2 (student - teacher) / tokens."""
     difference = student - teacher
     value, total = vocabulary.sum(_dot(difference, difference), teacher.sum(-1))
-    slope = difference.mul_(2 / vocabulary.vocab_size) if gradient else None
-    return Divergence(value / vocabulary.vocab_size, slope, total.isfinite())
+    grad = difference.mul_(2 / vocabulary.vocab_size) if gradient else None
+    return Divergence(value / vocabulary.vocab_size, grad, total.isfinite())
 
 
 def cosine(
@@ -139,10 +139,10 @@ def cosine(
     norm = ss.clamp(min=TINY).sqrt()
     product = norm * tt.clamp(min=TINY).sqrt()
     cos = st / product
-    slope = None
+    grad = None
     if gradient:
-        slope = student * (cos / norm**2).unsqueeze(-1) - teacher / product.unsqueeze(-1)
-    return Divergence(1 - cos, slope, tt.isfinite())
+        grad = student * (cos / norm**2).unsqueeze(-1) - teacher / product.unsqueeze(-1)
+    return Divergence(1 - cos, grad, tt.isfinite())
 
 
 def top_k(teacher: Distribution, vocabulary: VocabParallel, k: int) -> TopK:
@@ -175,8 +175,8 @@ def top_k_kl(
         value = _dot(log_q.exp(), log_q - log_p)
         if not gradient:
             return Divergence(value, None, finite)
-        slope = torch.zeros_like(student.log)
-        return Divergence(value, _scatter(slope, column, here, log_p.exp() - log_q.exp()), finite)
+        grad = torch.zeros_like(student.log)
+        return Divergence(value, _scatter(grad, column, here, log_p.exp() - log_q.exp()), finite)
     rest_q = teacher.log_rest.exp()
     rest_p = _rest(student.probability, teacher.index, vocabulary)
     log_rest_p = rest_p.clamp(min=TINY).log()
@@ -190,10 +190,10 @@ def top_k_kl(
     if not gradient:
         return Divergence(value, None, finite)
     outside = 1 - rest_q / rest_p.clamp(min=TINY)
-    slope = student.probability.mul_(outside.unsqueeze(-1))  # zero on the entries: `_rest` put it there
+    grad = student.probability.mul_(outside.unsqueeze(-1))  # zero on the entries: `_rest` put it there
     if shares is not None:
-        slope[small] = shares.mul_(-rest_q[small].unsqueeze(-1))
-    return Divergence(value, _scatter(slope, column, here, log_p.exp() - teacher.log_q.exp()), finite)
+        grad[small] = shares.mul_(-rest_q[small].unsqueeze(-1))
+    return Divergence(value, _scatter(grad, column, here, log_p.exp() - teacher.log_q.exp()), finite)
 
 
 DISTRIBUTIONS: dict[str, Callable[..., Divergence]] = {
@@ -244,5 +244,5 @@ def _small_rest(
     return top + total.log(), shares.div_(total.unsqueeze(-1))
 
 
-def _scatter(slope: Tensor, column: Tensor, here: Tensor, values: Tensor) -> Tensor:
-    return slope.scatter_add_(-1, column, torch.where(here, values, 0)) if slope.shape[-1] else slope
+def _scatter(grad: Tensor, column: Tensor, here: Tensor, values: Tensor) -> Tensor:
+    return grad.scatter_add_(-1, column, torch.where(here, values, 0)) if grad.shape[-1] else grad

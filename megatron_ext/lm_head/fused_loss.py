@@ -143,16 +143,16 @@ def _tokens_at_a_time(n: int, bytes_per_token: int, device: torch.device) -> int
     return most // tile * tile or even
 
 
-def _add_product(total: Float[Tensor, "v h"], slope: Float[Tensor, "n v"], hidden: Float[Tensor, "n h"]) -> None:
-    """`total += slope.T @ hidden`, products in fp32 whatever their type, and without another tensor of its size."""
-    if total.dtype == slope.dtype:
-        total.addmm_(slope.T, hidden)
-    elif slope.device.type == "cuda" and total.dtype == torch.float32:
-        torch.addmm(total, slope.T, hidden, out_dtype=torch.float32, out=total)
+def _add_product(total: Float[Tensor, "v h"], grad: Float[Tensor, "n v"], hidden: Float[Tensor, "n h"]) -> None:
+    """`total += grad.T @ hidden`, products in fp32 whatever their type, and without another tensor of its size."""
+    if total.dtype == grad.dtype:
+        total.addmm_(grad.T, hidden)
+    elif grad.device.type == "cuda" and total.dtype == torch.float32:
+        torch.addmm(total, grad.T, hidden, out_dtype=torch.float32, out=total)
     else:  # a CPU has no product of 16-bit numbers in fp32
         exact, step = hidden.float(), max(1, 2**21 // hidden.shape[1])
-        for start in range(0, slope.shape[1], step):
-            total[start : start + step] += slope[:, start : start + step].T.float() @ exact
+        for start in range(0, grad.shape[1], step):
+            total[start : start + step] += grad[:, start : start + step].T.float() @ exact
 
 
 def _is_added(weight: Tensor) -> Tensor:

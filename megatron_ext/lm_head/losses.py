@@ -137,11 +137,11 @@ def loss_in_torch(
     for start in range(0, n, step):
         rows = slice(start, start + step)
         part = target[rows].float() if isinstance(target, Tensor) else target and target[rows]
-        kd, ce, finite, slope = _slice(
+        kd, ce, finite, grad = _slice(
             logits[rows].to(torch.float32, copy=True), part, labels[rows], objective, vocabulary, gradient
         )
-        if slope is not None:
-            logits[rows] = slope.mul_(mask[rows].unsqueeze(-1))
+        if grad is not None:
+            logits[rows] = grad.mul_(mask[rows].unsqueeze(-1))
         parts.append((kd, ce, finite))
     kd, ce, finite = (torch.cat(column) for column in zip(*parts, strict=True))
     return kd, ce, finite
@@ -162,9 +162,9 @@ def _slice(
     (at_label,) = vocabulary.sum(torch.where(here, logits.gather(-1, column).squeeze(-1), 0))
     if target is None:  # cross entropy alone
         (whole,) = softmax(vocabulary, logits)
-        slope = whole.probability.scatter_add_(-1, column, -here.unsqueeze(-1).float()) if gradient else None
+        grad = whole.probability.scatter_add_(-1, column, -here.unsqueeze(-1).float()) if gradient else None
         ce = whole.log_sum - at_label
-        return torch.zeros_like(ce), ce, torch.ones_like(ce, dtype=torch.bool), slope
+        return torch.zeros_like(ce), ce, torch.ones_like(ce, dtype=torch.bool), grad
     # At temperature 1 the cross entropy needs no sum of its own, but for that of the padding.
     shared = temperature == 1 and not objective.of_logits
     whole = softmax(vocabulary, logits.clone())[0] if not shared else None
@@ -175,22 +175,22 @@ def _slice(
         log_sum = torch.logaddexp(log_sum, _log_sum_exp(padding, vocabulary))
     scale = 1.0 if objective.of_logits else temperature
     value, ce = scale**2 * kd.value, log_sum - at_label
-    if kd.slope is None:
+    if kd.grad is None:
         return value, ce, kd.finite, None
     if not objective.ce_weight:
         logits[:, unpadded:] = 0
-        torch.mul(kd.slope, objective.kd_weight * scale, out=logits[:, :unpadded])
+        torch.mul(kd.grad, objective.kd_weight * scale, out=logits[:, :unpadded])
         return value, ce, kd.finite, logits
     if whole is not None:
-        slope = whole.probability
+        grad = whole.probability
     else:
-        slope = logits
-        slope[:, :unpadded].add_((student.log_sum - log_sum).unsqueeze(-1)).exp_()
+        grad = logits
+        grad[:, :unpadded].add_((student.log_sum - log_sum).unsqueeze(-1)).exp_()
         if padding is not None:
-            slope[:, unpadded:] = padding.sub_(log_sum.unsqueeze(-1)).exp_()
-    slope.mul_(objective.ce_weight).scatter_add_(-1, column, here.unsqueeze(-1) * -objective.ce_weight)
-    slope[:, :unpadded].add_(kd.slope, alpha=objective.kd_weight * scale)
-    return value, ce, kd.finite, slope
+            grad[:, unpadded:] = padding.sub_(log_sum.unsqueeze(-1)).exp_()
+    grad.mul_(objective.ce_weight).scatter_add_(-1, column, here.unsqueeze(-1) * -objective.ce_weight)
+    grad[:, :unpadded].add_(kd.grad, alpha=objective.kd_weight * scale)
+    return value, ce, kd.finite, grad
 
 
 def _diverge(

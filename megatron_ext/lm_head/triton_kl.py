@@ -146,9 +146,9 @@ def _gradient(
     kd_scale, ce_scale,
     COLUMNS: tl.constexpr, TOKENS: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`mask (kd_scale slope + ce_scale (softmax(z) - onehot))` in the place of z, one block of one token per program.
+    """`mask (kd_scale grad + ce_scale (softmax(z) - onehot))` in the place of z, one block of one token per program.
 
-    The slope is p - q, or p ((z - y) / T - log_p + log_q - KL) if `REVERSE`, and nothing for padding.
+    The gradient is p - q, or p ((z - y) / T - log_p + log_q - KL) if `REVERSE`, and nothing for padding.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -162,11 +162,11 @@ def _gradient(
     z, y = whole * inverse_temperature, y * inverse_temperature
     p = tl.exp(z - log_p)
     if REVERSE:
-        slope = tl.where(p > 0, p * (z - y - (log_p - log_q) - tl.load(divergence + row)), 0.0)
+        grad = tl.where(p > 0, p * (z - y - (log_p - log_q) - tl.load(divergence + row)), 0.0)
     else:
-        slope = p - tl.exp(y - log_q)
-    slope = tl.where(token, slope * kd_scale, 0.0)
+        grad = p - tl.exp(y - log_q)
+    grad = tl.where(token, grad * kd_scale, 0.0)
     if ce_scale != 0:
         probability = tl.exp(whole - tl.load(statistics + 3 * count + row))
-        slope += ce_scale * (probability - tl.where(column == tl.load(labels + row), 1.0, 0.0))
-    tl.store(student, tl.where(weight != 0, weight * slope, 0.0).to(student.dtype.element_ty), mask=inside)
+        grad += ce_scale * (probability - tl.where(column == tl.load(labels + row), 1.0, 0.0))
+    tl.store(student, tl.where(weight != 0, weight * grad, 0.0).to(student.dtype.element_ty), mask=inside)

@@ -60,7 +60,7 @@ def read_early(
         add_options(parser, dataclass, prefix)
     for argument in arguments:
         argument.add_to(parser)
-    readable.mend(parser)
+    readable.patch_parser(parser)
     return parser.parse_known_args(equals_form(words))[0]
 
 

@@ -33,7 +33,7 @@ MUST = Mood("is needed", "must not be given", "must be")
 IS = Mood("is given", "is not given", "is")
 
 
-def mend(parser: argparse.ArgumentParser) -> None:
+def patch_parser(parser: argparse.ArgumentParser) -> None:
     """Refuse wrong flags in a few lines instead of Megatron's 600 of usage, and make its `--help` work."""
     restrict(parser)
     names = [name for action in parser._actions for name in action.option_strings]

@@ -2,8 +2,8 @@
 
 On a CPU, torch looks like a machine with one GPU per rank (`torch_cuda`, `tensors`, `gloo`). Where Transformer Engine,
 Apex or mamba-ssm are not installed, plain torch stands under their names (`transformer_engine`, `fused_adam`,
-`state_space`). On a GPU with all of them installed only faults of megatron-core are mended (`wheel`, `mamba_decode`,
-`attention_cache`), and what a checkpoint's pickles may do is restricted (`loading`).
+`state_space`). On a GPU with all of them installed only faults of megatron-core are mended (`megatron_patches`,
+`mamba_decode`, `attention_cache`), and what a checkpoint's pickles may do is restricted (`loading`).
 `replacements.table()` lists what is replaced and why.
 
 `device` says which of the two it is. Doors into Megatron's own code: `loop`, `resuming`, `write_results`,
@@ -57,8 +57,8 @@ def install(kernels: state_space.Kernels, always: bool = False) -> None:
         loading,
         mamba_decode,
         mamba_training,
+        megatron_patches,
         transformer_engine,
-        wheel,
     )
 
     ours = always or on_cpu or not state_space.available()
@@ -67,7 +67,7 @@ def install(kernels: state_space.Kernels, always: bool = False) -> None:
         mamba_training.install(kernels)
     mamba_decode.install(kernels if ours else None)
     attention_cache.install()
-    wheel.install()
+    megatron_patches.install()
     loading.install()
     transformer_engine.install()
     fused_adam.install()

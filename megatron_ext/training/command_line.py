@@ -80,7 +80,7 @@ def parse_command_line(job: Job, argv: Sequence[str] | None = None) -> RunConfig
         family.add_flags(parser)
         for prefix, options in job.options.items():
             add_options(parser, options, prefix)
-        readable.mend(parser)
+        readable.patch_parser(parser)
         parsers.append(parser)
         return parser
 

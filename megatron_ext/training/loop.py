@@ -10,8 +10,13 @@ from typing import TYPE_CHECKING, Any
 from megatron_ext.checkpoint import checksums, layout
 from megatron_ext.errors import ConfigError
 from megatron_ext.platform.bucket_padding import leave_out_padding
-from megatron_ext.platform.loop import around_saves, before_saving, divert_scalars, keep_random_state
-from megatron_ext.platform.write_results import keep_write_results
+from megatron_ext.platform.megatron_patches import (
+    around_saves,
+    before_saving,
+    divert_scalars,
+    keep_random_state,
+    keep_write_results,
+)
 from megatron_ext.reports import metrics_file, training_plot
 from megatron_ext.reports.metrics_log import MetricsLog
 from megatron_ext.training import signals

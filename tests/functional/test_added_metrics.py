@@ -30,7 +30,7 @@ from megatron_ext.cli import main
 from megatron_ext.lm_head import divergences
 def half_kl(student, teacher, vocabulary, gradient):
     whole = divergences.forward_kl(student, teacher, vocabulary, gradient)
-    return whole._replace(value=whole.value / 2, slope=None if whole.slope is None else whole.slope / 2)
+    return whole._replace(value=whole.value / 2, grad=None if whole.grad is None else whole.grad / 2)
 divergences.DISTRIBUTIONS["half-kl"] = half_kl
 sys.exit(main(["distill", *sys.argv[1:]]))
 """

@@ -77,7 +77,7 @@ class RemoteForward:
         self.queue: deque[Float[Tensor, "s b w"]] = deque()
 
     def before_schedule(self, data: Any, micro_batches: int, micro_batch_size: int) -> Any:
-        """Let the teacher run all micro-batches of a step; on every rank (see `platform.loop.before_schedule`)."""
+        """Let the teacher run all micro-batches of a step; on every rank (`megatron_patches.before_schedule`)."""
         iterators = data if isinstance(data, list) else [data]
         ahead = [next(iterators[0]) for _ in range(micro_batches)] if self._reads else []
         if self._apart:

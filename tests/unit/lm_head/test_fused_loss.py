@@ -75,10 +75,10 @@ def test_nothing_of_the_weights_size_is_held() -> None:
 @pytest.mark.gpu
 def test_products_of_16_bits_are_added_in_fp32_on_a_gpu() -> None:
     generator = torch.Generator().manual_seed(1)
-    slope, hidden = (torch.randn(96, n, generator=generator).bfloat16() for n in (64, 32))
+    grad, hidden = (torch.randn(96, n, generator=generator).bfloat16() for n in (64, 32))
     total = torch.ones(64, 32, device="cuda")
-    fused_loss._add_product(total, slope.cuda(), hidden.cuda())
-    torch.testing.assert_close(total.cpu().double(), 1 + slope.double().T @ hidden.double(), rtol=1e-5, atol=1e-4)
+    fused_loss._add_product(total, grad.cuda(), hidden.cuda())
+    torch.testing.assert_close(total.cpu().double(), 1 + grad.double().T @ hidden.double(), rtol=1e-5, atol=1e-4)
 
 
 def test_chunks_are_of_whole_tiles_and_cover_all_tokens() -> None:

@@ -173,8 +173,8 @@ def test_half_precision_rounds_the_logits_and_nothing_else(name: str, dtype: tor
     torch.testing.assert_close(got.kd.double(), kd, rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(got.ce.double(), ce, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got.total.double(), total, rtol=1e-5, atol=0)
-    slope, hidden, weight = logits.grad.flatten(0, 1), *(x.detach().double() for x in half[0])  # type: ignore[union-attr]
-    for ours, theirs in zip(own, (slope @ weight, slope.T @ hidden.flatten(0, 1)), strict=True):
+    grad, hidden, weight = logits.grad.flatten(0, 1), *(x.detach().double() for x in half[0])  # type: ignore[union-attr]
+    for ours, theirs in zip(own, (grad @ weight, grad.T @ hidden.flatten(0, 1)), strict=True):
         error = (ours.grad.double() - theirs.view_as(ours)).norm() / theirs.norm()
         assert error < 0.005
 

@@ -1,5 +1,10 @@
-"""The places of Megatron's loop that have no door: its saves, its micro-batches, its data, and what it measures."""
+"""Places of Megatron's that have no door: around its saves, its micro-batches, its data and its scalars.
 
+A feature that needs one opens it; `install` alone is for all.
+"""
+
+import importlib
+import queue
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,6 +15,32 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ext.errors import CheckpointError
 from megatron_ext.platform.replacements import replace
+
+
+def install() -> None:
+    """Skip the compilation of index helpers that the megatron-core wheel ships compiled, and without a Makefile.
+
+    `megatron.training` calls `make` unconditionally and exits when it fails, on every platform.
+    """
+    import megatron.core.datasets.utils as datasets
+
+    importlib.import_module("megatron.core.datasets.helpers_cpp")  # fail here, loudly, if the helpers are absent
+
+    replace(datasets, "compile_helpers", lambda: None, "the wheel ships helpers_cpp.so and no Makefile (everywhere)")
+
+
+def keep_write_results() -> None:
+    """Let saves of this process, which must not be asynchronous, note here what they have written.
+
+    Megatron notes it, until the checkpoint's index is written, in a process of its own, which imports torch and
+    Megatron again: some seconds at the first save, and several hundred MB from then on, on each rank. Only
+    `--async-save`, where another process writes, needs that.
+    """
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as writer
+
+    reason = "a save in this process needs no other process to note what it wrote (everywhere, unless --async-save)"
+    if not isinstance(writer._results_queue, queue.Queue):
+        replace(writer, "_results_queue", queue.Queue(), reason)
 
 
 def before_saving(action: Callable[[int], None]) -> None:

@@ -5,7 +5,7 @@ import queue
 from megatron.core.dist_checkpointing.strategies import filesystem_async as writer
 from megatron_ext import platform
 from megatron_ext.platform import replacements
-from megatron_ext.platform.write_results import keep_write_results
+from megatron_ext.platform.megatron_patches import keep_write_results
 
 before = writer._results_queue
 keep_write_results()
