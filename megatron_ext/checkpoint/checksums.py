@@ -69,7 +69,7 @@ class Checksums:
             if content["algorithm"] != ALGORITHM or content.pop("checksum") != _hash(content):
                 raise ValueError("its own checksum is that of other content")
             files = {
-                str(name): {int(first): (int(length), str(told)) for first, length, told in parts}
+                str(name): {int(first): (int(length), str(written)) for first, length, written in parts}
                 for name, parts in content["files"].items()
             }
         except FileNotFoundError:
@@ -82,7 +82,7 @@ class Checksums:
 
     def write(self) -> None:
         """Put them into the directory, atomically."""
-        files = {name: [[first, *told] for first, told in sorted(parts.items())] for name, parts in self.files.items()}
+        files = {name: [[first, *part] for first, part in sorted(parts.items())] for name, parts in self.files.items()}
         content: dict[str, Any] = {"algorithm": ALGORITHM, "files": files}
         with atomic_write(self.directory / FILE) as temporary:
             temporary.write_text(json.dumps(content | {"checksum": _hash(content)}) + "\n", encoding="utf-8")
@@ -94,7 +94,7 @@ class Checksums:
             CheckpointError: It is damaged, or of another save.
         """
         path = inside(self.directory, name)
-        length, _ = self._told(name, offset)
+        length, _ = self._written(name, offset)
         try:
             found = checksum(path, offset, length)
         except (OSError, EOFError):
@@ -103,17 +103,17 @@ class Checksums:
 
     def compare(self, name: str, offset: int, found: str) -> str:
         """Compare the checksum of a part of a file that was read, and give it; see `check`."""
-        length, told = self._told(name, offset)
-        if told is None or found != told:
+        length, written = self._written(name, offset)
+        if written is None or found != written:
             raise CheckpointError(
                 f"the checkpoint is damaged: {name} is not what was written",
                 got=f"bytes {offset:,} to {offset + length:,} of {inside(self.directory, name)}",
                 legal="a copy of that file, or an older step by its own path (--ckpt-step in training); if it was "
                 f"changed on purpose, delete {FILE}",
             )
-        return told
+        return written
 
-    def _told(self, name: str, offset: int) -> tuple[int, str | None]:
+    def _written(self, name: str, offset: int) -> tuple[int, str | None]:
         return self.files.get(name, {}).get(offset, (0, None))
 
 
@@ -145,9 +145,9 @@ def write_step(step: Path) -> None:
     except (OSError, EOFError, CheckpointError) as error:
         problem = f"{error}"
     gathered = ranks.gather((own, problem))
-    for _, told in gathered:
-        if told is not None:
-            raise CheckpointError(f"what was just saved cannot be read back: {told}", got=step)
+    for _, failure in gathered:
+        if failure is not None:
+            raise CheckpointError(f"what was just saved cannot be read back: {failure}", got=step)
     if ranks.rank() == 0:
         for file in (*(step / name for name in WHOLE if (step / name).is_file()), step):
             flush(file)  # Megatron removes an older step next, where it is told to keep few

@@ -60,7 +60,7 @@ def all_or_none() -> Iterator[None]:
         yield
     except Exception as error:
         problem = error
-    others = [told for told in gather(None if problem is None else str(problem)) if told is not None]
+    others = [other for other in gather(None if problem is None else str(problem)) if other is not None]
     if problem is not None:
         raise problem
     if others:

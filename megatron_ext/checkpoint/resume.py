@@ -105,14 +105,14 @@ def changed_settings(step: layout.Step, args: Namespace) -> dict[str, tuple[Any,
     saved = layout.common(step.path).get("args")
     if not isinstance(saved, Namespace):
         return {}
-    told = {}
+    changed = {}
     for name in SETTINGS:
         before, now = getattr(saved, name, None), getattr(args, name, None)
         if name.startswith("lr_decay_") and now is None:
             continue  # Megatron puts the length of the training there
         if before != now and hasattr(saved, name):
-            told[name] = (before, now)
-    return told
+            changed[name] = (before, now)
+    return changed
 
 
 def check_sharding(step: layout.Step, args: Namespace) -> None:
@@ -130,11 +130,11 @@ def check_sharding(step: layout.Step, args: Namespace) -> None:
     was, now = (bool(getattr(own, "use_distributed_optimizer", False)) for own in (saved, args))
     fresh = "or a new optimizer: --no-load-optim"
     if was != now:
-        told = "with" if was else "without"
+        how = "with" if was else "without"
         raise CheckpointError(
             "the optimizer's state cannot move between the distributed optimizer and the plain one",
-            got=f"{step.path}, saved {told} --use-distributed-optimizer",
-            legal=f"a run {told} --use-distributed-optimizer, {fresh}",
+            got=f"{step.path}, saved {how} --use-distributed-optimizer",
+            legal=f"a run {how} --use-distributed-optimizer, {fresh}",
         )  # fmt: skip
     if not was or getattr(saved, "dist_ckpt_optim_fully_reshardable", False):
         return
@@ -159,10 +159,12 @@ def check_same_model(step: layout.Step, args: Namespace) -> None:
     saved = layout.described(step.path)
     family = getattr(args, "ext_family", None)
     now = Architecture.from_args(args).to_dict() if family is None else {"family": family, **args.ext_model}
-    told = [f"{name}={now.get(name)} instead of {value}" for name, value in saved.items() if now.get(name) != value]
-    if told:
+    differences = [
+        f"{name}={now.get(name)} instead of {value}" for name, value in saved.items() if now.get(name) != value
+    ]
+    if differences:
         raise CheckpointError(
-            "a run cannot go on with another model", got=", ".join(told),
+            "a run cannot go on with another model", got=", ".join(differences),
             legal="the model of the checkpoint; --pretrained-checkpoint starts a new run from its weights",
         )  # fmt: skip
 

@@ -130,13 +130,13 @@ def check_continues(start: Start | None, args: Namespace) -> None:
     check_same_model(start.step, args)
     if args.skip_train:
         return
-    told = [f"{name} {now} (was {before})" for name, (before, now) in changed_settings(start.step, args).items()]
-    if told and args.rank == 0:
+    changes = [f"{name} {now} (was {before})" for name, (before, now) in changed_settings(start.step, args).items()]
+    if changes and args.rank == 0:
         rest = "as the flags say; --use-checkpoint-opt_param-scheduler keeps its course"
         if args.use_checkpoint_opt_param_scheduler:
             rest = "on the course of the checkpoint"
         logger.warning(
-            "from step %d with %s; the learning rate goes on %s", start.step.iteration, ", ".join(told), rest
+            "from step %d with %s; the learning rate goes on %s", start.step.iteration, ", ".join(changes), rest
         )
 
 

@@ -87,10 +87,10 @@ def _length(arch: Architecture, config: Mapping[str, Any]) -> int:
     if MAMBA in arch.pattern:
         most.append(4 * _BYTES // (4 * _CHUNK * arch.mamba_num_heads * arch.mamba_state_dim))
     length = min(wanted, max(_SHORTEST, min(most)))
-    told = f"comparing {length:,} tokens of a context of {context:,}"
+    message = f"comparing {length:,} tokens of a context of {context:,}"
     if length < min(context, 2 * window):
-        told += f": fewer than twice the window of {window:,}, which would take too much time or memory"
-    print(told, flush=True)
+        message += f": fewer than twice the window of {window:,}, which would take too much time or memory"
+    print(message, flush=True)
     return length
 
 
@@ -116,16 +116,16 @@ def _text(directory: Path) -> Tensor | None:
 
     own = Tokenizer.from_file(str(directory / hf_assets.TOKENIZER))
     ids = own.encode(TEXT, add_special_tokens=False).ids
-    told = ""
+    problem = ""
     try:
         read: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         if read.encode(TEXT, add_special_tokens=False) != ids:
-            told = f"takes it for a {type(read).__name__} and makes other tokens of a text"
+            problem = f"takes it for a {type(read).__name__} and makes other tokens of a text"
     except Exception as error:  # whatever the first file that it does not like makes transformers raise
-        told = f"cannot read it: {error}"
-    if told:
+        problem = f"cannot read it: {error}"
+    if problem:
         right = f"PreTrainedTokenizerFast.from_pretrained({str(directory)!r})"
-        print(f"warning: the model's tokenizer is {right}; AutoTokenizer {told}", flush=True)
+        print(f"warning: the model's tokenizer is {right}; AutoTokenizer {problem}", flush=True)
     return torch.tensor([own.encode(TEXT).ids])
 
 

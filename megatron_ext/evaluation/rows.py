@@ -36,11 +36,11 @@ def note(unequal: Unequal, values: bool = True) -> str:
     """What is to be said of measurements that differ; nothing where none do."""
     if not unequal:
         return ""
-    told = [
+    said = [
         f"{SAID.get(name, name)} {' | '.join(_short(value) for value in own)}" if values else SAID.get(name, name)
         for name, own in unequal.items()
     ]
-    return f" (unequal {'; '.join(told)})"
+    return f" (unequal {'; '.join(said)})"
 
 
 def _short(value: Any) -> str:
@@ -54,8 +54,8 @@ def differences(results: Sequence[dict[str, Any]], names: Iterable[str] | None =
         results: Of each run; an empty one was not measured.
         names: The settings that matter; by default all that any of them has.
     """
-    told = [result.get(SETTINGS, {}) for result in results]
-    names = list(dict.fromkeys(name for own in told for name in own)) if names is None else names
+    settings = [result.get(SETTINGS, {}) for result in results]
+    names = list(dict.fromkeys(name for own in settings for name in own)) if names is None else names
     found: Unequal = {}
     for name in names:
         values = [_value(result, name) for result in results]

@@ -88,9 +88,9 @@ def around_saves(before: Callable[[Path], None], after: Callable[[Path], None]) 
 
 def _not_saved(step: Path, error: CheckpointException) -> CheckpointError:
     """What rank 0 knows of the ranks that could not write their part; the others know that there is one."""
-    told = [f"rank {rank}: {str(cause).splitlines()[-1]}" for rank, (cause, _) in error.failures.items()]
+    causes = [f"rank {rank}: {str(cause).splitlines()[-1]}" for rank, (cause, _) in error.failures.items()]
     return CheckpointError(
-        "the checkpoint cannot be saved: a rank cannot write its part", got="; ".join([str(step), *told]),
+        "the checkpoint cannot be saved: a rank cannot write its part", got="; ".join([str(step), *causes]),
         legal="room on that rank's disk; the same command goes on from the step before",
     )  # fmt: skip
 

@@ -172,14 +172,14 @@ def special_tokens(directory: Path) -> dict[str, int | None]:
     """The entries of `config.json` that say with what a tokenizer begins, ends and pads texts; null for nothing."""
     from tokenizers import Tokenizer
 
-    told: dict[str, Any] = {}
+    special: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (directory / name).is_file():
-            told |= json.loads((directory / name).read_text(encoding="utf-8"))
+            special |= json.loads((directory / name).read_text(encoding="utf-8"))
     known = Tokenizer.from_file(str(directory / TOKENIZER))
     ids: dict[str, int | None] = {}
     for name in ("bos_token", "eos_token", "pad_token"):
-        token = told.get(name)
+        token = special.get(name)
         text = token["content"] if isinstance(token, dict) else token
         ids[f"{name}_id"] = known.token_to_id(text) if text else None
     return ids
@@ -222,8 +222,10 @@ def provenance(step: Path) -> dict[str, str]:
     plan = step.parent / "plan.json"
     if plan.is_file():
         try:
-            told = json.loads(plan.read_text(encoding="utf-8")).get("provenance", {})
+            made_by = json.loads(plan.read_text(encoding="utf-8")).get("provenance", {})
         except (ValueError, AttributeError):
-            told = {}
-        facts["pruned by plan"] = ", ".join(f"{name}={value}" for name, value in told.items() if value) or "plan.json"
+            made_by = {}
+        facts["pruned by plan"] = (
+            ", ".join(f"{name}={value}" for name, value in made_by.items() if value) or "plan.json"
+        )
     return facts

@@ -151,13 +151,13 @@ def _header(directory: Path, name: str) -> dict[str, ShardEntry]:
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         entries = {}
-        for name, told in header.items():
-            if told["dtype"] not in _TYPES:
+        for name, described in header.items():
+            if described["dtype"] not in _TYPES:
                 raise CheckpointError(
-                    f"{name!r} has a type that is not converted", got=told["dtype"], legal=", ".join(_TYPES)
+                    f"{name!r} has a type that is not converted", got=described["dtype"], legal=", ".join(_TYPES)
                 )
-            dtype, shape = _TYPES[told["dtype"]], tuple(told["shape"])
-            start, stop = told["data_offsets"]
+            dtype, shape = _TYPES[described["dtype"]], tuple(described["shape"])
+            start, stop = described["data_offsets"]
             if any(type(number) is not int or number < 0 for number in (*shape, start, stop)):
                 raise ValueError(f"{name} has a shape or a place that is none")
             if stop - start != prod(shape) * dtype.itemsize:

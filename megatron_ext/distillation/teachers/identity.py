@@ -21,8 +21,8 @@ CORRECTED = "teacher"  # in the run directory
 def identity(source: Teacher | Cache) -> dict[str, str]:
     """The flag that names this very source, the fingerprint of the teacher's step, and of a cache its settings'."""
     if isinstance(source, Cache):
-        told = {"teacher": source.manifest.teacher, "cache": source.manifest.settings}
-        return {"flag": f"--distill-cache {source.path.absolute()}", **told}
+        cache = {"teacher": source.manifest.teacher, "cache": source.manifest.settings}
+        return {"flag": f"--distill-cache {source.path.absolute()}", **cache}
     return {"flag": f"--distill-teacher {source.step.absolute()}", "teacher": layout.fingerprint(source.step)}
 
 
@@ -54,10 +54,10 @@ def check_alike(source: Teacher | Cache) -> None:
         CheckpointError: They have not.
     """
     found = gather(identity(source))
-    if len({told["teacher"] for told in found}) > 1:
+    if len({each["teacher"] for each in found}) > 1:
         raise CheckpointError(
             "the ranks have found different steps of the teacher, which has gained one just now",
-            got=", ".join(sorted({told["flag"] for told in found})), legal="one of them",
+            got=", ".join(sorted({each["flag"] for each in found})), legal="one of them",
         )  # fmt: skip
 
 
