@@ -30,7 +30,7 @@ from torch import Tensor
 
 from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.errors import PlanError
-from megatron_ext.inference.passage import LoglikelihoodRequest
+from megatron_ext.inference.loglikelihood import LoglikelihoodRequest
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP
 from megatron_ext.pruning import job, leave_out

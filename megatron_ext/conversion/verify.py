@@ -61,10 +61,10 @@ def verify(hf: Path, megatron: Path, tolerance: float = TOLERANCE) -> float:
         inputs["text"] = text[:, :length]
     new = min(WRITTEN, arch.max_position_embeddings // 2)
     prompt = inputs["random tokens"][:, : arch.max_position_embeddings - new][:, :WRITTEN]
-    theirs = _ask_transformers(hf, list(inputs.values()), prompt, new)
-    ours = megatron_logits(megatron, [*inputs.values(), theirs.written])
-    largest = _compared(list(inputs), theirs.logits, ours[:-1], tolerance)
-    _check_written(theirs.written, ours[-1][..., : config["vocab_size"]], new, tolerance)
+    expected = _ask_transformers(hf, list(inputs.values()), prompt, new)
+    logits = megatron_logits(megatron, [*inputs.values(), expected.written])
+    largest = _compared(list(inputs), expected.logits, logits[:-1], tolerance)
+    _check_written(expected.written, logits[-1][..., : config["vocab_size"]], new, tolerance)
     return largest
 
 
@@ -72,8 +72,8 @@ def verify_gpt(pattern: Path, twin: Path) -> float:
     """Compare the logits of a checkpoint and of Megatron's own GPTModel in fp32, on random tokens; see `verify`."""
     arch = layout.architecture(layout.find(pattern).path)
     inputs = _random(arch.padded_vocab_size, _length(arch, {}))
-    ours, theirs = megatron_logits(pattern, [inputs], twin)
-    return _compared(["random tokens"], [theirs], [ours], TOLERANCE)
+    logits, gpt_logits = megatron_logits(pattern, [inputs], twin)
+    return _compared(["random tokens"], [gpt_logits], [logits], TOLERANCE)
 
 
 def _length(arch: Architecture, config: Mapping[str, Any]) -> int:
@@ -129,9 +129,9 @@ def _text(directory: Path) -> Tensor | None:
     return torch.tensor([own.encode(TEXT).ids])
 
 
-def _compared(names: list[str], theirs: list[Tensor], ours: list[Tensor], tolerance: float) -> float:
+def _compared(names: list[str], expected: list[Tensor], got: list[Tensor], tolerance: float) -> float:
     largest = 0.0
-    for name, left, right in zip(names, theirs, ours, strict=True):
+    for name, left, right in zip(names, expected, got, strict=True):
         difference = float((left - right[..., : left.shape[-1]]).abs().max())
         scale = max(1.0, float(left.abs().max()))
         print(f"{name}: largest difference of logits {difference:.2e}, largest logit {scale:.2f}", flush=True)
@@ -165,7 +165,7 @@ def _check_written(written: Tensor, logits: Tensor, new: int, tolerance: float) 
 
 
 @dataclass(frozen=True)
-class _Answers:
+class _TransformersOutput:
     """What transformers' model says: logits (1, s, v) of each input, and a prompt with its continuation (1, s)."""
 
     logits: list[Tensor]
@@ -180,7 +180,7 @@ def hf_logits(directory: Path, inputs: list[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _ask_transformers(directory: Path, inputs: list[Tensor], prompt: Tensor, new: int) -> _Answers:
+def _ask_transformers(directory: Path, inputs: list[Tensor], prompt: Tensor, new: int) -> _TransformersOutput:
     """Logits of each input, and what the model writes greedily, with its cache.
 
     Raises:
@@ -207,7 +207,7 @@ def _ask_transformers(directory: Path, inputs: list[Tensor], prompt: Tensor, new
         raise CheckpointError(f"transformers cannot write with this model: {error!r}", got=directory) from error
     del model
     gc.collect()
-    return _Answers(logits, written)
+    return _TransformersOutput(logits, written)
 
 
 def _lift_clamps(model: Any) -> bool:

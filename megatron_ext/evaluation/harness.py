@@ -19,7 +19,7 @@ from megatron_ext.evaluation.perplexity import Window
 from megatron_ext.evaluation.request_cache import RequestCache
 from megatron_ext.inference.chat import render
 from megatron_ext.inference.generate import generate
-from megatron_ext.inference.passage import Loglikelihood, LoglikelihoodRequest
+from megatron_ext.inference.loglikelihood import Loglikelihood, LoglikelihoodRequest
 from megatron_ext.inference.prompts import TextCodec, document_start
 from megatron_ext.inference.request import Request
 from megatron_ext.inference.sampling import Sampling

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_ext.data.lines import JSONL_SUFFIXES, read_strings, read_text
 from megatron_ext.errors import ConfigError, DataError
-from megatron_ext.inference.passage import Loglikelihood, LoglikelihoodRequest
+from megatron_ext.inference.loglikelihood import Loglikelihood, LoglikelihoodRequest
 from megatron_ext.inference.prompts import document_start
 from megatron_ext.reports.results import UNFINISHED
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_ext.errors import ConfigError
 from megatron_ext.inference.interrupt import Interrupted, exchange
-from megatron_ext.inference.passage import Loglikelihood, LoglikelihoodRequest
+from megatron_ext.inference.loglikelihood import Loglikelihood, LoglikelihoodRequest
 from megatron_ext.inference.sharded import ShardedModel
 from megatron_ext.lm_head.hidden_states import head, hidden_states
 from megatron_ext.lm_head.log_probabilities import log_probabilities

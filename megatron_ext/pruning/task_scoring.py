@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation import questions
-from megatron_ext.inference.passage import LoglikelihoodRequest
+from megatron_ext.inference.loglikelihood import LoglikelihoodRequest
 from megatron_ext.inference.prompts import TextCodec, stop_tokens
 from megatron_ext.inference.tokenizer import tokenizer_of, vocab_size_of
 from megatron_ext.training.job import RunConfig

@@ -112,7 +112,7 @@ def inferred(model: Any) -> dict[str, Any]:
 
     from megatron_ext.errors import ConfigError
     from megatron_ext.inference.generate import generate
-    from megatron_ext.inference.passage import LoglikelihoodRequest
+    from megatron_ext.inference.loglikelihood import LoglikelihoodRequest
     from megatron_ext.inference.request import Request
     from megatron_ext.inference.sampling import Sampling
     from megatron_ext.inference.score import score

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_ext.inference.passage import Loglikelihood, LoglikelihoodRequest
+from megatron_ext.inference.loglikelihood import Loglikelihood, LoglikelihoodRequest
 from megatron_ext.reports.progress import Progress
 
 if TYPE_CHECKING:

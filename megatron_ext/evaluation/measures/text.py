@@ -11,7 +11,7 @@ from megatron_ext.evaluation.measures.scoring import scored
 from megatron_ext.evaluation.perplexity import Perplexity, Window
 from megatron_ext.evaluation.rows import Row, Unequal, differences, note, shown
 from megatron_ext.inference.interrupt import stop_if_asked
-from megatron_ext.inference.passage import Loglikelihood, LoglikelihoodRequest
+from megatron_ext.inference.loglikelihood import Loglikelihood, LoglikelihoodRequest
 from megatron_ext.reports.results import SETTINGS
 
 if TYPE_CHECKING:

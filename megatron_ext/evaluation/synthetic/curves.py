@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 from megatron_ext.errors import ConfigError, nearest
 from megatron_ext.evaluation.synthetic import SUITES
 from megatron_ext.evaluation.synthetic.suite import Suite
-from megatron_ext.inference.passage import Loglikelihood, LoglikelihoodRequest
+from megatron_ext.inference.loglikelihood import Loglikelihood, LoglikelihoodRequest
 from megatron_ext.reports.figures import GREY, STYLE, save
 
 SHORTEST, LONGEST = 256, 131_072

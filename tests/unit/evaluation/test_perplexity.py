@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.evaluation.perplexity import Perplexity, Window, documents
-from megatron_ext.inference.passage import Loglikelihood, LoglikelihoodRequest
+from megatron_ext.inference.loglikelihood import Loglikelihood, LoglikelihoodRequest
 
 
 class Bytes:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation.questions import Sample, load_task
 from megatron_ext.evaluation.synthetic import SUITES, Suite, curves
-from megatron_ext.inference.passage import Loglikelihood
+from megatron_ext.inference.loglikelihood import Loglikelihood
 
 
 def byte_pairs() -> PreTrainedTokenizerFast:
