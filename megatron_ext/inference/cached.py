@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_ext.inference.sharded import ShardedModel
 from megatron_ext.ops import dispatch
 from megatron_ext.ops.cached_attention import naive
-from megatron_ext.platform.attention_cache import Kept, kept_at
+from megatron_ext.platform.attention_cache import CacheSlot, cache_slot
 from megatron_ext.platform.device import device_type
 from megatron_ext.platform.transformer_engine import TorchDotProductAttention
 
@@ -108,7 +108,7 @@ class Step:
             from megatron_ext.ops.cached_attention import triton
 
             attend = triton.attend
-        self._kept = Kept(self._position, attend)
+        self._slot = CacheSlot(self._position, attend)
         self._steps_to_graph: int | None = WARM_UP if on_gpu else None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
@@ -128,7 +128,7 @@ class Step:
 
     def _forward(self) -> Float[Tensor, "b v"]:
         positions = self._position[None].expand(len(self._tokens), 1)
-        with kept_at(self._kept):
+        with cache_slot(self._slot):
             logits = self._chunk(
                 self._tokens, positions, None, inference_context=self._context, runtime_gather_output=True
             )

@@ -5,7 +5,7 @@ reads and writes several times what the step itself needs. A key's position neve
 it is kept.
 
 Its steps also depend on numbers of the host: where the token is kept, and how much of the cache is attended to. Under
-`kept_at` a tensor says both, so that a CUDA graph of one step serves for every one.
+`cache_slot` a tensor says both, so that a CUDA graph of one step serves for every one.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from megatron_ext.platform.replacements import replace
 
 
 @dataclass(frozen=True)
-class Kept:
+class CacheSlot:
     """Where a step's token is kept.
 
     Attributes:
@@ -32,22 +32,22 @@ class Kept:
     attend: Callable[[Tensor, Tensor, Tensor, Tensor, float | None], Tensor]
 
 
-_kept: ContextVar[Kept | None] = ContextVar("kept", default=None)
+_slot: ContextVar[CacheSlot | None] = ContextVar("cache_slot", default=None)
 
 
 @contextmanager
-def kept_at(kept: Kept) -> Iterator[None]:
+def cache_slot(slot: CacheSlot) -> Iterator[None]:
     """For steps of one token in static batches: the host's numbers do not count."""
-    token = _kept.set(kept)
+    token = _slot.set(slot)
     try:
         yield
     finally:
-        _kept.reset(token)
+        _slot.reset(token)
 
 
-def kept() -> Kept | None:
+def current_slot() -> CacheSlot | None:
     """Where the step's token is kept, if a tensor says it."""
-    return _kept.get()
+    return _slot.get()
 
 
 def install() -> None:
@@ -62,24 +62,24 @@ def install() -> None:
     ) -> tuple[Tensor, Tensor, Tensor, Any, Any, Any]:
         if context is None or not context.is_static_batching() or self.config.flash_decode:
             return keep(self, context, query, key, value, rotary, *more, **named)
-        place = kept()
+        slot = current_slot()
         start = context.sequence_len_offset
 
         def rotated(t: Tensor, angles: Tensor | None) -> Tensor:
             if angles is None:
                 return t
-            own = angles[start : start + t.shape[0]] if place is None else angles.index_select(0, place.position)
+            own = angles[start : start + t.shape[0]] if slot is None else angles.index_select(0, slot.position)
             return module.apply_rotary_pos_emb(
                 t, own, config=self.config, cp_group=self.pg_collection.cp, mscale=self._yarn_concentration_factor
             )
 
         if rotary is not None:
             query, key = map(rotated, (query, key), rotary)
-        if place is None:
+        if slot is None:
             return keep(self, context, query, key, value, None, *more, **named)
         keys, values = context.key_value_memory_dict[self.layer_number]
-        keys.index_copy_(0, place.position, key)
-        values.index_copy_(0, place.position, value)
+        keys.index_copy_(0, slot.position, key)
+        values.index_copy_(0, slot.position, value)
         return query, keys, values, None, module.AttnMaskType.no_mask, None
 
     replace(

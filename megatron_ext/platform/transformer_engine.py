@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
-from megatron_ext.platform.attention_cache import kept
+from megatron_ext.platform.attention_cache import current_slot
 from megatron_ext.platform.context_parallel import zigzag_join
 from megatron_ext.platform.grouped_linear import TorchColumnParallelGroupedLinear, TorchRowParallelGroupedLinear
 from megatron_ext.platform.linear import linear
@@ -133,8 +133,8 @@ class TorchDotProductAttention(torch.nn.Module):
     ) -> Tensor:
         if packed_seq_params is not None or attention_bias is not None:
             raise NotImplementedError("packed sequences and attention bias need Transformer Engine's attention")
-        if (place := kept()) is not None:
-            return place.attend(query[0], key, value, place.position, self.softmax_scale).flatten(1)[None]
+        if (slot := current_slot()) is not None:
+            return slot.attend(query[0], key, value, slot.position, self.softmax_scale).flatten(1)[None]
         kind = (attn_mask_type or self.attn_mask_type).name
         if self.cp_group is None:
             mask = ~attention_mask if kind in ("padding", "arbitrary") and attention_mask is not None else None
