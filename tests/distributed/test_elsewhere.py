@@ -41,7 +41,7 @@ def stepped() -> tuple[Tensor | None, dict[int, Tensor], int]:
     from megatron_ext.distillation.teachers import remote
 
     rank = dist.get_rank()
-    bridge, runner = BridgeGroup(None, rank, 4), Echo(TEACHERS[rank])
+    bridge, forward = BridgeGroup(None, rank, 4), Echo(TEACHERS[rank])
     places = bridge.places(STUDENTS[rank], TEACHERS[rank])
     received = []
     real = dist.all_gather
@@ -49,8 +49,8 @@ def stepped() -> tuple[Tensor | None, dict[int, Tensor], int]:
     replica = STUDENTS[rank].replica
     own = TOKENS[replica * PER_REPLICA :][:PER_REPLICA] if STUDENTS[rank].shard == 0 else None
     sizes = remote.Sizes(PER_REPLICA, LENGTH, 2)
-    arrived = remote.step(bridge, places, runner, own, sizes, torch.empty(LENGTH, 1), 1)  # type: ignore[arg-type]
-    return runner.read, arrived, sum(received)
+    arrived = remote.step(bridge, places, forward, own, sizes, torch.empty(LENGTH, 1), 1)  # type: ignore[arg-type]
+    return forward.read, arrived, sum(received)
 
 
 def test_nobody_gets_the_whole_step() -> None:

@@ -97,8 +97,8 @@ def serve_teacher(run: Any, teacher: Any, apart: RankSplit) -> None:
     mpu.initialize_model_parallel(grid.tp, grid.pp)
     model_parallel_cuda_manual_seed(args.seed)
     points = sorted({pair.teacher for pair in pairs(run, options, teacher)})
-    runner = TeacherForward(teacher, grid, args, points, run.architecture)
-    serve(apart.bridge(args), runner, args.seq_length, empty(args.params_dtype, 0, 0), args.context_parallel_size)
+    forward = TeacherForward(teacher, grid, args, points, run.architecture)
+    serve(apart.bridge(args), forward, args.seq_length, empty(args.params_dtype, 0, 0), args.context_parallel_size)
     dist.destroy_process_group()
 
 

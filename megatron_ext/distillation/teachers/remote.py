@@ -61,7 +61,7 @@ class RemoteForward:
         bridge: BridgeGroup | None,
     ) -> None:
         self._args, self._groups, self._apart = args, groups, bridge is not None
-        self._runner = None if bridge else TeacherForward(teacher, grid, args, points, architecture)
+        self._forward = None if bridge else TeacherForward(teacher, grid, args, points, architecture)
         self._bridge = bridge or BridgeGroup(None, dist.get_rank(), dist.get_world_size())
         own = teacher.with_student_vocab(architecture)
         self.width = own.hidden_size
@@ -70,7 +70,7 @@ class RemoteForward:
         """The states beside the last ones, as they come side by side."""
         here = RankCoordinates(groups.dp.rank(), groups.cp.rank(), groups.tp.rank(), groups.pp.rank())
         self._reads = here[1:] == (0, 0, 0)
-        self._places = self._bridge.places(here, self._runner.place if self._runner else None)
+        self._places = self._bridge.places(here, self._forward.place if self._forward else None)
         self.rows: Tensor | None = None
         if groups.pp.rank() == groups.pp.size() - 1:
             self.rows = _output_rows(teacher, own, groups).to(args.params_dtype)
@@ -86,7 +86,7 @@ class RemoteForward:
         tokens = torch.cat([sample["tokens"] for sample in ahead]) if ahead else None
         wanted = self._args.seq_length // self._groups.cp.size(), self.width * (1 + len(self.order))
         like = empty(self._args.params_dtype, *wanted)
-        arrived = step(self._bridge, self._places, self._runner, tokens, sizes, like, self._groups.cp.size())
+        arrived = step(self._bridge, self._places, self._forward, tokens, sizes, like, self._groups.cp.size())
         assert not self.queue, "the student has left micro-batches of the step before"
         own = sorted(arrived)
         for start in range(0, len(own), micro_batch_size):
@@ -116,23 +116,23 @@ class Sizes(NamedTuple):
     micro_batch: int
 
 
-def serve(bridge: BridgeGroup, runner: TeacherForward, length: int, like: Float[Tensor, "l w"], parts: int) -> None:
+def serve(bridge: BridgeGroup, forward: TeacherForward, length: int, like: Float[Tensor, "l w"], parts: int) -> None:
     """What a rank of a teacher on ranks of its own does until the student ends.
 
     Args:
         bridge: All ranks.
-        runner: This rank's part of the teacher.
+        forward: This rank's part of the teacher.
         length: Tokens of a sequence.
         like: An empty tensor of the teacher's type.
         parts: The student's context-parallel size.
     """
-    places = bridge.places(None, runner.place)
+    places = bridge.places(None, forward.place)
     while True:
         what, micro_batches, micro_batch_size = call(bridge, STOP, 0, 0)
         if what == STOP:
             return
         sizes = Sizes(micro_batches * micro_batch_size, length, micro_batch_size)
-        step(bridge, places, runner, None, sizes, like, parts)
+        step(bridge, places, forward, None, sizes, like, parts)
 
 
 def call(bridge: BridgeGroup, *own: int) -> list[int]:
@@ -143,7 +143,7 @@ def call(bridge: BridgeGroup, *own: int) -> list[int]:
 def step(
     bridge: BridgeGroup,
     places: tuple[list[RankCoordinates | None], list[RankCoordinates | None]],
-    runner: TeacherForward | None,
+    forward: TeacherForward | None,
     tokens: Int[Tensor, "n s"] | None,
     sizes: Sizes,
     like: Float[Tensor, "l w"],
@@ -156,7 +156,7 @@ def step(
     Args:
         bridge: All ranks.
         places: Where they are in both layouts.
-        runner: This rank's part of the teacher, if it has one.
+        forward: This rank's part of the teacher, if it has one.
         tokens: The student's sequences, on the ranks that read them.
         sizes: Of the step.
         like: An empty tensor of the shape that arrives for one sequence.
@@ -175,12 +175,12 @@ def step(
     row = torch.empty(sizes.length, 1, dtype=torch.int32, device=device)
     arrived = exchange(bridge, token_transfers(*places, samples), own, row, parts=1)
     known: dict[int, Tensor] = {}
-    if runner is not None:
-        run = runner.share(samples)
+    if forward is not None:
+        run = forward.share(samples)
         wanted = [arrived[i].squeeze(-1).long() for i in run] if arrived else []
         # Behind its first stage only their number counts.
         inputs = torch.stack(wanted) if wanted else torch.zeros((), dtype=torch.long, device=device)
-        outputs = runner.run(inputs.expand(len(run), sizes.length), sizes.micro_batch) if run else []
+        outputs = forward.run(inputs.expand(len(run), sizes.length), sizes.micro_batch) if run else []
         known = dict(zip(run, outputs, strict=False))
     return exchange(bridge, state_transfers(*places, samples), known, like, parts)
 
