@@ -38,20 +38,14 @@ class EarlyArgument(Protocol):
         ...
 
 
-def read_early(
-    words: Sequence[str],
-    options: Mapping[str, type] = MappingProxyType({}),
-    arguments: Iterable[EarlyArgument] = (),
-) -> Namespace:
-    """The flags that must be known before Megatron's own parser can be made; all others are left to that.
+def early_parser(
+    options: Mapping[str, type] = MappingProxyType({}), arguments: Iterable[EarlyArgument] = ()
+) -> argparse.ArgumentParser:
+    """A parser of the flags that must be known before Megatron's own parser can be made.
 
     Args:
-        words: A command line.
         options: Dataclasses of flags by their prefix, which are read, too.
         arguments: Further flags of Megatron's, such as those of the model.
-
-    Raises:
-        ConfigError: One of them has an illegal value.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag, details in _EARLY.items():
@@ -61,7 +55,20 @@ def read_early(
     for argument in arguments:
         argument.add_to(parser)
     readable.patch_parser(parser)
-    return parser.parse_known_args(equals_form(words))[0]
+    return parser
+
+
+def read_early(
+    words: Sequence[str],
+    options: Mapping[str, type] = MappingProxyType({}),
+    arguments: Iterable[EarlyArgument] = (),
+) -> Namespace:
+    """What `early_parser` reads of a command line, and leaves to Megatron's parser like all the rest.
+
+    Raises:
+        ConfigError: One of its flags has an illegal value.
+    """
+    return early_parser(options, arguments).parse_known_args(equals_form(words))[0]
 
 
 def given_flags(words: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -6,7 +6,7 @@ Apex or mamba-ssm are not installed, plain torch stands under their names (`tran
 `mamba_decode`, `attention_cache`), and what a checkpoint's pickles may do is restricted (`loading`).
 `replacements.table()` lists what is replaced and why.
 
-`device` says which of the two it is. Doors into Megatron's own code: `loop`, `resuming`, `write_results`,
+`device` says which of the two it is. Doors into Megatron's own code: `megatron_patches`, `resuming`,
 `bucket_padding`, `mamba_training`. Beside them what everything above needs of a machine with several ranks:
 `context_parallel`, `process_groups`, `gathering`; and products that are fast here: `linear`, `grouped_linear`,
 `grouped_products`.

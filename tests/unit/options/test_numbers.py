@@ -7,10 +7,11 @@ import pytest
 from megatron_ext.distillation.options import DistillOptions
 from megatron_ext.errors import ConfigError
 from megatron_ext.models.bootstrap import prepare
+from megatron_ext.models.megatron_args import arguments
 from megatron_ext.options.early_flags import early_parser
 from megatron_ext.options.fields import add_options
 from megatron_ext.options.numbers import BELOW, MAY_BE_ZERO, POSITIVE, SIGNED, Number
-from megatron_ext.options.readable import mend
+from megatron_ext.options.readable import patch_parser
 from megatron_ext.pruning.options import PruneOptions
 
 prepare()  # before Megatron is imported
@@ -24,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     add_options(parser, PruneOptions, "prune")
     add_options(parser, DistillOptions, "distill")
-    mend(parser)
+    patch_parser(parser)
     return parser
 
 
@@ -35,7 +36,8 @@ def refused(parser: argparse.ArgumentParser, *words: str) -> str:
 
 
 def test_every_default_is_legal(parser: argparse.ArgumentParser) -> None:
-    numbers = [action for action in (*parser._actions, *early_parser()._actions) if isinstance(action.type, Number)]
+    early = early_parser({}, arguments())
+    numbers = [action for action in (*parser._actions, *early._actions) if isinstance(action.type, Number)]
     assert len(numbers) > 200
     for action in numbers:
         for value in action.default if isinstance(action.default, list) else [action.default]:

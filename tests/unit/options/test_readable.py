@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.errors import ConfigError
-from megatron_ext.options.readable import mend, readable
+from megatron_ext.options.readable import patch_parser, readable
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--lr-decay-style", default="linear", choices=["constant", "linear", "cosine"])
     for number in range(700):
         made.add_argument(f"--other-{number}", help="as many as Megatron has")
-    mend(made)
+    patch_parser(made)
     return made
 
 
