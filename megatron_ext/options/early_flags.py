@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -73,8 +74,7 @@ def read_early(
 
 def given_flags(words: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Every flag on a command line, and the value that is in its word or may be the next one."""
-    words = list(words)
-    for word, after in zip(words, [*words[1:], ""], strict=True):
+    for word, after in pairwise([*words, ""]):
         flag, _, value = word.partition("=")
         if flag.startswith("--"):
             yield flag, value or after
