@@ -87,7 +87,7 @@ def test_what_is_right_passes(validate) -> None:
     [
         ("--lr-decay-style cosin", "--lr-decay-style: no such value\n  got:   cosin\n  legal: did you mean 'cosine'?"),
         ("--hidden-size much", "--hidden-size: no such value\n  got:   much\n  legal: a whole number"),
-        ("--lr=", "--lr: no such value\n  got:   \n  legal: a number"),
+        ("--lr=", "--lr: no such value\n  got:   \n  legal: a finite number of at least 0"),
         ("--hiden-size 8", "--hiden-size: did you mean '--hidden-size'?"),
         ("--qqqqqq", "--qqqqqq: no flag is like it, see --help"),
         ("--qqqqqq " + "x" * 5000, "--qqqqqq: no flag is like it, see --help"),
