@@ -10,6 +10,7 @@ from workspace import MODEL, TRAIN, Workspace
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.reader import CheckpointReader
+from megatron_ext.lm_head.divergences import names
 from tests.functional.test_distill import PP, STATES, STUDENT, TP
 
 COMMAND = str(Path(sys.executable).parent / "megatron-ext")
@@ -81,6 +82,15 @@ def test_distillation_finds_what_it_finds_in_32_bits(
             assert step["states_loss"] == pytest.approx(reference["states_loss"], rel=5e-3)
         assert got[1]["total_loss"] == pytest.approx(expected[1]["total_loss"], rel=1e-2)
     assert got[1]["kd_loss"] < got[0]["kd_loss"]
+
+
+@pytest.mark.parametrize("loss", sorted({*names()} - {"forward-kl", "top-k-rest"}))
+def test_every_other_loss_learns(workspace: Workspace, teacher: str, distilled: str, loss: str) -> None:
+    """Those that no other test here has; what they are in 16 bits is compared in `unit/lm_head/test_losses.py`."""
+    more = ["--bf16", "--distill-loss", loss, "--eval-iters", "0"]
+    first, second = workspace.metrics(distil(workspace, teacher, f"bf16-{loss}", *more))
+    assert first["loss"] == pytest.approx(workspace.metrics(distilled)[0]["loss"], rel=1e-4)
+    assert 0 < second["kd_loss"] < first["kd_loss"]
 
 
 def test_what_was_trained_in_bfloat16_goes_the_whole_way(workspace: Workspace, trained: str) -> None:

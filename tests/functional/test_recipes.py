@@ -101,13 +101,14 @@ def test_layers_go_by_a_task(workspace: Workspace, teacher: str, recipe, tmp_pat
     assert f"at the task `{task[1]}`" in (tmp_path / "depth" / "report.md").read_text()
 
 
-@pytest.mark.parametrize(("name", "context_parallel"), [("16k", "1"), ("32k", "2")])
+@pytest.mark.parametrize(("name", "context_parallel", "tensor_parallel"), [("16k", "1", "2"), ("32k", "2", "1")])
 def test_a_model_learns_longer_contexts(
-    workspace: Workspace, teacher: str, recipe, tmp_path: Path, name: str, context_parallel: str
+    workspace: Workspace, teacher: str, recipe, tmp_path: Path, name: str, context_parallel: str, tensor_parallel: str
 ) -> None:
     save = str(tmp_path / name)
-    program, flags = recipe(f"long_context/{name}", MODEL=teacher, SAVE=save, TENSOR_PARALLEL="1")
+    program, flags = recipe(f"long_context/{name}", MODEL=teacher, SAVE=save, TENSOR_PARALLEL=tensor_parallel)
     assert flags[flags.index("--context-parallel-size") + 1] == context_parallel
+    assert ("--sequence-parallel" in flags) == (tensor_parallel == "2")
     length = ["--seq-length", "128", "--rotary-base", "30000", "--global-batch-size", "4", "--split", "90,10,0"]
     workspace.run(program, *flags, *length, *VOCABULARY, *STEPS, ranks=2)
     assert layout.find(Path(save)).iteration == 2

@@ -96,7 +96,10 @@ def check_refusal(status: int, err: str, *messages: str) -> None:
         ),
         ([*OK, *MOCK, "--sft"], ["--sft would have no effect"]),
         ([*OK, *MOCK, "--rotary-interleaved"], ["--rotary-interleaved changes what the model computes"]),
-        ([*OK, *MOCK, "--bf16", "--fp16"], ["--bf16 must not be given, where --fp16 is given", "got:   --bf16, --fp16"]),
+        (
+            [*OK, *MOCK, "--bf16", "--fp16"],
+            ["--bf16 must not be given, where --fp16 is given", "got:   --bf16, --fp16"],
+        ),
         ([*OK, *MOCK, "--qqqqqq", "1"], ["no flag is like it"]),
         ([*OK, *MOCK, "--load", "nowhere"], ["the checkpoint directory does not exist", "got:   nowhere"]),
         (
