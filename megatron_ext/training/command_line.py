@@ -121,6 +121,12 @@ def parse_command_line(job: Job, argv: Sequence[str] | None = None) -> RunConfig
     family.check_layout(args, model)
     if family.reads_text:
         in_use: Any = get_tokenizer()
+        said = any(word.partition("=")[0] == "--vocab-size" for word in given)
+        if said and args.tokenizer_type == "HuggingFaceTokenizer" and args.vocab_size != in_use.vocab_size:
+            raise ConfigError(
+                "--vocab-size is not the tokenizer's", got=args.vocab_size,
+                legal=f"{in_use.vocab_size}, or none; --padded-vocab-size N for an embedding of more rows",
+            )  # fmt: skip
         args.vocab_size = in_use.vocab_size
         if not offline:
             check_vocabulary(args, args.vocab_size, model.padded_vocab_size)

@@ -307,6 +307,7 @@ def test_a_dry_run_counts_the_teacher(workspace: Workspace, teacher: str) -> Non
         (["--distill-teacher", "teacher", "--distill-ce-weight", "1:half"], "FIRST:LAST"),
         (["--distill-teacher", "teacher", "--distill-loss", "kl"], "--distill-loss: no such value"),
         (["--distill-teacher", "teacher", "--distill-loss", "top-k", "--distill-top-k", "600"], "1 to 512"),
+        (["--distill-teacher", "teacher", "--vocab-size", "600"], "--vocab-size is not the tokenizer's"),
         (["--distill-teacher", "teacher", *SWAPPED], "the teacher has another tokenizer"),
         (["--distill-teacher", "teacher", *SWAPPED[:2]], "the data were made with another tokenizer"),
         (
