@@ -30,7 +30,8 @@ def job_flags(job: Job) -> list[argparse.Action]:
 
     before, arguments.parse_args = arguments.parse_args, parse_args
     try:
-        parse_command_line(job, ["--preset", "tiny-hybrid", "--dry-run"])
+        preset = next(iter(getattr(job.family, "presets", ["tiny-hybrid"])))
+        parse_command_line(job, ["--preset", preset, "--dry-run"])
     except SystemExit:
         assert met, "the command line is not parsed by Megatron"
     finally:

@@ -1,0 +1,60 @@
+"""MambaVision as a model family: flags `--mambavision-*` and presets to Megatron's module, split over ranks."""
+
+from typing import Any
+
+from torch import Tensor
+
+from megatron_ext.training.family import DataclassFamily
+from megatron_ext.vision.architecture import MambaVision
+from megatron_ext.vision.blocks import BatchNorm
+from megatron_ext.vision.linears import MegatronLinears
+from megatron_ext.vision.network import Network
+from megatron_ext.vision.presets import PRESETS
+
+
+def build(config: Any, model: MambaVision, groups: Any) -> Any:
+    """The network on tensor-parallel ranks; images are normalised over the batches of all data-parallel ones.
+
+    Args:
+        config: Megatron's `TransformerConfig`.
+        model: The network.
+        groups: Process groups.
+    """
+    from megatron.core.transformer.module import MegatronModule
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+    class TrainedNetwork(MegatronModule):
+        """The network as Megatron trains and saves it."""
+
+        def __init__(self) -> None:
+            super().__init__(config)
+            self.backbone = Network(model, MegatronLinears(config, groups.tp))
+            for module in self.backbone.modules():
+                if isinstance(module, BatchNorm):
+                    module.group = groups.dp
+
+        def set_input_tensor(self, input_tensor: Any) -> None:
+            """There is one stage."""
+
+        def forward(self, image: Tensor) -> Tensor:
+            """Logits."""
+            return self.backbone(image)
+
+        def sharded_state_dict(
+            self, prefix: str = "", sharded_offsets: Any = (), metadata: dict | None = None
+        ) -> dict[str, Any]:
+            """Each rank's parts of all tensors."""
+            axes = {
+                name: parameter.partition_dim  # type: ignore[attr-defined]
+                for name, parameter in self.named_parameters()
+                if getattr(parameter, "tensor_model_parallel", False)
+            }
+            state = self.state_dict(keep_vars=True)
+            return make_sharded_tensors_for_checkpoint(
+                state, prefix, axes, sharded_offsets, tp_group=groups.tp, dp_cp_group=groups.dp_cp
+            )
+
+    return TrainedNetwork()
+
+
+FAMILY = DataclassFamily("mambavision", MambaVision, build, presets=PRESETS)

@@ -1,0 +1,184 @@
+"""Image folders as a data set: sample i of a run is the same image, varied the same way, whoever reads it and when.
+
+A folder has a folder for each class, whose name is the class. An image that cannot be read is left out: the next one of
+its epoch takes its place, it is named once, and how many were left out is a metric of the batch.
+"""
+
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from megatron_ext.errors import ConfigError, DataError
+from megatron_ext.vision.architecture import MambaVision
+from megatron_ext.vision.options import ImageOptions
+
+logger = logging.getLogger(__name__)
+ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+MODES = {1: "L", 3: "RGB"}
+
+
+class Folder:
+    """The images of a folder by class.
+
+    Args:
+        root: Has a folder for each class.
+        classes: The numbers of classes by name; by default those of the folders, in order of their names.
+
+    Raises:
+        DataError: There is no such folder, no image in it, or a class that is not known.
+    """
+
+    def __init__(self, root: Path, classes: Mapping[str, int] | None = None) -> None:
+        if not root.is_dir():
+            raise DataError("no such folder of images", got=root, legal="a folder with a folder for each class")
+        names = sorted(path.name for path in root.iterdir() if path.is_dir())
+        self.root, self.classes = root, dict(classes or {name: number for number, name in enumerate(names)})
+        unknown = [name for name in names if name not in self.classes]
+        if unknown:
+            raise DataError("classes that training does not have", got=f"{root}: {', '.join(unknown[:3])}")
+        self.files = [
+            (path, self.classes[name])
+            for name in names
+            for path in sorted((root / name).rglob("*"))
+            if path.suffix.lower() in ENDINGS
+        ]
+        if not self.files:
+            raise DataError("no images", got=root, legal=f"CLASS/NAME with one of {' '.join(ENDINGS)}")
+
+
+class Images(Dataset):
+    """Samples of a folder: image (c, h, w) float32, label, and how many files before it could not be read.
+
+    Args:
+        folder: The images.
+        transform: From a picture to a tensor.
+        channels: 1 or 3.
+        seed: Of order and variation.
+        count: Samples; the folder begins anew as often as it takes. By default one pass.
+        shuffled: Whether each epoch has an order of its own.
+    """
+
+    def __init__(
+        self, folder: Folder, transform: Callable[[Any], Tensor], channels: int, seed: int, count: int | None = None,
+        shuffled: bool = False,
+    ) -> None:  # fmt: skip
+        self._folder, self._transform, self._mode = folder, transform, MODES[channels]
+        self._seed, self._shuffled = seed, shuffled
+        self._count = len(folder.files) if count is None else count
+        self._order: tuple[int, Tensor] | None = None
+        self._named: set[Path] = set()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """A sample.
+
+        Raises:
+            DataError: No image of the folder can be read.
+        """
+        epoch, place = divmod(int(index), len(self._folder.files))
+        for skipped in range(len(self._folder.files)):
+            path, label = self._file(epoch, (place + skipped) % len(self._folder.files))
+            picture = self._read(path)
+            if picture is not None:
+                with seeded(self._seed, int(index)):
+                    image = self._transform(picture)
+                numbers = {"label": label, "skipped": skipped, "index": int(index)}
+                return {"image": image} | {name: torch.tensor(value) for name, value in numbers.items()}
+        raise DataError("no image of this folder can be read", got=self._folder.root)
+
+    def _file(self, epoch: int, place: int) -> tuple[Path, int]:
+        if not self._shuffled:
+            return self._folder.files[place]
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            self._order = epoch, torch.randperm(len(self._folder.files), generator=generator)
+        return self._folder.files[int(self._order[1][place])]
+
+    def _read(self, path: Path) -> Any:
+        try:
+            with Image.open(path) as picture:
+                return picture.convert(self._mode)
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            if path not in self._named:
+                self._named.add(path)
+                logger.warning("an image cannot be read and is left out: %s: %s", path, error)
+            return None
+
+
+@contextmanager
+def seeded(seed: int, index: int) -> Iterator[None]:
+    """Random numbers of Python, NumPy and torch that depend on these two alone; then those of before go on."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    own = np.random.SeedSequence([seed, index]).generate_state(1)[0].item()
+    random.seed(own)
+    np.random.seed(own)
+    torch.manual_seed(own)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+class Variations:
+    """How pictures become tensors, by timm.
+
+    Args:
+        options: The flags.
+        model: For its resolution and channels.
+
+    Raises:
+        ConfigError: timm is not installed, or does not know the policy.
+    """
+
+    def __init__(self, options: ImageOptions, model: MambaVision) -> None:
+        try:
+            import timm.data  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(
+                "images are varied by timm", got=error, legal="pip install megatron-ext[vision]"
+            ) from None
+        if model.image_channels not in MODES:
+            raise ConfigError("--mambavision-image-channels", got=model.image_channels, legal="1 or 3")
+        self._options, self._size = options, (model.image_channels, model.resolution, model.resolution)
+        try:
+            _ = self.training
+        except Exception as error:  # whatever timm's parser of names raises
+            what = f"timm does not know this policy ({type(error).__name__}: {error})"
+            raise ConfigError(
+                what, got=f"--images-augment {options.augment}", legal="rand-m9-mstd0.5-inc1, none"
+            ) from error
+
+    @cached_property
+    def training(self) -> Callable[[Any], Tensor]:
+        """A crop of any size, a flip, a policy and an erased rectangle, each by chance."""
+        policy = None if self._options.augment == "none" else self._options.augment
+        return self._made(
+            is_training=True, auto_augment=policy, color_jitter=0.0, re_prob=self._options.erasing, re_mode="pixel"
+        )
+
+    @cached_property
+    def validation(self) -> Callable[[Any], Tensor]:
+        """The middle of the image."""
+        return self._made(crop_pct=self._options.crop)
+
+    def _made(self, **more: Any) -> Callable[[Any], Tensor]:
+        from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
+        from timm.data import IMAGENET_DEFAULT_STD as STD
+        from timm.data.transforms_factory import create_transform
+
+        colours = {"mean": MEAN, "std": STD} if self._size[0] == 3 else {"mean": (0.5,), "std": (0.5,)}
+        return create_transform(self._size, interpolation="bicubic", **colours, **more)  # type: ignore[arg-type]

@@ -1,0 +1,24 @@
+"""The flags `--images-*`: images, and how they are varied in training. Defaults are those of the published recipe."""
+
+from dataclasses import dataclass
+
+from megatron_ext.options.fields import option
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """Images to train and to measure on."""
+
+    train: str | None = option(None, "Folder of training images: one folder for each class.")
+    valid: str | None = option(None, "Folder of validation images, with the same classes.")
+    crop: float = option(1.0, "Share of an image's shorter side that validation looks at.")
+    augment: str = option("rand-m9-mstd0.5-inc1", "timm's name of a policy that varies training images, or none.")
+    erasing: float = option(0.25, "Share of training images in which a rectangle is erased.")
+    mixup: float = option(0.8, "Alpha of mixup; 0 for none.")
+    cutmix: float = option(1.0, "Alpha of cutmix; 0 for none. Where there are both, each takes half of the batches.")
+    smoothing: float = option(0.1, "Share of a label that all classes have in equal parts.")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training images are mixed in pairs."""
+        return self.mixup > 0 or self.cutmix > 0

@@ -1,0 +1,100 @@
+"""What a network is trained and measured on: images and labels, mixed in pairs in training; loss, top-1 and top-5."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_ext.vision.images import Folder, Images, Variations, seeded
+from megatron_ext.vision.options import ImageOptions
+
+if TYPE_CHECKING:
+    from megatron_ext.training.job import RunConfig
+    from megatron_ext.training.step import Task
+
+SHARE = "share of images"
+UNITS = {"loss": "nats per image", "top_1": SHARE, "top_5": SHARE, "skipped": "unreadable files per image"}
+
+
+def classification(run: "RunConfig") -> "Task":
+    """The task of a validated command line."""
+    from megatron_ext.data.schema import BatchSchema, Field
+    from megatron_ext.training.step import Task, batch_step
+
+    model: Any = run.model
+    options: ImageOptions = run.options["images"]
+    seed: int = run.args.seed
+    size = (model.image_channels, model.resolution, model.resolution)
+    fields = {"image": Field(size, torch.float32)}
+    fields |= {name: Field((), torch.int64) for name in ("label", "skipped", "index")}
+    mixing = Mixing(options, model.classes, seed)
+
+    def forward(network: Any, batch: dict[str, Tensor]) -> Tensor:
+        if network.training:
+            batch["image"], batch["target"] = mixing(batch["image"], batch["label"], int(batch["index"][0]))
+        return network(batch["image"])
+
+    def losses(batch: Mapping[str, Tensor], logits: Tensor) -> Any:
+        logits, label, count = logits.float(), batch["label"], torch.tensor(len(batch["label"]), device=logits.device)
+        if "target" in batch:
+            total = -(batch["target"] * F.log_softmax(logits, -1)).sum()
+        else:
+            total = F.cross_entropy(logits, label, reduction="sum")
+        hits = logits.topk(min(5, logits.shape[-1])).indices == label[:, None]
+        return total, count, {
+            "loss": (total, count), "top_1": (hits[:, 0].sum(), count), "top_5": (hits.any(-1).sum(), count),
+            "skipped": (batch["skipped"].sum(), count),
+        }  # fmt: skip
+
+    def datasets(wanted: Any, vp_stage: int | None = None) -> Any:
+        variations = Variations(options, model)
+        train, valid = folders(options)
+        common = {"channels": model.image_channels, "seed": seed}
+        return (
+            Images(train, variations.training, count=wanted[0], shuffled=True, **common)
+            if train and wanted[0] != 0
+            else None,
+            Images(valid, variations.validation, count=wanted[1], **common) if valid and wanted[1] != 0 else None,
+            None,
+        )
+
+    return Task(batch_step(BatchSchema(fields), forward, losses), datasets, UNITS)  # type: ignore[arg-type]
+
+
+def folders(options: ImageOptions) -> tuple[Folder | None, Folder | None]:
+    """Of training and of validation, with one numbering of classes.
+
+    Raises:
+        DataError: One is not what it should be.
+    """
+    train = None if options.train is None else Folder(Path(options.train))
+    known = None if train is None else train.classes
+    return train, None if options.valid is None else Folder(Path(options.valid), known)
+
+
+class Mixing:
+    """Mixup (arXiv 1710.09412), cutmix (arXiv 1905.04899) and smoothed labels, by timm.
+
+    What is mixed depends on the seed and on the batch's first sample alone.
+    """
+
+    def __init__(self, options: ImageOptions, classes: int, seed: int) -> None:
+        self._options, self._classes, self._seed = options, classes, seed
+
+    def __call__(self, images: Tensor, labels: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Images, mixed, and the share that each has of each class (b, classes)."""
+        from timm.data.mixup import Mixup, mixup_target
+
+        if not self._options.mixes:
+            return images, mixup_target(labels, self._classes, 1.0, self._options.smoothing)
+        mixup = Mixup(
+            self._options.mixup,
+            self._options.cutmix,
+            label_smoothing=self._options.smoothing,
+            num_classes=self._classes,
+        )
+        with seeded(self._seed, index):
+            return mixup(images.clone(), labels)

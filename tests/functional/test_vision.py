@@ -1,0 +1,163 @@
+"""`megatron-ext vision` from folders of images to a checkpoint and back: resume, layouts, precision, broken files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from workspace import Workspace
+
+from megatron_ext.checkpoint.reader import CheckpointReader
+from megatron_ext.vision.architecture import MambaVision
+from megatron_ext.vision.checkpoint import read_network
+from megatron_ext.vision.images import Folder, Images, Variations
+from megatron_ext.vision.options import ImageOptions
+
+pytest.importorskip("timm")
+PROGRAM = "tests/support/vision_program.py"
+CLASSES = ("blue", "green", "red")
+FLAGS = [
+    "--preset", "mambavision-nano", "--mambavision-pattern", "C/C/MS/M", "--mambavision-classes", "6",
+    "--images-train", "train", "--images-valid", "valid", "--micro-batch-size", "4", "--global-batch-size", "8",
+    "--lr", "1e-3", "--lr-decay-style", "constant", "--eval-iters", "1", "--eval-interval", "2", "--save-interval", "2",
+]  # fmt: skip
+PLAIN = ["--images-mixup", "0", "--images-cutmix", "0", "--micro-batch-size", "8"]
+
+
+@pytest.fixture(scope="module")
+def wing(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Pictures of three colours, and a run of four steps with every variation and blocks that are skipped."""
+    path, generator = tmp_path_factory.mktemp("vision"), np.random.default_rng(0)
+    for split, count in (("train", 7), ("valid", 4)):
+        for channel, name in enumerate(CLASSES):
+            (path / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 90, (40, 36, 3), dtype=np.uint8)
+                pixels[..., 2 - channel] += 120
+                Image.fromarray(pixels).save(path / split / name / f"{index}.png")
+    workspace = Workspace(path, [])
+    workspace.run(PROGRAM, *FLAGS, *DROP, "--train-iters", "4", "--load", "whole", "--save", "whole")
+    return workspace
+
+
+DROP = ["--mambavision-drop-path", "0.3"]
+
+
+def weights(wing: Workspace, run: str, step: int) -> dict[str, torch.Tensor]:
+    reader = CheckpointReader(wing.path / run / f"iter_{step:07d}")
+    return {name: reader.read(name) for name in reader.shapes if name.startswith("backbone.")}
+
+
+def test_a_dry_run_shows_network_and_images(wing: Workspace) -> None:
+    said = wing.run(PROGRAM, *FLAGS, "--train-iters", "4", "--dry-run", "--save", "new").stdout
+    assert "21 for training, 12 for validation" in said
+    model = MambaVision(
+        pattern="C/C/MS/M", dim=16, stem=16, head_dim=16, window=4, last_window=2, state=4, resolution=32, classes=6
+    )
+    assert f"{model.num_parameters():,}" in said
+    assert "G layers" in said
+    assert not (wing.path / "new").exists()
+
+
+def test_it_goes_on_bit_for_bit(wing: Workspace) -> None:
+    """Order, variation, mixing, skipped blocks and batch norm's statistics are those of a run without a pause."""
+    flags = [*FLAGS, *DROP, "--train-iters", "4", "--load", "twice", "--save", "twice"]
+    wing.run(PROGRAM, *flags, "--exit-interval", "2")
+    wing.run(PROGRAM, *flags)
+    whole, twice = weights(wing, "whole", 4), weights(wing, "twice", 4)
+    assert whole.keys() == twice.keys()
+    assert all(torch.equal(value, twice[name]) for name, value in whole.items())
+    assert any(not torch.equal(value, whole[name]) for name, value in weights(wing, "whole", 2).items())
+    for name in ("loss", "val_loss", "top_1", "samples"):
+        assert [s.get(name) for s in wing.metrics("twice")] == [s.get(name) for s in wing.metrics("whole")]
+
+
+def test_no_layout_changes_its_result(wing: Workspace) -> None:
+    """Two tensor-parallel ranks, and two data-parallel ones with the distributed optimizer: normed as one batch."""
+    flags = [*FLAGS, *PLAIN, "--train-iters", "2", "--pretrained-checkpoint", "whole"]
+    wing.run(PROGRAM, *flags, "--save", "alone")
+    wing.run(PROGRAM, *flags, "--tensor-model-parallel-size", "2", "--save", "tp", ranks=2)
+    wing.run(PROGRAM, *flags, "--micro-batch-size", "4", "--use-distributed-optimizer", "--save", "dp", ranks=2)
+    alone, expected = weights(wing, "alone", 2), wing.metrics("alone")
+    for run in ("tp", "dp"):
+        for key in ("loss", "top_1", "val_loss", "val_top_1", "grad_norm"):
+            found = [step[key] for step in wing.metrics(run) if key in step]
+            assert found == pytest.approx([step[key] for step in expected if key in step], rel=1e-4), (run, key)
+        for name, value in weights(wing, run, 2).items():
+            assert value.shape == alone[name].shape
+            torch.testing.assert_close(
+                value, alone[name], rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+            )
+
+
+def test_it_trains_in_bf16(wing: Workspace) -> None:
+    flags = [*FLAGS, *PLAIN, "--train-iters", "2", "--pretrained-checkpoint", "whole"]
+    wing.run(PROGRAM, *flags, "--bf16", "--save", "bf16")
+    wing.run(PROGRAM, *flags, "--save", "fp32")
+    found, expected = ([step["loss"] for step in wing.metrics(run)] for run in ("bf16", "fp32"))
+    assert found == pytest.approx(expected, rel=3e-2)
+
+
+def test_it_is_measured_on_all_images(wing: Workspace) -> None:
+    """The same by the plain network that a checkpoint is read into; two whole batches of four are all twelve."""
+    flags = ["--micro-batch-size", "4", "--global-batch-size", "4"]
+    wing.run(PROGRAM, *FLAGS, *flags, "--skip-train", "--pretrained-checkpoint", "whole", "--save", "measured")
+    found = json.loads((wing.path / "measured" / "results.json").read_text())["validation"]
+    network = read_network(wing.path / "whole")
+    variations = Variations(ImageOptions(), network.model)
+    samples = list(Images(Folder(wing.path / "valid"), variations.validation, 3, 1234))
+    with torch.no_grad():
+        logits = network(torch.stack([sample["image"] for sample in samples]))
+    labels = torch.stack([sample["label"] for sample in samples])
+    assert found["samples"] == 12
+    assert found["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert found["top_1"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+
+
+def test_what_cannot_be_read_is_left_out_counted_and_named(wing: Workspace) -> None:
+    shutil.copytree(wing.path / "train", wing.path / "damaged")
+    for name in ("blue/3.png", "red/5.png"):
+        (wing.path / "damaged" / name).write_bytes((wing.path / "train" / name).read_bytes()[:100])
+    flags = [*FLAGS, "--images-train", "damaged", "--global-batch-size", "4", "--eval-iters", "0"]
+    done = wing.run(PROGRAM, *flags, "--train-iters", "6", "--save", "left-out")
+    for name in ("blue/3.png", "red/5.png"):
+        assert done.stderr.count(f"an image cannot be read and is left out: damaged/{name}") == 1
+    skipped = sum(step["skipped"] for step in wing.metrics("left-out")) * 4
+    assert skipped == pytest.approx(2, abs=1)  # 24 samples of an epoch of 21, of which 2 have no picture
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (["--images-train", "nowhere"], "no such folder of images"),
+        (["--images-augment", "random"], "timm does not know this policy"),
+        (["--micro-batch-size", "1"], "images are mixed in pairs"),
+        (["--mambavision-classes", "2"], "more classes than the classifier knows"),
+        (["--tensor-model-parallel-size", "4"], "attention heads of stage 3 do not divide"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_starts(wing: Workspace, flags: list[str], what: str) -> None:
+    done = wing.run(PROGRAM, *FLAGS, "--train-iters", "1", "--dry-run", *flags, ok=False)
+    assert what in done.stderr
+
+
+def test_samples_do_not_depend_on_who_reads_them(tmp_path: Path) -> None:
+    """The same sample whatever was read before; another one in the next epoch; random numbers outside go on."""
+    for index in range(5):
+        (tmp_path / "one").mkdir(exist_ok=True)
+        noise = np.random.default_rng(index).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "one" / f"{index}.jpg")
+    model = MambaVision(pattern="C/C/MS/M", dim=16, head_dim=16, resolution=32)
+    transform = Variations(ImageOptions(), model).training
+    first, second = (Images(Folder(tmp_path), transform, 3, seed=7, count=20, shuffled=True) for _ in range(2))
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    forwards = [first[i]["image"] for i in range(10)]
+    assert torch.equal(torch.rand(2), expected)
+    assert all(torch.equal(second[i]["image"], forwards[i]) for i in reversed(range(10)))
+    assert not any(torch.equal(forwards[i], forwards[i + 5]) for i in range(5))
