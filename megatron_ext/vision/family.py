@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_ext.training.family import DataclassFamily
+from megatron_ext.families.family import DataclassFamily
 from megatron_ext.vision.architecture import MambaVision
 from megatron_ext.vision.blocks import BatchNorm
 from megatron_ext.vision.linears import MegatronLinears
