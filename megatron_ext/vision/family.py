@@ -1,24 +1,28 @@
 """MambaVision as a model family: flags `--mambavision-*` and presets to Megatron's module, split over ranks."""
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from megatron_ext.families.family import DataclassFamily
 from megatron_ext.vision.architecture import MambaVision
+from megatron_ext.vision.average import WeightAverage, buffer_name
 from megatron_ext.vision.blocks import BatchNorm
 from megatron_ext.vision.linears import MegatronLinears
 from megatron_ext.vision.network import Network
 from megatron_ext.vision.presets import PRESETS
 
 
-def build(config: Any, model: MambaVision, groups: Any) -> Any:
+def build(config: Any, model: MambaVision, groups: Any, decay: float = 0.0) -> Any:
     """The network on tensor-parallel ranks; images are normalised over the batches of all data-parallel ones.
 
     Args:
         config: Megatron's `TransformerConfig`.
         model: The network.
         groups: Process groups.
+        decay: Of the average of its weights; 0 for none.
     """
     from megatron.core.transformer.module import MegatronModule
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -32,13 +36,14 @@ def build(config: Any, model: MambaVision, groups: Any) -> Any:
             for module in self.backbone.modules():
                 if isinstance(module, BatchNorm):
                     module.group = groups.dp
+            self.average = WeightAverage(self.backbone, decay) if decay else None
 
         def set_input_tensor(self, input_tensor: Any) -> None:
             """There is one stage."""
 
-        def forward(self, image: Tensor) -> Tensor:
-            """Logits."""
-            return self.backbone(image)
+        def forward(self, image: Tensor, averaged: bool = False) -> Tensor:
+            """Logits, of the weights or of their average."""
+            return (self.average if averaged and self.average is not None else self.backbone)(image)
 
         def sharded_state_dict(
             self, prefix: str = "", sharded_offsets: Any = (), metadata: dict | None = None
@@ -49,6 +54,7 @@ def build(config: Any, model: MambaVision, groups: Any) -> Any:
                 for name, parameter in self.named_parameters()
                 if getattr(parameter, "tensor_model_parallel", False)
             }
+            axes |= {"average." + buffer_name(name.removeprefix("backbone.")): axis for name, axis in axes.items()}
             state = self.state_dict(keep_vars=True)
             return make_sharded_tensors_for_checkpoint(
                 state, prefix, axes, sharded_offsets, tp_group=groups.tp, dp_cp_group=groups.dp_cp
@@ -57,4 +63,13 @@ def build(config: Any, model: MambaVision, groups: Any) -> Any:
     return TrainedNetwork()
 
 
-FAMILY = DataclassFamily("mambavision", MambaVision, build, presets=PRESETS)
+class VisionFamily(DataclassFamily):
+    """MambaVision, with the average of its weights where `--average-decay` asks for it."""
+
+    def config(self, args: Any, model: MambaVision) -> Any:
+        """A configuration that carries the network to `build`."""
+        config = super().config(args, model)
+        return replace(config, build=partial(build, decay=getattr(args, "average_decay", 0.0)))
+
+
+FAMILY = VisionFamily("mambavision", MambaVision, build, presets=PRESETS)

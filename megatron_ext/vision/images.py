@@ -86,7 +86,10 @@ class Images(Dataset):
 
         Raises:
             DataError: No image of the folder can be read.
+            IndexError: There is no such sample.
         """
+        if not 0 <= index < self._count:
+            raise IndexError(index)
         epoch, place = divmod(int(index), len(self._folder.files))
         for skipped in range(len(self._folder.files)):
             path, label = self._file(epoch, (place + skipped) % len(self._folder.files))

@@ -3,12 +3,13 @@
 import argparse
 from typing import Any
 
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.training.job import STOPPABLE, DryRun, Job, RunConfig
 from megatron_ext.training.run_job import run_job
 from megatron_ext.vision.family import FAMILY
 from megatron_ext.vision.images import Variations
-from megatron_ext.vision.options import ImageOptions
+from megatron_ext.vision.options import AverageOptions, ImageOptions
 from megatron_ext.vision.task import classification, folders
 
 RECIPE = ("--lr-decay-style", "cosine", "--weight-decay", "0.05", "--clip-grad", "5.0")
@@ -40,6 +41,12 @@ def check(run: RunConfig) -> dict[str, int]:
         raise DataError("no images to train on", legal="--images-train DIR")
     if options.valid is None and (args.skip_train or args.eval_iters > 0):
         raise DataError("no images to measure on", legal="--images-valid DIR, or --eval-iters 0")
+    decay = run.options["average"].decay
+    if not 0 <= decay < 1:
+        raise ConfigError("--average-decay is a share", got=decay, legal="0 to less than 1")
+    if decay and run.start is not None and "average.step" not in CheckpointReader(run.start.step.path).shapes:
+        what = "the checkpoint has no average of its weights, which is kept from a run's first step"
+        raise ConfigError(what, got=f"--average-decay {decay}", legal="--average-decay 0")
     Variations(options, model)
     train, valid = folders(options)
     known = max(len(folder.classes) for folder in (train, valid) if folder is not None)
@@ -57,9 +64,27 @@ def show(run: RunConfig, images: dict[str, int]) -> DryRun:
     return DryRun({"multiply-adds an image": counts, "images": found})
 
 
+def run_checked(run: RunConfig, images: dict[str, int]) -> None:
+    """Train, or measure with `--skip-train`; before a save the average of the weights takes in the last step's."""
+    if run.args.skip_train:
+        from megatron_ext.training import validation
+
+        validation.validate(run)
+        return
+    from megatron_ext.platform.loop import before_saving
+    from megatron_ext.training import loop
+
+    def averaging(chunks: list[Any]) -> list[Any]:
+        if chunks[0].average is not None:
+            before_saving(chunks[0].average.update)
+        return chunks
+
+    loop.train(run, hooks=(averaging,))
+
+
 JOB = Job(
-    "vision", FAMILY, options={"images": ImageOptions}, defaults=(*STOPPABLE, *RECIPE), measures=1,
-    task=classification, check=check, dry_run=show,
+    "vision", FAMILY, options={"images": ImageOptions, "average": AverageOptions}, defaults=(*STOPPABLE, *RECIPE),
+    measures=1, task=classification, check=check, dry_run=show, run=run_checked,
 )  # fmt: skip
 
 

@@ -22,3 +22,10 @@ class ImageOptions:
     def mixes(self) -> bool:
         """Whether training images are mixed in pairs."""
         return self.mixup > 0 or self.cutmix > 0
+
+
+@dataclass(frozen=True)
+class AverageOptions:
+    """The moving average of the weights."""
+
+    decay: float = option(0.0, "How much of it a step leaves, such as .9998; 0 for no average.")

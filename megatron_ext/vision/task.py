@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 
 SHARE = "share of images"
 UNITS = {"loss": "nats per image", "top_1": SHARE, "top_5": SHARE, "skipped": "unreadable files per image"}
+AVERAGE_UNITS = {"average_loss": "nats per image", "average_top_1": SHARE}
 
 
 def classification(run: "RunConfig") -> "Task":
-    """The task of a validated command line."""
+    """The task of a validated command line; validation measures the average of the weights, too, if there is one."""
+    from megatron.core.utils import get_attr_wrapped_model
+
     from megatron_ext.data.schema import BatchSchema, Field
     from megatron_ext.training.step import Task, batch_step
 
@@ -30,11 +33,17 @@ def classification(run: "RunConfig") -> "Task":
     size = (model.image_channels, model.resolution, model.resolution)
     fields = {"image": Field(size, torch.float32)}
     fields |= {name: Field((), torch.int64) for name in ("label", "skipped", "index")}
+    averages = run.options["average"].decay > 0
     mixing = Mixing(options, model.classes, seed)
 
     def forward(network: Any, batch: dict[str, Tensor]) -> Tensor:
         if network.training:
             batch["image"], batch["target"] = mixing(batch["image"], batch["label"], int(batch["index"][0]))
+            if averages:
+                average: Any = get_attr_wrapped_model(network, "average")
+                average.update(run.args.curr_iteration)
+        elif averages:
+            batch["average"] = network(batch["image"], averaged=True).float()
         return network(batch["image"])
 
     def losses(batch: Mapping[str, Tensor], logits: Tensor) -> Any:
@@ -44,10 +53,12 @@ def classification(run: "RunConfig") -> "Task":
         else:
             total = F.cross_entropy(logits, label, reduction="sum")
         hits = logits.topk(min(5, logits.shape[-1])).indices == label[:, None]
-        return total, count, {
-            "loss": (total, count), "top_1": (hits[:, 0].sum(), count), "top_5": (hits.any(-1).sum(), count),
-            "skipped": (batch["skipped"].sum(), count),
-        }  # fmt: skip
+        found = {"loss": (total, count), "top_1": (hits[:, 0].sum(), count), "top_5": (hits.any(-1).sum(), count)}
+        found["skipped"] = batch["skipped"].sum(), count
+        if "average" in batch:
+            found["average_loss"] = F.cross_entropy(batch["average"], label, reduction="sum"), count
+            found["average_top_1"] = (batch["average"].argmax(-1) == label).sum(), count
+        return total, count, found
 
     def datasets(wanted: Any, vp_stage: int | None = None) -> Any:
         variations = Variations(options, model)
@@ -61,7 +72,7 @@ def classification(run: "RunConfig") -> "Task":
             None,
         )
 
-    return Task(batch_step(BatchSchema(fields), forward, losses), datasets, UNITS)  # type: ignore[arg-type]
+    return Task(batch_step(BatchSchema(fields), forward, losses), datasets, UNITS | (AVERAGE_UNITS if averages else {}))  # type: ignore[arg-type]
 
 
 def folders(options: ImageOptions) -> tuple[Folder | None, Folder | None]:

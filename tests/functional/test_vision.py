@@ -77,8 +77,11 @@ def test_it_goes_on_bit_for_bit(wing: Workspace) -> None:
 
 
 def test_no_layout_changes_its_result(wing: Workspace) -> None:
-    """Two tensor-parallel ranks, and two data-parallel ones with the distributed optimizer: normed as one batch."""
-    flags = [*FLAGS, *PLAIN, "--train-iters", "2", "--pretrained-checkpoint", "whole"]
+    """Two tensor-parallel ranks, and two data-parallel ones with the distributed optimizer: normed as one batch.
+
+    With an Adam that divides by no less than .01: the gradient of a bias before a norm is rounding alone.
+    """
+    flags = [*FLAGS, *PLAIN, "--train-iters", "2", "--pretrained-checkpoint", "whole", "--adam-eps", "0.01"]
     wing.run(PROGRAM, *flags, "--save", "alone")
     wing.run(PROGRAM, *flags, "--tensor-model-parallel-size", "2", "--save", "tp", ranks=2)
     wing.run(PROGRAM, *flags, "--micro-batch-size", "4", "--use-distributed-optimizer", "--save", "dp", ranks=2)
@@ -86,12 +89,37 @@ def test_no_layout_changes_its_result(wing: Workspace) -> None:
     for run in ("tp", "dp"):
         for key in ("loss", "top_1", "val_loss", "val_top_1", "grad_norm"):
             found = [step[key] for step in wing.metrics(run) if key in step]
-            assert found == pytest.approx([step[key] for step in expected if key in step], rel=1e-4), (run, key)
+            assert found == pytest.approx([step[key] for step in expected if key in step], rel=1e-5), (run, key)
         for name, value in weights(wing, run, 2).items():
             assert value.shape == alone[name].shape
             torch.testing.assert_close(
-                value, alone[name], rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+                value, alone[name], rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
             )
+
+
+def test_the_average_of_the_weights(wing: Workspace) -> None:
+    """It is the one of the saved steps, goes on with a run that is resumed, is measured, and can be read."""
+    flags = [*FLAGS, "--average-decay", "0.75", "--save-interval", "1", "--load", "average", "--save", "average"]
+    wing.run(PROGRAM, *flags, "--train-iters", "4", "--exit-interval", "3")
+    expected = weights(wing, "average", 1)
+    start = CheckpointReader(wing.path / "average" / "iter_0000001")
+    first = {name: start.read("average." + name.removeprefix("backbone.").replace(".", "/")) for name in FEW}
+    wing.run(PROGRAM, *flags, "--train-iters", "4")
+    for step in (2, 3, 4):
+        now = weights(wing, "average", step)
+        first = {name: 0.75 * value + 0.25 * now[name] for name, value in first.items()}
+    found = read_network(wing.path / "average", averaged=True).state_dict()
+    for name, value in first.items():
+        torch.testing.assert_close(found[name.removeprefix("backbone.")], value, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(value, expected[name], rtol=1e-5, atol=1e-6)
+    assert "val_average_top_1" in wing.metrics("average")[-1]
+    done = wing.run(
+        PROGRAM, *FLAGS, "--average-decay", "0.5", "--pretrained-checkpoint", "whole", "--train-iters", "1", ok=False
+    )
+    assert "has no average of its weights" in done.stderr
+
+
+FEW = [f"backbone.{name}" for name in ("stem.0.weight", "stages.2.blocks.0.mixer.A_log", "norm.running_mean")]
 
 
 def test_it_trains_in_bf16(wing: Workspace) -> None:
