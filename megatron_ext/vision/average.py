@@ -61,4 +61,5 @@ def buffer_name(name: str) -> str:
 
 
 def _floats(network: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in network.state_dict(keep_vars=True).items() if value.is_floating_point()}
+    named = (*network.named_parameters(), *network.named_buffers())  # not its state, to which Megatron adds what is none
+    return {name: value for name, value in named if value.is_floating_point()}
