@@ -170,7 +170,13 @@ class Variations:
         """A crop of any size, a flip, a policy and an erased rectangle, each by chance."""
         policy = None if self._options.augment == "none" else self._options.augment
         return self._made(
-            is_training=True, auto_augment=policy, color_jitter=0.0, re_prob=self._options.erasing, re_mode="pixel"
+            is_training=True,
+            auto_augment=policy,
+            color_jitter=0.0,
+            re_prob=self._options.erasing,
+            re_mode="pixel",
+            scale=(self._options.smallest, 1.0),
+            hflip=self._options.flip,
         )
 
     @cached_property

@@ -27,11 +27,12 @@ def check(run: RunConfig) -> dict[str, int]:
     options: ImageOptions = run.options["images"]
     model: Any = run.model
     args = run.args
-    for name in ("erasing", "smoothing"):
+    for name in ("flip", "erasing", "smoothing"):
         if not 0 <= getattr(options, name) < 1:
             raise ConfigError(f"--images-{name} is a share", got=getattr(options, name), legal="0 to less than 1")
-    if not 0 < options.crop <= 1:
-        raise ConfigError("--images-crop is a share", got=options.crop, legal="more than 0, at most 1")
+    for name in ("crop", "smallest"):
+        if not 0 < getattr(options, name) <= 1:
+            raise ConfigError(f"--images-{name} is a share", got=getattr(options, name), legal="more than 0, at most 1")
     if min(options.mixup, options.cutmix) < 0:
         raise ConfigError("alphas are not negative", got=min(options.mixup, options.cutmix), legal="--images-mixup 0")
     if options.mixes and args.micro_batch_size % 2 and not args.skip_train:

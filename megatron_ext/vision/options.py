@@ -13,6 +13,8 @@ class ImageOptions:
     valid: str | None = option(None, "Folder of validation images, with the same classes.")
     crop: float = option(1.0, "Share of an image's shorter side that validation looks at.")
     augment: str = option("rand-m9-mstd0.5-inc1", "timm's name of a policy that varies training images, or none.")
+    smallest: float = option(0.08, "Smallest share of a training image that a crop keeps, by area.")
+    flip: float = option(0.5, "Share of training images that are mirrored.")
     erasing: float = option(0.25, "Share of training images in which a rectangle is erased.")
     mixup: float = option(0.8, "Alpha of mixup; 0 for none.")
     cutmix: float = option(1.0, "Alpha of cutmix; 0 for none. Where there are both, each takes half of the batches.")
