@@ -1,15 +1,15 @@
-"""Image folders as a data set: sample i of a run is the same image, varied the same way, whoever reads it and when.
+"""Images as a data set: sample i of a run is the same image, varied the same way, whoever reads it and when.
 
-A folder has a folder for each class, whose name is the class. An image that cannot be read is left out: the next one of
+An image that cannot be read is left out: the next one of
 its epoch takes its place, it is named once, and how many were left out is a metric of the batch.
 """
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -21,62 +21,33 @@ from torch.utils.data import Dataset
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.vision.architecture import MambaVision
 from megatron_ext.vision.options import ImageOptions
+from megatron_ext.vision.sources import Source
 
 logger = logging.getLogger(__name__)
-ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MODES = {1: "L", 3: "RGB"}
 
 
-class Folder:
-    """The images of a folder by class.
-
-    Args:
-        root: Has a folder for each class.
-        classes: The numbers of classes by name; by default those of the folders, in order of their names.
-
-    Raises:
-        DataError: There is no such folder, no image in it, or a class that is not known.
-    """
-
-    def __init__(self, root: Path, classes: Mapping[str, int] | None = None) -> None:
-        if not root.is_dir():
-            raise DataError("no such folder of images", got=root, legal="a folder with a folder for each class")
-        names = sorted(path.name for path in root.iterdir() if path.is_dir())
-        self.root, self.classes = root, dict(classes or {name: number for number, name in enumerate(names)})
-        unknown = [name for name in names if name not in self.classes]
-        if unknown:
-            raise DataError("classes that training does not have", got=f"{root}: {', '.join(unknown[:3])}")
-        self.files = [
-            (path, self.classes[name])
-            for name in names
-            for path in sorted((root / name).rglob("*"))
-            if path.suffix.lower() in ENDINGS
-        ]
-        if not self.files:
-            raise DataError("no images", got=root, legal=f"CLASS/NAME with one of {' '.join(ENDINGS)}")
-
-
 class Images(Dataset):
-    """Samples of a folder: image (c, h, w) float32, label, and how many files before it could not be read.
+    """Samples of a source: image (c, h, w) float32, label, and how many files before it could not be read.
 
     Args:
-        folder: The images.
+        source: The images.
         transform: From a picture to a tensor.
         channels: 1 or 3.
         seed: Of order and variation.
-        count: Samples; the folder begins anew as often as it takes. By default one pass.
+        count: Samples; the source begins anew as often as it takes. By default one pass.
         shuffled: Whether each epoch has an order of its own.
     """
 
     def __init__(
-        self, folder: Folder, transform: Callable[[Any], Tensor], channels: int, seed: int, count: int | None = None,
+        self, source: Source, transform: Callable[[Any], Tensor], channels: int, seed: int, count: int | None = None,
         shuffled: bool = False,
     ) -> None:  # fmt: skip
-        self._folder, self._transform, self._mode = folder, transform, MODES[channels]
+        self._source, self._transform, self._mode = source, transform, MODES[channels]
         self._seed, self._shuffled = seed, shuffled
-        self._count = len(folder.files) if count is None else count
+        self._count = len(source) if count is None else count
         self._order: tuple[int, Tensor] | None = None
-        self._named: set[Path] = set()
+        self._named: set[str] = set()
 
     def __len__(self) -> int:
         return self._count
@@ -85,38 +56,40 @@ class Images(Dataset):
         """A sample.
 
         Raises:
-            DataError: No image of the folder can be read.
+            DataError: No image of the source can be read.
             IndexError: There is no such sample.
         """
         if not 0 <= index < self._count:
             raise IndexError(index)
-        epoch, place = divmod(int(index), len(self._folder.files))
-        for skipped in range(len(self._folder.files)):
-            path, label = self._file(epoch, (place + skipped) % len(self._folder.files))
-            picture = self._read(path)
+        epoch, place = divmod(int(index), len(self._source))
+        for skipped in range(len(self._source)):
+            image = self._at(epoch, (place + skipped) % len(self._source))
+            picture = self._read(image)
             if picture is not None:
                 with seeded(self._seed, int(index)):
-                    image = self._transform(picture)
-                numbers = {"label": label, "skipped": skipped, "index": int(index)}
-                return {"image": image} | {name: torch.tensor(value) for name, value in numbers.items()}
-        raise DataError("no image of this folder can be read", got=self._folder.root)
+                    pixels = self._transform(picture)
+                numbers = {"label": self._source.label(image), "skipped": skipped, "index": int(index)}
+                return {"image": pixels} | {name: torch.tensor(value) for name, value in numbers.items()}
+        raise DataError("no image here can be read", got=self._source.root)
 
-    def _file(self, epoch: int, place: int) -> tuple[Path, int]:
+    def _at(self, epoch: int, place: int) -> int:
+        """Which image stands there in the order of an epoch."""
         if not self._shuffled:
-            return self._folder.files[place]
+            return place
         if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-            self._order = epoch, torch.randperm(len(self._folder.files), generator=generator)
-        return self._folder.files[int(self._order[1][place])]
+            self._order = epoch, torch.randperm(len(self._source), generator=generator)
+        return int(self._order[1][place])
 
-    def _read(self, path: Path) -> Any:
+    def _read(self, image: int) -> Any:
         try:
-            with Image.open(path) as picture:
+            with Image.open(BytesIO(self._source.read(image))) as picture:
                 return picture.convert(self._mode)
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-            if path not in self._named:
-                self._named.add(path)
-                logger.warning("an image cannot be read and is left out: %s: %s", path, error)
+            name = self._source.name(image)
+            if name not in self._named:
+                self._named.add(name)
+                logger.warning("an image cannot be read and is left out: %s: %s", name, error)
             return None
 
 

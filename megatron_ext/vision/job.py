@@ -10,7 +10,7 @@ from megatron_ext.training.run_job import run_job
 from megatron_ext.vision.family import FAMILY
 from megatron_ext.vision.images import Variations
 from megatron_ext.vision.options import AverageOptions, ImageOptions
-from megatron_ext.vision.task import classification, folders
+from megatron_ext.vision.task import classification, sources
 
 RECIPE = ("--lr-decay-style", "cosine", "--weight-decay", "0.05", "--clip-grad", "5.0")
 
@@ -49,12 +49,12 @@ def check(run: RunConfig) -> dict[str, int]:
         what = "the checkpoint has no average of its weights, which is kept from a run's first step"
         raise ConfigError(what, got=f"--average-decay {decay}", legal="--average-decay 0")
     Variations(options, model)
-    train, valid = folders(options)
-    known = max(len(folder.classes) for folder in (train, valid) if folder is not None)
+    train, valid = sources(options)
+    known = max(len(source.classes) for source in (train, valid) if source is not None)
     if known > model.classes:
         what = "there are more classes than the classifier knows"
-        raise ConfigError(what, got=f"{known} folders", legal=f"--mambavision-classes {known}")
-    return {name: len(f.files) for name, f in (("training", train), ("validation", valid)) if f is not None}
+        raise ConfigError(what, got=known, legal=f"--mambavision-classes {known}")
+    return {name: len(s) for name, s in (("training", train), ("validation", valid)) if s is not None}
 
 
 def show(run: RunConfig, images: dict[str, int]) -> DryRun:

@@ -9,8 +9,8 @@ from megatron_ext.options.fields import option
 class ImageOptions:
     """Images to train and to measure on."""
 
-    train: str | None = option(None, "Folder of training images: one folder for each class.")
-    valid: str | None = option(None, "Folder of validation images, with the same classes.")
+    train: str | None = option(None, "Training images: folders by class, or tar or parquet files.")
+    valid: str | None = option(None, "Validation images, with the same classes.")
     crop: float = option(1.0, "Share of an image's shorter side that validation looks at.")
     augment: str = option("rand-m9-mstd0.5-inc1", "timm's name of a policy that varies training images, or none.")
     smallest: float = option(0.08, "Smallest share of a training image that a crop keeps, by area.")

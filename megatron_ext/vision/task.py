@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ext.vision.images import Folder, Images, Variations, seeded
+from megatron_ext.vision.images import Images, Variations, seeded
 from megatron_ext.vision.options import ImageOptions
+from megatron_ext.vision.sources import Source, open_source
 
 if TYPE_CHECKING:
     from megatron_ext.training.job import RunConfig
@@ -62,7 +63,7 @@ def classification(run: "RunConfig") -> "Task":
 
     def datasets(wanted: Any, vp_stage: int | None = None) -> Any:
         variations = Variations(options, model)
-        train, valid = folders(options)
+        train, valid = sources(options)
         common = {"channels": model.image_channels, "seed": seed}
         return (
             Images(train, variations.training, count=wanted[0], shuffled=True, **common)
@@ -75,15 +76,15 @@ def classification(run: "RunConfig") -> "Task":
     return Task(batch_step(BatchSchema(fields), forward, losses), datasets, UNITS | (AVERAGE_UNITS if averages else {}))  # type: ignore[arg-type]
 
 
-def folders(options: ImageOptions) -> tuple[Folder | None, Folder | None]:
+def sources(options: ImageOptions) -> tuple[Source | None, Source | None]:
     """Of training and of validation, with one numbering of classes.
 
     Raises:
         DataError: One is not what it should be.
     """
-    train = None if options.train is None else Folder(Path(options.train))
+    train = None if options.train is None else open_source(Path(options.train))
     known = None if train is None else train.classes
-    return train, None if options.valid is None else Folder(Path(options.valid), known)
+    return train, None if options.valid is None else open_source(Path(options.valid), known)
 
 
 class Mixing:

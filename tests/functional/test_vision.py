@@ -14,8 +14,9 @@ from workspace import Workspace
 from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.vision.architecture import MambaVision
 from megatron_ext.vision.checkpoint import read_network
-from megatron_ext.vision.images import Folder, Images, Variations
+from megatron_ext.vision.images import Images, Variations
 from megatron_ext.vision.options import ImageOptions
+from megatron_ext.vision.sources import open_source
 
 pytest.importorskip("timm")
 PROGRAM = "tests/support/vision_program.py"
@@ -137,7 +138,7 @@ def test_it_is_measured_on_all_images(wing: Workspace) -> None:
     found = json.loads((wing.path / "measured" / "results.json").read_text())["validation"]
     network = read_network(wing.path / "whole")
     variations = Variations(ImageOptions(), network.model)
-    samples = list(Images(Folder(wing.path / "valid"), variations.validation, 3, 1234))
+    samples = list(Images(open_source(wing.path / "valid"), variations.validation, 3, 1234))
     with torch.no_grad():
         logits = network(torch.stack([sample["image"] for sample in samples]))
     labels = torch.stack([sample["label"] for sample in samples])
@@ -181,7 +182,7 @@ def test_samples_do_not_depend_on_who_reads_them(tmp_path: Path) -> None:
         Image.fromarray(noise).save(tmp_path / "one" / f"{index}.jpg")
     model = MambaVision(pattern="C/C/MS/M", dim=16, head_dim=16, resolution=32)
     transform = Variations(ImageOptions(), model).training
-    first, second = (Images(Folder(tmp_path), transform, 3, seed=7, count=20, shuffled=True) for _ in range(2))
+    first, second = (Images(open_source(tmp_path), transform, 3, seed=7, count=20, shuffled=True) for _ in range(2))
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
