@@ -169,7 +169,8 @@ class Parquet(Source):
         except ImportError as error:
             legal = "pip install megatron-ext[vision]"
             raise ConfigError("parquet files are read by datasets", got=error, legal=legal) from None
-        self.root, files = root, [str(path) for path in sorted(root.glob("*.parquet"))]
+        self.root = root
+        files: list[Any] = [str(path) for path in sorted(root.glob("*.parquet"))]
         try:
             rows: Any = datasets.Dataset.from_parquet(files)
         except Exception as error:  # whatever pyarrow raises of a file that is none
