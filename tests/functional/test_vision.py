@@ -77,24 +77,30 @@ def test_it_goes_on_bit_for_bit(wing: Workspace) -> None:
         assert [s.get(name) for s in wing.metrics("twice")] == [s.get(name) for s in wing.metrics("whole")]
 
 
-def test_no_layout_changes_its_result(wing: Workspace) -> None:
-    """Two tensor-parallel ranks, and two data-parallel ones with the distributed optimizer: normed as one batch.
+# With an Adam that divides by no less than .01: the gradient of a bias before a norm is rounding alone.
+SMOOTH = [*FLAGS, *PLAIN, "--train-iters", "2", "--pretrained-checkpoint", "whole", "--adam-eps", "0.01"]
 
-    With an Adam that divides by no less than .01: the gradient of a bias before a norm is rounding alone.
-    """
-    flags = [*FLAGS, *PLAIN, "--train-iters", "2", "--pretrained-checkpoint", "whole", "--adam-eps", "0.01"]
-    wing.run(PROGRAM, *flags, "--save", "alone")
-    wing.run(PROGRAM, *flags, "--tensor-model-parallel-size", "2", "--save", "tp", ranks=2)
-    wing.run(PROGRAM, *flags, "--micro-batch-size", "4", "--use-distributed-optimizer", "--save", "dp", ranks=2)
-    alone, expected = weights(wing, "alone", 2), wing.metrics("alone")
+
+@pytest.fixture(scope="module")
+def alone(wing: Workspace) -> list[dict[str, float]]:
+    """Two steps of one process in float32."""
+    wing.run(PROGRAM, *SMOOTH, "--save", "alone")
+    return wing.metrics("alone")
+
+
+def test_no_layout_changes_its_result(wing: Workspace, alone: list[dict[str, float]]) -> None:
+    """Two tensor-parallel ranks, and two data-parallel ones with the distributed optimizer: normed as one batch."""
+    wing.run(PROGRAM, *SMOOTH, "--tensor-model-parallel-size", "2", "--save", "tp", ranks=2)
+    wing.run(PROGRAM, *SMOOTH, "--micro-batch-size", "4", "--use-distributed-optimizer", "--save", "dp", ranks=2)
+    expected = weights(wing, "alone", 2)
     for run in ("tp", "dp"):
         for key in ("loss", "top_1", "val_loss", "val_top_1", "grad_norm"):
             found = [step[key] for step in wing.metrics(run) if key in step]
-            assert found == pytest.approx([step[key] for step in expected if key in step], rel=1e-5), (run, key)
+            assert found == pytest.approx([step[key] for step in alone if key in step], rel=1e-5), (run, key)
         for name, value in weights(wing, run, 2).items():
-            assert value.shape == alone[name].shape
+            assert value.shape == expected[name].shape
             torch.testing.assert_close(
-                value, alone[name], rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+                value, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
             )
 
 
@@ -123,12 +129,10 @@ def test_the_average_of_the_weights(wing: Workspace) -> None:
 FEW = [f"backbone.{name}" for name in ("stem.0.weight", "stages.2.blocks.0.mixer.A_log", "norm.running_mean")]
 
 
-def test_it_trains_in_bf16(wing: Workspace) -> None:
-    flags = [*FLAGS, *PLAIN, "--train-iters", "2", "--pretrained-checkpoint", "whole"]
-    wing.run(PROGRAM, *flags, "--bf16", "--save", "bf16")
-    wing.run(PROGRAM, *flags, "--save", "fp32")
-    found, expected = ([step["loss"] for step in wing.metrics(run)] for run in ("bf16", "fp32"))
-    assert found == pytest.approx(expected, rel=3e-2)
+def test_it_trains_in_bf16(wing: Workspace, alone: list[dict[str, float]]) -> None:
+    wing.run(PROGRAM, *SMOOTH, "--bf16", "--save", "bf16")
+    found = [step["loss"] for step in wing.metrics("bf16")]
+    assert found == pytest.approx([step["loss"] for step in alone], rel=3e-2)
 
 
 def test_it_is_measured_on_all_images(wing: Workspace) -> None:
