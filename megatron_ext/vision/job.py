@@ -60,7 +60,7 @@ def check(run: RunConfig) -> dict[str, int]:
 def show(run: RunConfig, images: dict[str, int]) -> DryRun:
     """What `--dry-run` adds."""
     model: Any = run.model
-    counts = ", ".join(f"{count / 1e9:.2f} G {name}" for name, count in model.multiply_adds().items())
+    counts = ", ".join(f"{count / 1e9:.3g} G {name}" for name, count in model.multiply_adds().items())
     found = ", ".join(f"{count:,} for {name}" for name, count in images.items())
     return DryRun({"multiply-adds an image": counts, "images": found})
 

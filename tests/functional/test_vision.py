@@ -170,7 +170,7 @@ def test_what_cannot_be_read_is_left_out_counted_and_named(wing: Workspace) -> N
         (["--images-augment", "random"], "timm does not know this policy"),
         (["--micro-batch-size", "1"], "images are mixed in pairs"),
         (["--mambavision-classes", "2"], "more classes than the classifier knows"),
-        (["--tensor-model-parallel-size", "4"], "attention heads of stage 3 do not divide"),
+        (["--tensor-model-parallel-size", "8"], "attention heads of stage 3 do not divide"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_starts(wing: Workspace, flags: list[str], what: str) -> None:
