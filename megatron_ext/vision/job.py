@@ -72,7 +72,7 @@ def run_checked(run: RunConfig, images: dict[str, int]) -> None:
 
         validation.validate(run)
         return
-    from megatron_ext.platform.loop import before_saving
+    from megatron_ext.platform.megatron_patches import before_saving
     from megatron_ext.training import loop
 
     def averaging(chunks: list[Any]) -> list[Any]:
