@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.training.run_directory import git_commit, versions
+from megatron_ext.reports.provenance import git_commit, versions
 
 
 def describe() -> dict[str, Any]:

@@ -27,7 +27,7 @@ from megatron_ext.demo.report import headline, write_report
 from megatron_ext.errors import ConfigError, MegatronExtError
 from megatron_ext.reports.metrics_file import read_metrics
 from megatron_ext.reports.progress import Progress
-from megatron_ext.training.run_directory import git_commit, versions
+from megatron_ext.reports.provenance import git_commit, versions
 
 PROCESSES = 2
 SEQUENCE, BATCH = 256, 8

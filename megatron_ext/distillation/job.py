@@ -109,7 +109,7 @@ def distill(run: RunConfig, source: Teacher | Cache, apart: RankSplit | None = N
     from megatron_ext.data import packing
     from megatron_ext.distillation.setup import Setup
     from megatron_ext.distillation.teachers.correction import correct, corrected_first
-    from megatron_ext.platform.megatron_patches import before_saving, before_schedule, pipeline_widths
+    from megatron_ext.platform.megatron_patches import before_schedule, pipeline_widths
     from megatron_ext.training import loop
     from megatron_ext.training.step import language_modelling
 
@@ -130,7 +130,6 @@ def distill(run: RunConfig, source: Teacher | Cache, apart: RankSplit | None = N
         serve_teacher(run, source, apart)
         return
     setup = Setup(run, source, options, apart)
-    before_saving(setup.save)
     pipeline_widths(setup.widths)
     if teacher_sizes(run, options) is not None:
         before_schedule(setup.before_schedule)
@@ -140,7 +139,7 @@ def distill(run: RunConfig, source: Teacher | Cache, apart: RankSplit | None = N
     if isinstance(source, Cache):
         task = replace(task, datasets=packing.replayed(run.args, source.manifest.seed))
     try:
-        loop.train(run, task, hooks=(setup.hook,))
+        loop.train(run, replace(task, extra_models=setup.extra_models()), hooks=(setup.hook,))
     except SystemExit as end:
         if end.code in (0, None):  # asked to stop, and has saved
             setup.close()

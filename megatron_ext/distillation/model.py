@@ -19,7 +19,7 @@ from megatron_ext.distillation.intermediate_layers import (
     LayerOutput,
     PipelineRouting,
 )
-from megatron_ext.distillation.projections import LossBalancer, Projections
+from megatron_ext.distillation.projections import Projections
 from megatron_ext.distillation.student import StudentWrapper
 from megatron_ext.errors import CheckpointError
 from megatron_ext.lm_head.divergences import TopK
@@ -87,22 +87,17 @@ class IntermediateLossConfig:
         route: Which ones, and where they meet.
         distance: One of `states.DISTANCES`.
         weight: Of their loss, at this moment; None for the one that balances it with the logits' loss.
-        projections: From the student's width to the teacher's.
-        balance: The balancing weight.
+        projections: From the student's width to the teacher's, on this stage, and the balancing weight.
     """
 
     route: PipelineRouting
     distance: str
     weight: Callable[[], float | None]
     projections: Projections
-    balance: LossBalancer
 
 
 class DistillationModel(StudentWrapper):
     """One pipeline stage of a student, with whatever it learns from.
-
-    Teacher and projections are not registered: they are in none of the student's checkpoints, optimizers and gradient
-    buffers.
 
     Between stages travels what `PipelineRouting.leaving` lists, side by side in the last dimension.
 
@@ -212,9 +207,9 @@ class DistillationModel(StudentWrapper):
                 parts |= {f"states {pair} loss": value.detach() for pair, value in matched.items()}
             share, weight = (mask * together).sum(), self._matching.weight()
             if weight is None:
-                weight = self._matching.balance.alpha
+                weight = self._matching.projections.balance.alpha
                 if torch.is_grad_enabled():
-                    self._matching.balance.add((mask * losses.kd).sum() * objective.kd_weight, share)
+                    self._matching.projections.balance.add((mask * losses.kd).sum() * objective.kd_weight, share)
             parts["states weight"] = torch.full_like(losses.kd, weight)
             total = total + weight * share
         teachers = self.teacher.loss(found, transposed, mask)
@@ -231,6 +226,10 @@ class DistillationModel(StudentWrapper):
         unchecked, self._unchecked = self._unchecked, []
         if unchecked and not torch.cat([finite for finite, *_ in unchecked]).all():
             _refuse(*next(each for each in unchecked if not each[0].all()))
+
+    def end_step(self) -> None:
+        """Balance the losses by those of the step that ends."""
+        self._matching.projections.balance.step(self.pg_collection)
 
     def _matched(self, found: dict[str, Tensor]) -> dict[str, Float[Tensor, "s b"]]:
         """The distance of every pair, whole in the sequence."""

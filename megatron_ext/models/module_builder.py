@@ -1,9 +1,11 @@
-"""Megatron's model configuration and builder for modules that it has no builder of its own for."""
+"""Megatron's configuration and builder for modules that it has none of its own for, and for models beside another."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from megatron.core import dist_checkpointing
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models.base import ModelBuilder, ModelConfig, compose_hooks
 from megatron.training.models.dist_utils import unimodal_build_distributed_models
@@ -62,6 +64,8 @@ class ModuleBuilder(ModelBuilder[Any, ModuleConfig]):
         stage = [Stage(bool(pre_process), bool(post_process), vp_stage)] if config.pipelines else []
         module = config.build(config.transformer, config.model, pg_collection, *stage)
         module.pg_collection, module.vp_stage = pg_collection, vp_stage  # what Megatron's loop asks every model for
+        for own in stage:
+            module.pre_process, module.post_process = own.pre_process, own.post_process
         return module
 
     def build_distributed_models(self, pg_collection: Any, *args: Any, **kwargs: Any) -> list[Any]:
@@ -73,3 +77,26 @@ class ModuleBuilder(ModelBuilder[Any, ModuleConfig]):
                 self.build_model, config.transformer, pg_collection, *args, pre_wrap_hook=before, **kwargs
             )
         )
+
+
+def build_beside(config: Any, chunks: Sequence[Any]) -> list[Any]:
+    """A model of a Megatron `ModelConfig`, on the process groups and pipeline stages of another one's chunks."""
+    builder = config.get_builder_cls()(config)
+    return [
+        builder.build_model(
+            chunk.pg_collection,
+            pre_process=getattr(chunk, "pre_process", True),
+            post_process=getattr(chunk, "post_process", True),
+            vp_stage=chunk.vp_stage,
+        )
+        for chunk in chunks
+    ]
+
+
+def read_weights(chunks: Sequence[Any], step: Path) -> None:
+    """Read the weights of a checkpoint's step into chunks of its model, whatever layout saved them."""
+    metadata = dist_checkpointing.load_content_metadata(str(step)) or {}
+    wanted = {str(i): chunk.sharded_state_dict(metadata=dict(metadata)) for i, chunk in enumerate(chunks)}
+    found: Any = dist_checkpointing.load(wanted, str(step))
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(found[str(i)])

@@ -233,7 +233,7 @@ def _score(
 
 def _measure_pruned(run: RunConfig, found: Found, checkpoint: Path) -> str:
     """Add the pruned model's loss on the calibration data, or say why this layout cannot run it."""
-    from megatron_ext.training.forward import load_other, mean_loss
+    from megatron_ext.training.forward import load_other, mean_metrics
 
     target = found.plan.target
     try:
@@ -241,8 +241,8 @@ def _measure_pruned(run: RunConfig, found: Found, checkpoint: Path) -> str:
     except ConfigError as error:
         return f"The pruned model's loss was not measured, because it does not fit this run's layout: {error}"
     pruned, model = load_other(run, target, checkpoint)
-    loss = mean_loss(pruned, model, "train", run.options["prune"].samples)
-    found.losses.append(Loss("pruned", target.num_parameters(), loss))
+    metrics, _ = mean_metrics(pruned, model, "train", run.options["prune"].samples)
+    found.losses.append(Loss("pruned", target.num_parameters(), metrics["loss"]))
     return ""
 
 

@@ -2,5 +2,6 @@
 
 Read in this order: `job` (what a command is), `run_job`, `command_line` (parsing and every check), `step` (what is
 trained and measured), `loop` and `validation` (training, `--skip-train`), `forward` (passes without training),
-`dry_run`, `run_directory` and `signals` (how a run is stopped). What a model is, `families` says.
+`extra_models` (a teacher, an encoder, a router beside the model; `extra_optimizers` train them), `dry_run`,
+`run_directory` and `signals` (how a run is stopped). What a model is, `families` says.
 """

@@ -65,7 +65,12 @@ def build_model(run: RunConfig, config: Any = None) -> list[Any]:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.training import setup_model_and_optimizer
 
+    from megatron_ext.training.extra_models import ExtraModels
+
     config = config or run.job.family.config(run.args, run.model)
+    if run.job.task is not None:
+        extra = ExtraModels(run.job.task(run).extra_models, run.args, run.start)
+        config.pre_wrap_hooks = [*config.pre_wrap_hooks, extra.build]
     container = pretrain_cfg_container_from_args(run.args, config)
     model, _, _ = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
@@ -139,11 +144,6 @@ def mean_metrics(
     iterators = [iter(loader) if loader is not None else None for loader, _ in loaders]
     steps = total // run.args.global_batch_size
     return forward_all(run, model, iterators, steps, progress, task), steps * run.args.global_batch_size
-
-
-def mean_loss(run: RunConfig, model: list[Any], split: Literal["train", "valid"], samples: int | None = None) -> float:
-    """The mean loss alone; see `mean_metrics`."""
-    return mean_metrics(run, model, split, samples)[0]["loss"]
 
 
 def micro_batches(run: RunConfig, model: list[Any], split: Literal["train", "valid"], samples: int) -> list[Any]:

@@ -37,13 +37,15 @@ def train(run: RunConfig, task: "Task | None" = None, hooks: tuple[Hook, ...] = 
     Args:
         run: The validated command line.
         task: What the model is trained on; by default the job's.
-        hooks: Called in turn with the list of model chunks after they are built and before they are wrapped for data
-            parallelism (`ModelConfig.pre_wrap_hooks`).
+        hooks: Called in turn with the list of model chunks after they and the task's extra models are built, and before
+            they are wrapped for data parallelism (`ModelConfig.pre_wrap_hooks`).
         config: Megatron's configuration of the model; by default the family's.
     """
     from megatron.core.enums import ModelType
     from megatron.training import pretrain, set_startup_timestamps
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from megatron_ext.training.extra_models import ExtraModels
 
     args = run.args
     if finished(run):
@@ -52,11 +54,14 @@ def train(run: RunConfig, task: "Task | None" = None, hooks: tuple[Hook, ...] = 
         args.save_interval = run.resumed  # the last step is there, and is not saved again
     if not args.save:
         logger.warning("no --save: what is trained will be gone at the end")
+    task = task or task_of(run)
+    extra = ExtraModels(task.extra_models, args, run.start if run.resumed else None)
     lock_run_directory(run)
     if not args.async_save:
         keep_write_results()
     keep_random_state()
     leave_out_padding()
+    before_saving(extra.save)
     around_saves(checksums.forget, checksums.write_step)
     log: Any = None
 
@@ -69,8 +74,8 @@ def train(run: RunConfig, task: "Task | None" = None, hooks: tuple[Hook, ...] = 
             before_saving(lambda _: log.flush())  # the step's line is there when its checkpoint is
         return chunks
 
-    config, task = config or run.job.family.config(args, run.model), task or task_of(run)
-    config.pre_wrap_hooks = [begin, *config.pre_wrap_hooks, _equal_expert_metrics, *hooks]
+    config = config or run.job.family.config(args, run.model)
+    config.pre_wrap_hooks = [begin, *config.pre_wrap_hooks, _equal_expert_metrics, extra.build, *hooks]
     now = time.time()
     set_startup_timestamps(program_start=now, main_entry=now)
     container = pretrain_cfg_container_from_args(args, config)

@@ -1,9 +1,5 @@
 """The run directory: what a job may write where, and what it leaves there for people."""
 
-import importlib.metadata
-import os
-import platform as host
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +12,7 @@ from megatron_ext.checkpoint.outputs import check_writable, contents, hold_run
 from megatron_ext.checkpoint.resume import has_checkpoint
 from megatron_ext.errors import ConfigError
 from megatron_ext.reports import metrics_file
+from megatron_ext.reports.provenance import git_commit, versions
 
 if TYPE_CHECKING:
     from megatron_ext.training.job import RunConfig
@@ -24,35 +21,6 @@ CONFIG = "config.yaml"
 AFRESH = "another directory; or remove the file: with --load of the same directory, the run writes it anew"
 PROGRESS = ("iteration", "num_floating_point_operations_so_far")
 """What Megatron notes among its arguments while it works, and is no flag."""
-COMMIT = "MEGATRON_EXT_COMMIT"
-"""The environment variable with the commit, which an image without a checkout sets (docker/Dockerfile)."""
-PACKAGES = ("megatron-ext", "megatron-core", "torch", "transformer-engine", "mamba-ssm", "causal-conv1d", "triton")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the numbers; those that are installed."""
-    found = {"python": host.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_commit() -> str | None:
-    """The commit of the source tree this package runs from; without a checkout or git, `MEGATRON_EXT_COMMIT` says it.
-
-    None if nothing does, and where the package is installed inside of a repository that it is no part of.
-    """
-    own = Path(__file__)
-    command = ["git", "-C", str(own.parent), "rev-parse", "--verify", "--quiet", f"HEAD:./{own.name}"]
-    try:
-        is_part = subprocess.run(command, capture_output=True, check=False).returncode == 0
-        done = subprocess.run([*command[:-1], "HEAD"], capture_output=True, text=True, check=False)
-    except OSError:
-        return os.environ.get(COMMIT) or None
-    return (is_part and done.stdout.strip()) or os.environ.get(COMMIT) or None
 
 
 def check_save(save: Path, job: str, load: Path | None) -> None:

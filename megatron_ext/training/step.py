@@ -1,7 +1,7 @@
 """A task: data, and a step from a batch to named sums, the same in training, validation and `--skip-train`."""
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_ext.data.batch import text_batch, text_datasets
 from megatron_ext.data.schema import BatchSchema
+from megatron_ext.training.extra_models import ExtraModel
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class Task:
         datasets: Megatron's provider: from the numbers of samples wanted of each split (None: all of one pass) to data
             sets for training, validation and test; it takes `vp_stage`, too.
         units: The unit of each metric.
+        extra_models: Models beside it that the step needs.
     """
 
     forward_step: Callable[..., Any]
     datasets: Callable[..., Any]
     units: Mapping[str, str]
+    extra_models: Sequence[ExtraModel] = ()
 
 
 Sums = tuple[Tensor, Tensor, Mapping[str, tuple[Tensor, Tensor]]]

@@ -152,7 +152,7 @@ def test_resumes_exactly(workspace: Workspace, teacher: str, student: str, corre
         "distill_gpt.py", *flags, *workspace.data, "--load", "interrupted", "--ckpt-step", "2", "--save", "branch",
         ok=False,
     )  # fmt: skip
-    assert "what was trained beside the student is not there" in done.stderr
+    assert "what was trained beside the model is not there" in done.stderr
 
 
 def test_a_run_goes_on_with_its_teacher(workspace: Workspace, teacher: str, student: str) -> None:

@@ -42,8 +42,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "reports": (),
     "training": (
-        "functional/test_half_precision.py", "functional/test_reliability.py", "functional/test_restart.py",
-        "functional/test_stop.py", "functional/test_toy_wing.py",
+        "functional/test_extra_models.py", "functional/test_half_precision.py", "functional/test_reliability.py",
+        "functional/test_restart.py", "functional/test_stop.py", "functional/test_toy_wing.py",
     ),
     "untrusted": ("unit/test_untrusted.py",),
     "verify": ("unit/checkpoint/test_checksums.py", "functional/test_reliability.py"),

@@ -15,8 +15,8 @@ from megatron_ext.distillation.options import compared
 from megatron_ext.distillation.teachers.teacher import Teacher
 from megatron_ext.errors import ConfigError
 from megatron_ext.lm_head.objective import Objective
+from megatron_ext.reports.provenance import git_commit, versions
 from megatron_ext.training.job import RunConfig
-from megatron_ext.training.run_directory import git_commit, versions
 
 
 def command_line(argv: Sequence[str], early: argparse.Namespace) -> list[str]:

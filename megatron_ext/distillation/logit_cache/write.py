@@ -45,7 +45,7 @@ def write(run: RunConfig, writing: Writing) -> None:
     from megatron.core.utils import unwrap_model
 
     from megatron_ext.data.batch import text_batch
-    from megatron_ext.distillation.teachers.colocated import load
+    from megatron_ext.models.module_builder import read_weights
     from megatron_ext.training.forward import build_model, forward_pass, start
 
     args, manifest, directory, known = run.args, writing.manifest, writing.directory, writing.known
@@ -62,7 +62,7 @@ def write(run: RunConfig, writing: Writing) -> None:
             directory.mkdir(parents=True, exist_ok=True)
             manifest.write(directory)
     model = build_model(run)
-    load(unwrap_model(model), writing.teacher)
+    read_weights(unwrap_model(model), writing.teacher.step)
     micro_batches, shape = get_num_microbatches(), (args.micro_batch_size, args.seq_length)
     steps = -(-most // (args.micro_batch_size * micro_batches))
     iterators: list[Any] = [

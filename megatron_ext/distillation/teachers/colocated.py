@@ -2,24 +2,27 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from megatron.core import dist_checkpointing
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_ext.distillation.intermediate_layers import TEACHER, LayerOutput, names
 from megatron_ext.distillation.model import StepLosses, named
+from megatron_ext.distillation.teachers.identity import check_alike
 from megatron_ext.distillation.teachers.teacher import Teacher
 from megatron_ext.lm_head.hidden_states import head, hidden_states
 from megatron_ext.lm_head.losses import LMHead, cross_entropy
 from megatron_ext.lm_head.vocab_parallel import VocabParallel
 from megatron_ext.models.architecture import Architecture
-from megatron_ext.models.builder import PatternModelBuilder, model_config
+from megatron_ext.models.builder import model_config
 from megatron_ext.models.hooks import HiddenStateRecorder
+from megatron_ext.models.module_builder import build_beside, read_weights
+from megatron_ext.training.extra_models import ExtraModel
 
 
 class ColocatedTeacher:
@@ -31,7 +34,7 @@ class ColocatedTeacher:
     """
 
     def __init__(self, chunk: HybridModel, points: Sequence[LayerOutput]) -> None:
-        self.chunk = chunk.requires_grad_(False).eval()
+        self.chunk = chunk
         self._names, self._taps = names(TEACHER, points), HiddenStateRecorder(chunk, points)
 
     def run(self, arrived: dict[str, Tensor], inputs: tuple[Any, ...]) -> dict[str, Tensor]:
@@ -80,37 +83,29 @@ class TrainedColocatedTeacher(ColocatedTeacher):
         return StepLosses(losses.total, {"teacher loss": losses.ce})
 
 
-def build(
-    students: list[HybridModel], teacher: Teacher, args: Namespace, architecture: Architecture
-) -> list[HybridModel]:
-    """The teacher's chunks on the student's layout, with their weights.
+def extra_model(teacher: Teacher, architecture: Architecture) -> ExtraModel:
+    """A frozen teacher beside its student, with the weights of its checkpoint.
 
     Args:
-        students: The student's chunks on this rank, one per virtual stage.
         teacher: The teacher.
-        args: Megatron's validated namespace.
         architecture: The student's.
     """
-    config = model_config(args, teacher.with_student_vocab(architecture))
+    own = teacher.with_student_vocab(architecture)
+    return ExtraModel(TEACHER, partial(build, own), partial(read, teacher))
+
+
+def build(architecture: Architecture, students: list[Any], args: Namespace) -> list[Any]:
+    """A teacher's chunks on its student's layout, without their weights."""
+    config = model_config(args, architecture)
     config.transformer.perform_initialization = False  # every weight is read
-    builder = PatternModelBuilder(config)
-    chunks = []
-    for student in students:
-        chunk = builder.build_model(
-            student.pg_collection,
-            pre_process=student.pre_process,
-            post_process=student.post_process,
-            vp_stage=student.vp_stage,
-        )
-        chunks.append(chunk.to(device=torch.cuda.current_device(), dtype=config.transformer.params_dtype))
-    load(chunks, teacher)
-    return chunks
+    return build_beside(config, students)
 
 
-def load(chunks: list[HybridModel], teacher: Teacher) -> None:
-    """Read the teacher's weights into its chunks, whatever layout saved them."""
-    metadata = dist_checkpointing.load_content_metadata(str(teacher.step)) or {}
-    wanted = {str(i): chunk.sharded_state_dict(metadata=dict(metadata)) for i, chunk in enumerate(chunks)}
-    found: Any = dist_checkpointing.load(wanted, str(teacher.step))
-    for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(found[str(i)])
+def read(teacher: Teacher, chunks: list[Any]) -> None:
+    """Read a teacher's weights into its chunks.
+
+    Raises:
+        CheckpointError: The teacher's directory has gained a step while the ranks started.
+    """
+    check_alike(teacher)
+    read_weights(chunks, teacher.step)

@@ -10,34 +10,24 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-from megatron.core.enums import ModelType
-from megatron.core.models.hybrid.hybrid_model import HybridModel
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import unwrap_model
-from megatron.training.argument_utils import pretrain_cfg_container_from_args
-from megatron.training.checkpointing import save_checkpoint
 from megatron.training.global_vars import set_args
-from megatron.training.training import setup_model_and_optimizer
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.resume import own_resume_point
 from megatron_ext.checkpoint.start import Start, tell_megatron
-from megatron_ext.distillation.teachers.colocated import load
+from megatron_ext.distillation.teachers import colocated
 from megatron_ext.distillation.teachers.teacher import Teacher
-from megatron_ext.errors import CheckpointError
 from megatron_ext.models.architecture import Architecture
-from megatron_ext.models.builder import model_config, with_architecture
+from megatron_ext.models.builder import with_architecture
 from megatron_ext.platform.process_groups import new_meeting_place
 from megatron_ext.training import loop
+from megatron_ext.training.extra_models import ExtraModel
+from megatron_ext.training.extra_optimizers import ShardedOptimizer
 from megatron_ext.training.job import RunConfig
 from megatron_ext.training.run_directory import create_run_directory
 
@@ -46,82 +36,18 @@ WARMUP = 120  # steps
 FOLDER = "teacher"
 
 
-class CorrectedTeacher:
-    """A teacher that is trained in the same job as its student, by a Megatron optimizer of its own.
-
-    There is a checkpoint of it for each of the student's.
+def extra_model(run: RunConfig, teacher: Teacher) -> ExtraModel:
+    """A teacher that is trained in the same job as its student; there is a checkpoint of it for each of the student's.
 
     Args:
         run: The student's command line.
         teacher: The teacher as it was given.
-        step: The student's step that the run goes on from; None for a new run.
-
-    Raises:
-        CheckpointError: The run goes on, and the teacher of that step is not there.
     """
-
-    def __init__(self, run: RunConfig, teacher: Teacher, step: int | None) -> None:
-        self._run = run
-        architecture = teacher.with_student_vocab(run.architecture)
-        self._args = _own_args(run, architecture, run.args.train_iters)
-        if step is not None:
-            folder = Path(run.args.load) / FOLDER
-            if own_resume_point(folder) is None or not (folder / f"iter_{step:07d}").is_dir():
-                raise CheckpointError(
-                    f"the corrected teacher of step {step} is not there", got=folder,
-                    legal="the directory of the run that is resumed, with all that distill_gpt.py saved",
-                )  # fmt: skip
-            self._args.load, self._args.ckpt_step = str(folder), step
-        # The student's schedule does not know of this model: no communication may wait for it.
-        self._args.overlap_grad_reduce = self._args.overlap_param_gather = False
-        self._args.hidden_dropout = self._args.attention_dropout = 0.0  # it teaches
-        with self._as_global_args():
-            config = model_config(self._args, architecture)
-            config.transformer.perform_initialization = False  # every weight is read
-            model, optimizer, scheduler = setup_model_and_optimizer(
-                ModelType.encoder_or_decoder,
-                cfg_container=pretrain_cfg_container_from_args(self._args, config),
-                pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-            )
-        self._model: list[Any] = model
-        self._optimizer: Any = optimizer
-        self._scheduler: Any = scheduler
-        self.chunks: list[HybridModel] = unwrap_model(self._model)
-        if step is None:
-            load(self.chunks, teacher)
-            self._optimizer.reload_model_params()
-        for chunk in self._model:
-            chunk.zero_grad_buffer()
-
-    def step(self, num_tokens: torch.Tensor | None, samples: int) -> None:
-        """One step of the optimizer, after the last micro-batch.
-
-        Args:
-            num_tokens: Tokens of this data-parallel rank, on the last stage, if Megatron divides by them.
-            samples: Sequences of the step.
-        """
-        finalize_model_grads(self._model, num_tokens)
-        self._optimizer.step()
-        self._scheduler.step(increment=samples)
-        for chunk in self._model:
-            chunk.zero_grad_buffer()
-        self._optimizer.zero_grad()
-
-    def save(self, iteration: int) -> None:
-        """Write the teacher of this step."""
-        student = self._run.args
-        self._args.consumed_train_samples, self._args.iteration = student.consumed_train_samples, iteration
-        with self._as_global_args():
-            save_checkpoint(iteration, self._model, self._optimizer, self._scheduler, 0)
-
-    @contextmanager
-    def _as_global_args(self) -> Iterator[None]:
-        """Megatron reads its namespace from a global."""
-        set_args(self._args)
-        try:
-            yield
-        finally:
-            set_args(self._run.args)
+    architecture = teacher.with_student_vocab(run.architecture)
+    args = _own_args(run, architecture, run.args.train_iters)
+    args.hidden_dropout = args.attention_dropout = 0.0  # it teaches
+    build, load = partial(colocated.build, architecture), partial(colocated.read, teacher)
+    return ExtraModel(FOLDER, build, load, ShardedOptimizer, args)
 
 
 def correct(run: RunConfig, teacher: Teacher, steps: int) -> None:
@@ -134,6 +60,9 @@ def correct(run: RunConfig, teacher: Teacher, steps: int) -> None:
     """
     architecture = teacher.with_student_vocab(run.architecture)
     args = _own_args(run, architecture, steps)
+    args.load = args.pretrained_checkpoint = args.ckpt_step = None
+    args.finetune = args.no_load_optim = args.no_load_rng = False
+    args.save = str(Path(run.args.save) / FOLDER)
     if (own := own_resume_point(Path(args.save))) is not None:
         args.load, start = args.save, Start("--load", Path(args.save), own)
     else:
@@ -195,11 +124,8 @@ def _run_again(minutes: float, *flags: str) -> int:
 
 
 def _own_args(run: RunConfig, architecture: Architecture, steps: int) -> Namespace:
-    """Megatron's namespace for the teacher, which is to be loaded from nowhere yet."""
+    """Megatron's namespace for the teacher: its model, and its learning rate."""
     args = with_architecture(run.args, architecture)
-    args.load = args.pretrained_checkpoint = args.ckpt_step = None
-    args.finetune = args.no_load_optim = args.no_load_rng = False
-    args.save = str(Path(run.args.save) / FOLDER)
     args.train_iters, args.lr_decay_iters = steps, None
     args.lr, args.min_lr = args.lr * SHARE, args.min_lr * SHARE
     args.lr_warmup_fraction, args.lr_warmup_samples = None, 0

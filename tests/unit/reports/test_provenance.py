@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.training import run_directory
-from megatron_ext.training.run_directory import COMMIT, git_commit
+from megatron_ext.reports import provenance
+from megatron_ext.reports.provenance import COMMIT, git_commit
 
 ROOT = Path(__file__).parents[3]
 
@@ -41,10 +41,10 @@ def test_a_checkout_knows_better_than_the_image_and_another_repository_nothing(
 ) -> None:
     """Sources may be mounted over those of an image; a virtual environment may lie in the user's own repository."""
     package = tmp_path / "package"
-    monkeypatch.setattr(run_directory, "__file__", str(package / "run_directory.py"))
+    monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
     package.mkdir()
     repository(tmp_path)
-    shutil.copy(ROOT / "megatron_ext" / "training" / "run_directory.py", package)
+    shutil.copy(ROOT / "megatron_ext" / "reports" / "provenance.py", package)
     assert git_commit() is None
     monkeypatch.setenv(COMMIT, "1234abcd")
     assert git_commit() == "1234abcd"
