@@ -94,8 +94,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--pad-vocab-to goes with --to megatron", legal="--vocab-size N cuts padding off")
     if args.verify and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("--verify runs both models in one process", legal="--verify without torchrun")
-    if args.pad_vocab_to < 1 or args.shard_gb <= 0:
-        raise ConfigError("--pad-vocab-to and --shard-gb must be positive", got=f"{args.pad_vocab_to}, {args.shard_gb}")
     is_step = (args.input / ".metadata").is_file() or bool(layout.steps(args.input))
     if args.source == "hf" and is_step and not (args.input / hf_assets.CONFIG).is_file():
         raise ConfigError(

@@ -38,9 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Validate everything, then measure what was asked for, one thing after the other."""
-    for name in ("batch_tokens", "batch_size", "window"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}", got=value, legal="at least 1")
     asked = [kind for kind in kinds() if kind.asked(args)]
     if not asked:
         raise ConfigError("nothing to measure", legal="--text FILE, --tasks NAME, --synthetic NAME or --speed N")

@@ -96,9 +96,6 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     prompts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
     if not prompts:
         raise ConfigError("nothing to continue", legal="--prompt TEXT or --prompts FILE")
-    for name in ("max_new_tokens", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}", got=getattr(args, name), legal="at least 1")
     if "" in args.stop:
         raise ConfigError("--stop is empty", legal="a text")
     if args.system is not None and not args.chat:

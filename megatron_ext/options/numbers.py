@@ -15,7 +15,7 @@ POSITIVE = """
     *-size *-sizes *-length *-lengths *-interval num-layers num-layers-* num-attention-heads num-query-groups
     kv-channels mamba-* num-experts moe-router-topk max-position-embeddings rotary-base rotary-percent train-samples
     make-vocab-size-divisible-by distributed-timeout-minutes adam-eps norm-epsilon init-method-std
-    max-bytes batch-tokens window stride gpus shard-gb pad-vocab-to speed
+    max-bytes max-new-tokens batch-tokens window stride gpus shard-gb pad-vocab-to speed
 """
 """Flags that must be positive, but for those whose own default is 0."""
 

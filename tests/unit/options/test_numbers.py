@@ -52,9 +52,10 @@ def test_every_name_of_the_tables_is_a_flag(parser: argparse.ArgumentParser) -> 
     from megatron_ext.conversion import job as conversion
     from megatron_ext.data import corpus
     from megatron_ext.evaluation import job as evaluation
+    from megatron_ext.inference import job as inference
 
     ours = argparse.ArgumentParser(conflict_handler="resolve")
-    for module in (corpus, estimate, conversion, evaluation):
+    for module in (corpus, estimate, conversion, evaluation, inference):
         module.add_arguments(ours)
     names = [name.removeprefix("--") for p in (parser, ours) for a in p._actions for name in a.option_strings]
     for pattern in (*POSITIVE.split(), *MAY_BE_ZERO.split(), *SIGNED.split(), *BELOW):
