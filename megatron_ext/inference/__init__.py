@@ -2,5 +2,5 @@
 
 `job` is `megatron-ext generate`; `session` opens a checkpoint and its `tokenizer`, `sharded` sends micro-batches
 through it. `generate` continues what `request` asks (`prompts`, `chat`), with the caches of `cached` and the choice
-of `sampling`; `loglikelihood` is that of a `passage`; `speed` measures, and `interrupt` ends both well.
+of `sampling`; `score` is the probability of a text (`loglikelihood`); `speed` measures, and `interrupt` ends both well.
 """
