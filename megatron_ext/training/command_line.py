@@ -93,8 +93,6 @@ def parse_command_line(job: Job, argv: Sequence[str] | None = None) -> RunConfig
     family.check(args, loads=job.makes_new)
     if not (args.skip_train or early.dry_run or args.train_samples or (args.train_iters or 0) > 0):
         raise ConfigError("nothing to train", got=f"--train-iters {args.train_iters}", legal="a positive number")
-    if args.lr is None and not (args.skip_train or early.dry_run):
-        raise ConfigError("no learning rate given", legal="--lr 3e-4, for instance")
     _check_saving(args)
     if not args.save:  # a rerun ends with a checkpoint of what led to a NaN, and there is no place for one
         if early.rerun_mode not in (None, "disabled"):

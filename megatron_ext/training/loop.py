@@ -52,6 +52,8 @@ def train(run: RunConfig, task: "Task | None" = None, hooks: tuple[Hook, ...] = 
         return
     if _is_over(run):  # but for its validation
         args.save_interval = run.resumed  # the last step is there, and is not saved again
+    if args.lr is None and not args.skip_train:
+        raise ConfigError("no learning rate given", legal="--lr 3e-4, for instance")
     if not args.save:
         logger.warning("no --save: what is trained will be gone at the end")
     task = task or task_of(run)

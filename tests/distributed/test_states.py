@@ -69,10 +69,12 @@ def model_of(folder: str, *more: str) -> tuple[Any, Any]:
     from megatron.core.utils import unwrap_model
 
     from megatron_ext.distillation.setup import Setup
+    from megatron_ext.training.extra_models import ExtraModels
     from megatron_ext.training.forward import load_model
 
     setup = Setup(started, teacher, started.options["distill"])
-    (model,) = setup.hook(unwrap_model(load_model(started)))
+    students = unwrap_model(load_model(started))
+    (model,) = setup.hook(ExtraModels(setup.extra_models(), started.args, None).build(students))
     return model, setup
 
 
@@ -92,13 +94,16 @@ def waits(folder: str, divergence: str) -> list[str]:
 
 def measured(folder: str, distance: str) -> dict[str, Any]:
     """What the product makes of a micro-batch."""
-    model, setup = model_of(folder, "--distill-states-loss", distance, "--distill-states-weight", str(WEIGHT))
+    from megatron_ext.distillation.setup import PROJECTIONS
+    from megatron_ext.training.extra_models import beside
+
+    model, _ = model_of(folder, "--distill-states-loss", distance, "--distill-states-weight", str(WEIGHT))
     inputs = (TOKENS, torch.arange(SEQUENCE)[None], None)
     ids = torch.zeros(2, 2, dtype=torch.long)
     losses = model(*inputs, labels=LABELS, loss_mask=MASK, sample_id=ids)
     losses.total.backward()
-    assert setup._projections is not None
-    maps = setup._projections._weights
+    projections = beside(model.module)[PROJECTIONS]
+    maps = {i: projections.get_parameter(name) for i, name in projections._names.items()}
     return {
         "total": losses.total.detach(), "parts": {name: value.T.detach() for name, value in losses.parts.items()},
         "gradients": {name: value.grad for name, value in model.module.named_parameters()},
