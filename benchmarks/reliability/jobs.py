@@ -37,8 +37,8 @@ class Ended:
 
     @property
     def said(self) -> str:
-        """All of it."""
-        return self.out + self.err
+        """All of it, without where the checkout lies."""
+        return (self.out + self.err).replace(f"{ROOT}{os.sep}", "")
 
 
 @dataclass
