@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _refuse_taken(words[0])
     if words and words[0] in known and known[words[0]].flags == "job":
         return _run_job(known[words[0]], words[1:])
-    parser = argparse.ArgumentParser(prog="megatron-ext", description="Compress and train language models.")
+    parser = argparse.ArgumentParser(prog="megatron-ext", description="Compress and train models on Megatron-Core.")
     parser.add_argument("--version", action=_Version, help="print the versions of this package and those it stands on")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     run: Main | None = None

@@ -48,9 +48,10 @@ class MambaVision:
             raise ConfigError("no pattern of a MambaVision network", got=self.pattern, legal=legal)
         for name in ("dim", "stem", "head_dim", "window", "last_window", "state", "resolution", "classes"):
             if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"--mambavision-{name.replace('_', '-')} is too small", got=getattr(self, name), legal=1
-                )
+                flag = f"--mambavision-{name.replace('_', '-')}"
+                raise ConfigError(f"{flag} is too small", got=getattr(self, name), legal="at least 1")
+        if self.hidden(0) < 1:
+            raise ConfigError("--mambavision-mlp-ratio leaves an MLP without channels", got=self.mlp_ratio, legal="4.0")
         for index, stage in enumerate(self.stages):
             channels = self.channels(index)
             if "S" in stage and channels % self.head_dim:

@@ -61,8 +61,5 @@ def buffer_name(name: str) -> str:
 
 
 def _floats(network: nn.Module) -> dict[str, Tensor]:
-    named = (
-        *network.named_parameters(),
-        *network.named_buffers(),
-    )  # not its state, to which Megatron adds what is none
+    named = (*network.named_parameters(), *network.named_buffers())  # not its state, to which Megatron adds others
     return {name: value for name, value in named if value.is_floating_point()}

@@ -1,7 +1,7 @@
 """Images as a data set: sample i of a run is the same image, varied the same way, whoever reads it and when.
 
-An image that cannot be read is left out: the next one of
-its epoch takes its place, it is named once, and how many were left out is a metric of the batch.
+An image that cannot be read is left out: the next one of its epoch takes its place, it is named once, and how many
+were left out is a metric of the batch.
 """
 
 import logging
@@ -124,9 +124,8 @@ class Variations:
         try:
             import timm.data  # noqa: F401
         except ImportError as error:
-            raise ConfigError(
-                "images are varied by timm", got=error, legal="pip install megatron-ext[vision]"
-            ) from None
+            legal = "pip install megatron-ext[vision]"
+            raise ConfigError("images are varied by timm", got=error, legal=legal) from None
         if model.image_channels not in MODES:
             raise ConfigError("--mambavision-image-channels", got=model.image_channels, legal="1 or 3")
         self._options, self._size = options, (model.image_channels, model.resolution, model.resolution)

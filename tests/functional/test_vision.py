@@ -18,7 +18,6 @@ from megatron_ext.vision.images import Images, Variations
 from megatron_ext.vision.options import ImageOptions
 from megatron_ext.vision.sources import open_source
 
-pytest.importorskip("timm")
 PROGRAM = "tests/support/vision_program.py"
 CLASSES = ("blue", "green", "red")
 FLAGS = [

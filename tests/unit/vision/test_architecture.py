@@ -50,6 +50,7 @@ def test_operations_are_those_that_torch_counts(resolution: int) -> None:
     ("change", "what"),
     [
         ({"pattern": "C/C/MS"}, "no pattern"), ({"pattern": "C/C/CM/S"}, "no pattern"), ({"dim": 0}, "too small"),
+        ({"mlp_ratio": 0.01}, "without channels"),
         ({"head_dim": 24}, "do not divide the 32 channels of stage 3"), ({"drop_path": 1.0}, "is a share"),
         ({"mixer": "parallel"}, "no such mixer"),
     ],

@@ -2,16 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import onnxruntime
 import pytest
+import timm
 import torch
 from vision_oracle import SMALL
 
 from megatron_ext.errors import ConfigError
 from megatron_ext.vision.network import Network
-
-timm: Any = pytest.importorskip("timm")
 
 
 def test_timm_creates_it() -> None:
@@ -42,7 +41,6 @@ def test_timm_creates_it() -> None:
 
 def test_exported_graphs_are_the_network(tmp_path: Path) -> None:
     """For any number of images, at a size that windows do not divide; no operator of ours in the graph."""
-    onnxruntime: Any = pytest.importorskip("onnxruntime")
     network = Network(replace(SMALL, pattern="C/C/MS/M")).eval()
     for module in network.modules():  # decays that differ, so that the scan matters
         if isinstance(bias := getattr(module, "bias", None), torch.Tensor):
