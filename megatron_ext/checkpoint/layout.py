@@ -224,6 +224,8 @@ def architecture(step: str | Path) -> Architecture:
         CheckpointError: It has no arguments, or not those of a `HybridModel`.
     """
     args = common(step).get("args")
+    if (family := getattr(args, "ext_family", None)) is not None:
+        raise CheckpointError("the checkpoint holds no language model", got=f"{step}: {family}", legal="one that does")
     if isinstance(args, Namespace) and getattr(args, "num_layers", None) and not pattern_of(args):
         raise CheckpointError(
             "the checkpoint holds a GPTModel", got=step, legal="megatron-ext convert --from gpt --to megatron"

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.start import Start
 from megatron_ext.errors import ConfigError, nearest
+from megatron_ext.models import megatron_args
 from megatron_ext.models.argument_mappings import Argument
 from megatron_ext.models.training_cost import Layout, state_bytes
+from megatron_ext.options.early_flags import read_early
 from megatron_ext.options.fields import add_options, read_options, to_flags
 
 if TYPE_CHECKING:
@@ -145,8 +147,14 @@ class DataclassFamily(ModelFamily):
         return [*front, *to_flags(self._saved(step), self.name)], str(step.path)
 
     def check(self, args: Namespace, loads: bool) -> None:
-        """What the dataclass itself refuses, and what the family does not split."""
+        """What the dataclass itself refuses, flags of a language model, and what the family does not split."""
         self.from_args(args)
+        set_here = read_early(self.megatron_flags, {}, megatron_args.arguments())
+        for argument in megatron_args.arguments():
+            own, value = getattr(set_here, argument.name), getattr(args, argument.name, None)
+            if value not in (None, argument.default if own is None else own):
+                what = f"this describes a language model, and would do nothing to a {self.name} model"
+                raise ConfigError(what, got=" ".join(argument.to_flags(value)), legal=f"flags --{self.name}-*")
         flags = {"pipeline": "pipeline-model-parallel-size", "context": "context-parallel-size"}
         flags["expert"] = "expert-model-parallel-size"
         for kind, flag in flags.items():

@@ -32,9 +32,11 @@ def tokenizer_of(checkpoint: Path, given: Path | None) -> Any:
 
     Raises:
         DataError: There is none, or it cannot be loaded.
+        CheckpointError: The checkpoint holds no language model.
         ConfigError: The checkpoint has another one than was given, or fewer tokens.
     """
     step = layout.find(checkpoint).path
+    rows = layout.architecture(step).padded_vocab_size
     check(step, given, "the checkpoint")
     found = given or hf_assets.tokenizer(step)
     if found is None:
@@ -43,7 +45,7 @@ def tokenizer_of(checkpoint: Path, given: Path | None) -> Any:
         )
     tokenizer = load_tokenizer(found)
     if given:
-        check_rows(len(tokenizer), layout.architecture(step).padded_vocab_size)
+        check_rows(len(tokenizer), rows)
     return tokenizer
 
 

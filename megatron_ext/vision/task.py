@@ -69,7 +69,10 @@ def classification(run: "RunConfig") -> "Task":
             Images(train, variations.training, count=wanted[0], shuffled=True, **common)
             if train and wanted[0] != 0
             else None,
-            Images(valid, variations.validation, count=wanted[1], **common) if valid and wanted[1] != 0 else None,
+            # Shuffled, too: a validation of some batches would else see the first classes alone.
+            Images(valid, variations.validation, count=wanted[1], shuffled=True, **common)
+            if valid and wanted[1] != 0
+            else None,
             None,
         )
 

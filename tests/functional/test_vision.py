@@ -170,11 +170,25 @@ def test_what_cannot_be_read_is_left_out_counted_and_named(wing: Workspace) -> N
         (["--micro-batch-size", "1"], "images are mixed in pairs"),
         (["--mambavision-classes", "2"], "more classes than the classifier knows"),
         (["--tensor-model-parallel-size", "8"], "attention heads of stage 3 do not divide"),
+        (["--hybrid-layer-pattern", "M*"], "this describes a language model"),
+        (["--normalization", "RMSNorm"], "got:   --normalization=RMSNorm"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_starts(wing: Workspace, flags: list[str], what: str) -> None:
     done = wing.run(PROGRAM, *FLAGS, "--train-iters", "1", "--dry-run", *flags, ok=False)
     assert what in done.stderr
+
+
+def test_jobs_for_language_models_say_what_it_is(wing: Workspace) -> None:
+    for script, *flags in (
+        ("prune_gpt.py", "--load", "whole", "--save", "cut", "--prune-target-params", "0.5"),
+        ("megatron_ext/__main__.py", "convert", "whole", "out", "--from", "megatron", "--to", "hf"),
+        ("megatron_ext/__main__.py", "generate", "whole", "--prompt", "a picture of"),
+    ):
+        done = wing.run(script, *flags, ok=False)
+        assert done.returncode == 2
+        assert "the checkpoint holds no language model" in done.stderr
+        assert ": mambavision" in done.stderr
 
 
 def test_samples_do_not_depend_on_who_reads_them(tmp_path: Path) -> None:
