@@ -13,7 +13,7 @@ import importlib
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points, version
@@ -100,6 +100,12 @@ COMMANDS = {
 }
 
 
+FORMS = {
+    "distill": ("--distill-teacher", {"mambavision": "megatron_ext.vision.distillation"}),
+}
+"""Jobs with a form for other families than language models: the flag of the checkpoint that decides; the modules."""
+
+
 def commands() -> dict[str, Command]:
     """Ours, and those that installed packages add under other names."""
     found: dict[str, Command] = {}
@@ -136,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and words[0] in COMMANDS:
         _refuse_taken(words[0])
     if words and words[0] in known and known[words[0]].flags == "job":
-        return _run_job(known[words[0]], words[1:])
+        return _run_job(words[0], known[words[0]], words[1:])
     parser = argparse.ArgumentParser(prog="megatron-ext", description="Compress and train models on Megatron-Core.")
     parser.add_argument("--version", action=_Version, help="print the versions of this package and those it stands on")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -175,10 +181,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run_job(command: Command, words: list[str]) -> int:
+def _run_job(name: str, command: Command, words: list[str]) -> int:
     from megatron_ext import program
 
-    return program.main(lambda: command.load().main(argparse.Namespace(words=words)))
+    return program.main(lambda: _form(name, command, words).load().main(argparse.Namespace(words=words)))
+
+
+def _form(name: str, command: Command, words: list[str]) -> Command:
+    """The command for the family of the checkpoint that its flag names; what is wrong with that one, the job says."""
+    if name not in FORMS:
+        return command
+    from megatron_ext.checkpoint import layout
+    from megatron_ext.errors import CheckpointError
+    from megatron_ext.options.early_flags import given_flags
+
+    flag, modules = FORMS[name]
+    path = dict(given_flags(words)).get(flag)
+    try:
+        family = layout.family(layout.find(path).path) if path else None
+    except CheckpointError:
+        return command
+    return replace(command, module=modules[family]) if family in modules else command
 
 
 def _mistyped(given: list[str], own: list[str]) -> ConfigError | None:

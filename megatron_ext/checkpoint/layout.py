@@ -217,6 +217,15 @@ def common(step: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"the checkpoint's arguments cannot be read ({error!r})", got=step) from error
 
 
+def family(step: str | Path) -> str | None:
+    """The family of a step's model, such as `mambavision`; None of a language model.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    return getattr(common(step).get("args"), "ext_family", None)
+
+
 def architecture(step: str | Path) -> Architecture:
     """The model that a step holds, from the arguments saved with it.
 

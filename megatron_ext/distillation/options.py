@@ -19,15 +19,10 @@ DEFAULT_K = 100
 
 
 @dataclass(frozen=True)
-class DistillOptions:
-    """Whom the student learns from, and how the losses are weighted."""
+class LogitOptions:
+    """From whose logits the student learns, and how the losses are weighted: of every family of models."""
 
     teacher: str | None = option(None, "Checkpoint of the teacher: a directory of steps, or one step.")
-    cache: str | None = option(None, "Directory of a cache, in place of the teacher.")
-    cache_write: str | None = option(
-        None, "Train nothing; store the teacher's likeliest next tokens of one pass over the data in this directory."
-    )
-    cache_dtype: Literal["float16", "float32"] = option("float16", "In which their probabilities are stored.")
     temperature: float | None = option(
         None, "Temperature of both distributions; the loss is multiplied by its square. Default: 1, or the cache's."
     )
@@ -35,13 +30,46 @@ class DistillOptions:
         None, "How student and teacher are compared. Default: forward-kl; with a cache top-k-rest.", divergences.names
     )
     kd_weight: str = option("1.0", "Weight of that loss: a number, or FIRST:LAST to go in a line over the training.")
-    ce_weight: str = option("0.0", "Weight of the cross-entropy with the data's next token: likewise.")
+    ce_weight: str = option("0.0", "Weight of the cross-entropy with the data's label: likewise.")
     jsd_beta: float = option(0.5, "Of jsd: the teacher's share of the mixture.")
     top_k: int | None = option(
         None,
         "Of top-k and top-k-rest: how many of the teacher's entries count one by one; of a cache: how many are stored. "
         f"Default: {DEFAULT_K}, or all that the cache holds.",
     )
+
+    def weighted(self, objective: Objective, share: float) -> Objective:
+        """An objective with the weights of when this share of the training is done.
+
+        Raises:
+            ConfigError: A weight is no number and no FIRST:LAST.
+        """
+        kd_weight, ce_weight = (_weight(name, getattr(self, name), share) for name in ("kd_weight", "ce_weight"))
+        return replace(objective, kd_weight=kd_weight, ce_weight=ce_weight)
+
+    def compared(self, default: Objective) -> Objective:
+        """What is asked for, weights aside.
+
+        Args:
+            default: What is compared where nothing is asked for.
+        """
+        return Objective(
+            default.divergence if self.loss is None else self.loss,
+            default.temperature if self.temperature is None else self.temperature,
+            beta=self.jsd_beta,
+            k=default.k if self.top_k is None else self.top_k,
+        )
+
+
+@dataclass(frozen=True)
+class DistillOptions(LogitOptions):
+    """Whom the student learns from, and how the losses are weighted."""
+
+    cache: str | None = option(None, "Directory of a cache, in place of the teacher.")
+    cache_write: str | None = option(
+        None, "Train nothing; store the teacher's likeliest next tokens of one pass over the data in this directory."
+    )
+    cache_dtype: Literal["float16", "float32"] = option("float16", "In which their probabilities are stored.")
     states: list[str] | None = option(
         None, "Pairs STUDENT:TEACHER of intermediate states to match, or kinds of sub-layers (see docs/distill.md)."
     )
@@ -99,12 +127,25 @@ def compared(options: DistillOptions, source: Teacher | Cache) -> Objective:
     default = Objective(k=DEFAULT_K)
     if isinstance(source, Cache):
         default = Objective("top-k-rest", source.manifest.temperature, k=source.manifest.k)
-    return Objective(
-        default.divergence if options.loss is None else options.loss,
-        default.temperature if options.temperature is None else options.temperature,
-        beta=options.jsd_beta,
-        k=default.k if options.top_k is None else options.top_k,
-    )
+    return options.compared(default)
+
+
+def check_objective(objective: Objective, entries: int) -> None:
+    """Find what is wrong with what is compared, and with its weights.
+
+    Args:
+        objective: With its weights.
+        entries: Entries of the logits, without padding.
+
+    Raises:
+        ConfigError: One is illegal.
+    """
+    objective.check(entries)
+    if min(objective.kd_weight, objective.ce_weight) < 0 or not objective.kd_weight + objective.ce_weight > 0:
+        raise ConfigError(
+            "--distill-kd-weight and --distill-ce-weight must not be negative, nor both zero",
+            got=f"{objective.kd_weight} and {objective.ce_weight}",
+        )
 
 
 def check_weights(options: DistillOptions, source: Teacher | Cache, vocab_size: int) -> None:
@@ -120,15 +161,9 @@ def check_weights(options: DistillOptions, source: Teacher | Cache, vocab_size: 
     """
     for share in (0.0, 1.0):
         objective, weight = objective_at(options, source, share), states_weight_at(options, share)
-        objective.check(vocab_size)
-        if (
-            min(objective.kd_weight, objective.ce_weight, weight or 0) < 0
-            or not objective.kd_weight + objective.ce_weight > 0
-        ):
-            raise ConfigError(
-                "--distill-kd-weight and --distill-ce-weight must not be negative, nor both zero",
-                got=f"{options.kd_weight} and {options.ce_weight}",
-            )
+        check_objective(objective, vocab_size)
+        if (weight or 0) < 0:
+            raise ConfigError("--distill-states-weight must not be negative", got=options.states_weight)
         if options.states and weight is None and not objective.kd_weight:
             raise ConfigError(
                 f"--distill-states-weight {BALANCED} balances the states' loss with the logits', which has no weight",
@@ -197,8 +232,7 @@ def objective_at(options: DistillOptions, source: Teacher | Cache, share: float)
     Raises:
         ConfigError: A weight is no number and no FIRST:LAST.
     """
-    kd_weight, ce_weight = (_weight(name, getattr(options, name), share) for name in ("kd_weight", "ce_weight"))
-    return replace(compared(options, source), kd_weight=kd_weight, ce_weight=ce_weight)
+    return options.weighted(compared(options, source), share)
 
 
 def states_weight_at(options: DistillOptions, share: float) -> float | None:

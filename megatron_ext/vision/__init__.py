@@ -10,6 +10,7 @@ What is in it:
     network.py        the whole: stem, stages, features at strides 4, 8, 16 and 32, classifier
     weights.py        weights in the layout of the published checkpoints
     job.py            megatron-ext vision; options.py and task.py are its flags and losses
+    distillation.py   megatron-ext distill, of image networks
     sources.py        folders, tar and parquet files; images.py makes samples of them
     family.py         the network on Megatron; average.py the moving average of weights; checkpoint.py reads both
     timm_models.py    import it, and `timm.create_model("mambavision_tiny")` works; needs megatron-ext[vision]

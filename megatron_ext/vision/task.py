@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,37 @@ UNITS = {"loss": "nats per image", "top_1": SHARE, "top_5": SHARE, "skipped": "u
 AVERAGE_UNITS = {"average_loss": "nats per image", "average_top_1": SHARE}
 
 
-def classification(run: "RunConfig") -> "Task":
-    """The task of a validated command line; validation measures the average of the weights, too, if there is one."""
+@runtime_checkable
+class Lesson(Protocol):
+    """What a network learns beside the labels of its images."""
+
+    @property
+    def units(self) -> Mapping[str, str]:
+        """The unit of each metric that it adds."""
+        ...
+
+    def logits(self, network: Any, images: Tensor) -> Tensor:
+        """Of another network, which is beside this one, in float32, without a graph."""
+        ...
+
+    def losses(self, logits: Tensor, other: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is minimised, and what is logged, summed over images.
+
+        Args:
+            logits: The network's (b, classes).
+            other: Those of `logits`.
+            labels: The cross entropy with the labels, summed.
+        """
+        ...
+
+
+def classification(run: "RunConfig", lesson: Lesson | None = None) -> "Task":
+    """The task of a validated command line; validation measures the average of the weights, too, if there is one.
+
+    Args:
+        run: The command line.
+        lesson: What is learned beside the labels.
+    """
     from megatron.core.utils import get_attr_wrapped_model
 
     from megatron_ext.data.schema import BatchSchema, Field
@@ -45,6 +74,8 @@ def classification(run: "RunConfig") -> "Task":
                 average.update(run.args.curr_iteration)
         elif averages:
             batch["average"] = network(batch["image"], averaged=True).float()
+        if lesson is not None:
+            batch["other"] = lesson.logits(network, batch["image"])
         return network(batch["image"])
 
     def losses(batch: Mapping[str, Tensor], logits: Tensor) -> Any:
@@ -59,6 +90,9 @@ def classification(run: "RunConfig") -> "Task":
         if "average" in batch:
             found["average_loss"] = F.cross_entropy(batch["average"], label, reduction="sum"), count
             found["average_top_1"] = (batch["average"].argmax(-1) == label).sum(), count
+        if lesson is not None:
+            total, more = lesson.losses(logits, batch["other"], total)
+            found |= {name: (value, count) for name, value in more.items()}
         return total, count, found
 
     def datasets(wanted: Any, vp_stage: int | None = None) -> Any:
@@ -76,7 +110,8 @@ def classification(run: "RunConfig") -> "Task":
             None,
         )
 
-    return Task(batch_step(BatchSchema(fields), forward, losses), datasets, UNITS | (AVERAGE_UNITS if averages else {}))  # type: ignore[arg-type]
+    units = UNITS | (AVERAGE_UNITS if averages else {}) | ({} if lesson is None else dict(lesson.units))
+    return Task(batch_step(BatchSchema(fields), forward, losses), datasets, units)  # type: ignore[arg-type]
 
 
 def sources(options: ImageOptions) -> tuple[Source | None, Source | None]:

@@ -7,6 +7,7 @@ the commands meet.
 import argparse
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 from megatron_ext import cli
 from megatron_ext.inference import session
@@ -70,10 +71,15 @@ def line(action: argparse.Action) -> str:
 
 
 def lines() -> Iterator[str]:
-    """The whole list."""
+    """The whole list; a form of a job for another family of models follows the job."""
     for name, command in cli.COMMANDS.items():
-        yield f"{name}:"
-        yield from sorted(f"    {line(action)}" for action in command_flags(command))
+        forms = {name: command}
+        if name in cli.FORMS:
+            _, modules = cli.FORMS[name]
+            forms |= {f"{name}, {family}": replace(command, module=module) for family, module in modules.items()}
+        for title, form in forms.items():
+            yield f"{title}:"
+            yield from sorted(f"    {line(action)}" for action in command_flags(form))
 
 
 if __name__ == "__main__":

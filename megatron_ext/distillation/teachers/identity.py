@@ -6,19 +6,29 @@ The run's arguments, which Megatron puts into every checkpoint, have it as `dist
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.ranks import gather
 from megatron_ext.checkpoint.resume import has_checkpoint
 from megatron_ext.distillation.logit_cache.cache import Cache
-from megatron_ext.distillation.teachers.teacher import Teacher
 from megatron_ext.errors import CheckpointError, UntrustedError
 from megatron_ext.training.job import RunConfig
 
 CORRECTED = "teacher"  # in the run directory
 
 
-def identity(source: Teacher | Cache) -> dict[str, str]:
+@runtime_checkable
+class OnDisk(Protocol):
+    """A teacher of any family."""
+
+    @property
+    def step(self) -> Path:
+        """The step that its weights are read from."""
+        ...
+
+
+def identity(source: OnDisk | Cache) -> dict[str, str]:
     """The flag that names this very source, the fingerprint of the teacher's step, and of a cache its settings'."""
     if isinstance(source, Cache):
         cache = {"teacher": source.manifest.teacher, "cache": source.manifest.settings}
@@ -26,7 +36,7 @@ def identity(source: Teacher | Cache) -> dict[str, str]:
     return {"flag": f"--distill-teacher {source.step.absolute()}", "teacher": layout.fingerprint(source.step)}
 
 
-def remember(run: RunConfig, source: Teacher | Cache) -> None:
+def remember(run: RunConfig, source: OnDisk | Cache) -> None:
     """Note whom the run learns from, once it is sure that it has not learned from another before.
 
     Raises:
@@ -47,7 +57,7 @@ def remember(run: RunConfig, source: Teacher | Cache) -> None:
     run.args.distill_source = now
 
 
-def check_alike(source: Teacher | Cache) -> None:
+def check_alike(source: OnDisk | Cache) -> None:
     """Check that all ranks have found the same. A collective.
 
     Raises:
@@ -65,7 +75,9 @@ def _before(run: RunConfig) -> Iterator[Path]:
     """The step that the run goes on from, and that of the teacher which it has corrected."""
     if run.resumed and run.start is not None:
         yield run.start.step.path
-    if run.options["distill"].correct_teacher and has_checkpoint(folder := Path(run.args.save) / CORRECTED):
+    if getattr(run.options["distill"], "correct_teacher", None) and has_checkpoint(
+        folder := Path(run.args.save) / CORRECTED
+    ):
         try:
             yield layout.newest(folder).path
         except UntrustedError:
