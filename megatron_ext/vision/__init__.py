@@ -9,9 +9,11 @@ What is in it:
     blocks.py         convolution and token blocks, windows, drop path, batch norm
     network.py        the whole: stem, stages, features at strides 4, 8, 16 and 32, classifier
     weights.py        weights in the layout of the published checkpoints
-    job.py            megatron-ext vision; options.py and task.py are its flags and losses
+    job.py            megatron-ext vision; options.py are its flags, checks.py what can be wrong, task.py its losses
     distillation.py   megatron-ext distill, of image networks
     sources.py        folders, tar and parquet files; images.py makes samples of them
-    family.py         the network on Megatron; average.py the moving average of weights; checkpoint.py reads both
+    family.py         the network on Megatron; checkpoint.py reads a trained one
+    beginning.py      what a new run begins from: another run, its average, published weights
+    average.py        the moving average of weights; agreement.py the agreement with its predictions (MESA)
     timm_models.py    import it, and `timm.create_model("mambavision_tiny")` works; needs megatron-ext[vision]
 """

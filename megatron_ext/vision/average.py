@@ -23,6 +23,7 @@ class WeightAverage(nn.Module):
     def __init__(self, network: nn.Module, decay: float) -> None:
         super().__init__()
         self._network, self._decay = [network], decay  # a list, so that it is not registered
+        self._taken = -1  # what `step` says: asking a GPU would wait for it
         for name, value in _floats(network).items():
             self.register_buffer(buffer_name(name), value.detach().float().clone())
         self.register_buffer("step", torch.tensor(-1))
@@ -34,6 +35,11 @@ class WeightAverage(nn.Module):
             setattr(self, name, value.float() if value.is_floating_point() else value)
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Go on from a checkpoint's average."""
+        super()._load_from_state_dict(*args, **kwargs)
+        self._taken = int(self.step)
+
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after so many steps, once; the first ones are the average.
@@ -41,18 +47,25 @@ class WeightAverage(nn.Module):
         Args:
             step: Steps that the weights have behind them.
         """
-        if int(self.step) == step:
+        if self._taken == step:
             return
-        share = 1.0 if int(self.step) < 0 else 1 - self._decay
+        share = 1.0 if self._taken < 0 else 1 - self._decay
         for name, value in _floats(self._network[0]).items():
             self.get_buffer(buffer_name(name)).lerp_(value.float(), share)
         self.step.fill_(step)
+        self._taken = step
 
+    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """What the network makes of images with the averaged weights."""
+        """What the network makes of images with the averaged weights, in evaluation mode, also amid training."""
         network = self._network[0]
         own = {name: self.get_buffer(buffer_name(name)).to(value.dtype) for name, value in _floats(network).items()}
-        return functional_call(network, own, (images,))
+        modes = {module: module.training for module in network.modules()}
+        try:
+            return functional_call(network.eval(), own, (images,))
+        finally:
+            for module, training in modes.items():
+                module.training = training
 
 
 def buffer_name(name: str) -> str:

@@ -1,6 +1,7 @@
-"""A trained checkpoint as a plain network, whatever layout saved it."""
+"""A trained checkpoint as a plain network, whatever layout saved it, and how its images were looked at."""
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.reader import CheckpointReader
@@ -42,3 +43,37 @@ def read_network(path: Path, averaged: bool = False) -> Network:
         state[name] = reader.read(f"average.{buffer_name(name)}" if of_average else f"backbone.{name}")
     network.load_state_dict(state)
     return network
+
+
+class Evaluation(NamedTuple):
+    """How a network's images are looked at, and what it calls what it sees.
+
+    Attributes:
+        crop: Share of an image's shorter side.
+        interpolation: How images are scaled.
+        classes: Names in order of their numbers; None where the checkpoint does not say them.
+        images: Where it learned from; None where the checkpoint does not say it.
+    """
+
+    crop: float = 1.0
+    interpolation: str = "bicubic"
+    classes: tuple[str, ...] | None = None
+    images: str | None = None
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Of a step, or of the newest step in a directory.
+
+    Raises:
+        CheckpointError: There is none, it holds another kind of model, or it is damaged.
+    """
+    step = layout.find(path).path
+    model_of(step)
+    args: Any = layout.common(step)["args"]
+    names, plain = getattr(args, "ext_classes", None), Evaluation()
+    return Evaluation(
+        crop=getattr(args, "images_crop", None) or plain.crop,
+        interpolation=getattr(args, "images_interpolation", None) or plain.interpolation,
+        classes=None if names is None else tuple(names),
+        images=getattr(args, "images_train", None),
+    )

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from megatron_ext.families.family import DataclassFamily
 from megatron_ext.vision.architecture import MambaVision
 from megatron_ext.vision.average import WeightAverage, buffer_name
+from megatron_ext.vision.beginning import fill, read_weights
 from megatron_ext.vision.blocks import BatchNorm
 from megatron_ext.vision.linears import MegatronLinears
 from megatron_ext.vision.network import Network
@@ -67,9 +69,18 @@ class VisionFamily(DataclassFamily):
     """MambaVision, with the average of its weights where `--average-decay` asks for it."""
 
     def config(self, args: Any, model: MambaVision) -> Any:
-        """A configuration that carries the network to `build`."""
+        """A configuration that carries the network to `build`, and what it begins with."""
         config = super().config(args, model)
+        if getattr(args, "ext_begins_from", None) is not None:
+            config.pre_wrap_hooks = [partial(_begin, args), *config.pre_wrap_hooks]
         return replace(config, build=partial(build, decay=getattr(args, "average_decay", 0.0)))
+
+
+def _begin(args: Any, chunks: list[Any]) -> list[Any]:
+    (chunk,) = chunks
+    weights = read_weights(Path(args.ext_begins_from), chunk.backbone.model, args.pretrained_averaged)
+    fill(chunks, weights, args.ext_new_classifier, chunk.pg_collection.tp)
+    return chunks
 
 
 FAMILY = VisionFamily("mambavision", MambaVision, build, presets=PRESETS)

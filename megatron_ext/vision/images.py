@@ -68,7 +68,7 @@ class Images(Dataset):
             if picture is not None:
                 with seeded(self._seed, int(index)):
                     pixels = self._transform(picture)
-                numbers = {"label": self._source.label(image), "skipped": skipped, "index": int(index)}
+                numbers = {"label": self._source.label(image), "skipped": skipped}
                 return {"image": pixels} | {name: torch.tensor(value) for name, value in numbers.items()}
         raise DataError("no image here can be read", got=self._source.root)
 
@@ -100,7 +100,7 @@ def seeded(seed: int, index: int) -> Iterator[None]:
     own = np.random.SeedSequence([seed, index]).generate_state(1)[0].item()
     random.seed(own)
     np.random.seed(own)
-    torch.manual_seed(own)
+    torch.default_generator.manual_seed(own)  # and not a GPU's, which would not be put back
     try:
         yield
     finally:
@@ -154,7 +154,7 @@ class Variations:
     @cached_property
     def validation(self) -> Callable[[Any], Tensor]:
         """The middle of the image."""
-        return self._made(crop_pct=self._options.crop)
+        return self._made(crop_pct=self._options.crop or 1.0)
 
     def _made(self, **more: Any) -> Callable[[Any], Tensor]:
         from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
@@ -162,4 +162,5 @@ class Variations:
         from timm.data.transforms_factory import create_transform
 
         colours = {"mean": MEAN, "std": STD} if self._size[0] == 3 else {"mean": (0.5,), "std": (0.5,)}
-        return create_transform(self._size, interpolation="bicubic", **colours, **more)  # type: ignore[arg-type]
+        scaling = self._options.interpolation or "bicubic"
+        return create_transform(self._size, interpolation=scaling, **colours, **more)  # type: ignore[arg-type]

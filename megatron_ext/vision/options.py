@@ -1,8 +1,11 @@
 """The flags `--images-*`: images, and how they are varied in training. Defaults are those of the published recipe."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_ext.options.fields import option
+
+Interpolation = Literal["bicubic", "bilinear", "lanczos", "nearest"]
 
 
 @dataclass(frozen=True)
@@ -11,7 +14,12 @@ class ImageOptions:
 
     train: str | None = option(None, "Training images: folders by class, or tar or parquet files.")
     valid: str | None = option(None, "Validation images, with the same classes.")
-    crop: float = option(1.0, "Share of an image's shorter side that validation looks at.")
+    crop: float | None = option(
+        None, "Share of an image's shorter side that validation looks at; by default the checkpoint's, or 1."
+    )
+    interpolation: Interpolation | None = option(
+        None, "How images are scaled; by default as the checkpoint's were, or bicubic."
+    )
     augment: str = option("rand-m9-mstd0.5-inc1", "timm's name of a policy that varies training images, or none.")
     smallest: float = option(0.08, "Smallest share of a training image that a crop keeps, by area.")
     flip: float = option(0.5, "Share of training images that are mirrored.")
@@ -31,3 +39,19 @@ class AverageOptions:
     """The moving average of the weights."""
 
     decay: float = option(0.0, "How much of it a step leaves, such as .9998; 0 for no average.")
+
+
+@dataclass(frozen=True)
+class MesaOptions:
+    """Agreement with the moving average's prediction (MESA)."""
+
+    weight: float = option(0.0, "Weight of it, such as .5; 0 for none. Needs --average-decay.")
+    start: float = option(0.25, "Share of the training's steps before it begins.")
+
+
+@dataclass(frozen=True)
+class PretrainedOptions:
+    """What a new run begins from, beside Megatron's --pretrained-checkpoint DIR."""
+
+    weights: str | None = option(None, "A file of published weights to begin from, such as a .pth.tar.")
+    averaged: bool = option(False, "Begin from the moving average of the checkpoint's weights.")

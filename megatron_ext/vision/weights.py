@@ -6,8 +6,9 @@ step sizes twice, once in `dt_proj` and once in the scan: ours is twice theirs, 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +32,7 @@ def from_published(state: Mapping[str, Tensor], model: MambaVision) -> dict[str,
     Raises:
         CheckpointError: A tensor is missing, of another shape, or not known.
     """
-    for wrapped in ("state_dict", "model"):
-        if wrapped in state and not isinstance(state[wrapped], Tensor):
-            state = state[wrapped]  # type: ignore[assignment]
-    state = {name.removeprefix("module."): value for name, value in state.items()}
+    state = _unwrapped(state)
     found: dict[str, Tensor] = {}
     for name, value in state.items():
         if name.endswith(".conv1d_z.weight"):
@@ -48,9 +46,19 @@ def from_published(state: Mapping[str, Tensor], model: MambaVision) -> dict[str,
             name = re.sub(pattern, replacement, name)
         value = value.flatten() if name.endswith(".A_log") else value
         found[name] = _reordered(name, value, model, _to_pairs, _to_heads, 2.0)
+    check_shapes({name: value.shape for name, value in found.items()}, model)
+    return found
+
+
+def check_shapes(found: Mapping[str, Sequence[int]], model: MambaVision) -> None:
+    """Find what tensors of these names and shapes lack of a network, or have beside it.
+
+    Raises:
+        CheckpointError: Says what.
+    """
     with torch.device("meta"):
         expected = {name: value.shape for name, value in Network(model).state_dict().items()}
-    wrong = {name for name in found.keys() & expected.keys() if found[name].shape != expected[name]}
+    wrong = {name for name in found.keys() & expected.keys() if tuple(found[name]) != tuple(expected[name])}
     for what, names in (
         ("the checkpoint lacks tensors of this network", expected.keys() - found.keys()),
         ("the checkpoint has tensors that this network does not have", found.keys() - expected.keys()),
@@ -58,8 +66,7 @@ def from_published(state: Mapping[str, Tensor], model: MambaVision) -> dict[str,
     ):
         if names:
             few = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise CheckpointError(what, got=few, legal="a published checkpoint of the same variant")
-    return found
+            raise CheckpointError(what, got=few, legal="a checkpoint of the same variant, or its --preset")
 
 
 def to_published(state: Mapping[str, Tensor], model: MambaVision) -> dict[str, Tensor]:
@@ -87,11 +94,27 @@ def load_published(path: Path, model: MambaVision) -> dict[str, Tensor]:
     Raises:
         CheckpointError: It cannot be read, or holds another network.
     """
+    return from_published(read_published(path), model)
+
+
+def read_published(path: Path) -> dict[str, Tensor]:
+    """A published file's state dict as it is; nothing in it is executed.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return _unwrapped(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # whatever a damaged archive raises
         raise CheckpointError("no checkpoint that can be read", got=f"{path}: {error}") from error
-    return from_published(state, model)
+
+
+def _unwrapped(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Without what a trainer has wrapped it in."""
+    for wrapped in ("state_dict", "model"):
+        if wrapped in state and not isinstance(state[wrapped], Tensor):
+            state = state[wrapped]
+    return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 def _reordered(name, value, model, pairs, heads, steps: float) -> Tensor:  # type: ignore[no-untyped-def]

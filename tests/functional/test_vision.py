@@ -13,10 +13,11 @@ from workspace import Workspace
 
 from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.vision.architecture import MambaVision
-from megatron_ext.vision.checkpoint import read_network
+from megatron_ext.vision.checkpoint import Evaluation, read_evaluation, read_network
 from megatron_ext.vision.images import Images, Variations
 from megatron_ext.vision.options import ImageOptions
 from megatron_ext.vision.sources import open_source
+from megatron_ext.vision.weights import to_published
 
 PROGRAM = "tests/support/vision_program.py"
 CLASSES = ("blue", "green", "red")
@@ -44,7 +45,8 @@ def wing(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return workspace
 
 
-DROP = ["--mambavision-drop-path", "0.3"]
+MESA = ["--average-decay", "0.5", "--mesa-weight", "0.1"]
+DROP = ["--mambavision-drop-path", "0.3", *MESA, "--mesa-start", "0.5"]
 
 
 def weights(wing: Workspace, run: str, step: int) -> dict[str, torch.Tensor]:
@@ -72,12 +74,16 @@ def test_it_goes_on_bit_for_bit(wing: Workspace) -> None:
     assert whole.keys() == twice.keys()
     assert all(torch.equal(value, twice[name]) for name, value in whole.items())
     assert any(not torch.equal(value, whole[name]) for name, value in weights(wing, "whole", 2).items())
-    for name in ("loss", "val_loss", "top_1", "samples"):
+    assert [step["mesa"] > 0 for step in wing.metrics("whole")] == [False, False, True, True]
+    for name in ("loss", "val_loss", "top_1", "samples", "mesa", "val_average_loss"):
         assert [s.get(name) for s in wing.metrics("twice")] == [s.get(name) for s in wing.metrics("whole")]
 
 
 # With an Adam that divides by no less than .01: the gradient of a bias before a norm is rounding alone.
-SMOOTH = [*FLAGS, *PLAIN, "--train-iters", "2", "--pretrained-checkpoint", "whole", "--adam-eps", "0.01"]
+SMOOTH = [
+    *FLAGS, *PLAIN, *MESA, "--mesa-start", "0", "--train-iters", "2", "--pretrained-checkpoint", "whole",
+    "--adam-eps", "0.01",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +99,9 @@ def test_no_layout_changes_its_result(wing: Workspace, alone: list[dict[str, flo
     wing.run(PROGRAM, *SMOOTH, "--micro-batch-size", "4", "--use-distributed-optimizer", "--save", "dp", ranks=2)
     expected = weights(wing, "alone", 2)
     for run in ("tp", "dp"):
-        for key in ("loss", "top_1", "val_loss", "val_top_1", "grad_norm"):
-            found = [step[key] for step in wing.metrics(run) if key in step]
-            assert found == pytest.approx([step[key] for step in alone if key in step], rel=1e-5), (run, key)
+        for key in ("loss", "top_1", "mesa", "val_loss", "val_top_1", "val_mesa", "grad_norm"):
+            found, right = ([step[key] for step in steps if key in step] for steps in (wing.metrics(run), alone))
+            assert found == pytest.approx(right, rel=1e-5, abs=1e-7), (run, key)
         for name, value in weights(wing, run, 2).items():
             assert value.shape == expected[name].shape
             torch.testing.assert_close(
@@ -119,10 +125,6 @@ def test_the_average_of_the_weights(wing: Workspace) -> None:
         torch.testing.assert_close(found[name.removeprefix("backbone.")], value, rtol=1e-5, atol=1e-6)
         assert not torch.allclose(value, expected[name], rtol=1e-5, atol=1e-6)
     assert "val_average_top_1" in wing.metrics("average")[-1]
-    done = wing.run(
-        PROGRAM, *FLAGS, "--average-decay", "0.5", "--pretrained-checkpoint", "whole", "--train-iters", "1", ok=False
-    )
-    assert "has no average of its weights" in done.stderr
 
 
 FEW = [f"backbone.{name}" for name in ("stem.0.weight", "stages.2.blocks.0.mixer.A_log", "norm.running_mean")]
@@ -134,20 +136,50 @@ def test_it_trains_in_bf16(wing: Workspace, alone: list[dict[str, float]]) -> No
     assert found == pytest.approx([step["loss"] for step in alone], rel=3e-2)
 
 
-def test_it_is_measured_on_all_images(wing: Workspace) -> None:
-    """The same by the plain network that a checkpoint is read into; two whole batches of four are all twelve."""
+@pytest.fixture(scope="module")
+def measured(wing: Workspace) -> dict[str, float]:
+    """All twelve images, by a checkpoint."""
     flags = ["--micro-batch-size", "4", "--global-batch-size", "4"]
     wing.run(PROGRAM, *FLAGS, *flags, "--skip-train", "--pretrained-checkpoint", "whole", "--save", "measured")
-    found = json.loads((wing.path / "measured" / "results.json").read_text())["validation"]
+    return json.loads((wing.path / "measured" / "results.json").read_text())["validation"]
+
+
+def test_it_is_measured_on_all_images(wing: Workspace, measured: dict[str, float]) -> None:
+    """The same by the plain network that a checkpoint is read into."""
     network = read_network(wing.path / "whole")
     variations = Variations(ImageOptions(), network.model)
     samples = list(Images(open_source(wing.path / "valid"), variations.validation, 3, 1234))
     with torch.no_grad():
         logits = network(torch.stack([sample["image"] for sample in samples]))
     labels = torch.stack([sample["label"] for sample in samples])
-    assert found["samples"] == 12
-    assert found["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
-    assert found["top_1"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+    assert measured["samples"] == 12
+    assert measured["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert measured["top_1"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+
+
+def test_a_new_run_begins_with_the_weights_of_another(wing: Workspace) -> None:
+    """Its average's, split over two ranks; with other classes at another resolution the classifier alone is new."""
+    flags = ["--mambavision-classes", "4", "--mambavision-resolution", "48", "--lr", "0", "--train-iters", "1"]
+    flags += ["--pretrained-checkpoint", "whole", "--pretrained-averaged", "--tensor-model-parallel-size", "2"]
+    said = wing.run(PROGRAM, *FLAGS, *flags, "--load", "tuned", "--save", "tuned", "--average-decay", "0.5", ranks=2)
+    assert said.stdout.count("the classifier is new: 4 classes, where there were 6") == 1
+    before, after = (read_network(wing.path / run, averaged=True) for run in ("whole", "tuned"))
+    assert (after.model.classes, after.model.resolution, after.model.dim) == (4, 48, before.model.dim)
+    drawn = dict(after.named_parameters())
+    for name, value in before.named_parameters():
+        assert torch.equal(value, drawn[name]) == (name not in ("head.weight", "head.bias"))
+    assert drawn["head.weight"].shape == (4, 128)
+    assert read_evaluation(wing.path / "tuned") == Evaluation(1.0, "bicubic", CLASSES, "train")
+
+
+def test_published_weights_are_measured(wing: Workspace, measured: dict[str, float]) -> None:
+    network = read_network(wing.path / "whole")
+    published = {"state_dict": to_published(network.state_dict(), network.model)}
+    torch.save(published, wing.path / "published.pth.tar")
+    flags = ["--micro-batch-size", "4", "--global-batch-size", "4", "--skip-train", "--save", "published"]
+    wing.run(PROGRAM, *FLAGS, *flags, "--pretrained-weights", "published.pth.tar")
+    found = json.loads((wing.path / "published" / "results.json").read_text())["validation"]
+    assert found["loss"] == pytest.approx(measured["loss"], rel=1e-6)
 
 
 def test_what_cannot_be_read_is_left_out_counted_and_named(wing: Workspace) -> None:
@@ -172,6 +204,16 @@ def test_what_cannot_be_read_is_left_out_counted_and_named(wing: Workspace) -> N
         (["--tensor-model-parallel-size", "8"], "attention heads of stage 3 do not divide"),
         (["--hybrid-layer-pattern", "M*"], "this describes a language model"),
         (["--normalization", "RMSNorm"], "got:   --normalization=RMSNorm"),
+        (["--mesa-weight", "0.5"], "no average of the weights to agree with"),
+        (["--pretrained-averaged"], "no run begins here"),
+        (["--pretrained-weights", "nothing.pth.tar"], "no such file of weights"),
+        (
+            ["--pretrained-checkpoint", "whole", "--mambavision-dim", "32"],
+            "tensors of the checkpoint have other shapes",
+        ),
+        (["--pretrained-checkpoint", "whole", "--mambavision-pattern", "C/C/MS/MM"], "lacks tensors of this network"),
+        (["--load", "whole", "--mambavision-classes", "4"], "cannot go on with another model"),
+        (["--load", "whole", "--no-load-optim", "--mambavision-classes", "4"], "knows another number of classes"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_starts(wing: Workspace, flags: list[str], what: str) -> None:

@@ -1,6 +1,7 @@
 """The moving average of weights: its arithmetic, its precision, and what it makes of images."""
 
 import copy
+from dataclasses import replace
 
 import torch
 from vision_oracle import SMALL
@@ -31,6 +32,37 @@ def test_it_is_the_weighted_sum_of_the_weights_of_each_step() -> None:
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(average(images), other(images), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(average(images), network(images))
+
+
+def test_amid_training_it_looks_as_in_evaluation() -> None:
+    """With its own statistics, no branch left out, no gradient; and training goes on as if nothing had been."""
+    model = replace(SMALL, drop_path=0.5)
+    network = Network(model)
+    average = WeightAverage(network, 0.75)
+    images = torch.randn(2, 3, 64, 64)
+    expected = copy.deepcopy(network).eval()(images)
+    network(images)  # statistics move
+    network.stages[2].eval()  # as one that is frozen
+    before, modes = copy.deepcopy(average.state_dict()), [module.training for module in network.modules()]
+    state = torch.get_rng_state()
+    found = average(images)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, expected)
+    assert all(torch.equal(value, before[name]) for name, value in average.state_dict().items())
+    assert [module.training for module in network.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_saved_average_goes_on() -> None:
+    network = Network(SMALL)
+    first, second = WeightAverage(network, 0.75), WeightAverage(network, 0.75)
+    first.update(3)
+    second.load_state_dict(first.state_dict())
+    with torch.no_grad():
+        network.head.weight.add_(1.0)
+    for average in (first, second):
+        average.update(4)
+    assert torch.equal(first.get_buffer("head/weight"), second.get_buffer("head/weight"))
 
 
 def test_it_stays_float32() -> None:

@@ -38,3 +38,25 @@ def test_a_few_batches_have_all_classes(valid: Any) -> None:
 
 def test_one_pass_has_each_image_once(valid: Any) -> None:
     assert sorted(int(sample["label"]) for sample in valid(None)) == [0] * 12 + [1] * 12 + [2] * 12
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_first_sample_of_a_micro_batch_is_known_without_looking(ranks: int, monkeypatch: Any) -> None:
+    """As Megatron's sampler hands them out, in each micro-batch of each step, also of one that is run again."""
+    from megatron.core import mpu, num_microbatches_calculator
+    from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
+
+    from megatron_ext.vision.task import Place
+
+    monkeypatch.setattr(num_microbatches_calculator, "get_num_microbatches", lambda: 3)
+    monkeypatch.setattr(mpu, "get_data_parallel_world_size", lambda: ranks)
+    for rank in range(ranks):
+        monkeypatch.setattr(mpu, "get_data_parallel_rank", lambda rank=rank: rank)
+        args = Namespace(consumed_train_samples=12 * ranks, micro_batch_size=4)
+        sampler = iter(MegatronPretrainingSampler(96, args.consumed_train_samples, 4, rank, ranks))
+        place = Place(args)
+        for step in range(2):
+            expected = [next(sampler)[0] for _ in range(3)]
+            for _ in range(2 if step == 1 else 1):
+                assert [place.first_sample() for _ in range(3)] == expected
+            args.consumed_train_samples += 12 * ranks
