@@ -12,8 +12,8 @@ import argparse
 import importlib
 import platform
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points, version
@@ -35,11 +35,13 @@ class Command:
         module: What has its `main(namespace)`, and its `add_arguments(parser)` if it has flags of its own.
         flags: `own`: argparse knows them all. `megatron`: also Megatron's, which `main` finds in `megatron_flags`.
             `job`: the module parses the command line itself, which `main` finds in `words`.
+        actions: What else it does, by the word that follows its name; without one it does what `module` does.
     """
 
     summary: str
     module: str
     flags: Literal["own", "megatron", "job"] = "own"
+    actions: Mapping[str, "Command"] = field(default_factory=dict)
 
     def load(self) -> Any:
         """Import what the subcommand needs."""
@@ -73,6 +75,11 @@ class AddedCommand(Command):
         return module
 
 
+VISION = {
+    "evaluate": Command("measure an image classifier on labelled images", "megatron_ext.vision.evaluate"),
+    "predict": Command("say what pictures show, and draw them with it", "megatron_ext.vision.predict"),
+    "export": Command("write a network as ONNX or as a torch.export program", "megatron_ext.vision.export"),
+}
 COMMANDS = {
     "demo": Command("train a small model, halve it, distil it back, and report", "megatron_ext.demo.job"),
     "data": Command("turn text, source files or JSONL into Megatron's dataset", "megatron_ext.data.corpus"),
@@ -81,7 +88,7 @@ COMMANDS = {
     ),
     "prune": Command("cut a trained model to a smaller one (prune_gpt.py)", "megatron_ext.pruning.job", "job"),
     "distill": Command("train a model to match another (distill_gpt.py)", "megatron_ext.distillation.job", "job"),
-    "vision": Command("train an image classifier, or measure one", "megatron_ext.vision.job", "job"),
+    "vision": Command("train an image classifier; evaluate, predict, export", "megatron_ext.vision.job", "job", VISION),
     "convert": Command("convert between Hugging Face, GPTModel and checkpoints", "megatron_ext.conversion.job"),
     "evaluate": Command(
         "measure a checkpoint: text, tasks, long contexts", "megatron_ext.evaluation.job", flags="megatron"
@@ -111,7 +118,7 @@ def commands() -> dict[str, Command]:
     found: dict[str, Command] = {}
     for entry in entry_points(group=GROUP):
         package = entry.dist.name if entry.dist is not None else entry.value
-        found[entry.name] = AddedCommand(f"a job of the package {package}", entry.value, "job", package)
+        found[entry.name] = AddedCommand(f"a job of the package {package}", entry.value, "job", package=package)
     return found | COMMANDS
 
 
@@ -141,10 +148,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = commands()
     if words and words[0] in COMMANDS:
         _refuse_taken(words[0])
-    if words and words[0] in known and known[words[0]].flags == "job":
-        return _run_job(words[0], known[words[0]], words[1:])
+    command = known[words[0]] if words and words[0] in known else None
+    if command is not None and command.actions and words[1:] and words[1][:1] != "-":
+        parser = argparse.ArgumentParser(prog=f"megatron-ext {words[0]}", description=_described(command))
+        return _run(parser, command.actions, words[1:])
+    if command is not None and command.flags == "job":
+        return _run_job(words[0], command, words[1:])
     parser = argparse.ArgumentParser(prog="megatron-ext", description="Compress and train models on Megatron-Core.")
     parser.add_argument("--version", action=_Version, help="print the versions of this package and those it stands on")
+    return _run(parser, known, words)
+
+
+def _run(parser: argparse.ArgumentParser, known: Mapping[str, Command], words: list[str]) -> int:
+    """Run the one of `known` that a command line asks for; argparse ends the program if it is none."""
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     run: Main | None = None
     own: list[str] = []
@@ -152,9 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no such command: {nearest(words[0], known)}")
     for name, command in known.items():
         sub = subparsers.add_parser(
-            name, help=command.summary, description=command.summary[0].upper() + command.summary[1:],
-            allow_abbrev=command.flags != "megatron",
-        )  # fmt: skip
+            name, help=command.summary, description=_described(command), allow_abbrev=command.flags != "megatron"
+        )
         if words[:1] == [name]:
             module = command.load()
             run = module.main
@@ -181,9 +196,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _described(command: Command) -> str:
+    return command.summary[0].upper() + command.summary[1:]
+
+
 def _run_job(name: str, command: Command, words: list[str]) -> int:
     from megatron_ext import program
 
+    if {"-h", "--help"} & set(words):  # before Megatron's, of which there are hundreds
+        for word, action in command.actions.items():
+            print(f"  {word:<12}{action.summary} (its own --help)")
     return program.main(lambda: _form(name, command, words).load().main(argparse.Namespace(words=words)))
 
 

@@ -115,3 +115,19 @@ def check_new(path: Path, name: str = "--save") -> None:
     """
     refuse_existing(path)
     check_writable(path, name)
+
+
+def check_new_file(path: Path, name: str) -> None:
+    """Check that a file can be made at `path`, before the work is done that is to go into it.
+
+    Args:
+        path: The file.
+        name: The flag that says it.
+
+    Raises:
+        CheckpointError: There is something.
+        ConfigError: Nothing can be written there.
+    """
+    if path.exists():
+        raise CheckpointError(f"{name}: the file exists already and is not overwritten", got=path, legal="a new file")
+    check_writable(path.parent, name)

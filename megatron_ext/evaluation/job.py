@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
     settings = {"dtype": str(started.args.params_dtype).removeprefix("torch."), "tokenizer": identity(tokenizer)}
     longest = started.architecture.max_position_embeddings
     evaluation = Evaluation(args, results, tokenizer, longest, settings)
-    measures = [kind.build(evaluation) for kind in asked]
+    measures = [kind.build(evaluation) for kind in asked if kind.build is not None]
     with session.open_checkpoint(started, vocab_size_of(args.checkpoint, tokenizer)) as model:
         stopped = _measure(measures, model, results)
         if rank() == 0:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 GROUP = "megatron_ext.measures"
 """The entry points by which another package adds a measure: NAME = "module:KIND"."""
 
-OURS = ("text", "tasks", "synthetic", "speed")
+OURS = ("text", "tasks", "synthetic", "speed", "images")
 
 Panel = tuple[str, Callable[[Any, Sequence[Run]], None]]
 """A title, and what draws runs into matplotlib's axes."""
@@ -74,18 +74,19 @@ class MeasureKind:
     """A kind of measure.
 
     Attributes:
-        add_arguments: Adds its flags to those of `megatron-ext evaluate`.
+        add_arguments: Adds its flags to those of `megatron-ext evaluate`; of what another command measures there are
+            none.
         asked: Whether a command line asks for it; raises `ConfigError` for flags that are wrong or without effect.
-        build: Makes it, or says what is wrong before any model is built.
+        build: Makes it, or says what is wrong before any model is built; None of what another command measures.
         rows: Of a comparison of runs.
         panels: Of the picture of a comparison.
     """
 
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    asked: Callable[[argparse.Namespace], bool]
-    build: Callable[[Evaluation], Measure]
-    rows: Callable[[Sequence[Run]], list[Row]]
-    panels: Callable[[Sequence[Run]], list[Panel]]
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    asked: Callable[[argparse.Namespace], bool] = lambda args: False
+    build: Callable[[Evaluation], Measure] | None = None
+    rows: Callable[[Sequence[Run]], list[Row]] = lambda runs: []
+    panels: Callable[[Sequence[Run]], list[Panel]] = lambda runs: []
 
 
 @cache

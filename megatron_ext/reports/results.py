@@ -52,6 +52,8 @@ class Results:
         checkpoint: A checkpoint directory, or a step in one.
         directory: Where they go; by default beside the checkpoint's steps.
         claimed: The directory is known to be this job's, whatever else lies in it.
+        about: What is said of weights that are no checkpoint: `path`, `step`, `fingerprint` and `architecture`. Their
+            results have a directory of their own.
 
     Raises:
         ConfigError: The directory holds something else, or the results of another checkpoint, or cannot be written.
@@ -59,17 +61,16 @@ class Results:
         DataError: Results that are there are damaged.
     """
 
-    def __init__(self, checkpoint: Path, directory: Path | None = None, claimed: bool = False) -> None:
-        step = layout.find(checkpoint)
-        self.directory = directory or step.path.parent
-        self.about: dict[str, Any] = {
-            "path": str(step.path.parent.resolve()),
-            "step": step.path.name,
-            "fingerprint": layout.fingerprint(step.path),
-            "architecture": layout.described(step.path),
-        }
+    def __init__(
+        self, checkpoint: Path, directory: Path | None = None, claimed: bool = False,
+        about: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        step = layout.find(checkpoint).path if about is None else checkpoint
+        home = step.parent
+        self.directory = directory or home
+        self.about = _about(step) if about is None else about
         there = read_results(self.directory).get(CHECKPOINT)
-        own = self.directory.resolve() == step.path.parent.resolve()  # a run may have been moved
+        own = about is None and self.directory.resolve() == home.resolve()  # a run may have been moved
         known = there is None or any(there.get(name) == self.about[name] for name in ("path", "fingerprint"))
         if not (own or known):
             raise ConfigError(
@@ -127,6 +128,15 @@ class Results:
         there = read_results(self.directory, plain).get(CHECKPOINT, about)
         same = there.get("fingerprint") == about["fingerprint"]
         return plain if same else f"results-{about['step']}-{about['fingerprint'][:12]}.json"
+
+
+def _about(step: Path) -> dict[str, Any]:
+    return {
+        "path": str(step.parent.resolve()),
+        "step": step.name,
+        "fingerprint": layout.fingerprint(step),
+        "architecture": layout.described(step),
+    }
 
 
 def _merged(old: Any, new: Any, place: str, earlier: dict[str, list[Any]]) -> Any:

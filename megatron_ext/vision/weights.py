@@ -7,6 +7,7 @@ step sizes twice, once in `dt_proj` and once in the scan: ours is twice theirs, 
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ def from_published(state: Mapping[str, Tensor], model: MambaVision) -> dict[str,
         for pattern, replacement in _RENAMED:
             name = re.sub(pattern, replacement, name)
         value = value.flatten() if name.endswith(".A_log") else value
-        found[name] = _reordered(name, value, model, _to_pairs, _to_heads, 2.0)
+        with suppress(RuntimeError):  # of another size, which is told below
+            value = _reordered(name, value, model, _to_pairs, _to_heads, 2.0)
+        found[name] = value
     check_shapes({name: value.shape for name, value in found.items()}, model)
     return found
 

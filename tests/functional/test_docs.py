@@ -62,13 +62,15 @@ def flags(command: Command) -> set[str]:
         return named(command.program)
     name = command.words[0]
     assert name in cli.COMMANDS
+    if command.words[1:] and command.words[1] in cli.COMMANDS[name].actions:
+        return named(name, command.words[1])
     return named(name) | (named(WITH_MEGATRONS[name]) if name in WITH_MEGATRONS else set())
 
 
 @functools.cache
-def named(program: str) -> set[str]:
+def named(program: str, *action: str) -> set[str]:
     script = ROOT / program
-    words = [script] if script.suffix == ".py" else [EXTENSION, program]
+    words = [script] if script.suffix == ".py" else [EXTENSION, program, *action]
     done = fork_server.run([*words, "--help"])
     assert done.returncode == 0, done.stderr
     return set(re.findall(r"--[a-z0-9][\w-]*", done.stdout))

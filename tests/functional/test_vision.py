@@ -11,6 +11,7 @@ from PIL import Image
 from torch.nn import functional as F
 from workspace import Workspace
 
+from megatron_ext import cli
 from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.vision.architecture import MambaVision
 from megatron_ext.vision.checkpoint import Evaluation, read_evaluation, read_network
@@ -180,6 +181,26 @@ def test_published_weights_are_measured(wing: Workspace, measured: dict[str, flo
     wing.run(PROGRAM, *FLAGS, *flags, "--pretrained-weights", "published.pth.tar")
     found = json.loads((wing.path / "published" / "results.json").read_text())["validation"]
     assert found["loss"] == pytest.approx(measured["loss"], rel=1e-6)
+
+
+def test_commands_work_on_its_checkpoint(
+    wing: Workspace, measured: dict[str, float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Measured as by the job, and its average by itself; classes have the names of the folders it learned from."""
+    monkeypatch.chdir(wing.path)
+    flags = ["--load", "whole", "--images-valid", "valid", "--save", "commands"]
+    assert cli.main(["vision", "evaluate", *flags]) == 0
+    assert cli.main(["vision", "evaluate", *flags, "--averaged"]) == 0
+    found = json.loads((wing.path / "commands" / "results.json").read_text())["images"]
+    assert found["weights"]["loss"] == pytest.approx(measured["loss"], rel=1e-5)
+    assert found["weights"]["right"] == pytest.approx(12 * measured["top_1"])
+    assert found["average"]["loss"] != found["weights"]["loss"]
+    capsys.readouterr()
+    assert cli.main(["vision", "predict", "valid/red", "--load", "whole", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 4
+    assert {name for line in lines for name, _ in line["classes"]} <= {*CLASSES, "class 3", "class 4", "class 5"}
+    assert any(name in CLASSES for line in lines for name, _ in line["classes"])
 
 
 def test_what_cannot_be_read_is_left_out_counted_and_named(wing: Workspace) -> None:

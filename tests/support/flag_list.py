@@ -77,6 +77,7 @@ def lines() -> Iterator[str]:
         if name in cli.FORMS:
             _, modules = cli.FORMS[name]
             forms |= {f"{name}, {family}": replace(command, module=module) for family, module in modules.items()}
+        forms |= {f"{name} {word}": action for word, action in command.actions.items()}
         for title, form in forms.items():
             yield f"{title}:"
             yield from sorted(f"    {line(action)}" for action in command_flags(form))

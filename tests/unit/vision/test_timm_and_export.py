@@ -1,9 +1,7 @@
-"""Under timm's names, and as a graph of standard operators: torch.export, and ONNX in onnxruntime."""
+"""Under timm's names, and as a graph of standard operators."""
 
 from dataclasses import replace
-from pathlib import Path
 
-import onnxruntime
 import pytest
 import timm
 import torch
@@ -39,7 +37,7 @@ def test_timm_creates_it() -> None:
         timm.create_model("mambavision_nano", widht=3)
 
 
-def test_exported_graphs_are_the_network(tmp_path: Path) -> None:
+def test_exported_graphs_are_the_network() -> None:
     """For any number of images, at a size that windows do not divide; no operator of ours in the graph."""
     network = Network(replace(SMALL, pattern="C/C/MS/M")).eval()
     for module in network.modules():  # decays that differ, so that the scan matters
@@ -52,9 +50,3 @@ def test_exported_graphs_are_the_network(tmp_path: Path) -> None:
         torch.testing.assert_close(program.module()(images), expected, rtol=1e-4, atol=1e-4)
     names = {node.target._schema.name for node in program.graph.nodes if hasattr(node.target, "_schema")}
     assert all(name.startswith("aten::") for name in names)
-    torch.onnx.export(
-        program, (), tmp_path / "network.onnx", dynamo=True, opset_version=18, optimize=False, verbose=False
-    )
-    session = onnxruntime.InferenceSession(tmp_path / "network.onnx")
-    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
