@@ -120,6 +120,23 @@ def before_schedule(action: Callable[[Any, int, int], Any]) -> None:
     replace(training, "get_forward_backward_func", get_forward_backward_func, reason)
 
 
+def override_parameters(overrides: Callable[[Any], dict[Any, Any]]) -> None:
+    """Give some parameters other settings of the optimizer than the run's, such as a learning rate of their own.
+
+    Args:
+        overrides: From Megatron's `OptimizerConfig` to its `ParamKey`s and what is other for them.
+    """
+    import megatron.training.training as training
+
+    standard: Any = training.get_standard_config_overrides
+
+    def get_standard_config_overrides(config: Any) -> dict[Any, Any]:
+        return {**standard(config), **overrides(config)}
+
+    reason = "layers have learning rates of their own (vision)"
+    replace(training, "get_standard_config_overrides", get_standard_config_overrides, reason)
+
+
 def pipeline_widths(known: Callable[[], tuple[int, int] | None]) -> None:
     """Let pipeline stages exchange tensors of other widths than the model's, of which both sides know.
 

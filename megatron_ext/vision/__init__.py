@@ -15,6 +15,7 @@ What is in it:
     family.py         the network on Megatron; checkpoint.py reads a trained one
     beginning.py      what a new run begins from: another run, its average, published weights
     average.py        the moving average of weights; agreement.py the agreement with its predictions (MESA)
+    lamb.py           LAMB in Megatron's loop; layer_decay.py learning rates by depth
     loading.py        the network of a command, from a checkpoint or a published file
     evaluate.py       top-1, top-5 and loss; predict.py classes of pictures; export.py ONNX and torch.export
     timm_models.py    import it, and `timm.create_model("mambavision_tiny")` works; needs megatron-ext[vision]

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.errors import CheckpointError, ConfigError, DataError
 from megatron_ext.training.job import RunConfig
@@ -27,6 +28,7 @@ def check(run: RunConfig) -> dict[str, int]:
     options = run.options["images"] = _settled(run.options["images"], before)
     run.args.images_crop, run.args.images_interpolation = options.crop, options.interpolation
     _check_images(run, options)
+    _check_layers(run)
     begins = _begins_from(run)
     _check_average(run, begins is not None)
     Variations(options, run.model)  # type: ignore[arg-type]
@@ -57,6 +59,21 @@ def _check_images(run: RunConfig, options: ImageOptions) -> None:
         raise DataError("no images to train on", legal="--images-train DIR")
     if options.valid is None and (args.skip_train or args.eval_iters > 0):
         raise DataError("no images to measure on", legal="--images-valid DIR, or --eval-iters 0")
+
+
+def _check_layers(run: RunConfig) -> None:
+    """Learning rates by depth."""
+    decay, args = run.options["layer"].decay, run.args
+    if not 0 < decay <= 1:
+        raise ConfigError("--layer-decay is a share", got=decay, legal="more than 0, at most 1")
+    if decay != 1 and args.lr_warmup_init:
+        what = "all layers would begin with one learning rate"
+        raise ConfigError(what, got=f"--layer-decay and --lr-warmup-init {args.lr_warmup_init}", legal="one of them")
+    if run.start is not None and run.start.continues and not (args.finetune or args.no_load_optim or args.skip_train):
+        before = getattr(layout.common(run.start.step.path)["args"], "layer_decay", 1.0)
+        if decay != before:
+            what = "the optimizer's state is in groups of layers, which another --layer-decay changes"
+            raise ConfigError(what, got=decay, legal=f"{before}, or a new optimizer: --no-load-optim")
 
 
 def _begins_from(run: RunConfig) -> Path | None:

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_ext.errors import ConfigError
 from megatron_ext.families.family import DataclassFamily
+from megatron_ext.vision import lamb
 from megatron_ext.vision.architecture import MambaVision
 from megatron_ext.vision.average import WeightAverage, buffer_name
 from megatron_ext.vision.beginning import fill, read_weights
@@ -66,7 +68,22 @@ def build(config: Any, model: MambaVision, groups: Any, decay: float = 0.0) -> A
 
 
 class VisionFamily(DataclassFamily):
-    """MambaVision, with the average of its weights where `--average-decay` asks for it."""
+    """MambaVision, with the average of its weights where `--average-decay` asks for it, and LAMB."""
+
+    def add_flags(self, parser: Any) -> None:
+        """The fields of the dataclass; and one more optimizer."""
+        super().add_flags(parser)
+        lamb.offer(parser)
+
+    def check(self, args: Any, loads: bool) -> None:
+        """What the dataclass refuses, flags of a language model, and what LAMB does not go with."""
+        super().check(args, loads)
+        if args.optimizer == "lamb" and args.fp16:
+            what = "Megatron scales no losses for its further optimizers, of which --optimizer lamb is one"
+            raise ConfigError(what, got="--fp16", legal="--bf16, or --optimizer adam")
+        if args.optimizer == "lamb" and args.use_distributed_optimizer:
+            what = "LAMB needs whole weights, which the distributed optimizer divides anywhere"
+            raise ConfigError(what, got="--use-distributed-optimizer", legal="none, or --optimizer adam")
 
     def config(self, args: Any, model: MambaVision) -> Any:
         """A configuration that carries the network to `build`, and what it begins with."""

@@ -1,13 +1,15 @@
 """`megatron-ext vision`: train an image classifier, or continue; `--skip-train` measures one on validation images."""
 
 import argparse
+from functools import partial
 from typing import Any
 
 from megatron_ext.training.job import STOPPABLE, DryRun, Job, RunConfig
 from megatron_ext.training.run_job import run_job
+from megatron_ext.vision import lamb, layer_decay
 from megatron_ext.vision.checks import check
 from megatron_ext.vision.family import FAMILY
-from megatron_ext.vision.options import AverageOptions, ImageOptions, MesaOptions, PretrainedOptions
+from megatron_ext.vision.options import AverageOptions, ImageOptions, LayerOptions, MesaOptions, PretrainedOptions
 from megatron_ext.vision.task import classification
 
 RECIPE = ("--lr-decay-style", "cosine", "--weight-decay", "0.05", "--clip-grad", "5.0")
@@ -28,8 +30,14 @@ def run_checked(run: RunConfig, images: dict[str, int]) -> None:
 
         validation.validate(run)
         return
-    from megatron_ext.platform.megatron_patches import before_saving
+    from megatron_ext.platform.megatron_patches import before_saving, override_parameters
     from megatron_ext.training import loop
+
+    model: Any = run.model
+    if run.args.optimizer == "lamb":
+        lamb.install()
+    if (decay := run.options["layer"].decay) != 1:
+        override_parameters(partial(layer_decay.overrides, model, decay))
 
     def averaging(chunks: list[Any]) -> list[Any]:
         if chunks[0].average is not None:
@@ -43,6 +51,7 @@ JOB = Job(
     "vision", FAMILY,
     options={
         "images": ImageOptions, "average": AverageOptions, "mesa": MesaOptions, "pretrained": PretrainedOptions,
+        "layer": LayerOptions,
     },
     defaults=(*STOPPABLE, *RECIPE), measures=1, task=classification, check=check, dry_run=show, run=run_checked,
 )  # fmt: skip

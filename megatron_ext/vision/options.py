@@ -55,3 +55,10 @@ class PretrainedOptions:
 
     weights: str | None = option(None, "A file of published weights to begin from, such as a .pth.tar.")
     averaged: bool = option(False, "Begin from the moving average of the checkpoint's weights.")
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """Learning rates by depth."""
+
+    decay: float = option(1.0, "Learning rate of each layer over that of the layer after it, such as .75.")

@@ -75,7 +75,9 @@ class TimmMambaVision(Network):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which layer a parameter belongs to, for layer-wise learning rates."""
-        finely = [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^downsamples\.(\d+)", (0,))]
+        # What leads to a stage is a part of its first block.
+        to_stages: list[Any] = [(rf"^downsamples\.{stage - 1}\.", (stage, 0)) for stage in (1, 2, 3)]
+        finely = [(r"^stages\.(\d+)\.blocks\.(\d+)", None), *to_stages]
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else finely}
 
     def forward_intermediates(

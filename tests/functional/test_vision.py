@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.optim import Lamb, param_groups_layer_decay
 from torch.nn import functional as F
 from workspace import Workspace
 
@@ -18,6 +20,7 @@ from megatron_ext.vision.checkpoint import Evaluation, read_evaluation, read_net
 from megatron_ext.vision.images import Images, Variations
 from megatron_ext.vision.options import ImageOptions
 from megatron_ext.vision.sources import open_source
+from megatron_ext.vision.timm_models import TimmMambaVision
 from megatron_ext.vision.weights import to_published
 
 PROGRAM = "tests/support/vision_program.py"
@@ -145,6 +148,55 @@ def measured(wing: Workspace) -> dict[str, float]:
     return json.loads((wing.path / "measured" / "results.json").read_text())["validation"]
 
 
+LAMB = [
+    "--optimizer", "lamb", "--layer-decay", "0.8", "--weight-decay", "0.1", "--clip-grad", "0", "--adam-eps", "0.01",
+    "--lr", "0.01",
+]  # fmt: skip
+
+
+def test_lamb_with_learning_rates_by_layer_is_that_of_timm(wing: Workspace) -> None:
+    """Three steps on two tensor-parallel ranks, stopped after two, and timm's optimizer and groups on one network."""
+    flags = [*FLAGS, *PLAIN, *LAMB, "--pretrained-checkpoint", "whole", "--load", "lamb", "--save", "lamb"]
+    flags += ["--tensor-model-parallel-size", "2", "--train-iters", "3"]
+    wing.run(PROGRAM, *flags, "--exit-interval", "2", ranks=2)
+    wing.run(PROGRAM, *flags, ranks=2)
+    start = read_network(wing.path / "whole")
+    network = TimmMambaVision(replace(start.model, drop_path=0.0))
+    network.load_state_dict(start.state_dict())
+    network.train()
+    groups = param_groups_layer_decay(network, weight_decay=0.1, layer_decay=0.8)
+    for group in groups:
+        group["lr"] = 0.01 * group["lr_scale"]
+    optimizer = Lamb(groups, eps=0.01, max_grad_norm=None)
+    variations = Variations(ImageOptions(), network.model)
+    samples = Images(open_source(wing.path / "train"), variations.training, 3, 1234, count=24, shuffled=True)
+    for step in range(3):
+        batch = [samples[i] for i in range(8 * step, 8 * step + 8)]
+        logits = network(torch.stack([sample["image"] for sample in batch]))
+        labels = torch.stack([sample["label"] for sample in batch])
+        optimizer.zero_grad()
+        F.cross_entropy(logits, labels, label_smoothing=0.1).backward()
+        optimizer.step()
+    found = read_network(wing.path / "lamb")
+    for (name, ours), theirs, before in zip(
+        found.named_parameters(), network.parameters(), start.parameters(), strict=True
+    ):
+        moved = (theirs - before).norm().item()  # not at all: biases before a norm
+        assert (ours - theirs).norm().item() < 1e-4 * moved + 1e-7, name
+
+
+def test_lamb_in_bf16_goes_on_bit_for_bit(wing: Workspace) -> None:
+    flags = [*FLAGS, *LAMB, "--bf16", "--train-iters", "4", "--eval-iters", "0"]
+    wing.run(PROGRAM, *flags, "--save", "lamb-whole")
+    flags += ["--load", "lamb-twice", "--save", "lamb-twice"]
+    wing.run(PROGRAM, *flags, "--exit-interval", "2")
+    wing.run(PROGRAM, *flags)
+    whole, twice = weights(wing, "lamb-whole", 4), weights(wing, "lamb-twice", 4)
+    assert all(torch.equal(value, twice[name]) for name, value in whole.items())
+    done = wing.run(PROGRAM, *flags, "--layer-decay", "0.7", "--train-iters", "5", ok=False)
+    assert "another --layer-decay changes" in done.stderr
+
+
 def test_it_is_measured_on_all_images(wing: Workspace, measured: dict[str, float]) -> None:
     """The same by the plain network that a checkpoint is read into."""
     network = read_network(wing.path / "whole")
@@ -225,6 +277,9 @@ def test_what_cannot_be_read_is_left_out_counted_and_named(wing: Workspace) -> N
         (["--tensor-model-parallel-size", "8"], "attention heads of stage 3 do not divide"),
         (["--hybrid-layer-pattern", "M*"], "this describes a language model"),
         (["--normalization", "RMSNorm"], "got:   --normalization=RMSNorm"),
+        (["--optimizer", "lamb", "--use-distributed-optimizer"], "LAMB needs whole weights"),
+        (["--optimizer", "lamb", "--fp16"], "scales no losses"),
+        (["--layer-decay", "1.5"], "--layer-decay is a share"),
         (["--mesa-weight", "0.5"], "no average of the weights to agree with"),
         (["--pretrained-averaged"], "no run begins here"),
         (["--pretrained-weights", "nothing.pth.tar"], "no such file of weights"),
