@@ -89,6 +89,9 @@ COMMANDS = {
     "prune": Command("cut a trained model to a smaller one (prune_gpt.py)", "megatron_ext.pruning.job", "job"),
     "distill": Command("train a model to match another (distill_gpt.py)", "megatron_ext.distillation.job", "job"),
     "vision": Command("train an image classifier; evaluate, predict, export", "megatron_ext.vision.job", "job", VISION),
+    "vision-segment": Command(
+        "train a segmenter of images (UPerNet), or measure one", "megatron_ext.vision.segmentation.job", "job"
+    ),
     "convert": Command("convert between Hugging Face, GPTModel and checkpoints", "megatron_ext.conversion.job"),
     "evaluate": Command(
         "measure a checkpoint: text, tasks, long contexts", "megatron_ext.evaluation.job", flags="megatron"

@@ -138,13 +138,17 @@ class DataclassFamily(ModelFamily):
         """Of a preset's name, or of what a checkpoint says that it holds."""
         front = list(self.megatron_flags)
         if early.preset in self.presets:
-            return [*front, *to_flags(self.presets[early.preset], self.name)], early.preset
+            return [*front, *self.model_flags(self.presets[early.preset])], early.preset
         if early.preset is not None and not Path(early.preset).is_dir():
             raise ConfigError(f"unknown preset {early.preset!r}", legal=nearest(early.preset, self.presets))
         step = layout.find(early.preset) if early.preset is not None else start.step if start is not None else None
         if step is None:
             return front, "flags"
-        return [*front, *to_flags(self._saved(step), self.name)], str(step.path)
+        return [*front, *self.model_flags(self._saved(step))], str(step.path)
+
+    def model_flags(self, model: Any) -> list[str]:
+        """A model as a command line."""
+        return to_flags(model, self.name)
 
     def check(self, args: Namespace, loads: bool) -> None:
         """What the dataclass itself refuses, flags of a language model, and what the family does not split."""

@@ -5,7 +5,7 @@ A feature that needs one opens it; `install` alone is for all.
 
 import importlib
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,22 @@ def before_saving(action: Callable[[int], None]) -> None:
     replace(
         training, "save_checkpoint", save_checkpoint, "what is trained beside the model is saved first (everywhere)"
     )
+
+
+def after_validation(measure: Callable[[], Mapping[str, float]]) -> None:
+    """Call `measure()` on every rank after a validation's last batch, and log what it gives beside the metrics."""
+    import megatron.training.training as training
+
+    inner: Any = training.evaluate
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        losses, collected, over_time = inner(*args, **kwargs)
+        if losses is not None:
+            losses |= {name: torch.tensor(value) for name, value in measure().items()}
+        return losses, collected, over_time
+
+    reason = "metrics that are no ratio of sums are logged like the others (tasks that have such)"
+    replace(training, "evaluate", evaluate, reason)
 
 
 def around_saves(before: Callable[[Path], None], after: Callable[[Path], None]) -> None:

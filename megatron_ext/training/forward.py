@@ -143,7 +143,9 @@ def mean_metrics(
     total = loaders[0][1] if samples is None else samples
     iterators = [iter(loader) if loader is not None else None for loader, _ in loaders]
     steps = total // run.args.global_batch_size
-    return forward_all(run, model, iterators, steps, progress, task), steps * run.args.global_batch_size
+    found = forward_all(run, model, iterators, steps, progress, task)
+    whole = {} if task.whole is None else task.whole()
+    return found | dict(whole), steps * run.args.global_batch_size
 
 
 def micro_batches(run: RunConfig, model: list[Any], split: Literal["train", "valid"], samples: int) -> list[Any]:
@@ -183,7 +185,7 @@ def forward_all(
             total, count = whole.get(name, (0.0, 0.0))
             whole[name] = total + some, count + counted
         progress((step + 1) * args.global_batch_size, steps * args.global_batch_size)
-    return {name: total / count for name, (total, count) in whole.items()}
+    return {name: total / count for name, (total, count) in whole.items() if count}
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from megatron_ext.checkpoint import checksums, layout
 from megatron_ext.errors import ConfigError
 from megatron_ext.platform.bucket_padding import leave_out_padding
 from megatron_ext.platform.megatron_patches import (
+    after_validation,
     around_saves,
     before_saving,
     divert_scalars,
@@ -64,6 +65,8 @@ def train(run: RunConfig, task: "Task | None" = None, hooks: tuple[Hook, ...] = 
     keep_random_state()
     leave_out_padding()
     before_saving(extra.save)
+    if task.whole is not None:
+        after_validation(task.whole)
     around_saves(checksums.forget, checksums.write_step)
     log: Any = None
 

@@ -29,12 +29,15 @@ class Task:
             sets for training, validation and test; it takes `vp_stage`, too.
         units: The unit of each metric.
         extra_models: Models beside it that the step needs.
+        whole: Metrics of a whole validation that are no ratio of sums, such as a mean over classes or an average
+            precision: called on all ranks after its last batch, of which the step has kept what it takes.
     """
 
     forward_step: Callable[..., Any]
     datasets: Callable[..., Any]
     units: Mapping[str, str]
     extra_models: Sequence[ExtraModel] = ()
+    whole: Callable[[], Mapping[str, float]] | None = None
 
 
 Sums = tuple[Tensor, Tensor, Mapping[str, tuple[Tensor, Tensor]]]

@@ -19,4 +19,6 @@ What is in it:
     loading.py        the network of a command, from a checkpoint or a published file
     evaluate.py       top-1, top-5 and loss; predict.py classes of pictures; export.py ONNX and torch.export
     timm_models.py    import it, and `timm.create_model("mambavision_tiny")` works; needs megatron-ext[vision]
+    downstream/       what segmentation and detection share: backbones with heads, samples, a small set
+    segmentation/     megatron-ext vision-segment: UPerNet
 """

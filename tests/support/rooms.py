@@ -47,7 +47,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "untrusted": ("unit/test_untrusted.py",),
     "verify": ("unit/checkpoint/test_checksums.py", "functional/test_reliability.py"),
-    "vision": ("functional/test_vision.py", "functional/test_vision_compression.py"),
+    "vision": ("functional/test_vision*.py",),
     # What lies beside it
     "benchmarks": ("unit/test_*_page.py", "functional/test_benchmarks.py"),
     "docs": ("unit/test_pages.py", "functional/test_docs.py", "functional/test_documented_commands.py"),
