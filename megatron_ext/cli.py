@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
-from importlib.metadata import entry_points, version
+from importlib.metadata import EntryPoints, entry_points, version
 from typing import Any, Literal
 
 from megatron_ext.errors import ConfigError, MegatronExtError, nearest
@@ -116,10 +116,10 @@ FORMS = {
 """Jobs with a form for other families than language models: the flag of the checkpoint that decides; the modules."""
 
 
-def commands() -> dict[str, Command]:
+def commands(added: EntryPoints) -> dict[str, Command]:
     """Ours, and those that installed packages add under other names."""
     found: dict[str, Command] = {}
-    for entry in entry_points(group=GROUP):
+    for entry in added:
         package = entry.dist.name if entry.dist is not None else entry.value
         found[entry.name] = AddedCommand(f"a job of the package {package}", entry.value, "job", package=package)
     return found | COMMANDS
@@ -138,9 +138,9 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _refuse_taken(name: str) -> None:
+def _refuse_taken(name: str, added: EntryPoints) -> None:
     """Say which packages want to be this command, which is ours: it stays so, and theirs is not run."""
-    for entry in entry_points(group=GROUP, name=name):
+    for entry in added.select(name=name):
         whose = f"the package {entry.dist.name}" if entry.dist is not None else entry.value
         print(f"warning: {whose} adds a job {name!r}, a name that is taken: it is not run", file=sys.stderr, flush=True)
 
@@ -148,9 +148,10 @@ def _refuse_taken(name: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; a user's mistake becomes one readable message and exit status 2."""
     words = list(sys.argv[1:] if argv is None else argv)
-    known = commands()
+    added = entry_points(group=GROUP)
+    known = commands(added)
     if words and words[0] in COMMANDS:
-        _refuse_taken(words[0])
+        _refuse_taken(words[0], added)
     command = known[words[0]] if words and words[0] in known else None
     if command is not None and command.actions and words[1:] and words[1][:1] != "-":
         parser = argparse.ArgumentParser(prog=f"megatron-ext {words[0]}", description=_described(command))

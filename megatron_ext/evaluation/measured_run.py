@@ -11,7 +11,7 @@ from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.resume import has_checkpoint
 from megatron_ext.errors import DataError
 from megatron_ext.models.architecture import Architecture
-from megatron_ext.reports import metrics_file
+from megatron_ext.reports import metrics_file, yaml_text
 from megatron_ext.reports.results import CHECKPOINT, FILE, LOGGED, SETTINGS, VALIDATION, read_results
 
 
@@ -85,7 +85,7 @@ def _logged(run: Path) -> dict[str, Any]:
     if not config.is_file():
         return found
     try:
-        content = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+        content = yaml_text.read(config.read_text(encoding="utf-8")) or {}
         flags, units = content["flags"], content.get("units")
         samples = flags["eval_iters"] * flags["global_batch_size"]
         size = {"tokens": samples * flags["seq_length"]} if units is None else {"samples": samples, "units": units}

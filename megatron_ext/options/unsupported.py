@@ -5,9 +5,11 @@ steps was found by training with and without each (`tests/functional/test_flags.
 loss and the optimizer); what is refused is in these tables. `*` stands for any ending.
 """
 
+import fnmatch
+import functools
 import importlib.util
+import re
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 from megatron_ext import platform
 from megatron_ext.errors import ConfigError
@@ -136,4 +138,9 @@ def refusal(words: Sequence[str]) -> tuple[str, str, str] | None:
 
 
 def _matches(name: str, names: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in names.split())
+    return _pattern(names).match(name) is not None
+
+
+@functools.cache
+def _pattern(names: str) -> re.Pattern[str]:
+    return re.compile("|".join(map(fnmatch.translate, names.split())))

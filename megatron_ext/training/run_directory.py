@@ -11,7 +11,7 @@ from megatron_ext.checkpoint.huggingface import hf_assets
 from megatron_ext.checkpoint.outputs import check_writable, contents, hold_run
 from megatron_ext.checkpoint.resume import has_checkpoint
 from megatron_ext.errors import ConfigError
-from megatron_ext.reports import metrics_file
+from megatron_ext.reports import metrics_file, yaml_text
 from megatron_ext.reports.provenance import git_commit, versions
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def check_save(save: Path, job: str, load: Path | None) -> None:
 def _owner(config: Path) -> str | None:
     """The job that wrote a `config.yaml`."""
     try:
-        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+        content = yaml_text.read(config.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--save: the run's {CONFIG} is damaged: {reason}", got=config, legal=AFRESH) from error
@@ -95,7 +95,7 @@ def config_yaml(run: "RunConfig") -> str:
         from megatron_ext.training.job import task_of
 
         content["units"] = dict(task_of(run).units)
-    return yaml.safe_dump(content, sort_keys=False, width=120)
+    return yaml_text.write(content)
 
 
 def _plain(value: Any) -> Any:

@@ -1,9 +1,9 @@
 """Programs that start at once: they are forks of one process that has imported torch, Megatron and the rest already.
 
 `run([script, *flags], ranks=2)` is `torchrun --nproc-per-node 2 script *flags` in all that program and test can see:
-environment, working directory, output, exit status, and that the rank that fails ends the others. Three things differ,
+environment, working directory, output, exit status, and that the rank that fails ends the others. Four things differ,
 and for their sake some tests start each program for real: the order of imports, the seed of string hashes (one order of
-sets for all ranks here), and torchrun itself.
+sets for all ranks here), the interpreter's last moments, and torchrun itself.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,7 +114,7 @@ def _server() -> subprocess.Popen[str]:
 
 
 def _serve() -> None:
-    """Answer each request, a line of JSON, with its exit status; forks return from here and run their program."""
+    """Answer each request, a line of JSON, with its exit status; forks run their program and end in here."""
     sys.path[0] = str(ROOT)
     get_ready()
     for line in sys.stdin:
@@ -123,7 +124,6 @@ def _serve() -> None:
             pid = os.fork()
             if pid == 0:
                 become(request, environment, ROOT, SUPPORT)
-                return
             pids.add(pid)
         print(_wait(pids), flush=True)
 
@@ -173,7 +173,30 @@ def become(request: dict[str, Any], environment: dict[str, str], *folders: Path)
     script = request["command"][0]
     sys.argv = request["command"]
     sys.path[:1] = [str(Path(script).parent), *map(str, folders)]
-    runpy.run_path(script, run_name="__main__")
+    _run_and_exit(script)
+
+
+def _run_and_exit(script: str) -> None:
+    """Run it and end as an interpreter does, without clearing away what was imported.
+
+    To clear it is to touch, and so to copy, all of the server's memory: a quarter of a short program.
+    """
+    status: Any = 0
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        status = end.code or 0
+        if not isinstance(status, int):
+            print(status, file=sys.stderr)
+            status = 1
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for the threads that are no daemons
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status & 0xFF)
 
 
 def _wait(pids: set[int]) -> int:
