@@ -175,12 +175,17 @@ def read_metadata(step: str | Path) -> Metadata:
     """
     path = inside(Path(step), ".metadata")
     try:
-        with path.open("rb") as file:
-            return read_index(file, path)
+        return _index(path.read_bytes(), path)
     except FileNotFoundError:
         raise CheckpointError("the checkpoint is incomplete: no .metadata", got=step) from None
     except OSError as error:
         raise CheckpointError(f"the checkpoint is damaged: .metadata cannot be read ({error})", got=step) from error
+
+
+@functools.lru_cache(maxsize=2)
+def _index(content: bytes, path: Path) -> Metadata:
+    """Unpickle it once: a job looks into the same step a dozen times before its first step."""
+    return read_index(io.BytesIO(content), path)
 
 
 def tensors(step: str | Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -201,13 +206,12 @@ def common(step: str | Path) -> dict[str, Any]:
     step = Path(step)
     try:
         if (path := inside(step, "common.pt")).is_file():
-            with path.open("rb") as file:
-                values = read_objects(file, path, path.name)
+            values = _objects(path.read_bytes(), path, path.name)
         else:
             info = read_metadata(step).storage_data[MetadataIndex(COMMON_STATE)]
             with (step / info.relative_path).open("rb") as file:
                 file.seek(info.offset)
-                values = read_objects(io.BytesIO(file.read(info.length)), step / info.relative_path, "common_state")[0]
+                values = _objects(file.read(info.length), step / info.relative_path, "common_state")[0]
         if not isinstance(values, dict):
             raise TypeError("not a dictionary")
         return _plain(values)
@@ -215,6 +219,11 @@ def common(step: str | Path) -> dict[str, Any]:
         raise
     except Exception as error:
         raise CheckpointError(f"the checkpoint's arguments cannot be read ({error!r})", got=step) from error
+
+
+@functools.lru_cache(maxsize=4)
+def _objects(content: bytes, path: Path, what: str) -> Any:
+    return read_objects(io.BytesIO(content), path, what)
 
 
 def family(step: str | Path) -> str | None:

@@ -296,7 +296,8 @@ def test_synthetic_suites_come_out_the_same_on_every_layout_and_are_drawn(worksp
     assert {length for cells in found["alone"].values() for length in cells} == {"256", "300"}
     assert found["alone"]["induction"]["256"]["samples"] == 3
     # More lengths join those that are there.
-    workspace.run(COMMAND, "evaluate", model, *flags, "synthetic-alone", "--synthetic-lengths", "400")
+    more = ["synthetic-alone", "--synthetic-lengths", "400"]
+    workspace.run(COMMAND, "evaluate", model, *flags, *more, draws=True)
     folder = workspace.path / "synthetic-alone"
     again = json.loads((folder / "results.json").read_text())["synthetic"]
     assert list(again["phonebook"]) == ["256", "300", "400"]
@@ -315,7 +316,7 @@ def test_speed_is_measured_and_runs_are_compared(workspace: Workspace, model: st
         for cell in found.values():
             assert (cell["batch_size"], cell["ranks"]) == (batch, ranks)
             assert min(cell["prefill_tokens_per_second"], cell["decode_tokens_per_second"]) > 0
-    done = workspace.run(COMMAND, "compare", "speed-alone", "speed-pp2", teacher, "--out", "compared")
+    done = workspace.run(COMMAND, "compare", "speed-alone", "speed-pp2", teacher, "--out", "compared", draws=True)
     assert "decode at 32, tokens/s" in done.stdout
     page = (workspace.path / "compared" / "comparison.md").read_text()
     assert "| | speed-alone | speed-pp2 | teacher |" in page

@@ -36,7 +36,8 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def pruned(workspace: Workspace, teacher: str) -> str:
     """The teacher cut on every axis, scored on one process."""
-    workspace.run("prune_gpt.py", "--load", teacher, "--save", "pruned", *workspace.data, *CALIBRATE, *SMALLER)
+    flags = ["--load", teacher, "--save", "pruned", *workspace.data, *CALIBRATE, *SMALLER]
+    workspace.run("prune_gpt.py", *flags, draws=True)
     return "pruned"
 
 

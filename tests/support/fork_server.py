@@ -1,9 +1,10 @@
 """Programs that start at once: they are forks of one process that has imported torch, Megatron and the rest already.
 
 `run([script, *flags], ranks=2)` is `torchrun --nproc-per-node 2 script *flags` in all that program and test can see:
-environment, working directory, output, exit status, and that the rank that fails ends the others. Four things differ,
+environment, working directory, output, exit status, and that the rank that fails ends the others. Five things differ,
 and for their sake some tests start each program for real: the order of imports, the seed of string hashes (one order of
-sets for all ranks here), the interpreter's last moments, and torchrun itself.
+sets for all ranks here), pictures, which are blank unless `DRAWS` is in the environment, the interpreter's last
+moments, and torchrun itself.
 """
 
 import argparse
@@ -34,14 +35,21 @@ SUPPORT = Path(__file__).parent
 ROOT = SUPPORT.parents[1]
 # What the programs import, once; nothing that starts a thread, a process group or a random number.
 IMPORTED = (
-    "PIL.Image", "matplotlib.pyplot", "matplotlib.backends.backend_agg", "megatron.core.datasets.gpt_dataset",
+    "PIL.Image", "matplotlib.pyplot", "matplotlib.backends.backend_agg",
+    "megatron.core.datasets.gpt_dataset",
     "megatron.core.datasets.blended_megatron_dataset_builder", "megatron.core.models.hybrid.hybrid_model",
     "megatron.core.models.mimo", "megatron.core.tokenizers.text.text_tokenizer", "megatron.training.training",
     "megatron.training.checkpointing", "megatron_ext.cli", "megatron_ext.distillation.job",
-    "megatron_ext.training.forward", "megatron_ext.models.builder", "megatron_ext.pretraining.job",
-    "megatron_ext.pruning.job", "megatron_ext.training.loop", "megatron_ext.training.step", "pytest",
-    "torch.utils.tensorboard", "transformers.models.auto.tokenization_auto", "yaml",
+    "megatron_ext.distillation.setup", "megatron_ext.evaluation.generation", "megatron_ext.training.forward",
+    "megatron_ext.models.builder", "megatron_ext.pretraining.job", "megatron_ext.pruning.job",
+    "megatron_ext.training.loop", "megatron_ext.training.step", "megatron_ext.vision.images", "pytest", "timm",
+    "torch.utils.tensorboard", "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama", "transformers.models.mistral.modeling_mistral",
+    "transformers.models.nemotron_h.modeling_nemotron_h", "yaml",
 )  # fmt: skip
+
+DRAWS = "DRAWS"
+"""In a program's environment: its pictures are drawn."""
 
 
 def run(
@@ -136,6 +144,7 @@ def get_ready() -> None:
     for name in IMPORTED:
         importlib.import_module(name)
     _make_flags_once()
+    _draw_less()
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would lack the threads that an import has started"
     gc.collect()
     gc.freeze()  # the collector of a fork need not look at, and so copy, what was imported
@@ -151,6 +160,22 @@ def _make_flags_once() -> None:
     told = functools.cache(lambda configuration: read(SimpleNamespace(_get_field_docstrings=told), configuration))
     factory._get_field_docstrings = lambda self, configuration: told(configuration)
     arguments.add_megatron_arguments(argparse.ArgumentParser())
+
+
+def _draw_less() -> None:
+    """Put a blank picture where matplotlib would draw one, which takes a tenth of a short program."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    draw = Figure.savefig
+
+    def save(figure: Figure, file: Path, **options: Any) -> None:
+        if DRAWS in os.environ:
+            draw(figure, file, **options)
+        else:
+            Image.new("RGB", (1, 1)).save(file, "PNG")
+
+    Figure.savefig = save
 
 
 def become(request: dict[str, Any], environment: dict[str, str], *folders: Path) -> None:

@@ -37,11 +37,17 @@ class Workspace:
     path: Path
     data: list[str]
 
-    def run(self, script: str, *flags: str, ranks: int = 1, ok: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run a program of the repository's top level on so many ranks; fails the test if the program fails."""
+    def run(
+        self, script: str, *flags: str, ranks: int = 1, ok: bool = True, draws: bool = False
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a program of the repository's top level on so many ranks; fails the test if the program fails.
+
+        Its pictures are blank, unless it `draws`.
+        """
         if HAS_GPU:  # which cannot be forked
             return self.start(script, *flags, ranks=ranks, ok=ok)
-        return checked(fork_server.run([ROOT / script, *flags], ranks, self.path), ok)
+        environment = {fork_server.DRAWS: "1"} if draws else {}
+        return checked(fork_server.run([ROOT / script, *flags], ranks, self.path, environment), ok)
 
     def start(self, script: str, *flags: str, ranks: int = 1, ok: bool = True) -> subprocess.CompletedProcess[str]:
         """The same as a user does it, with `python` or `torchrun`: 5 seconds of imports for each process."""
