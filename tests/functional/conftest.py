@@ -1,7 +1,6 @@
 """A tiny corpus and a tiny trained model, made once per test session."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,8 +14,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     path = tmp_path_factory.mktemp("workspace")
     library = Path(json.__file__).parents[1]
     inputs = [str(library / name) for name in ("argparse.py", "ast.py", "typing.py", "json", "email", "asyncio")]
-    command = [sys.executable, "-m", "megatron_ext", "data", "--out", "data", "--vocab-size", "512"]
-    subprocess.run([*command, "--input", *inputs], cwd=path, check=True, capture_output=True)
+    command = str(Path(sys.executable).with_name("megatron-ext"))
+    Workspace(path, []).run(command, "data", "--out", "data", "--vocab-size", "512", "--input", *inputs)
     flags = [
         "--data-path", "data/text_document", "--tokenizer-type", "HuggingFaceTokenizer",
         "--tokenizer-model", "data/tokenizer", "--make-vocab-size-divisible-by", "8", "--split", "90,10,0",

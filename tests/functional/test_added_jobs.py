@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import fork_server
 import pytest
 from workspace import ROOT
 
-SCRIPT = [str(Path(sys.executable).with_name("megatron-ext"))]
-MODULE = [sys.executable, "-m", "megatron_ext"]
+SCRIPT = Path(sys.executable).with_name("megatron-ext")
 MAIN = "\n\ndef main(args):\n    run_job(JOB, args.words)\n"
 FLAGS = ["--micro-batch-size", "4", "--global-batch-size", "8", "--train-iters", "4", "--lr", "1e-2", "--dry-run"]
 
@@ -36,23 +37,30 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(path: Path, command: list[str], *words: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(path), str(ROOT)])}
-    return subprocess.run(
-        [*command, *words], cwd=path, env=environment, capture_output=True, text=True, check=False, timeout=120
-    )
+def run(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return fork_server.run([SCRIPT, *words], cwd=path, environment=_on_the_path(path))
 
 
-@pytest.mark.parametrize("command", [SCRIPT, MODULE], ids=["megatron-ext", "python -m megatron_ext"])
-def test_a_job_of_another_package_runs(path: Path, command: list[str]) -> None:
-    done = run(path, command, "toy", *FLAGS, "--preset", "toy-small")
+def start(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """By `python -m` and a fresh interpreter."""
+    command, environment = [sys.executable, "-m", "megatron_ext", *words], os.environ | _on_the_path(path)
+    return subprocess.run(command, cwd=path, env=environment, capture_output=True, text=True, check=False, timeout=120)
+
+
+def _on_the_path(path: Path) -> dict[str, str]:
+    return {"PYTHONPATH": os.pathsep.join([str(path), str(ROOT)])}
+
+
+@pytest.mark.parametrize("run", [run, start], ids=["megatron-ext", "python -m megatron_ext"])
+def test_a_job_of_another_package_runs(path: Path, run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = run(path, "toy", *FLAGS, "--preset", "toy-small")
     assert done.returncode == 0, done.stderr
     assert "8 samples, micro-batch 4, 4 steps" in done.stdout
     assert "toy-small" in done.stdout
 
 
 def test_its_mistakes_are_told_like_ours(path: Path) -> None:
-    done = run(path, SCRIPT, "toy", *FLAGS, "--toy-widht", "8")
+    done = run(path, "toy", *FLAGS, "--toy-widht", "8")
     assert done.returncode == 2
     assert "did you mean '--toy-width'?" in done.stderr
     assert "Traceback" not in done.stderr
@@ -67,7 +75,7 @@ def test_its_mistakes_are_told_like_ours(path: Path) -> None:
     ],
 )
 def test_a_broken_one_is_told_when_it_is_asked_for(path: Path, name: str, messages: list[str]) -> None:
-    done = run(path, SCRIPT, name, "--some", "flag")
+    done = run(path, name, "--some", "flag")
     assert done.returncode == 2
     assert done.stderr.startswith("error: the package broken adds this command, but ")
     assert all(message in done.stderr for message in messages), done.stderr
@@ -75,19 +83,19 @@ def test_a_broken_one_is_told_when_it_is_asked_for(path: Path, name: str, messag
 
 
 def test_a_broken_one_breaks_nothing_else(path: Path) -> None:
-    done = run(path, SCRIPT, "--help")
+    done = run(path, "--help")
     assert done.returncode == 0, done.stderr
     for words in ("toy", "a job of the package outside", "gone", "a job of the package broken", "distill"):
         assert words in done.stdout
-    assert run(path, SCRIPT, "presets", "--json").returncode == 0
+    assert run(path, "presets", "--json").returncode == 0
 
 
 @pytest.mark.parametrize(("name", "flag"), [("presets", "--json"), ("torchrun", "--help")])
 def test_a_name_of_ours_stays_ours(path: Path, name: str, flag: str) -> None:
-    done = run(path, SCRIPT, name, flag)
+    done = run(path, name, flag)
     assert done.returncode == 0, done.stderr
     assert "not ours" not in done.stdout
     assert f"warning: the package greedy adds a job {name!r}, a name that is taken: it is not run" in done.stderr
-    alone = run(ROOT, SCRIPT, name, flag)
+    alone = run(ROOT, name, flag)
     assert alone.stdout == done.stdout
     assert "warning" not in alone.stderr

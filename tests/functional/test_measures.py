@@ -2,15 +2,16 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 from workspace import Workspace
 
 from megatron_ext.checkpoint.reader import CheckpointReader
 
+COMMAND = Path(sys.executable).with_name("megatron-ext")
 MODULE = """
 from megatron_ext.evaluation.measure import Measure, MeasureKind
 from megatron_ext.evaluation.rows import Row, differences, shown
@@ -61,11 +62,7 @@ def test_a_package_adds_a_measure(workspace: Workspace, teacher: str, package: P
     paths = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
 
     def run(*words: str) -> str:
-        command = [sys.executable, "-m", "megatron_ext", *words]
-        environment = os.environ | {"PYTHONPATH": paths}
-        done = subprocess.run(
-            command, cwd=workspace.path, env=environment, capture_output=True, text=True, check=False
-        )  # fmt: skip
+        done = fork_server.run([COMMAND, *words], cwd=workspace.path, environment={"PYTHONPATH": paths})
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 

@@ -45,8 +45,8 @@ def pruned(workspace: Workspace, teacher: str) -> str:
 def test_the_layout_changes_no_score_and_no_plan(workspace: Workspace, teacher: str, pruned: str, name: str) -> None:
     ranks, flags = LAYOUTS[name]
     save = f"pruned-{name}"
-    run = workspace.start if name == "dp2" else workspace.run  # one with torchrun itself
-    run("prune_gpt.py", "--load", teacher, "--save", save, *workspace.data, *CALIBRATE, *SMALLER, *flags, ranks=ranks)
+    flags = ["--load", teacher, "--save", save, *workspace.data, *CALIBRATE, *SMALLER, *flags]
+    workspace.run("prune_gpt.py", *flags, ranks=ranks)
     expected = load_file(workspace.path / pruned / "scores.safetensors")
     scores = load_file(workspace.path / save / "scores.safetensors")
     assert scores.keys() == expected.keys()

@@ -197,7 +197,8 @@ def become(request: dict[str, Any], environment: dict[str, str], *folders: Path)
     os.environ.update(environment)
     script = request["command"][0]
     sys.argv = request["command"]
-    sys.path[:1] = [str(Path(script).parent), *map(str, folders)]
+    paths = environment["PYTHONPATH"].split(os.pathsep) if "PYTHONPATH" in environment else []
+    sys.path[:1] = [str(Path(script).parent), *paths, *map(str, folders)]
     _run_and_exit(script)
 
 
