@@ -84,8 +84,7 @@ def test_the_layout_changes_nothing(
 ) -> None:
     ranks, flags = LAYOUTS[name]
     flags = [*STUDENT, "--pretrained-checkpoint", student, "--distill-teacher", teacher, *STATES, *flags]
-    run = workspace.start if name == "cp2" else workspace.run  # one with torchrun itself
-    run("distill_gpt.py", *flags, *workspace.data, *TWO_STEPS, "--save", f"distilled {name}", ranks=ranks)
+    workspace.run("distill_gpt.py", *flags, *workspace.data, *TWO_STEPS, "--save", f"distilled {name}", ranks=ranks)
     expect_the_same(workspace.metrics(f"distilled {name}"), workspace.metrics(distilled))
 
 
