@@ -40,7 +40,7 @@ from megatron_ext.models.architecture import Architecture
 
 @dataclass(frozen=True)
 class CheckpointSchema:
-    """How a checkpoint keeps a model.
+    """How a checkpoint keeps a model of some family.
 
     Attributes:
         tensors: Its weights by key, with their global shapes.
@@ -48,9 +48,9 @@ class CheckpointSchema:
         args: Megatron's arguments.
     """
 
-    tensors: Callable[[Architecture], dict[str, tuple[int, ...]]]
-    states: Callable[[Architecture], dict[str, tuple[int, ...]]]
-    args: Callable[[Architecture], dict[str, Any]]
+    tensors: Callable[[Any], dict[str, tuple[int, ...]]]
+    states: Callable[[Any], dict[str, tuple[int, ...]]]
+    args: Callable[[Any], dict[str, Any]]
 
 
 PATTERN = CheckpointSchema(
@@ -238,7 +238,7 @@ def _without_checksums() -> Iterator[None]:
 
 @contextmanager
 def writing(
-    path: str | Path, arch: Architecture, args: Namespace | None = None, schema: CheckpointSchema = PATTERN
+    path: str | Path, arch: Any, args: Namespace | None = None, schema: CheckpointSchema = PATTERN
 ) -> Iterator[CheckpointWriter]:
     """Write a checkpoint of `arch` that Megatron loads in any layout; the block writes its tensors.
 
@@ -248,7 +248,7 @@ def writing(
 
     Args:
         path: A new directory, the same one for all processes.
-        arch: The model; the block must write exactly its tensors (`schema.tensors`).
+        arch: The model, by default an `Architecture`; the block must write exactly its tensors (`schema.tensors`).
         args: Megatron's arguments of the model that this one comes from; sizes and counters are set anew.
         schema: What the tensors are called.
 

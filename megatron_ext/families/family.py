@@ -7,9 +7,9 @@ models are frozen dataclasses of flags.
 from abc import ABC, abstractmethod
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.start import Start
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from megatron_ext.ops.autotune import Shape
 
 
+@runtime_checkable
 class Model(Protocol):
     """What a model is, as one frozen value."""
 
@@ -82,6 +83,10 @@ class ModelFamily(ABC):
     @abstractmethod
     def from_args(self, args: Namespace) -> Model:
         """The model that Megatron's arguments and ours describe."""
+
+    @abstractmethod
+    def with_model(self, args: Namespace, model: Any) -> Namespace:
+        """A copy of validated arguments that describes another model on the same layout."""
 
     @abstractmethod
     def check_layout(self, args: Namespace, model: Any) -> None:
@@ -144,7 +149,7 @@ class DataclassFamily(ModelFamily):
         step = layout.find(early.preset) if early.preset is not None else start.step if start is not None else None
         if step is None:
             return front, "flags"
-        return [*front, *self.model_flags(self._saved(step))], str(step.path)
+        return [*front, *self.model_flags(self.on_disk(step))], str(step.path)
 
     def model_flags(self, model: Any) -> list[str]:
         """A model as a command line."""
@@ -168,6 +173,11 @@ class DataclassFamily(ModelFamily):
     def from_args(self, args: Namespace) -> Any:
         """The dataclass with the values of its flags."""
         return read_options(args, self.model, self.name)
+
+    def with_model(self, args: Namespace, model: Any) -> Namespace:
+        """Its fields as the values of its flags."""
+        saved = {"ext_family": self.name, "ext_model": model.to_dict() | {"num_parameters": model.num_parameters()}}
+        return Namespace(**vars(args) | self._values(model) | saved)
 
     def check_layout(self, args: Namespace, model: Any) -> None:
         """What the model itself says."""
@@ -194,10 +204,19 @@ class DataclassFamily(ModelFamily):
         """Weights, gradients and optimizer; activations are not known."""
         return state_bytes(model.num_parameters() / layout.tp, layout)
 
-    def _saved(self, step: layout.Step) -> Any:
-        """The model that a step's arguments describe."""
+    def on_disk(self, step: layout.Step) -> Any:
+        """The model that a step's arguments describe; what it does not say, as of before there was such a flag.
+
+        Raises:
+            ConfigError: It holds another kind of model.
+        """
         args: Any = layout.common(step.path).get("args")
         if getattr(args, "ext_family", None) != self.name:
             held = getattr(args, "ext_family", None) or "a language model"
             raise ConfigError("the checkpoint holds another kind of model", got=f"{step.path}: {held}", legal=self.name)
-        return self.from_args(args)
+        defaults = {f"{self.name}_{each.name}": each.default for each in fields(self.model)}
+        return self.from_args(Namespace(**defaults | vars(args)))
+
+    def _values(self, model: Any) -> dict[str, Any]:
+        """The fields of a model by the names that parsed arguments have."""
+        return {f"{self.name}_{each.name}": getattr(model, each.name) for each in fields(self.model)}

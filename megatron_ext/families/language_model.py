@@ -85,6 +85,12 @@ class LayerPatternFamily(ModelFamily):
         """All of it from Megatron's arguments; the tokenizer may have decided the vocabulary."""
         return Architecture.from_args(args)
 
+    def with_model(self, args: Namespace, model: Architecture) -> Namespace:
+        """Its sizes as Megatron's arguments, and even borders of the pipeline."""
+        from megatron_ext.models.builder import with_architecture
+
+        return with_architecture(args, model)
+
     def check_layout(self, args: Namespace, model: Architecture) -> None:
         """Every size that the layout divides."""
         tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size

@@ -5,4 +5,7 @@ disk `saved_scores`; `weights` says whose they are): widths by `importance`, `ex
 and `magnitude`, depth by `depth_metrics`: `depth` in one pass, `leave_out` and `shapley` by `ablation`,
 `task_scoring` by a task, `left_out` being how sub-layers are left out and `depth_cost` what that takes. `budget` and
 `select` make of them a `plan`; `apply` cuts, and `merge` folds heads.
+
+The job, `activations`, `saved_plan`, `apply` and what leaves layers out know no family of models: `pruned_family` is
+what they ask of one, `language_models` answers for layer patterns, `vision/pruning` for image networks.
 """

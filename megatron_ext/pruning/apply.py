@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 
 from megatron_ext.checkpoint import layout, stream
@@ -11,17 +10,15 @@ from megatron_ext.checkpoint.blocks import TensorEntry
 from megatron_ext.checkpoint.huggingface import hf_assets
 from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.stream import Move, Part, Progress, silent
-from megatron_ext.checkpoint.writer import check_shapes, writing
-from megatron_ext.models import axes
-from megatron_ext.pruning.merge import merge_heads
-from megatron_ext.pruning.plan import Plan
+from megatron_ext.checkpoint.writer import check_tensors, writing
+from megatron_ext.pruning.saved_plan import SavedPlan
 from megatron_ext.pruning.weights import check_weights
 
 PLAN_FILE = "plan.json"
 
 
 def apply(
-    plan: Plan,
+    plan: SavedPlan,
     source: str | Path,
     destination: str | Path,
     attachments: Mapping[str, Callable[[Path], object]] | None = None,
@@ -52,11 +49,12 @@ def apply(
     destination = Path(destination)
     refuse_existing(destination)
     reader = CheckpointReader(source)
-    plan.check(layout.architecture(reader.step.path))
-    check_shapes(plan.source, reader.shapes)
+    plan.check(plan.model_of(reader.step.path))
+    schema = plan.schema(reader.entries)
+    check_tensors(schema.tensors(plan.source), reader.shapes)
     check_weights("a plan", plan.provenance.fingerprint, plan.provenance.iteration, reader.step.path)
     args = layout.common(reader.step.path).get("args")
-    with writing(destination, plan.target, args if isinstance(args, Namespace) else None) as writer:
+    with writing(destination, plan.target, args if isinstance(args, Namespace) else None, schema) as writer:
         stream.run(compile_moves(plan, reader.entries), reader, writer, progress)
         for name, save in {PLAN_FILE: plan.save, **(attachments or {})}.items():
             writer.attach(name, save)
@@ -64,21 +62,16 @@ def apply(
     return destination
 
 
-def compile_moves(plan: Plan, entries: Mapping[str, TensorEntry]) -> list[Move]:
-    """One move for each weight of the smaller model, in the order of the forward pass, of shape `axes.shape` there.
+def compile_moves(plan: SavedPlan, entries: Mapping[str, TensorEntry]) -> list[Move]:
+    """One move for each weight of the smaller model, in the order of the forward pass, of its shape there.
 
     Args:
         plan: The plan.
         entries: The tensors of the original.
     """
     moves: list[Move] = []
-    for key, shape in axes.tensors(plan.target).items():
-        layer, weight = axes.locate(plan.target, key)
-        old_layer = None if layer is None else plan.units[layer]
-        old_key = key if old_layer is None else f"{axes.LAYER}.{old_layer}.{weight.name}"
-        pairs = plan.merged_heads.get(old_layer) if weight.axes[0] == "qkv" and old_layer is not None else None
-        merge = partial(merge_heads, plan.source, pairs=pairs) if pairs else None
-        gather = axes.indices(plan.source, old_key, plan.kept(old_layer))
-        entry = TensorEntry(shape, entries[old_key].dtype)
-        moves.append(Move(key, entry, (Part(old_key),), function=merge, gather=gather))
+    for key, shape in plan.schema(entries).tensors(plan.target).items():
+        old = plan.origin(key)
+        entry = TensorEntry(shape, entries[old.key].dtype)
+        moves.append(Move(key, entry, (Part(old.key),), function=old.function, gather=old.gather))
     return moves

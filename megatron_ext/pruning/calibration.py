@@ -13,6 +13,7 @@ from megatron_ext.pruning.depth_metrics import DEPTH_METRICS, Change
 from megatron_ext.pruning.importance import Importance, WidthMetric
 from megatron_ext.pruning.leave_out import ShapleySampling, measure, scan_task
 from megatron_ext.pruning.left_out import LeftOut
+from megatron_ext.pruning.pruned_family import Measured
 from megatron_ext.reports.progress import Progress
 from megatron_ext.training.forward import forward_all, forward_sums, micro_batches
 from megatron_ext.training.job import RunConfig
@@ -46,21 +47,6 @@ class Calibration:
     sampling: ShapleySampling = field(default_factory=ShapleySampling)
     depth_samples: int = 0
     memory: int = 8 * 2**30
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What calibration found.
-
-    Attributes:
-        values: The scores by name, on rank 0; None elsewhere.
-        loss: The model's mean loss on the samples, nats per token; None if it was not run.
-        task: Its score at the task, if there is one.
-    """
-
-    values: dict[str, torch.Tensor] | None
-    loss: float | None
-    task: float | None = None
 
 
 def calibrate(

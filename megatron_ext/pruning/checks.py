@@ -3,6 +3,7 @@
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.errors import ConfigError
@@ -84,15 +85,20 @@ def source_step(args: Namespace) -> layout.Step:
     return layout.find(Path(args.load) / (f"iter_{args.ckpt_step:07d}" if args.ckpt_step else ""))
 
 
-def read_scores(options: PruneOptions, source: Path) -> Scores:
+def read_scores(options: Any, source: Path, kind: type[Scores] = Scores) -> Scores:
     """The score file of `--prune-scores`.
+
+    Args:
+        options: The flags.
+        source: The step that is cut.
+        kind: Of the scores.
 
     Raises:
         PlanError: It cannot be read, or was made from other weights than those of the step `source`.
         ConfigError: It was measured in another way than the options say.
     """
     assert options.scores is not None
-    scores = Scores.load(options.scores)
+    scores = kind.load(options.scores)
     check_weights("scores", scores.fingerprint, scores.iteration, source)
     for name, value in options.given().items():
         if name in MEASURED_BY and scores.settings.get(name) != value:

@@ -18,12 +18,10 @@ Shapes: s sequence (this rank's part), b micro-batch, h hidden, f FFN, n heads, 
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
 from torch import Tensor
 
 from megatron_ext.models.architecture import Architecture
@@ -31,33 +29,13 @@ from megatron_ext.models.hooks import FUSED_NORM, pre_norm
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
 from megatron_ext.pruning import expert_importance
 from megatron_ext.pruning import scores as names
-from megatron_ext.pruning.aggregations import AGGREGATIONS
+from megatron_ext.pruning.activations import Activations, WidthMetric
 
 # Of each kind of sub-layer, the projection whose output it adds.
 _LAST = {MAMBA: "mixer.out_proj", ATTENTION: "self_attention.linear_proj", MLP: "mlp.linear_fc2"}
 
 
-@dataclass(frozen=True)
-class WidthMetric:
-    """How activations become one number for each position.
-
-    Attributes:
-        kind: `activation`, or `wanda`, which always takes L2 norms.
-        batch: Over the samples, of what `sequence` made of each: one of `AGGREGATIONS`.
-        sequence: Over a sample's tokens: one of `AGGREGATIONS`.
-    """
-
-    kind: Literal["activation", "wanda"] = "activation"
-    batch: str = "l2"
-    sequence: str = "mean"
-
-    def __str__(self) -> str:
-        if self.kind == "wanda":
-            return "weight times activation, l2 over all tokens"
-        return f"{self.batch} over the batch, {self.sequence} over the sequence"
-
-
-class Importance:
+class Importance(Activations):
     """Hooks on the chunks of one rank that accumulate scores while calibration data runs through the model.
 
     Args:
@@ -67,16 +45,10 @@ class Importance:
     """
 
     def __init__(self, chunks: Iterable[Any], architecture: Architecture, metric: WidthMetric | None = None) -> None:
+        super().__init__(metric or WidthMetric())
         self.architecture = architecture
-        self.metric = metric or WidthMetric()
-        if self.metric.kind == "wanda":
-            self.metric = WidthMetric("wanda", "l2", "l2")
-        self._batch, self._sequence = AGGREGATIONS[self.metric.batch], AGGREGATIONS[self.metric.sequence]
-        self._added: dict[str, Tensor] = {}  # over the samples, of what is made of each
         self._columns: dict[str, Tensor] = {}  # squared norms of the columns that activations are multiplied by
-        self._samples = torch.zeros((), dtype=torch.float64)
         self._mixtures: dict[int, expert_importance.ExpertImportance] = {}
-        self._handles: list[Any] = []
         for chunk in chunks:
             self._groups = chunk.pg_collection
             self._config = chunk.config
@@ -85,12 +57,6 @@ class Importance:
                 self._first = chunk.decoder.layers[0].layer_number
             for layer in chunk.decoder.layers:
                 self._watch(layer, layer.layer_number - 1)
-
-    def remove(self) -> None:
-        """Take the hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     def _watch(self, layer: torch.nn.Module, index: int) -> None:
         kind, own = self.architecture.pattern[index], self.architecture.at(index)
@@ -168,54 +134,21 @@ class Importance:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             self._samples += hidden.shape[1]
 
-    @torch.no_grad()
-    def _add(self, name: str, activation: Float[Tensor, "s b *axes"], split: bool = False) -> None:
-        """Add one micro-batch: aggregated over the whole sequence, then added up over the samples."""
-        sums = self._sequence.sums(activation)
-        length = activation.shape[0]
-        for group in ([self._groups.tp] if split else []) + [self._groups.cp]:
-            if group.size() > 1:
-                dist.all_reduce(sums, group=group)
-                length *= group.size()
-        added = self._batch.sums(self._sequence.value(sums, length))
-        self._added[name] = self._added[name] + added if name in self._added else added
-
-    def gather(self) -> dict[str, Tensor] | None:
-        """The scores of the whole model, float32, on rank 0; None elsewhere. A collective of all ranks.
-
-        Sums over samples go over the data-parallel ranks; heads and neurons are put together over the tensor-parallel
-        ranks (those of experts over the expert-parallel ones), layers over the pipeline.
-        """
-        groups = self._groups
-        samples = self._samples.to(torch.cuda.current_device())
-        for value in (*self._added.values(), samples):
-            dist.all_reduce(value, group=groups.dp)
-        here = None
-        if groups.dp.rank() == 0 and groups.cp.rank() == 0:
-            here = (groups.tp.rank(), {name: self._score(name, float(samples)).cpu() for name in self._added})
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, here)
-        experts: dict[str, Tensor] = {}
-        if MOE in self.architecture.pattern:
-            experts = expert_importance.gather(self._mixtures, groups, self._sequence.value)
-        if dist.get_rank():
-            return None
-        scores = self._assemble([part for part in parts if part is not None]) | experts
-        return {name: value.float() for name, value in scores.items()}
+    def _apart(self) -> dict[str, Tensor]:
+        """Of the experts. A collective of all ranks."""
+        if MOE not in self.architecture.pattern:
+            return {}
+        return expert_importance.gather(self._mixtures, self._groups, self._sequence.value)
 
     def _score(self, name: str, samples: float) -> Tensor:
-        score = self._batch.value(self._added[name], samples)
+        score = super()._score(name, samples)
         if name in self._columns:
             score = score * self._columns[name].sqrt().view(score.shape)
             if "query_head" in name:
                 score = score.norm(dim=-1)
         return score
 
-    def _assemble(self, parts: list[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor]:
-        merged: dict[str, list[Tensor]] = {}
-        for _, values in sorted(parts, key=lambda part: part[0]):
-            for name, value in values.items():
-                merged.setdefault(name, []).append(value)
+    def _assemble(self, merged: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         units = range(len(self.architecture.pattern))
         result = {names.HIDDEN: torch.stack([merged.pop(f"{names.HIDDEN}.{i}")[0] for i in units]).sum(0)}
         for i in self.architecture.layers.indices(MAMBA):

@@ -26,19 +26,17 @@ from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.training_cost import Layout, forward_flops_per_token
 from megatron_ext.pruning import report
 from megatron_ext.pruning.apply import apply
-from megatron_ext.pruning.budget import Targets
-from megatron_ext.pruning.checks import Request, check, check_layout, read_scores, source_step
+from megatron_ext.pruning.checks import check, read_scores, source_step
 from megatron_ext.pruning.depth_cost import depth_cost
 from megatron_ext.pruning.depth_metrics import DEPTH_METRICS, Change
+from megatron_ext.pruning.language_models import LANGUAGE_MODELS
 from megatron_ext.pruning.leave_out import sublayers_of
-from megatron_ext.pruning.magnitude import magnitudes
 from megatron_ext.pruning.options import GIB, PruneOptions
 from megatron_ext.pruning.pictures import plot_losses
-from megatron_ext.pruning.plan import Plan
-from megatron_ext.pruning.report import Loss
+from megatron_ext.pruning.pruned_family import Loss, Measured, PrunedFamily, Round
+from megatron_ext.pruning.saved_plan import SavedPlan
 from megatron_ext.pruning.saved_scores import SavedScores, described
 from megatron_ext.pruning.scores import Scores
-from megatron_ext.pruning.select import make_plan
 from megatron_ext.reports.progress import Progress
 from megatron_ext.training.job import FORWARD_ONLY, DryRun, Job, RunConfig
 from megatron_ext.training.run_directory import CONFIG, config_yaml
@@ -96,34 +94,33 @@ class Found:
         kept: Where the scores wait until the run directory is there.
     """
 
-    plan: Plan
+    plan: SavedPlan
     scores: list[Scores] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
     kept: list[SavedScores] = field(default_factory=list)
 
 
-def prune(run: RunConfig, request: Request) -> None:
+def prune(run: RunConfig, request: Any, family: PrunedFamily = LANGUAGE_MODELS) -> None:
     """Score (unless scores or a plan are given), plan and apply.
 
     Args:
         run: The validated command line.
-        request: From `prune_check.check`.
+        request: What the job's check has found, which `family` understands.
+        family: What the model belongs to.
     """
     args, options = run.args, run.options["prune"]
     source = source_step(args)
     if args.rank == 0:
         hold_new(Path(args.save), BESIDE)
     if options.plan is not None:
-        found = Found(Plan.load(options.plan))
+        found = Found(family.plan.load(options.plan))
     elif options.scores is not None:
-        scores = read_scores(options, source.path)
-        targets, merge = options.targets(), options.merge_heads
-        plan = make_plan(scores, run.architecture, targets, scores_path=options.scores, merge_heads=merge)
-        found = Found(plan, [scores])
+        scores = read_scores(options, source.path, family.scores)
+        found = Found(family.make_plan(run, Round(run.model, options.targets()), scores, options.scores), [scores])
     else:
-        found = measure(run, request, source)
+        found = measure(run, request, source, family)
     _join_processes()
-    _write(run, source, found)
+    _write(run, source, found, family)
     if args.rank == 0:
         for kept in found.kept:
             kept.path.unlink(missing_ok=True)
@@ -132,11 +129,11 @@ def prune(run: RunConfig, request: Request) -> None:
     _wait()
 
 
-def _write(run: RunConfig, source: Step, found: Found) -> None:
+def _write(run: RunConfig, source: Step, found: Found, family: PrunedFamily) -> None:
     """Make the run directory beside its place, whole, and then give it its name."""
-    args, options = run.args, run.options["prune"]
+    args = run.args
     plan, losses = found.plan, found.losses
-    page = partial(report.markdown, plan, options.served, found.scores)
+    page = partial(family.page, run, plan, found.scores)
     attachments: dict[str, Any] = {
         CONFIG: lambda path: path.write_text(config_yaml(run)),
         REPORT: lambda path: path.write_text(page(losses)),
@@ -145,22 +142,22 @@ def _write(run: RunConfig, source: Step, found: Found) -> None:
         name = SCORES if number == 0 else f"{Path(SCORES).stem}.round-{number + 1}.safetensors"
         attachments[name] = scores.save
     if found.scores:
-        attachments["importance.png"] = lambda path: report.plot_scores(found.scores[0], plan, path)
+        attachments["importance.png"] = lambda path: family.plot(found.scores[0], plan, path)
     whole = _beside(args, "pruned")
     _remove(whole)  # an earlier attempt's
     with Progress("written", unit="bytes") as progress:
         apply(plan, source.path, whole, attachments, progress.update)
     if losses:
-        remark = _measure_pruned(run, found, whole)
+        remark = _measure_pruned(run, found, whole, family)
         if args.rank == 0:
             write_text(whole / REPORT, page(losses, remark))
-            plot_losses([(loss.name, loss.parameters, loss.nats) for loss in losses], whole / "loss.png")
+            plot_losses([(loss.name, loss.parameters, loss.nats) for loss in losses], whole / "loss.png", family.per)
     if args.rank == 0:
         write_rest(whole)
         publish(whole, args.save)
 
 
-def measure(run: RunConfig, request: Request, source: Step) -> Found:
+def measure(run: RunConfig, request: Any, source: Step, family: PrunedFamily = LANGUAGE_MODELS) -> Found:
     """Score and plan in `--prune-iterations` rounds, each on what the one before left; the plans become one.
 
     Between rounds the model that is left is written beside `--save`, and removed again. What an earlier start has
@@ -172,76 +169,70 @@ def measure(run: RunConfig, request: Request, source: Step) -> Found:
     if options.calibrates:
         start(run)
     _join_processes()
-    whole: Plan | None = None
+    whole: SavedPlan | None = None
     every: list[Scores] = []
     losses: list[Loss] = []
     waiting: list[SavedScores] = []
-    for number, targets in enumerate(options.rounds(run.architecture)):
-        arch = run.architecture if whole is None else whole.target
-        kept = SavedScores.of(run, arch, targets, source, whole)
+    for number, targets in enumerate(options.rounds(run.model)):
+        round = Round(run.model if whole is None else whole.target, targets, whole)
+        kept = SavedScores.of(run, family, round, source)
         scores = kept.found()
         if not ranks.gather(scores is not None)[0]:
-            scores = _score(run, request, source, whole, number, targets)
+            scores = _score(run, request, source, family, round, number)
             if scores is not None:
                 kept.save(scores)
-                scores = Scores.load(kept.path)  # as a later start would find them
+                scores = family.scores.load(kept.path)  # as a later start would find them
         waiting.append(kept)
         plan, loss = None, None
         if scores is not None:
             every.append(scores)
-            plan = make_plan(scores, arch, targets, scores_path=SCORES, merge_heads=options.merge_heads).to_dict()
+            plan = family.make_plan(run, round, scores, SCORES).to_dict()
             loss = scores.loss
         plan, loss = ranks.gather((plan, loss))[0]
         assert plan is not None
         if loss is not None:
-            losses.append(Loss(f"after round {number}" if number else "original", arch.num_parameters(), loss))
-        whole = Plan.from_dict(plan) if whole is None else whole.then(Plan.from_dict(plan))
+            losses.append(Loss(f"after round {number}" if number else "original", round.model.num_parameters(), loss))
+        whole = family.plan.from_dict(plan) if whole is None else whole.then(family.plan.from_dict(plan))
     assert whole is not None
     return Found(whole, every, losses, waiting)
 
 
 def _score(
-    run: RunConfig, request: Request, source: Step, plan: Plan | None, number: int, targets: Targets
-) -> Scores | None:
+    run: RunConfig, request: Any, source: Step, family: PrunedFamily, round: Round, number: int
+) -> Scores | None:  # fmt: skip
     """The scores of the model that so many rounds left, on rank 0."""
-    from megatron_ext.pruning.calibration import Measured, calibrate
     from megatron_ext.training.forward import build_model, load_other
 
     args, options = run.args, run.options["prune"]
     current, step, between = run, source.path, None
-    if plan is not None:
+    if round.plan is not None:
         between = _beside(args, f"round-{number}")
         _remove(between)  # an earlier attempt's
-        apply(plan, source.path, between)
+        apply(round.plan, source.path, between)
         step = between
     measured = Measured({}, None)
     if options.calibrates:
-        current, model = (
-            (run, build_model(run)) if between is None or plan is None
-            else load_other(run, plan.target, between)
-        )  # fmt: skip
-        calibration = options.calibration(current.architecture, targets, args.seed, args.global_batch_size)
-        measured = calibrate(current, model, calibration, request.task.judge if request.task is not None else None)
-    arch = run.architecture if plan is None else plan.target
+        current, chunks = (run, build_model(run)) if between is None else load_other(run, round.model, between)
+        measured = family.calibrate(current, chunks, round, request)
     values = dict(measured.values or {})
     if options.width_metric == "magnitude":
-        values |= magnitudes(CheckpointReader(step), arch)
+        values |= family.magnitudes(CheckpointReader(step), round.model)
     if between is not None:
         _remove(between)
-    return described(run, arch, targets, source, plan, values, measured) if ranks.rank() == 0 else None
+    return described(run, family, round, source, values, measured) if ranks.rank() == 0 else None
 
 
-def _measure_pruned(run: RunConfig, found: Found, checkpoint: Path) -> str:
+def _measure_pruned(run: RunConfig, found: Found, checkpoint: Path, family: PrunedFamily) -> str:
     """Add the pruned model's loss on the calibration data, or say why this layout cannot run it."""
     from megatron_ext.training.forward import load_other, mean_metrics
 
     target = found.plan.target
     try:
-        check_layout(run, target)
+        family.check_layout(run, target)
     except ConfigError as error:
         return f"The pruned model's loss was not measured, because it does not fit this run's layout: {error}"
     pruned, model = load_other(run, target, checkpoint)
-    metrics, _ = mean_metrics(pruned, model, "train", run.options["prune"].samples)
+    metrics, _ = mean_metrics(pruned, model, family.split, run.options["prune"].samples)
     found.losses.append(Loss("pruned", target.num_parameters(), metrics["loss"]))
     return ""
 

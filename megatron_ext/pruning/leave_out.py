@@ -1,16 +1,16 @@
 """Depth importance by what is lost without a unit: alone, in a contiguous run, or on average over sub-networks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from megatron_ext.models.architecture import Architecture
 from megatron_ext.pruning import scores as names
-from megatron_ext.pruning.ablation import Ablation, Outcome
+from megatron_ext.pruning.ablation import Outcome
 from megatron_ext.pruning.depth_metrics import DEPTH_METRICS, Change, LeaveOut, Scan, Shapley
-from megatron_ext.pruning.left_out import LeftOut
+from megatron_ext.pruning.left_out import LeftOut, Sublayers
 from megatron_ext.pruning.shapley import shapley
 
 Progress = Callable[[str], None]
@@ -26,9 +26,23 @@ class ShapleySampling:
     seed: int = 0
 
 
+@runtime_checkable
+class Outcomes(Protocol):
+    """A model of which sub-layers can be left out, such as an `Ablation`."""
+
+    @property
+    def whole(self) -> Outcome:
+        """The outcome of the whole model."""
+        ...
+
+    def outcome(self, units: Iterable[int]) -> Outcome:
+        """The outcome without these sub-layers. A collective of all ranks."""
+        ...
+
+
 def measure(
-    ablation: Ablation,
-    architecture: Architecture,
+    ablation: Outcomes,
+    architecture: Sublayers,
     metric: str,
     *,
     blocks: bool,
@@ -88,7 +102,7 @@ def measure(
 
 def scan_task(
     model: LeftOut,
-    architecture: Architecture,
+    architecture: Sublayers,
     judge: Callable[[], float],
     whole: float,
     *,
@@ -117,14 +131,14 @@ def scan_task(
     return {names.scan("scan_task", run, blocks=blocks): _scan(sublayers_of(architecture, blocks), run, lost)}
 
 
-def sublayers_of(architecture: Architecture, blocks: bool, kinds: str = "") -> Sequence[Sequence[int]]:
+def sublayers_of(architecture: Sublayers, blocks: bool, kinds: str = "") -> Sequence[Sequence[int]]:
     """The sub-layers of each block, or each sub-layer, of these kinds or of all."""
     if blocks:
         return architecture.layers.blocks
     return [(i,) for i, kind in enumerate(architecture.pattern) if kind in (kinds or architecture.pattern)]
 
 
-def _named(architecture: Architecture, metric: str, values: Tensor, blocks: bool, kinds: str) -> dict[str, Tensor]:
+def _named(architecture: Sublayers, metric: str, values: Tensor, blocks: bool, kinds: str) -> dict[str, Tensor]:
     """The values of `sublayers_of` by the names of their scores."""
     if not kinds:
         return {names.depth(metric, blocks=blocks): values}
@@ -139,7 +153,7 @@ def _scan(units: Sequence[Sequence[int]], run: int, lost: Callable[[Sequence[int
 
 
 def _shapley(
-    ablation: Ablation,
+    ablation: Outcomes,
     units: Sequence[Sequence[int]],
     worse: Callable[[Outcome], float],
     sampling: ShapleySampling,

@@ -2,33 +2,46 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from megatron_ext.models.architecture import Architecture
+
+@runtime_checkable
+class Sublayers(Protocol):
+    """What a model is to those who leave parts of it out: an `Architecture`, or another family's list of blocks."""
+
+    @property
+    def pattern(self) -> str:
+        """One letter for each sub-layer, its kind."""
+        ...
+
+    @property
+    def layers(self) -> Any:
+        """Which has `blocks`: the sub-layers of each block."""
+        ...
 
 
 class LeftOut:
     """Wrappers on the sub-layers of one rank, which can be told to hand on what comes in.
 
     Args:
-        chunks: This rank's `HybridModel`s, unwrapped, in evaluation mode.
+        chunks: This rank's `HybridModel`s, unwrapped, in evaluation mode; of another family what `_sublayers` knows.
         architecture: The whole model.
 
     Attributes:
         calls: How often each sub-layer of this rank has run.
     """
 
-    def __init__(self, chunks: Iterable[Any], architecture: Architecture) -> None:
+    def __init__(self, chunks: Iterable[Any], architecture: Sublayers) -> None:
         self.architecture = architecture
         self.calls: dict[int, int] = dict.fromkeys(range(len(architecture.pattern)), 0)
         self._chunks = list(chunks)
         self._dropped: frozenset[int] = frozenset()
         self._undo: list[Callable[[], None]] = []
         for chunk in self._chunks:
-            for layer in chunk.decoder.layers:
-                self._wrap(chunk, layer)
+            for index, layer in self._sublayers(chunk):
+                self._wrap(chunk, index, layer)
 
     @contextmanager
     def without(self, units: Iterable[int]) -> Iterator[None]:
@@ -45,6 +58,10 @@ class LeftOut:
             undo()
         self._undo.clear()
 
+    def _sublayers(self, chunk: Any) -> Iterable[tuple[int, Any]]:
+        """Those of a chunk, with their numbers in the whole model."""
+        return [(layer.layer_number - 1, layer) for layer in chunk.decoder.layers]
+
     def _enter(self, chunk: Any, index: int, hidden_states: Tensor) -> Tensor:
         """What a sub-layer gets instead of what comes in."""
         return hidden_states
@@ -53,10 +70,10 @@ class LeftOut:
         """Whether a sub-layer does nothing."""
         return index in self._dropped
 
-    def _wrap(self, chunk: Any, layer: Any) -> None:
+    def _wrap(self, chunk: Any, index: int, layer: Any) -> None:
         from megatron.core.transformer.transformer_layer import TransformerLayer
 
-        index, plain = layer.layer_number - 1, layer.forward
+        plain = layer.forward
         paired = isinstance(layer, TransformerLayer)  # returns (hidden states, context)
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

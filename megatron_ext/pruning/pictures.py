@@ -64,12 +64,13 @@ def _bars(ax: Axes, heights: Float[np.ndarray, " n"], width: float, colors: Shap
     ax.autoscale_view()
 
 
-def plot_losses(models: Sequence[tuple[str, int, float]], out: Path) -> None:
+def plot_losses(models: Sequence[tuple[str, int, float]], out: Path, per: str = "token") -> None:
     """Draw what each step of pruning costs.
 
     Args:
-        models: Name, parameters and loss (nats per token) of the original and of what it became, in order.
+        models: Name, parameters and loss (nats) of the original and of what it became, in order.
         out: The PNG.
+        per: What the loss is the mean over.
     """
     _, parameters, losses = zip(*models, strict=True)
     with rc_context(STYLE):
@@ -83,5 +84,5 @@ def plot_losses(models: Sequence[tuple[str, int, float]], out: Path) -> None:
         ax.margins(x=0.2, y=0.2)
         ax.xaxis.set_major_formatter(FuncFormatter(tick))
         ax.set_xlabel("parameters")
-        ax.set_ylabel("loss on the calibration data, nats per token")
+        ax.set_ylabel(f"loss on the calibration data, nats per {per}")
         save(figure, out)

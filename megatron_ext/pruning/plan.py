@@ -1,45 +1,32 @@
 """The plan: what is kept of a model. A value that can be written by hand, diffed, replayed, and applied anywhere."""
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_ext.checkpoint.atomic import atomic_write
-from megatron_ext.checkpoint.file_checksums import check_file
+from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.blocks import TensorEntry
+from megatron_ext.checkpoint.writer import PATTERN, CheckpointSchema
 from megatron_ext.errors import ConfigError, PlanError, nearest
+from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.axes import KeptIndices
 from megatron_ext.models.dimensions import PER_LAYER
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
-
-FORMAT = "megatron_ext.plan/1"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Provenance:
-    """Where a plan comes from; all of it optional, for a plan written by hand.
-
-    Attributes:
-        model: Checkpoint directory of the model that is cut.
-        iteration: Its training step.
-        fingerprint: Its checkpoint's fingerprint (`megatron_ext.checkpoint.layout`).
-        scores: The score file.
-        data: The calibration data.
-        seed: The seed that chose the calibration samples.
-        metric: The importance metric.
-    """
-
-    model: str = ""
-    iteration: int = 0
-    fingerprint: str = ""
-    scores: str = ""
-    data: str = ""
-    seed: int = 0
-    metric: str = ""
+from megatron_ext.pruning.merge import merge_heads
+from megatron_ext.pruning.saved_plan import (
+    FORMAT,
+    Origin,
+    Provenance,
+    SavedPlan,
+    check_indices,
+    differences,
+    entries_of,
+    list_of,
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +76,7 @@ _Kept = Mapping[int, tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(SavedPlan):
     """What is kept of the model `source`, which makes it the model `target`.
 
     All indices count positions of the source, ascending. Per-layer entries are keyed by the sub-layer's index in the
@@ -109,7 +96,6 @@ class Plan:
 
     source: Architecture
     target: Architecture
-    units: tuple[int, ...]
     hidden: tuple[int, ...] | None = None
     ffn: _Kept = field(default_factory=dict)
     kv_groups: _Kept = field(default_factory=dict)
@@ -122,14 +108,13 @@ class Plan:
     expert_ffn: _Kept = field(default_factory=dict)
     shared_ffn: _Kept = field(default_factory=dict)
     merged_heads: Mapping[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
-    provenance: Provenance = Provenance()
 
     def __post_init__(self) -> None:
         source, target = self.source, self.target
-        _check_indices("units", self.units, len(source.pattern))
+        check_indices("units", self.units, len(source.pattern))
         result: dict[str, Any] = {"pattern": "".join(source.pattern[i] for i in self.units)}
         if self.hidden is not None:
-            _check_indices("hidden", self.hidden, source.hidden_size)
+            check_indices("hidden", self.hidden, source.hidden_size)
             result["hidden_size"] = len(self.hidden)
         uneven: dict[str, tuple[int, ...]] = {}
         for axis in PRUNED_AXES:
@@ -164,7 +149,7 @@ class Plan:
             size = axis.positions(own) // groups * len(kept_groups)
         else:
             what = f"{axis.field} of sub-layer {layer}"
-            _check_indices(what, kept, axis.positions(own))
+            check_indices(what, kept, axis.positions(own))
             per_group = axis.positions(own) // groups
             counts = Counter(i // per_group for i in kept)
             if axis.groups is not None and (set(counts) != set(kept_groups) or len(set(counts.values())) > 1):
@@ -189,6 +174,24 @@ class Plan:
                 if head in taken:
                     raise PlanError(f"{what}: query head {head} takes in two others", got=pairs, legal="one")
                 taken.add(head)
+
+    @staticmethod
+    def model_of(step: Path) -> Architecture:
+        """As its arguments say."""
+        return layout.architecture(step)
+
+    def schema(self, entries: Mapping[str, TensorEntry]) -> CheckpointSchema:
+        """That of layer patterns."""
+        return PATTERN
+
+    def origin(self, key: str) -> Origin:
+        """Where a weight of the target comes from."""
+        layer, weight = axes.locate(self.target, key)
+        old_layer = None if layer is None else self.units[layer]
+        old_key = key if old_layer is None else f"{axes.LAYER}.{old_layer}.{weight.name}"
+        pairs = self.merged_heads.get(old_layer) if weight.axes[0] == "qkv" and old_layer is not None else None
+        merge = partial(merge_heads, self.source, pairs=pairs) if pairs else None
+        return Origin(old_key, axes.indices(self.source, old_key, self.kept(old_layer)), merge)
 
     @classmethod
     def keep_everything(cls, arch: Architecture) -> Self:
@@ -239,22 +242,6 @@ class Plan:
         staying = getattr(self, axis.kept_groups).get(layer) if axis.kept_groups else None
         return [g * per_group + i for g in (range(groups) if staying is None else staying) for i in range(per_group)]
 
-    def check(self, arch: Architecture) -> None:
-        """Check that this plan was made for `arch`.
-
-        Raises:
-            PlanError: Names every difference.
-        """
-        if wrong := differences(self.source, arch):
-            raise PlanError("the plan belongs to another model", got=wrong)
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of what is cut, whatever the provenance: 16 hexadecimal digits."""
-        content = self.to_dict()
-        content.pop("provenance")
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
     def to_dict(self) -> dict[str, Any]:
         """As JSON-serialisable values; the inverse of `from_dict`."""
         per_layer = {
@@ -287,96 +274,14 @@ class Plan:
             return cls(
                 source=Architecture.from_dict(values["source"]),
                 target=Architecture.from_dict(values["target"]),
-                units=_list("units", values["units"]),
-                hidden=None if values["hidden"] is None else _list("hidden", values["hidden"]),
+                units=list_of("units", values["units"]),
+                hidden=None if values["hidden"] is None else list_of("hidden", values["hidden"]),
                 provenance=Provenance(**values["provenance"]),
-                **{name: _entries(name, values.get(name, {})) for name in _PER_LAYER_FIELDS},
+                **{name: entries_of(name, values.get(name, {})) for name in _PER_LAYER_FIELDS},
             )
         except (KeyError, TypeError, AttributeError, ConfigError) as error:
             raise PlanError(f"the plan is damaged: {error!r}") from error
 
-    def save(self, path: str | Path) -> None:
-        """Write as JSON, all or nothing: one line per list of indices, so that plans can be compared as text."""
-        entries = []
-        for name, value in self.to_dict().items():
-            if isinstance(value, dict):
-                inner = ",\n".join(f"    {json.dumps(key)}: {json.dumps(item)}" for key, item in value.items())
-                entries.append(f"  {json.dumps(name)}: {{\n{inner}\n  }}" if value else f"  {json.dumps(name)}: {{}}")
-            else:
-                entries.append(f"  {json.dumps(name)}: {json.dumps(value)}")
-        with atomic_write(path) as temporary:
-            temporary.write_text("{\n" + ",\n".join(entries) + "\n}\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote.
-
-        Raises:
-            PlanError: The file is missing, is not a plan, or not a valid one.
-            CheckpointError: It lies in the directory that it was written into, and is not what was written.
-        """
-        check_file(path)
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_each_once)
-        except PlanError:
-            raise
-        except OSError as error:
-            raise PlanError(f"the plan cannot be read: {error.strerror}", got=path) from error
-        except ValueError as error:
-            raise PlanError(f"the plan is not JSON: {error}", got=path) from error
-        return cls.from_dict(values)
-
 
 def _of(positions: Sequence[int], kept: Sequence[int]) -> tuple[int, ...]:
     return tuple(positions[i] for i in kept)
-
-
-def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, of which Python would take the last of equal keys."""
-    counts = Counter(key for key, _ in pairs)
-    if twice := [key for key, count in counts.items() if count > 1]:
-        raise PlanError(f"the plan has the key {twice[0]!r} twice in one place", legal="each once")
-    return dict(pairs)
-
-
-def _entries(name: str, values: Any) -> dict[int, tuple[Any, ...]]:
-    """Per-layer entries from JSON, which has neither whole numbers as keys nor tuples."""
-    if not isinstance(values, Mapping):
-        raise PlanError(f"{name}: not indices by sub-layer", got=values, legal='{"0": [0, 1]}')
-    for key in values:
-        if not key.isdecimal() or str(int(key)) != key:
-            raise PlanError(f"{name}: a key is not the number of a sub-layer", got=repr(key))
-    entries = {int(key): _list(f"{name} of sub-layer {key}", kept) for key, kept in values.items()}
-    return {layer: tuple(tuple(v) if isinstance(v, list) else v for v in kept) for layer, kept in entries.items()}
-
-
-def _list(what: str, values: Any) -> tuple[Any, ...]:
-    if not isinstance(values, list):
-        raise PlanError(f"{what}: not a list of indices", got=values)
-    return tuple(values)
-
-
-def differences(expected: Architecture, got: Architecture) -> str:
-    """What differs between two models, `""` if nothing does. How far positions go is a matter of the run."""
-    values = got.to_dict()
-    return ", ".join(
-        f"{name}={values[name]!r} instead of {value!r}"
-        for name, value in expected.to_dict().items()
-        if value != values[name] and name != "max_position_embeddings"
-    )
-
-
-def _check_indices(what: str, kept: Sequence[int], size: int) -> None:
-    if not kept:
-        raise PlanError(f"{what}: nothing is kept")
-    if set(map(type, kept)) != {int}:
-        wrong = next(i for i in kept if type(i) is not int)
-        raise PlanError(f"{what}: an index is not a whole number", got=repr(wrong), legal=f"0 to {size - 1}")
-    if list(kept) != sorted(set(kept)):
-        wrong = next(place for place in range(1, len(kept)) if kept[place] <= kept[place - 1])
-        raise PlanError(
-            f"{what}: indices must be in ascending order, each once", got=f"{kept[wrong]} after {kept[wrong - 1]}"
-        )
-    if kept[0] < 0 or kept[-1] >= size:
-        wrong = kept[0] if kept[0] < 0 else kept[-1]
-        raise PlanError(f"{what}: an index is out of range", got=wrong, legal=f"0 to {size - 1}")

@@ -12,6 +12,7 @@ from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.cost import Workload
 from megatron_ext.models.pattern import ATTENTION, KINDS, MAMBA, MLP, MOE
 from megatron_ext.pruning.plan import Plan
+from megatron_ext.pruning.pruned_family import Loss
 from megatron_ext.pruning.scores import BLOCKS, INTERVAL, OF_KIND, STDERR, Scores, mamba, scan
 
 PANELS = 36
@@ -39,21 +40,6 @@ class Row:
         """As text, with the share that is kept."""
         show = _bytes if self.in_bytes else _count
         return self.name, show(self.before), show(self.after), f"{self.after / self.before:.0%}"
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A model on the way from the original to the pruned one, and its loss on the calibration data.
-
-    Attributes:
-        name: `original`, `round 1`, ..., `pruned`.
-        parameters: In all.
-        nats: Mean over tokens.
-    """
-
-    name: str
-    parameters: int
-    nats: float
 
 
 def size_rows(source: Architecture, target: Architecture, workload: Workload) -> list[Row]:
@@ -93,16 +79,22 @@ def markdown(
     lines += ["", f"Pattern `{plan.source.pattern}` to `{plan.target.pattern}`."]
     for name, sizes in plan.target.layer_sizes.items():
         lines += [f"`{name}` layer by layer: {', '.join(map(str, sizes))}."]
-    if losses:
-        lines += ["", "Loss on the calibration data, before any retraining:", ""]
-        lines += ["| | parameters | nats per token |", "|---|---:|---:|"]
-        lines += [f"| {loss.name} | {loss.parameters:,} | {loss.nats:.4f} |" for loss in losses]
+    lines += loss_lines(losses)
     for number, each in enumerate(scores, start=1):
         if each.task is not None:
             lines += _task(each, f" in round {number}" if len(scores) > 1 else "")
     if remark:
         lines += ["", remark]
     return "\n".join(lines) + "\n"
+
+
+def loss_lines(losses: Sequence[Loss], per: str = "token") -> list[str]:
+    """The models on the way, and their losses."""
+    if not losses:
+        return []
+    lines = ["", "Loss on the calibration data, before any retraining:", ""]
+    lines += [f"| | parameters | nats per {per} |", "|---|---:|---:|"]
+    return lines + [f"| {loss.name} | {loss.parameters:,} | {loss.nats:.4f} |" for loss in losses]
 
 
 def _task(scores: Scores, when: str) -> list[str]:

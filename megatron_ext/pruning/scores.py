@@ -21,6 +21,7 @@ Higher is more important. The names, with their shapes:
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -122,11 +123,11 @@ def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Scores of one model, and where they come from.
+    """Scores of one model, and where they come from. Another family's have names of their own: `shapes`, `model_of`.
 
     Attributes:
         values: Name to tensor, as listed at the top of this file. A subset will do if a plan needs no more.
-        architecture: The model that was scored.
+        architecture: The model that was scored, an `Architecture` unless they are another family's.
         model: Its checkpoint directory.
         iteration: Its training step.
         fingerprint: Its checkpoint's fingerprint (`megatron_ext.checkpoint.layout`).
@@ -144,7 +145,7 @@ class Scores:
     """
 
     values: dict[str, Tensor]
-    architecture: Architecture
+    architecture: Any
     model: str = ""
     iteration: int = 0
     fingerprint: str = ""
@@ -157,7 +158,7 @@ class Scores:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        legal = shapes(self.architecture)
+        legal = self.shapes(self.architecture)
         for name, value in self.values.items():
             if name not in legal:
                 raise PlanError(f"unknown score {name!r}", legal=nearest(name, legal))
@@ -167,6 +168,16 @@ class Scores:
                 )  # fmt: skip
             if not torch.isfinite(value).all():
                 raise PlanError(f"the score {name!r} has values that are not finite")
+
+    @staticmethod
+    def shapes(model: Any) -> dict[str, tuple[int, ...]]:
+        """Every score that a model can have, and its shape."""
+        return shapes(model)
+
+    @staticmethod
+    def model_of(values: Mapping[str, Any]) -> Any:
+        """A model, from its `to_dict`."""
+        return Architecture.from_dict(dict(values))
 
     def __getitem__(self, name: str) -> Tensor:
         """One score, in float64.
@@ -206,7 +217,7 @@ class Scores:
             if header.pop("format", None) != FORMAT:
                 raise PlanError("this is not a score file", got=path, legal=f"safetensors with format {FORMAT}")
             metadata = {name: json.loads(value) for name, value in header.items()}
-            architecture = Architecture.from_dict(metadata.pop("architecture"))
+            architecture = cls.model_of(metadata.pop("architecture"))
             return cls(values=values, architecture=architecture, **metadata)
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, ConfigError) as error:
             raise PlanError(f"the score file is damaged: {error}", got=path) from error

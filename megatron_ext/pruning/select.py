@@ -137,10 +137,10 @@ def keep_units(scores: Scores, arch: Architecture, targets: Targets) -> tuple[in
     everything = range(len(arch.pattern))
     if targets.num_layers is not None:
         blocks = arch.layers.blocks
-        kept = _keep(scores, targets, len(blocks), targets.num_layers, blocks=True)
+        kept = keep(scores, targets.depth_metric, len(blocks), targets.num_layers, blocks=True)
         return tuple(i for block in kept for i in blocks[block])
     if targets.num_sublayers is not None:
-        return _keep(scores, targets, len(arch.pattern), targets.num_sublayers, blocks=False)
+        return keep(scores, targets.depth_metric, len(arch.pattern), targets.num_sublayers)
     dropped: set[int] = set()
     for kind, count in targets.kinds(arch).items():
         units = arch.layers.indices(kind)
@@ -153,20 +153,25 @@ def keep_units(scores: Scores, arch: Architecture, targets: Targets) -> tuple[in
     return tuple(i for i in everything if i not in dropped)
 
 
-def _keep(scores: Scores, targets: Targets, size: int, count: int, *, blocks: bool) -> tuple[int, ...]:
+def keep(scores: Scores, metric: str, size: int, count: int, *, blocks: bool = False) -> tuple[int, ...]:
+    """Of `size` sub-layers, or blocks, the `count` that stay by a metric of `DEPTH_METRICS`.
+
+    Raises:
+        PlanError: It tells none from another.
+    """
     if count == size:
         return tuple(range(size))
-    if isinstance(DEPTH_METRICS[targets.depth_metric], Scan):
+    if isinstance(DEPTH_METRICS[metric], Scan):
         run = size - count
-        lost = scores[names.scan(targets.depth_metric, run, blocks=blocks)]
+        lost = scores[names.scan(metric, run, blocks=blocks)]
         if len(lost) > 1 and lost.min() == lost.max():
             raise PlanError(
-                f"{targets.depth_metric} tells no run from another", got=f"each of them costs {float(lost[0]):.4g}",
+                f"{metric} tells no run from another", got=f"each of them costs {float(lost[0]):.4g}",
                 legal="a task that the model is better at, or another --prune-depth-metric",
             )  # fmt: skip
         first = int(lost.argmin())
         return tuple(i for i in range(size) if not first <= i < first + run)
-    return top(scores[names.depth(targets.depth_metric, blocks=blocks)], count)
+    return top(scores[names.depth(metric, blocks=blocks)], count)
 
 
 def top(scores: Tensor, keep: int, groups: int = 1, kept_groups: Sequence[int] | None = None) -> tuple[int, ...]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from megatron_ext.models.architecture import Architecture
 from megatron_ext.reports.metrics_file import key_of
 from megatron_ext.training.job import RunConfig, task_of
 
@@ -31,12 +30,12 @@ def start(run: RunConfig) -> None:
     initialize_megatron()
 
 
-def load_other(run: RunConfig, architecture: Architecture, checkpoint: Path) -> tuple[RunConfig, list[Any]]:
+def load_other(run: RunConfig, model: Any, checkpoint: Path) -> tuple[RunConfig, list[Any]]:
     """Another model on the same layout, once `load_model` has started Megatron; free the one before first.
 
     Args:
         run: The command line that Megatron was started with.
-        architecture: The other model; it must fit the layout (`Architecture.validate`).
+        model: The other model, of the same family; it must fit the layout (`check_layout`).
         checkpoint: Its weights.
 
     Returns:
@@ -44,12 +43,10 @@ def load_other(run: RunConfig, architecture: Architecture, checkpoint: Path) -> 
     """
     from megatron.training.global_vars import set_args
 
-    from megatron_ext.models.builder import with_architecture
-
-    args = with_architecture(run.args, architecture)
+    args = run.job.family.with_model(run.args, model)
     args.load, args.pretrained_checkpoint, args.ckpt_step = str(checkpoint), None, None
     set_args(args)
-    other = replace(run, args=args, model=architecture)
+    other = replace(run, args=args, model=model)
     return other, build_model(other)
 
 

@@ -20,7 +20,7 @@ def model_of(step: Path) -> MambaVision:
     """
     if (held := layout.family(step)) != FAMILY.name:
         raise CheckpointError("no image network", got=f"{step}: {held or 'a language model'}", legal=FAMILY.name)
-    return FAMILY.from_args(layout.common(step)["args"])
+    return FAMILY.on_disk(layout.find(step))
 
 
 def read_network(path: Path, averaged: bool = False) -> Network:
