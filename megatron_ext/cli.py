@@ -111,6 +111,7 @@ COMMANDS = {
 
 
 FORMS = {
+    "prune": ("--load", {"mambavision": "megatron_ext.vision.pruning.job"}),
     "distill": ("--distill-teacher", {"mambavision": "megatron_ext.vision.distillation"}),
 }
 """Jobs with a form for other families than language models: the flag of the checkpoint that decides; the modules."""

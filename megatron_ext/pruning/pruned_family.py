@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -71,7 +71,7 @@ class PrunedFamily(ABC):
 
     plan: type[SavedPlan]
     scores: type[Scores]
-    split = "train"
+    split: Literal["train", "valid"] = "train"
     per = "token"
 
     @abstractmethod

@@ -11,6 +11,7 @@ What is in it:
     weights.py        weights in the layout of the published checkpoints
     job.py            megatron-ext vision; options.py are its flags, checks.py what can be wrong, task.py its losses
     distillation.py   megatron-ext distill, of image networks
+    pruning/          megatron-ext prune, of image networks
     sources.py        folders, tar and parquet files; images.py makes samples of them
     family.py         the network on Megatron; checkpoint.py reads a trained one
     beginning.py      what a new run begins from: another run, its average, published weights

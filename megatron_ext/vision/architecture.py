@@ -4,7 +4,9 @@ Source: Hatamizadeh and Kautz, "MambaVision: A Hybrid Mamba-Transformer Vision B
 """
 
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from math import ceil
 from typing import Any, Literal, get_args
 
@@ -13,6 +15,8 @@ from megatron_ext.options.fields import option
 
 Arm = Literal["concatenated", "gated", "one-branch", "causal"]
 KERNEL = 3  # of every convolution
+WIDTHS = ("conv", "heads", "inner", "hidden")
+"""Inside a block: channels between its convolutions, attention heads, channels of a mixer's branch, of an MLP."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,11 @@ class MambaVision:
     resolution: int = option(224, "Side of the images.")
     image_channels: int = option(3, "Channels of the images.")
     classes: int = option(1000, "Classes.")
+    widths: str | None = option(
+        None,
+        "What is left inside the blocks of pruned stages: 'conv=8/12/-/- heads=-/-/2/4 inner=-/-/24/48 hidden=-/-/96/-'"
+        ", - where a stage is whole.",
+    )
 
     def __post_init__(self) -> None:
         """Find what cannot be built.
@@ -50,6 +59,7 @@ class MambaVision:
             if getattr(self, name) < 1:
                 flag = f"--mambavision-{name.replace('_', '-')}"
                 raise ConfigError(f"{flag} is too small", got=getattr(self, name), legal="at least 1")
+        self._check_widths()
         if self.hidden(0) < 1:
             raise ConfigError("--mambavision-mlp-ratio leaves an MLP without channels", got=self.mlp_ratio, legal="4.0")
         for index, stage in enumerate(self.stages):
@@ -78,9 +88,56 @@ class MambaVision:
         """The side of a stage's windows; the first three have one size in their own pixels."""
         return self.last_window if stage == 3 else self.window
 
+    def conv(self, stage: int) -> int:
+        """Channels between the two convolutions of a stage's blocks."""
+        return self._width("conv", stage)
+
+    def heads(self, stage: int) -> int:
+        """Heads of a stage's attention."""
+        return self._width("heads", stage)
+
+    def inner(self, stage: int) -> int:
+        """Channels of each branch of a stage's mixers."""
+        return self._width("inner", stage)
+
     def hidden(self, stage: int) -> int:
         """Hidden channels of a stage's MLPs."""
-        return int(self.channels(stage) * self.mlp_ratio)
+        return self._width("hidden", stage)
+
+    def whole(self, name: str, stage: int) -> int:
+        """One of `WIDTHS` where nothing is pruned."""
+        c = self.channels(stage)
+        return {"conv": c, "heads": c // self.head_dim, "inner": c // 2, "hidden": int(c * self.mlp_ratio)}[name]
+
+    def with_widths(self, widths: Mapping[str, Sequence[int]]) -> "MambaVision":
+        """The same with these `WIDTHS`, by name and stage; those of other names are whole."""
+        found = []
+        for name in WIDTHS:
+            whole = [self.whole(name, stage) for stage in range(4)]
+            own = widths.get(name, whole)
+            if list(own) != whole:
+                found.append(f"{name}=" + "/".join("-" if a == b else str(a) for a, b in zip(own, whole, strict=True)))
+        return replace(self, widths=" ".join(found) or None)
+
+    def _width(self, name: str, stage: int) -> int:
+        given = self._given[name][stage] if name in self._given else None
+        return self.whole(name, stage) if given is None else given
+
+    @cached_property
+    def _given(self) -> dict[str, list[int | None]]:
+        """What `widths` says, by name and stage."""
+        found = {}
+        for word in (self.widths or "").split():
+            name, _, sizes = word.partition("=")
+            found[name] = [None if size == "-" else int(size) for size in sizes.split("/")]
+        return found
+
+    def _check_widths(self) -> None:
+        size = r"(-|[1-9]\d*)"
+        for word in (self.widths or "").split():
+            if not re.fullmatch(rf"({'|'.join(WIDTHS)})={size}(/{size}){{3}}", word):
+                legal = f"{', '.join(WIDTHS)}: four numbers or - , such as hidden=-/-/96/200"
+                raise ConfigError("no widths of a MambaVision network", got=word, legal=legal)
 
     def dt_rank(self, stage: int) -> int:
         """The width of the bottleneck from which step sizes are made."""
@@ -100,7 +157,7 @@ class MambaVision:
             ConfigError: Says what.
         """
         for index, stage in enumerate(self.stages):
-            shares = {"C": 0, "S": self.channels(index) // self.head_dim, "M": self.channels(index) // 2}
+            shares = {"C": 0, "S": self.heads(index), "M": self.inner(index)}
             for kind, what in (("S", "attention heads"), ("M", "channels of a mixer's branch")):
                 if kind in stage and shares[kind] % tp:
                     what = f"the {what} of stage {index + 1} do not divide over tensor-parallel ranks"
@@ -120,20 +177,21 @@ class MambaVision:
         for index, stage in enumerate(self.stages):
             c = self.channels(index)
             scale = 0 if self.layer_scale is None else 2 * c
-            total += stage.count("C") * (2 * (taps * c * c + c) + 4 * c)
+            total += stage.count("C") * (2 * taps * c * self.conv(index) + 3 * (self.conv(index) + c))
             mlp = 2 * c * self.hidden(index) + self.hidden(index) + c
             total += (len(stage) - stage.count("C")) * (mlp + 4 * c + scale)
-            total += stage.count("S") * (4 * c * c + 4 * c)
+            heads = self.heads(index) * self.head_dim
+            total += stage.count("S") * (4 * c * heads + 3 * heads + c)
             total += stage.count("M") * self._mixer_weights(index)
             total += taps * c * 2 * c if index < 3 else 0
         return total + 2 * self.channels(3) + (self.channels(3) + 1) * self.classes
 
     def _mixer_weights(self, stage: int) -> int:
-        c, inner, rank = self.channels(stage), self.channels(stage) // 2, self.dt_rank(stage)
-        convolved = c if self.mixer in ("concatenated", "gated") else inner
-        out = (c if self.mixer == "concatenated" else inner) * c
+        c, inner, rank = self.channels(stage), self.inner(stage), self.dt_rank(stage)
+        convolved = 2 * inner if self.mixer in ("concatenated", "gated") else inner
+        out = (2 * inner if self.mixer == "concatenated" else inner) * c
         scan = inner * (rank + 2 * self.state) + (rank + 1) * inner + inner * (self.state + 1)
-        return c * c + convolved * KERNEL + scan + out
+        return c * 2 * inner + convolved * KERNEL + scan + out
 
     def multiply_adds(self, resolution: int | None = None) -> dict[str, int]:
         """Of one image: `layers`, which is convolutions and linear layers; `attention`, its two products; `scan`.
@@ -150,13 +208,14 @@ class MambaVision:
         for index, stage in enumerate(self.stages):
             c, window = self.channels(index), self.window_of(index)
             tokens, length = (ceil(side / window) * window) ** 2, window**2
-            found["layers"] += stage.count("C") * 2 * taps * c * c * side**2
+            found["layers"] += stage.count("C") * 2 * taps * c * self.conv(index) * side**2
             found["layers"] += (len(stage) - stage.count("C")) * 2 * c * self.hidden(index) * tokens
-            found["layers"] += stage.count("S") * 4 * c * c * tokens
-            without = c // 2 * (self.state + 3)  # step size's bias, A and D
-            found["layers"] += stage.count("M") * (self._mixer_weights(index) - without + c // 2) * tokens
-            found["attention"] += stage.count("S") * 2 * length * c * tokens
-            found["scan"] += stage.count("M") * 3 * c // 2 * self.state * tokens
+            heads, inner = self.heads(index) * self.head_dim, self.inner(index)
+            found["layers"] += stage.count("S") * 4 * c * heads * tokens
+            without = inner * (self.state + 2)  # step size's bias, A and D
+            found["layers"] += stage.count("M") * (self._mixer_weights(index) - without) * tokens
+            found["attention"] += stage.count("S") * 2 * length * heads * tokens
+            found["scan"] += stage.count("M") * 3 * inner * self.state * tokens
             if index < 3:
                 side = ceil(side / 2)
                 found["layers"] += taps * 2 * c * c * side**2

@@ -100,13 +100,14 @@ class ConvBlock(nn.Module):
 
     Args:
         channels: Of the stage.
+        inner: Between the two.
         drop_path: The share of images that skip it.
     """
 
-    def __init__(self, channels: int, drop_path: float) -> None:
+    def __init__(self, channels: int, inner: int, drop_path: float) -> None:
         super().__init__()
-        self.conv1, self.norm1 = convolution(channels, channels, bias=True), BatchNorm(channels)
-        self.conv2, self.norm2 = convolution(channels, channels, bias=True), BatchNorm(channels)
+        self.conv1, self.norm1 = convolution(channels, inner, bias=True), BatchNorm(inner)
+        self.conv2, self.norm2 = convolution(inner, channels, bias=True), BatchNorm(channels)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:

@@ -35,20 +35,19 @@ class MambaVisionMixer(nn.Module):
 
     def __init__(self, model: MambaVision, stage: int, linears: Linears) -> None:
         super().__init__()
-        channels, rank = model.channels(stage), model.dt_rank(stage)
-        inner = channels // 2
+        channels, inner, rank = model.channels(stage), model.inner(stage), model.dt_rank(stage)
         self.arm, self.state, self.rank, self.linears = model.mixer, model.state, rank, linears
         self._mamba_steps = model.dt_init == "mamba"
         own = inner // linears.size
         convolved = own if model.mixer in ("one-branch", "causal") else 2 * own
-        self.in_proj = linears.column(channels, channels, bias=False)
+        self.in_proj = linears.column(channels, 2 * inner, bias=False)
         self.conv_weight = split(nn.Parameter(torch.empty(convolved, 1, KERNEL)), 0, linears)
         self.x_proj = linears.row(inner, rank + 2 * model.state, bias=False)
         self.dt_proj = linears.column(rank, inner, bias=True)
         # (channels, states), flat: what has one dimension has no weight decay, in Megatron and in timm.
         self.A_log = split(nn.Parameter(torch.empty(own * model.state)), 0, linears)
         self.D = split(nn.Parameter(torch.empty(own)), 0, linears)
-        self.out_proj = linears.row(channels if model.mixer == "concatenated" else inner, channels, bias=False)
+        self.out_proj = linears.row(2 * inner if model.mixer == "concatenated" else inner, channels, bias=False)
 
     def reset_parameters(self) -> None:
         """Fill what is no linear layer's, and with `dt_init` mamba what makes step sizes."""
@@ -106,10 +105,10 @@ class Attention(nn.Module):
 
     def __init__(self, model: MambaVision, stage: int, linears: Linears) -> None:
         super().__init__()
-        channels = model.channels(stage)
+        channels, width = model.channels(stage), model.heads(stage) * model.head_dim
         self.head_dim = model.head_dim
-        self.qkv = linears.column(channels, 3 * channels, bias=True)
-        self.proj = linears.row(channels, channels, bias=True)
+        self.qkv = linears.column(channels, 3 * width, bias=True)
+        self.proj = linears.row(width, channels, bias=True)
 
     def forward(self, x: Float[Tensor, "b l c"]) -> Float[Tensor, "b l c"]:
         """The mixed tokens of each window."""

@@ -40,7 +40,9 @@ class Stage(nn.Module):
         pattern, channels = model.stages[index], model.channels(index)
         self.window = model.window_of(index) if set(pattern) & set("MS") else None
         self.blocks = nn.ModuleList(
-            ConvBlock(channels, rate) if kind == "C" else TokenBlock(kind, model, index, rate, linears)
+            ConvBlock(channels, model.conv(index), rate)
+            if kind == "C"
+            else TokenBlock(kind, model, index, rate, linears)
             for kind, rate in zip(pattern, model.drop_paths[index], strict=True)
         )
 

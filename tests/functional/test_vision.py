@@ -299,7 +299,6 @@ def test_what_is_wrong_is_told_before_anything_starts(wing: Workspace, flags: li
 
 def test_jobs_for_language_models_say_what_it_is(wing: Workspace) -> None:
     for script, *flags in (
-        ("prune_gpt.py", "--load", "whole", "--save", "cut", "--prune-target-params", "0.5"),
         ("megatron_ext/__main__.py", "convert", "whole", "out", "--from", "megatron", "--to", "hf"),
         ("megatron_ext/__main__.py", "generate", "whole", "--prompt", "a picture of"),
     ):

@@ -1,12 +1,17 @@
 """A small MambaVision network, and the published one's state dict and formulas, to compare with."""
 
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ext.checkpoint.blocks import TensorEntry
+from megatron_ext.checkpoint.writer import writing
 from megatron_ext.vision.architecture import MambaVision
+from megatron_ext.vision.network import Network
+from megatron_ext.vision.pruning.plan import ImagePlan
 
 SMALL = MambaVision(
     pattern="C/C/MS/MS", dim=8, stem=6, head_dim=8, window=4, last_window=2, state=3, resolution=64, classes=5
@@ -53,6 +58,33 @@ def published_shapes(model: MambaVision) -> dict[str, tuple[int, ...]]:
             found[f"levels.{level}.downsample.reduction.0.weight"] = (2 * c, c, 3, 3)
     norm("norm", c)
     return found | {"head.weight": (model.classes, c), "head.bias": (model.classes,)}
+
+
+def write_checkpoint(path: Path, network: Network, averaged: bool = False) -> None:
+    """A checkpoint of a network as Megatron saves it; with `averaged` an average of weights, which is twice them."""
+    state = {f"backbone.{name}": value for name, value in network.state_dict().items()}
+    if averaged:
+        floats = {name: value for name, value in network.state_dict().items() if value.is_floating_point()}
+        state |= {"average." + name.replace(".", "/"): 2 * value for name, value in floats.items()}
+        state["average.step"] = torch.tensor(3)
+    entries = {name: TensorEntry(tuple(value.shape), value.dtype) for name, value in state.items()}
+    schema = ImagePlan.keep_everything(network.model).schema(entries)
+    with writing(path, network.model, schema=schema) as writer:
+        for name, value in state.items():
+            writer.write(name, value)
+
+
+def random_network(model: MambaVision, seed: int = 0) -> Network:
+    """One in evaluation mode whose norms have seen images, and whose weights and biases are large enough to matter."""
+    torch.manual_seed(seed)
+    network = Network(model).eval()
+    with torch.no_grad():
+        for name, value in network.state_dict().items():
+            if name.endswith("running_var"):
+                value.uniform_(0.5, 2)
+            elif value.is_floating_point() and not name.endswith("A_log"):
+                value.add_(torch.randn_like(value) * 0.2)
+    return network
 
 
 def published_state(model: MambaVision, seed: int = 0) -> dict[str, Tensor]:
