@@ -89,7 +89,7 @@ class HeadsFamily(DataclassFamily):
             step = layout.find(early.preset)
             args: Any = layout.common(step.path).get("args")
             if getattr(args, "ext_family", None) == CLASSIFIERS.name:
-                model = self._with(replace(CLASSIFIERS.from_args(args), **self.defaults), self.model())  # type: ignore[attr-defined]
+                model = self._with(replace(CLASSIFIERS.on_disk(step), **self.defaults), self.model())  # type: ignore[attr-defined]
                 return [*self.megatron_flags, *self.model_flags(model)], str(step.path)
         return super().flags(early, start)
 
