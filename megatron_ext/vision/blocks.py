@@ -157,8 +157,8 @@ def to_windows(x: Float[Tensor, "b c h w"], side: int) -> Float[Tensor, "windows
 def from_windows(
     tokens: Float[Tensor, "windows l c"], side: int, height: int, width: int
 ) -> Float[Tensor, "b c height width"]:
-    """The pixels of windows again, without what filled them up."""
+    """The pixels of windows again, without what filled them up; the channels of a pixel lie together, as in a token."""
     rows, columns = -(-height // side), -(-width // side)
     x = tokens.reshape(-1, rows, columns, side, side, tokens.shape[-1])
-    x = x.permute(0, 5, 1, 3, 2, 4).reshape(-1, tokens.shape[-1], rows * side, columns * side)
-    return x[:, :, :height, :width]
+    x = x.transpose(2, 3).reshape(-1, rows * side, columns * side, tokens.shape[-1])
+    return x.permute(0, 3, 1, 2)[:, :, :height, :width]

@@ -62,18 +62,27 @@ def _check_images(run: RunConfig, options: ImageOptions) -> None:
 
 
 def _check_layers(run: RunConfig) -> None:
-    """Learning rates by depth."""
+    """Learning rates by depth, and what is frozen."""
     decay, args = run.options["layer"].decay, run.args
     if not 0 < decay <= 1:
         raise ConfigError("--layer-decay is a share", got=decay, legal="more than 0, at most 1")
     if decay != 1 and args.lr_warmup_init:
         what = "all layers would begin with one learning rate"
         raise ConfigError(what, got=f"--layer-decay and --lr-warmup-init {args.lr_warmup_init}", legal="one of them")
-    if run.start is not None and run.start.continues and not (args.finetune or args.no_load_optim or args.skip_train):
-        before = getattr(layout.common(run.start.step.path)["args"], "layer_decay", 1.0)
-        if decay != before:
-            what = "the optimizer's state is in groups of layers, which another --layer-decay changes"
-            raise ConfigError(what, got=decay, legal=f"{before}, or a new optimizer: --no-load-optim")
+    frozen, goes_on = run.options["freeze"].stages, run.start is not None and run.start.continues
+    if not 0 <= frozen <= 4:
+        raise ConfigError("--freeze-stages counts stages", got=frozen, legal="0 to 4")
+    if frozen and run.start is None and run.options["pretrained"].weights is None and not args.skip_train:
+        legal = "--pretrained-checkpoint DIR or --pretrained-weights FILE with it"
+        raise ConfigError("what is frozen would stay as it is drawn", got=f"--freeze-stages {frozen}", legal=legal)
+    if goes_on and run.start is not None and not (args.finetune or args.no_load_optim or args.skip_train):
+        saved = layout.common(run.start.step.path)["args"]
+        for name, default in (("layer_decay", 1.0), ("freeze_stages", 0)):
+            before, now = getattr(saved, name, default), getattr(args, name)
+            if before != now:
+                flag = f"--{name.replace('_', '-')}"
+                what = f"the optimizer's state is in groups of layers, which another {flag} changes"
+                raise ConfigError(what, got=now, legal=f"{flag} {before}, or a new optimizer: --no-load-optim")
 
 
 def _begins_from(run: RunConfig) -> Path | None:

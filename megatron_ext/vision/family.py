@@ -19,7 +19,7 @@ from megatron_ext.vision.network import Network
 from megatron_ext.vision.presets import PRESETS
 
 
-def build(config: Any, model: MambaVision, groups: Any, decay: float = 0.0) -> Any:
+def build(config: Any, model: MambaVision, groups: Any, decay: float = 0.0, frozen: int = 0) -> Any:
     """The network on tensor-parallel ranks; images are normalised over the batches of all data-parallel ones.
 
     Args:
@@ -27,7 +27,9 @@ def build(config: Any, model: MambaVision, groups: Any, decay: float = 0.0) -> A
         model: The network.
         groups: Process groups.
         decay: Of the average of its weights; 0 for none.
+        frozen: Stages that are not trained, from the first on, with what is before them; their statistics stay, too.
     """
+    import torch
     from megatron.core.transformer.module import MegatronModule
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
@@ -41,13 +43,24 @@ def build(config: Any, model: MambaVision, groups: Any, decay: float = 0.0) -> A
                 if isinstance(module, BatchNorm):
                     module.group = groups.dp
             self.average = WeightAverage(self.backbone, decay) if decay else None
+            self._frozen = self.backbone.first_stages(frozen)
+            for module in self._frozen:
+                module.requires_grad_(False)
+
+        def train(self, mode: bool = True) -> Any:
+            """What is frozen stays in evaluation mode."""
+            super().train(mode)
+            for module in self._frozen:
+                module.eval()
+            return self
 
         def set_input_tensor(self, input_tensor: Any) -> None:
             """There is one stage."""
 
         def forward(self, image: Tensor, averaged: bool = False) -> Tensor:
-            """Logits, of the weights or of their average."""
-            return (self.average if averaged and self.average is not None else self.backbone)(image)
+            """Logits, of the weights or of their average; channels lie together, of which convolutions are faster."""
+            network = self.average if averaged and self.average is not None else self.backbone
+            return network(image.contiguous(memory_format=torch.channels_last))
 
         def sharded_state_dict(
             self, prefix: str = "", sharded_offsets: Any = (), metadata: dict | None = None
@@ -90,7 +103,8 @@ class VisionFamily(DataclassFamily):
         config = super().config(args, model)
         if getattr(args, "ext_begins_from", None) is not None:
             config.pre_wrap_hooks = [partial(_begin, args), *config.pre_wrap_hooks]
-        return replace(config, build=partial(build, decay=getattr(args, "average_decay", 0.0)))
+        more = {"decay": getattr(args, "average_decay", 0.0), "frozen": getattr(args, "freeze_stages", 0)}
+        return replace(config, build=partial(build, **more))
 
 
 def _begin(args: Any, chunks: list[Any]) -> list[Any]:

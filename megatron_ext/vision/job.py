@@ -9,7 +9,7 @@ from megatron_ext.training.run_job import run_job
 from megatron_ext.vision import lamb, layer_decay
 from megatron_ext.vision.checks import check
 from megatron_ext.vision.family import FAMILY
-from megatron_ext.vision.options import AverageOptions, ImageOptions, LayerOptions, MesaOptions, PretrainedOptions
+from megatron_ext.vision.options import OPTIONS
 from megatron_ext.vision.task import classification
 
 RECIPE = ("--lr-decay-style", "cosine", "--weight-decay", "0.05", "--clip-grad", "5.0")
@@ -48,12 +48,8 @@ def run_checked(run: RunConfig, images: dict[str, int]) -> None:
 
 
 JOB = Job(
-    "vision", FAMILY,
-    options={
-        "images": ImageOptions, "average": AverageOptions, "mesa": MesaOptions, "pretrained": PretrainedOptions,
-        "layer": LayerOptions,
-    },
-    defaults=(*STOPPABLE, *RECIPE), measures=1, task=classification, check=check, dry_run=show, run=run_checked,
+    "vision", FAMILY, options=OPTIONS, defaults=(*STOPPABLE, *RECIPE), measures=1, task=classification, check=check,
+    dry_run=show, run=run_checked,
 )  # fmt: skip
 
 

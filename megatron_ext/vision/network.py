@@ -95,6 +95,10 @@ class Network(nn.Module):
             if isinstance(module, MambaVisionMixer):
                 module.reset_parameters()
 
+    def first_stages(self, count: int) -> list[nn.Module]:
+        """So many stages with what is before them: the stem, and what leads from each of them to the next."""
+        return [self.stem, *self.stages[:count], *self.downsamples[: count - 1]] if count else []
+
     def forward_features(self, x: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b _ _ _"]]:
         """The features of the four stages, at strides 4, 8, 16 and 32."""
         features, x = [], self.stem(x)

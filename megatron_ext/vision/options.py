@@ -1,4 +1,4 @@
-"""The flags `--images-*`: images, and how they are varied in training. Defaults are those of the published recipe."""
+"""The flags of training: images, and how they are varied and learned from. Defaults of `--images-*` are published."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -58,7 +58,23 @@ class PretrainedOptions:
 
 
 @dataclass(frozen=True)
+class FreezeOptions:
+    """What is not trained."""
+
+    stages: int = option(
+        0, "Stages that stay as they are, with their statistics: the stem and the first 1 to 4 stages."
+    )
+
+
+@dataclass(frozen=True)
 class LayerOptions:
     """Learning rates by depth."""
 
     decay: float = option(1.0, "Learning rate of each layer over that of the layer after it, such as .75.")
+
+
+OPTIONS: dict[str, type] = {
+    "images": ImageOptions, "average": AverageOptions, "mesa": MesaOptions, "pretrained": PretrainedOptions,
+    "layer": LayerOptions, "freeze": FreezeOptions,
+}  # fmt: skip
+"""The flags of training, by their prefixes."""

@@ -155,9 +155,9 @@ LAMB = [
 
 
 def test_lamb_with_learning_rates_by_layer_is_that_of_timm(wing: Workspace) -> None:
-    """Three steps on two tensor-parallel ranks, stopped after two, and timm's optimizer and groups on one network."""
+    """Three steps of two micro-batches on two tensor-parallel ranks, stopped after two; and timm's on one network."""
     flags = [*FLAGS, *PLAIN, *LAMB, "--pretrained-checkpoint", "whole", "--load", "lamb", "--save", "lamb"]
-    flags += ["--tensor-model-parallel-size", "2", "--train-iters", "3"]
+    flags += ["--tensor-model-parallel-size", "2", "--train-iters", "3", "--micro-batch-size", "4"]
     wing.run(PROGRAM, *flags, "--exit-interval", "2", ranks=2)
     wing.run(PROGRAM, *flags, ranks=2)
     start = read_network(wing.path / "whole")
@@ -171,11 +171,12 @@ def test_lamb_with_learning_rates_by_layer_is_that_of_timm(wing: Workspace) -> N
     variations = Variations(ImageOptions(), network.model)
     samples = Images(open_source(wing.path / "train"), variations.training, 3, 1234, count=24, shuffled=True)
     for step in range(3):
-        batch = [samples[i] for i in range(8 * step, 8 * step + 8)]
-        logits = network(torch.stack([sample["image"] for sample in batch]))
-        labels = torch.stack([sample["label"] for sample in batch])
         optimizer.zero_grad()
-        F.cross_entropy(logits, labels, label_smoothing=0.1).backward()
+        for first in (8 * step, 8 * step + 4):
+            batch = [samples[i] for i in range(first, first + 4)]
+            logits = network(torch.stack([sample["image"] for sample in batch]))
+            labels = torch.stack([sample["label"] for sample in batch])
+            (F.cross_entropy(logits, labels, label_smoothing=0.1) / 2).backward()
         optimizer.step()
     found = read_network(wing.path / "lamb")
     for (name, ours), theirs, before in zip(
@@ -223,6 +224,20 @@ def test_a_new_run_begins_with_the_weights_of_another(wing: Workspace) -> None:
         assert torch.equal(value, drawn[name]) == (name not in ("head.weight", "head.bias"))
     assert drawn["head.weight"].shape == (4, 128)
     assert read_evaluation(wing.path / "tuned") == Evaluation(1.0, "bicubic", CLASSES, "train")
+
+
+def test_frozen_stages_stay_as_they_are(wing: Workspace) -> None:
+    """With their statistics, amid a moving average that looks at images in another mode, on two ranks."""
+    flags = [*FLAGS, *MESA, "--mesa-start", "0", "--freeze-stages", "3", "--pretrained-checkpoint", "whole"]
+    flags += ["--load", "frozen", "--save", "frozen", "--use-distributed-optimizer", "--save-interval", "1"]
+    wing.run(PROGRAM, *flags, "--train-iters", "2", "--exit-interval", "1", ranks=2)
+    wing.run(PROGRAM, *flags, "--train-iters", "2", ranks=2)
+    before, after = (read_network(wing.path / run).state_dict() for run in ("whole", "frozen"))
+    trained = ("stages.3.", "downsamples.2.", "norm.", "head.")
+    for name, value in before.items():
+        assert torch.equal(value, after[name]) == (not name.startswith(trained) or name.endswith("mixer.A_log")), name
+    done = wing.run(PROGRAM, *flags, "--train-iters", "3", "--freeze-stages", "2", "--dry-run", ok=False)
+    assert "another --freeze-stages changes" in done.stderr
 
 
 def test_published_weights_are_measured(wing: Workspace, measured: dict[str, float]) -> None:
@@ -279,6 +294,7 @@ def test_what_cannot_be_read_is_left_out_counted_and_named(wing: Workspace) -> N
         (["--normalization", "RMSNorm"], "got:   --normalization=RMSNorm"),
         (["--optimizer", "lamb", "--use-distributed-optimizer"], "LAMB needs whole weights"),
         (["--optimizer", "lamb", "--fp16"], "scales no losses"),
+        (["--freeze-stages", "1"], "what is frozen would stay as it is drawn"),
         (["--layer-decay", "1.5"], "--layer-decay is a share"),
         (["--mesa-weight", "0.5"], "no average of the weights to agree with"),
         (["--pretrained-averaged"], "no run begins here"),

@@ -83,6 +83,16 @@ def test_features_and_any_resolution() -> None:
             assert feature.shape[2:] == (-(-height // stride), -(-width // stride))
 
 
+def test_channels_that_lie_together_stay_so() -> None:
+    """The same features to rounding, and no convolution has to lay them down anew."""
+    network, images = Network(SMALL).double().eval(), normal(2, 3, 75, 96)
+    expected = network.forward_features(images)
+    found = network.forward_features(images.contiguous(memory_format=torch.channels_last))
+    for ours, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, right)
+        assert ours.is_contiguous(memory_format=torch.channels_last) or ours.stride(1) == 1
+
+
 def test_laws_of_images() -> None:
     """Rows of a batch do not see each other; a flip is not the identity, and twice it is."""
     network, images = Network(SMALL).double().eval(), normal(3, 3, 64, 64)
