@@ -107,7 +107,8 @@ class ImageNetworks(PrunedFamily):
 
     def data(self, run: RunConfig) -> list[str]:
         """The folder of the images."""
-        return [str(run.options["images"].train)]
+        train = run.options["images"].train
+        return [] if train is None else [train]
 
     def check_layout(self, run: RunConfig, model: MambaVision) -> None:
         """What tensor parallelism does not divide."""
