@@ -23,6 +23,9 @@ from megatron_ext.inference.tokenizer import tokenizer_of, vocab_size_of
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.reports.progress import Progress
 
+FARTHEST = 32
+"""How many times the length it was made for a model with attention is asked to read at most."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's flags."""
@@ -64,6 +67,7 @@ def main(args: argparse.Namespace) -> None:
     from megatron_ext.inference.generate import generate
 
     requests = [writer.request(tokens, args.max_new_tokens) for tokens in encoded]
+    _check_lengths(requests, started.architecture)
     if rank() == 0:
         _warn(requests, started.architecture)
     made: dict[int, Sequence[int]] = {}
@@ -113,6 +117,21 @@ def _encoded(prompt: str, writer: TextCodec, args: argparse.Namespace) -> list[i
 def _is_text(prompt: str) -> bool:
     """Whether no byte of the command line was none of UTF-8's, which Python shows as half a surrogate pair."""
     return not any("\ud800" <= letter <= "\udfff" for letter in prompt)
+
+
+def _check_lengths(requests: Sequence[Request], architecture: Architecture) -> None:
+    """Refuse what attention, whose time is quadratic in the length, would not come back from.
+
+    Raises:
+        ConfigError: A prompt is far beyond the positions that the model was made for, such as a book on one line.
+    """
+    legal = FARTHEST * architecture.max_position_embeddings
+    longest = max(len(request.prompt) for request in requests)
+    if "*" in architecture.pattern and longest > legal:
+        raise ConfigError(
+            "a prompt is too long for the model", got=f"{longest:,} tokens",
+            legal=f"at most {legal:,}, {FARTHEST} times the positions it was made for; each line of a text is a prompt",
+        )  # fmt: skip
 
 
 def _warn(requests: Sequence[Request], architecture: Architecture) -> None:

@@ -23,7 +23,11 @@ MAY_BE_ZERO = "save-interval"
 SIGNED = "glu-linear-offset null-tokenizer-* rl-* local-rank"
 """Flags that may be negative; so may those whose default is."""
 
-BELOW = {"adam-beta1": 1.0, "adam-beta2": 1.0, "sgd-momentum": 1.0, "hidden-dropout": 1.0, "attention-dropout": 1.0}
+BELOW = {
+    "adam-beta1": 1.0, "adam-beta2": 1.0, "sgd-momentum": 1.0, "hidden-dropout": 1.0, "attention-dropout": 1.0,
+    # Megatron lists the samples before it reads one; a calibration takes about a thousand.
+    "prune-samples": 1e7, "prune-depth-samples": 1e7,
+}  # fmt: skip
 """What a flag's number must be less than."""
 
 
@@ -70,7 +74,7 @@ class Number:
             words += " of at least 1" if self.kind is int else " above 0"
         elif not self.signed:
             words += " of at least 0"
-        return words + (f" and below {self.below:g}" if math.isfinite(self.below) else "")
+        return words + (f" and below {self.below:,.9g}" if math.isfinite(self.below) else "")
 
 
 def restrict(parser: argparse.ArgumentParser) -> None:

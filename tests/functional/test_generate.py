@@ -39,6 +39,7 @@ def test_two_ranks_print_the_same(workspace: Workspace, teacher: str, alone: lis
     [
         ([], "nothing to continue"),
         (["--prompts", "empty.txt"], "there is no prompt"),
+        (["--prompts", "book.txt"], "at most 2,048, 32 times the positions it was made for"),
         (["--prompt", "x", "--chat"], "no chat template"),
         (["--prompt", "x", "--system", "y"], "with --chat"),
         (["--prompt", "x", "--output", "/proc/out.jsonl"], "nothing can be written"),
@@ -56,6 +57,7 @@ def test_wrong_requests_end_at_once(
     workspace: Workspace, teacher: str, alone: list[dict[str, object]], flags: list[str], message: str
 ) -> None:
     (workspace.path / "empty.txt").write_text("\n")
+    (workspace.path / "book.txt").write_text("one line " * 2000)
     if "larger" in flags:
         tokenizer = AutoTokenizer.from_pretrained(workspace.path / "data" / "tokenizer")
         tokenizer.add_tokens(["one more"])

@@ -76,6 +76,7 @@ def test_every_name_of_the_tables_is_a_flag(parser: argparse.ArgumentParser) -> 
         (["--lr=-1"], "a finite number of at least 0"),
         (["--lr", "it's"], "a finite number of at least 0"),
         (["--adam-beta2", "1"], "a finite number of at least 0 and below 1"),
+        (["--prune-samples", "4000000000"], "a whole number of at least 0 and below 10,000,000"),
         (["--norm-epsilon", "0"], "a finite number above 0"),
         (["--distill-temperature", "nan"], "a finite number of at least 0"),
     ],
