@@ -19,7 +19,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     flags = [
         "--data-path", "data/text_document", "--tokenizer-type", "HuggingFaceTokenizer",
         "--tokenizer-model", "data/tokenizer", "--make-vocab-size-divisible-by", "8", "--split", "90,10,0",
-        "--seq-length", "64", "--micro-batch-size", "2", "--global-batch-size", "8", "--padded-vocab-size", "512",
+        "--seq-length", "64", "--micro-batch-size", "4", "--global-batch-size", "8", "--padded-vocab-size", "512",
     ]  # fmt: skip
     return Workspace(path, flags)
 

@@ -22,11 +22,12 @@ STUDENT = [
     "--mamba-head-dim", "8", "--mamba-state-dim", "8", "--mamba-num-groups", "2", "--normalization", "RMSNorm",
     "--swiglu", "--disable-bias-linear", "--position-embedding-type", "rope", "--max-position-embeddings", "64",
 ]  # fmt: skip
+SMALLER = ["--micro-batch-size", "2"]  # so that ranks add up gradients, and chunks of stages are interleaved
 LAYOUTS = {
     "tp2": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
-    "pp2": (2, ["--pipeline-model-parallel-size", "2"]),
-    "vpp2": (2, ["--pipeline-model-parallel-size", "2", "--hybrid-layer-pattern=M|-|*|-"]),
-    "dp2": (2, ["--use-distributed-optimizer"]),
+    "pp2": (2, ["--pipeline-model-parallel-size", "2", *SMALLER]),
+    "vpp2": (2, ["--pipeline-model-parallel-size", "2", "--hybrid-layer-pattern=M|-|*|-", *SMALLER]),
+    "dp2": (2, ["--use-distributed-optimizer", *SMALLER]),
     "cp2": (2, ["--context-parallel-size", "2"]),
     "tp2-pp2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
 }
@@ -38,7 +39,7 @@ ELSEWHERE = {
     "pp2 for cp2": (2, [PP, "2", "--context-parallel-size", "2"]),
     "tp2-pp2 for vpp2-dp2": (
         4,
-        [TP, "2", PP, "2", "--pipeline-model-parallel-size", "2", "--hybrid-layer-pattern=M|-|*|-"],
+        [TP, "2", PP, "2", "--pipeline-model-parallel-size", "2", "--hybrid-layer-pattern=M|-|*|-", *SMALLER],
     ),
 }
 TWO_STEPS = [*TRAIN, "--train-iters", "2"]
@@ -84,7 +85,7 @@ def test_the_layout_changes_nothing(
 ) -> None:
     ranks, flags = LAYOUTS[name]
     flags = [*STUDENT, "--pretrained-checkpoint", student, "--distill-teacher", teacher, *STATES, *flags]
-    workspace.run("distill_gpt.py", *flags, *workspace.data, *TWO_STEPS, "--save", f"distilled {name}", ranks=ranks)
+    workspace.run("distill_gpt.py", *workspace.data, *flags, *TWO_STEPS, "--save", f"distilled {name}", ranks=ranks)
     expect_the_same(workspace.metrics(f"distilled {name}"), workspace.metrics(distilled))
 
 
@@ -94,7 +95,7 @@ def test_the_teachers_own_layout_changes_nothing(
 ) -> None:
     ranks, flags = ELSEWHERE[name]
     flags = [*STUDENT, "--pretrained-checkpoint", student, "--distill-teacher", teacher, *STATES, *flags]
-    workspace.run("distill_gpt.py", *flags, *workspace.data, *TWO_STEPS, "--save", f"distilled {name}", ranks=ranks)
+    workspace.run("distill_gpt.py", *workspace.data, *flags, *TWO_STEPS, "--save", f"distilled {name}", ranks=ranks)
     expect_the_same(workspace.metrics(f"distilled {name}"), workspace.metrics(distilled))
 
 
@@ -241,7 +242,7 @@ def test_signals_save_and_end_well(workspace: Workspace, teacher: str, student: 
 
 def test_memory_does_not_grow(workspace: Workspace, teacher: str, student: str) -> None:
     flags = [*corrects(teacher, student), *workspace.data, "--train-iters", "201", "--save", "long"]
-    flags += ["--save-interval", "1000", "--eval-interval", "1000", "--global-batch-size", "2"]
+    flags += ["--save-interval", "1000", "--eval-interval", "1000", "--global-batch-size", "2", *SMALLER]
     done = fork_server.run([ROOT / "tests/support/memory_of_steps.py", *flags], cwd=workspace.path)
     assert done.returncode == 0, done.stderr[-3000:]
     memory = json.loads((workspace.path / "memory.json").read_text())

@@ -13,6 +13,7 @@ from tests.functional.test_distill import STATES, STUDENT
 # The output layer has a bucket of its own, as that of a large vocabulary has.
 SHARDED = ["--use-distributed-optimizer", "--ddp-bucket-size", "1000", "--untie-embeddings-and-output-weights"]
 OVERLAPPED = ["--overlap-grad-reduce", "--overlap-param-gather"]
+TWICE = ["--micro-batch-size", "2"]  # two micro-batches at each of two ranks: only the last one's gradients are reduced
 # As for an output layer whose gradient is too large to be kept until the backward pass.
 LARGE = """
 import runpy, sys
@@ -29,7 +30,8 @@ def test_overlapping_changes_nothing(workspace: Workspace, teacher: str, program
     model = [*STUDENT, *STATES, "--distill-teacher", teacher] if program == "distill_gpt.py" else MODEL
     runs = [f"{program} {'together' if flags else 'in turn'}" for flags in ([], OVERLAPPED)]
     for save, flags in zip(runs, ([], OVERLAPPED), strict=True):
-        command = [workspace.path / "large.py", ROOT / program, *model, *workspace.data, *TRAIN, "--train-iters", "3"]
+        command = [workspace.path / "large.py", ROOT / program, *model, *workspace.data, *TRAIN, *TWICE]
+        command += ["--train-iters", "3"]
         done = fork_server.run([*command, *SHARDED, *flags, "--save", save], 2, workspace.path)
         assert done.returncode == 0, done.stderr[-4000:]
     in_turn, together = (workspace.metrics(save) for save in runs)
@@ -52,7 +54,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_resume_is_bit_exact(workspace: Workspace, name: str) -> None:
     """In the first step of a process nothing is gathered meanwhile; it computes what every other step does."""
-    flags = [*LAYOUTS[name], *workspace.data, *TRAIN, "--use-distributed-optimizer", "--train-iters", "3"]
+    flags = [*LAYOUTS[name], *workspace.data, *TRAIN, *TWICE, "--use-distributed-optimizer", "--train-iters", "3"]
     workspace.run("pretrain_hybrid.py", *flags, "--save", f"{name}, straight", ranks=2)
     halves = [*flags, "--save", f"{name}, halves", "--load", f"{name}, halves"]
     workspace.run("pretrain_hybrid.py", *halves, "--exit-interval", "2", ranks=2)
@@ -87,7 +89,7 @@ finally:
 def test_the_norm_stays_in_one_operation_with_its_scan(workspace: Workspace) -> None:
     """Data parallelism's hooks on a norm do not take it out: the memory estimate counts on that."""
     (workspace.path / "counted.py").write_text(COUNTED)
-    flags = [*MODEL, *workspace.data, *TRAIN, "--train-iters", "2", "--save", "counted", *SHARDED, *OVERLAPPED]
+    flags = [*MODEL, *workspace.data, *TRAIN, *TWICE, "--train-iters", "2", "--save", "counted", *SHARDED, *OVERLAPPED]
     command = [workspace.path / "counted.py", ROOT / "pretrain_hybrid.py", *flags, "--eval-interval", "9"]
     done = fork_server.run(command, 2, workspace.path)
     assert done.returncode == 0, done.stderr[-4000:]

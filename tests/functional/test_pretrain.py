@@ -18,11 +18,12 @@ from megatron_ext.checkpoint.layout import read_metadata
 from megatron_ext.checkpoint.reader import CheckpointReader
 
 GOLDEN = Path(__file__).parent / "golden_losses.txt"
+SMALLER = ["--micro-batch-size", "2"]  # so that ranks add up gradients, and chunks of stages are interleaved
 LAYOUTS = {
-    "dp2-distributed-optimizer": (2, ["--use-distributed-optimizer", "--overlap-grad-reduce"]),
+    "dp2-distributed-optimizer": (2, ["--use-distributed-optimizer", "--overlap-grad-reduce", *SMALLER]),
     "tp2-sequence-parallel": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
-    "pp2": (2, ["--pipeline-model-parallel-size", "2"]),
-    "vpp2": (2, ["--pipeline-model-parallel-size", "2", "--hybrid-layer-pattern", "M|-*|-M|-"]),
+    "pp2": (2, ["--pipeline-model-parallel-size", "2", *SMALLER]),
+    "vpp2": (2, ["--pipeline-model-parallel-size", "2", "--hybrid-layer-pattern", "M|-*|-M|-", *SMALLER]),
     "cp2": (2, ["--context-parallel-size", "2"]),
     "recompute": (
         1,

@@ -55,7 +55,7 @@ def until_waiting(workspace: Workspace, run: subprocess.Popen[bytes], ranks: int
 @pytest.mark.slow
 def test_a_step_may_take_longer_than_torchrun_waits(workspace: Workspace) -> None:
     """torchrun kills ranks 30 seconds after a signal; the step here, its second, goes on for 35."""
-    flags = [*MODEL, *workspace.data, *TRAIN, *ENDLESS, "--global-batch-size", "4", "--save", "patient"]
+    flags = [*MODEL, *workspace.data, *TRAIN, *ENDLESS, "--save", "patient"]
     with started(workspace, [*OURS, *TWO_RANKS, PROGRAM, *flags], WAIT_AT="2", WAIT_SECONDS="35") as run:
         until_waiting(workspace, run, ranks=2)
         run.send_signal(signal.SIGTERM)
@@ -109,7 +109,7 @@ def test_what_only_another_rank_can_see_is_said(workspace: Workspace, launcher: 
 @pytest.mark.parametrize("launcher", [OURS, TORCHRUN])
 def test_ranks_save_and_end_when_what_started_them_is_killed(workspace: Workspace, launcher: list[str]) -> None:
     name = f"orphans-{launcher[-1]}"
-    flags = [*MODEL, *workspace.data, *TRAIN, *ENDLESS, "--global-batch-size", "4", "--save", name]
+    flags = [*MODEL, *workspace.data, *TRAIN, *ENDLESS, "--save", name]
     with started(workspace, [*launcher, *TWO_RANKS, PROGRAM, *flags], WAIT_AT="2", WAIT_SECONDS="2") as run:
         until_waiting(workspace, run, ranks=2)
         ranks = [child for child in psutil.Process(run.pid).children(recursive=True) if PROGRAM in child.cmdline()]
