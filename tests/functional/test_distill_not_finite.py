@@ -11,7 +11,7 @@ from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.models import axes
-from tests.functional.test_distill import TWO_STEPS
+from tests.functional.test_distill import SMALLER, TWO_STEPS
 
 # A teacher that is not finite from the second step on; each rank has two micro-batches in a step.
 LATER = """
@@ -37,7 +37,7 @@ def test_a_teacher_that_is_not_finite_stops_the_run(workspace: Workspace, teache
             tensor = whole.read(key)
             writer.write(key, tensor.fill_(torch.nan) if key == "decoder.final_norm.weight" else tensor)
     flags = ["--distill-teacher", "nan-teacher", "--pretrained-checkpoint", teacher, "--save", "stopped by it"]
-    done = workspace.run("distill_gpt.py", *flags, *workspace.data, *TWO_STEPS, ok=False)
+    done = workspace.run("distill_gpt.py", *flags, *workspace.data, *SMALLER, *TWO_STEPS, ok=False)
     assert done.returncode == 2
     assert "the teacher's logits are not finite on 2 of 2 sequences of a micro-batch" in done.stderr
     assert re.search(r"got: +[0-9a-f]{32}, [0-9a-f]{32} whose labels begin with \[\[", done.stderr)
@@ -52,7 +52,8 @@ def test_the_error_is_ours_if_megatron_finds_gradients_first(
 ) -> None:
     """As it does where they are reduced before the last micro-batch ends, after the first step."""
     (workspace.path / "later.py").write_text(LATER)
-    flags = [*flags, "--distill-teacher", teacher, "--pretrained-checkpoint", teacher, *workspace.data, *TWO_STEPS]
+    flags = [*flags, "--distill-teacher", teacher, "--pretrained-checkpoint", teacher, *workspace.data]
+    flags += [*SMALLER, *TWO_STEPS]
     program = [workspace.path / "later.py", ROOT / "distill_gpt.py", "--rerun-mode", "disabled"]
     done = fork_server.run([*program, *flags, "--save", "later"], 2, workspace.path)
     assert done.returncode == 2, done.stderr[-3000:]

@@ -7,7 +7,7 @@ import fork_server
 import pytest
 from workspace import ROOT, TRAIN, Workspace
 
-from tests.functional.test_distill import PP, STATES, STUDENT, TP
+from tests.functional.test_distill import PP, SMALLER, STATES, STUDENT, TP
 
 # Counts how often stages tell each other a shape, and what they send.
 COUNTED = """
@@ -47,7 +47,8 @@ def test_no_stage_is_told_a_shape_that_it_can_know(
 ) -> None:
     flags, width, known = CASES[name]
     (workspace.path / "shapes.py").write_text(COUNTED)
-    command = [*STUDENT, *flags, "--distill-teacher", teacher, *workspace.data, *TRAIN, "--train-iters", "1"]
+    command = [*STUDENT, *flags, "--distill-teacher", teacher, *workspace.data, *TRAIN, *SMALLER]
+    command += ["--train-iters", "1"]
     done = fork_server.run(
         [workspace.path / "shapes.py", ROOT / "distill_gpt.py", *command, "--save", tmp_path / "run"], 2, workspace.path
     )
