@@ -11,7 +11,7 @@ from megatron_ext.training.job import RunConfig
 from megatron_ext.vision.beginning import check_weights
 from megatron_ext.vision.checkpoint import Evaluation, read_evaluation
 from megatron_ext.vision.images import Variations
-from megatron_ext.vision.options import ImageOptions
+from megatron_ext.vision.options import ImageOptions, MesaOptions
 from megatron_ext.vision.task import sources
 
 
@@ -139,6 +139,9 @@ def _check_average(run: RunConfig, begins: bool) -> None:
         raise ConfigError("--average-decay is a share", got=decay, legal="0 to less than 1")
     if not 0 <= mesa.start <= 1:
         raise ConfigError("--mesa-start is a share", got=mesa.start, legal="0 to 1")
+    if mesa.start != MesaOptions.start and not mesa.weight:
+        what = "there is no agreement with the average that could begin"
+        raise ConfigError(what, got=f"--mesa-start {mesa.start}", legal="--mesa-weight .5 with it")
     if mesa.weight and not decay:
         what = "there is no average of the weights to agree with"
         raise ConfigError(what, got=f"--mesa-weight {mesa.weight}", legal="--average-decay .9998 with it")

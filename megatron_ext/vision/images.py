@@ -143,6 +143,7 @@ class Variations:
         policy = None if self._options.augment == "none" else self._options.augment
         return self._made(
             is_training=True,
+            interpolation="random",  # bilinear or bicubic
             auto_augment=policy,
             color_jitter=0.0,
             re_prob=self._options.erasing,
@@ -154,7 +155,7 @@ class Variations:
     @cached_property
     def validation(self) -> Callable[[Any], Tensor]:
         """The middle of the image."""
-        return self._made(crop_pct=self._options.crop or 1.0)
+        return self._made(crop_pct=self._options.crop or 1.0, interpolation=self._options.interpolation or "bicubic")
 
     def _made(self, **more: Any) -> Callable[[Any], Tensor]:
         from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
@@ -162,5 +163,4 @@ class Variations:
         from timm.data.transforms_factory import create_transform
 
         colours = {"mean": MEAN, "std": STD} if self._size[0] == 3 else {"mean": (0.5,), "std": (0.5,)}
-        scaling = self._options.interpolation or "bicubic"
-        return create_transform(self._size, interpolation=scaling, **colours, **more)  # type: ignore[arg-type]
+        return create_transform(self._size, **colours, **more)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ class ImageOptions:
         None, "Share of an image's shorter side that validation looks at; by default the checkpoint's, or 1."
     )
     interpolation: Interpolation | None = option(
-        None, "How images are scaled; by default as the checkpoint's were, or bicubic."
+        None, "How validation scales images; by default as the checkpoint's was, or bicubic."
     )
     augment: str = option("rand-m9-mstd0.5-inc1", "timm's name of a policy that varies training images, or none.")
     smallest: float = option(0.08, "Smallest share of a training image that a crop keeps, by area.")

@@ -296,6 +296,7 @@ def test_what_cannot_be_read_is_left_out_counted_and_named(wing: Workspace) -> N
         (["--optimizer", "lamb", "--fp16"], "scales no losses"),
         (["--freeze-stages", "1"], "what is frozen would stay as it is drawn"),
         (["--layer-decay", "1.5"], "--layer-decay is a share"),
+        (["--mesa-start", "0.5"], "no agreement with the average that could begin"),
         (["--mesa-weight", "0.5"], "no average of the weights to agree with"),
         (["--pretrained-averaged"], "no run begins here"),
         (["--pretrained-weights", "nothing.pth.tar"], "no such file of weights"),

@@ -6,10 +6,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from vision_oracle import SMALL
 
 from megatron_ext.models.bootstrap import prepare
 from megatron_ext.vision.architecture import MambaVision
+from megatron_ext.vision.average import WeightAverage
+from megatron_ext.vision.network import Network
 from megatron_ext.vision.options import AverageOptions, ImageOptions
 
 prepare()  # before Megatron is imported
@@ -60,3 +65,28 @@ def test_the_first_sample_of_a_micro_batch_is_known_without_looking(ranks: int, 
             for _ in range(2 if step == 1 else 1):
                 assert [place.first_sample() for _ in range(3)] == expected
             args.consumed_train_samples += 12 * ranks
+
+
+class Asynchronous(TorchDispatchMode):
+    """Fails where the host asks a tensor for a number, for which it would wait for a GPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_micro_batch_asks_no_tensor_for_a_number() -> None:
+    from megatron_ext.vision.task import Mixing, losses
+
+    network = Network(SMALL)
+    average, mixing = WeightAverage(network, 0.9), Mixing(ImageOptions(), 5, seed=1)
+    batch = {"image": torch.randn(4, 3, 32, 32), "label": torch.tensor([0, 3, 4, 1]), "skipped": torch.zeros(4).long()}
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), Asynchronous():
+        int(batch["label"][0])
+    with Asynchronous():
+        for step in range(2):
+            average.update(step)
+        for first in (0, 4, 8, 12):  # mixup and cutmix, by chance
+            image, target = mixing(batch["image"], batch["label"], first)
+            logits = average(image)
+            losses(batch | {"target": target, "average": logits}, logits, mesa=1.0)
