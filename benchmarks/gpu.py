@@ -72,6 +72,7 @@ STAGES = {
         benchmark("distillation", 45, "kd_loss.py"),
         benchmark("memory", 60, "memory.py"),
         benchmark("calibration", 30, "calibration.py"),
+        benchmark("vision", 60, "vision_speed.py", quick="--rounds 3"),
         marked_tests("product", 120, "tests/functional/test_gpu.py"),
     )
 }

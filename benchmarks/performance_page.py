@@ -163,6 +163,16 @@ def _estimated(found: Any) -> str:
     return f"{min(ratios.values()):.2f}x to {max(ratios.values()):.2f}x{more}"
 
 
+def _images(peer: str, what: str = "inference", of: str = "models") -> Value:
+    def value(found: Any) -> str:
+        ratios = _at(found, of, what, "ratio")
+        if peer not in ratios:
+            raise MissingError(found.get("mamba_ssm_missing") or "no such peer")
+        return f"{ratios[peer]:.2f}x"
+
+    return value
+
+
 def _ratio(found: Any) -> str:
     return f"{_at(found, 'ratio'):.2f}x"
 
@@ -216,6 +226,17 @@ ROWS = [
     Row("calibration pass on a GPU: time over a plain forward pass", "calibration.py", "calibration_cuda", _ratio),
     Row("calibration pass on a CPU: time over a plain forward pass", "calibration.py", "calibration", _ratio),
     Row("applying a plan: time over `cp` of the bytes it reads", "apply.py", "apply", _range("ratio")),
+    *(row for device, result in (("CPU", "vision_speed_cpu"), ("GPU", "vision_speed_cuda")) for row in (
+        Row(f"images per second on a {device}: mambavision_tiny over timm's swin_tiny", "vision_speed.py", result,
+            _images("swin_tiny_patch4_window7_224")),
+        Row("the same over convnext_tiny", "vision_speed.py", result, _images("convnext_tiny")),
+        Row("the same: forward with backward, over swin_tiny", "vision_speed.py", result,
+            _images("swin_tiny_patch4_window7_224", "training")),
+        Row(f"selective scan on a {device}, forward + backward: speed over the recurrence", "vision_speed.py", result,
+            _images("recurrence", "training", "scan")),
+    )),
+    Row("selective scan on a GPU, forward + backward: speed over mamba-ssm", "vision_speed.py", "vision_speed_cuda",
+        _images("mamba_ssm", "training", "scan")),
     Row("converting a checkpoint: time over `cp`", "convert.py", "convert", _range("ratio")),
 ]  # fmt: skip
 

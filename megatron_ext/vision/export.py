@@ -41,6 +41,8 @@ def main(args: argparse.Namespace) -> None:
     paths = {flag: path for flag, path in wanted.items() if path is not None}
     if not paths:
         raise ConfigError("nothing to write", legal=" or ".join(f"{flag} FILE" for flag in wanted))
+    if args.resolution is not None and args.resolution < 1:
+        raise ConfigError("--resolution", got=args.resolution, legal="at least 1")
     for flag, path in paths.items():
         check_new_file(path, flag)
         check_new_file(_data_of(path), flag)

@@ -109,7 +109,7 @@ def read_published(path: Path) -> dict[str, Tensor]:
     try:
         return _unwrapped(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # whatever a damaged archive raises
-        raise CheckpointError("no checkpoint that can be read", got=f"{path}: {error}") from error
+        raise CheckpointError("no checkpoint that can be read", got=f"{path}: {error!r}") from error
 
 
 def _unwrapped(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -88,6 +88,7 @@ def test_what_is_wrong_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -
     same = here / "same"
     for words, what in (
         ([], "nothing to write"),
+        (["--onnx", same, "--resolution", "0"], "--resolution"),
         (["--onnx", same, "--torch-export", same], "both forms into one file"),
         (["--onnx", here / "names.txt" / "n.onnx"], "not a directory"),
     ):
