@@ -237,7 +237,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Gains over the published order by seed with their intervals, and the accuracy of each question."""
+    """Gains over the published order by seed with their intervals, and the accuracy of each question by seed."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -261,15 +261,11 @@ def plot(report: dict[str, Any], path: Path) -> None:
         gains.set_title("right answers, mean of all questions")
         palette = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
         for number, (question, color) in enumerate(zip(scenes.QUESTIONS, palette, strict=True)):
-            spread = [interval([100 * row["accuracy"][question] for row in rows if row["arm"] == arm]) for arm in arms]
-            places = [place + 0.12 * (number - 2) for place in range(len(arms))]
-            middles, halves = zip(*spread, strict=True)
-            answers.errorbar(
-                middles, places, xerr=halves, fmt="o", color=color, markersize=4, capsize=2, label=question
-            )
+            points = [(100 * row["accuracy"][question], arms.index(row["arm"]) + 0.14 * (number - 2)) for row in rows]
+            answers.plot(*zip(*points, strict=True), "o", color=color, alpha=0.6, markersize=4, label=question)
         answers.set(yticks=range(len(arms)), yticklabels=[], ylim=(len(arms) - 0.5, -0.5), xlim=(0, 102))
         answers.set_xlabel("percent")
-        answers.set_title("by question")
+        answers.set_title("by question, each seed")
         answers.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         save(figure, path)
 
