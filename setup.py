@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-VISION = ["timm", "torchvision", "datasets", "onnx", "onnxruntime", "onnxscript"]
+VISION = ["timm", "torchvision", "datasets", "faster-coco-eval", "onnx", "onnxruntime", "onnxscript"]
 
 setup(
     name="megatron-ext",

@@ -92,6 +92,9 @@ COMMANDS = {
     "vision-segment": Command(
         "train a segmenter of images (UPerNet), or measure one", "megatron_ext.vision.segmentation.job", "job"
     ),
+    "vision-detect": Command(
+        "train a detector of objects (R-CNN), or measure one", "megatron_ext.vision.detection.job", "job"
+    ),
     "convert": Command("convert between Hugging Face, GPTModel and checkpoints", "megatron_ext.conversion.job"),
     "evaluate": Command(
         "measure a checkpoint: text, tasks, long contexts", "megatron_ext.evaluation.job", flags="megatron"

@@ -22,4 +22,5 @@ What is in it:
     timm_models.py    import it, and `timm.create_model("mambavision_tiny")` works; needs megatron-ext[vision]
     downstream/       what segmentation and detection share: backbones with heads, samples, a small set
     segmentation/     megatron-ext vision-segment: UPerNet
+    detection/        megatron-ext vision-detect: R-CNN
 """
