@@ -137,12 +137,10 @@ def mean_metrics(
     """
     task = task_of(run)
     loaders = [_loader(run, task, split, samples, stage) for stage in range(len(model))]
-    total = loaders[0][1] if samples is None else samples
     iterators = [iter(loader) if loader is not None else None for loader, _ in loaders]
-    steps = total // run.args.global_batch_size
+    steps = (loaders[0][1] if samples is None else samples) // run.args.global_batch_size
     found = forward_all(run, model, iterators, steps, progress, task)
-    whole = {} if task.whole is None else task.whole()
-    return found | dict(whole), steps * run.args.global_batch_size
+    return found | dict(task.whole() if task.whole else ()), steps * run.args.global_batch_size
 
 
 def micro_batches(run: RunConfig, model: list[Any], split: Literal["train", "valid"], samples: int) -> list[Any]:
@@ -191,7 +189,7 @@ def forward_sums(
 ) -> dict[str, tuple[float, float]]:
     """Of so many micro-batches of each rank the sum of each metric, and what it is divided by; on all ranks.
 
-    Tensor-parallel ranks repeat the same sums, and count as often: only the ratio of the two is a mean.
+    Tensor-parallel ranks repeat the same sums, and count as often: only the ratio is a mean. Other stages add nothing.
 
     Args:
         run: The validated command line.
@@ -208,7 +206,6 @@ def forward_sums(
         for tag, pair in metrics.items():
             if (name := key_of(tag)) in names:
                 sums[names.index(name)] += pair.double().cpu()
-    # Tensor-parallel ranks repeat the same sums, which cancels in the ratio; other pipeline stages add nothing.
     everywhere = sums.to(torch.cuda.current_device())
     torch.distributed.all_reduce(everywhere)
     return {name: (float(total), float(count)) for name, (total, count) in zip(names, everywhere, strict=True)}

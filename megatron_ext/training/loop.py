@@ -81,8 +81,7 @@ def train(run: RunConfig, task: "Task | None" = None, hooks: tuple[Hook, ...] = 
 
     config = config or run.job.family.config(args, run.model)
     config.pre_wrap_hooks = [begin, *config.pre_wrap_hooks, _equal_expert_metrics, extra.build, *hooks]
-    now = time.time()
-    set_startup_timestamps(program_start=now, main_entry=now)
+    set_startup_timestamps(program_start=time.time(), main_entry=time.time())
     container = pretrain_cfg_container_from_args(args, config)
     try:
         step = signals.from_first_step(args, task.forward_step)

@@ -29,8 +29,7 @@ class Task:
             sets for training, validation and test; it takes `vp_stage`, too.
         units: The unit of each metric.
         extra_models: Models beside it that the step needs.
-        whole: Metrics of a whole validation that are no ratio of sums, such as a mean over classes or an average
-            precision: called on all ranks after its last batch, of which the step has kept what it takes.
+        whole: Called on all ranks after a validation's last batch: the metrics that are no ratio of sums.
     """
 
     forward_step: Callable[..., Any]
