@@ -14,7 +14,7 @@ from megatron_ext.vision.architecture import MambaVision
 from megatron_ext.vision.average import WeightAverage, buffer_name
 from megatron_ext.vision.beginning import fill, read_weights
 from megatron_ext.vision.blocks import BatchNorm
-from megatron_ext.vision.linears import MegatronLinears
+from megatron_ext.vision.linears import MegatronLinears, from_the_seed
 from megatron_ext.vision.network import Network
 from megatron_ext.vision.presets import PRESETS
 
@@ -38,7 +38,8 @@ def build(config: Any, model: MambaVision, groups: Any, decay: float = 0.0, froz
 
         def __init__(self) -> None:
             super().__init__(config)
-            self.backbone = Network(model, MegatronLinears(config, groups.tp))
+            with from_the_seed():
+                self.backbone = Network(model, MegatronLinears(config, groups.tp))
             for module in self.backbone.modules():
                 if isinstance(module, BatchNorm):
                     module.group = groups.dp

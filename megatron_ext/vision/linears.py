@@ -4,7 +4,8 @@ A plain network needs no process group, and can be exported. A split one has the
 rank holds a part: `partition_dim` says along which axis.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -105,6 +106,21 @@ def split(parameter: nn.Parameter, axis: int, linears: Linears) -> nn.Parameter:
 
         set_tensor_model_parallel_attributes(parameter, True, axis, 1)
     return parameter
+
+
+@contextmanager
+def from_the_seed() -> Iterator[None]:
+    """Random numbers from the first one of torch's seed on; then those of before go on.
+
+    For the first weights of a training: how many numbers were drawn before depends on the layout, because Megatron
+    tries its fused functions on random tensors of a rank's size.
+    """
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(torch.initial_seed())
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
 
 
 def fill(parameter: Tensor, linears: Linears, draw: Callable[[Tensor], Any]) -> None:

@@ -17,7 +17,7 @@ from megatron_ext.options.fields import add_options, read_options, to_flags
 from megatron_ext.vision.architecture import MambaVision
 from megatron_ext.vision.blocks import BatchNorm
 from megatron_ext.vision.family import FAMILY as CLASSIFIERS
-from megatron_ext.vision.linears import Linears, MegatronLinears
+from megatron_ext.vision.linears import Linears, MegatronLinears, from_the_seed
 
 Make = Callable[[Any, Linears], nn.Module]
 
@@ -131,7 +131,8 @@ def _trained(config: Any, groups: Any, make: Callable[[Linears], nn.Module]) -> 
     class Trained(MegatronModule):
         def __init__(self) -> None:
             super().__init__(config)
-            self.network = make(MegatronLinears(config, groups.tp))
+            with from_the_seed():
+                self.network = make(MegatronLinears(config, groups.tp))
             for module in self.network.modules():
                 if isinstance(module, BatchNorm):
                     module.group = groups.dp
