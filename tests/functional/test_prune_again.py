@@ -34,6 +34,7 @@ sys.argv[:4] = [{str(ROOT / "prune_gpt.py")!r}]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 JOB, WRITER = "megatron_ext.pruning.job", "megatron_ext.checkpoint.writer"
+PLANS = "megatron_ext.pruning.language_models"
 
 
 def content(run: Path) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def test_a_job_that_dies_goes_on_as_if_nothing_had_been(workspace: Workspace, te
     script = workspace.path / "dying.py"
     script.write_text(DYING)
     deaths = [
-        (JOB, "make_plan", "1"),  # the first round is scored
+        (PLANS, "make_plan", "1"),  # the first round is scored
         ("megatron_ext.pruning.calibration", "measure", "1"),  # the second is being scored
         (WRITER, "check_tensors", "1"),  # the model between them is being written
         (JOB, "publish", "1"),
@@ -87,7 +88,7 @@ def test_scores_outlive_what_comes_after_them(workspace: Workspace, teacher: str
     script = workspace.path / "failing.py"
     raised = "from megatron_ext.errors import PlanError; raise PlanError('no plan reaches the target')"
     script.write_text(DYING.replace("os.kill(os.getpid(), signal.SIGKILL)", raised))
-    done = fork_server.run([script, JOB, "make_plan", "1", *flags], ranks, workspace.path)
+    done = fork_server.run([script, PLANS, "make_plan", "1", *flags], ranks, workspace.path)
     assert done.returncode == 2
     assert "no plan reaches the target" in done.stderr
     assert not (workspace.path / save).exists()

@@ -20,7 +20,7 @@ def test_what_there_is_at_a_signal_is_kept_under_another_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = characters(eos_token="<end>")
-    architecture = SimpleNamespace(max_position_embeddings=4, position_embedding_type="rope")
+    architecture = SimpleNamespace(pattern="*-", max_position_embeddings=4, position_embedding_type="rope")
 
     def stopped(*_: Any) -> Iterator[tuple[int, list[int]]]:
         yield 1, tokenizer("xy")["input_ids"]
