@@ -241,14 +241,14 @@ def test_signals_save_and_end_well(workspace: Workspace, teacher: str, student: 
 
 
 def test_memory_does_not_grow(workspace: Workspace, teacher: str, student: str) -> None:
-    flags = [*corrects(teacher, student), *workspace.data, "--train-iters", "201", "--save", "long"]
+    flags = [*corrects(teacher, student), *workspace.data, "--train-iters", "121", "--save", "long"]
     flags += ["--save-interval", "1000", "--eval-interval", "1000", "--global-batch-size", "2", *SMALLER]
     done = fork_server.run([ROOT / "tests/support/memory_of_steps.py", *flags], cwd=workspace.path)
     assert done.returncode == 0, done.stderr[-3000:]
     memory = json.loads((workspace.path / "memory.json").read_text())
-    (early, tensors), (late, others) = memory["20"], memory["200"]
+    (early, tensors), (late, others) = memory["20"], memory["120"]
     assert others == tensors
-    assert late - early < 4 * 2**20, memory  # the logits of 180 micro-batches of the two models would be 90 MB
+    assert late - early < 4 * 2**20, memory  # the logits of 100 micro-batches of the two models would be 50 MB
 
 
 def test_a_model_has_nothing_to_learn_from_itself(workspace: Workspace, teacher: str) -> None:

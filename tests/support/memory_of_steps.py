@@ -15,7 +15,7 @@ import torch
 from megatron_ext.cli import main
 from megatron_ext.reports.metrics_log import MetricsLog
 
-STEPS = (20, 60, 100, 140, 180, 200)
+STEPS = (20, 60, 100, 120)
 held: dict[int, tuple[int, int]] = {}
 write = MetricsLog._write
 
