@@ -14,7 +14,7 @@ from megatron_ext.vision.architecture import MambaVision
 from megatron_ext.vision.average import WeightAverage, buffer_name
 from megatron_ext.vision.beginning import fill, read_weights
 from megatron_ext.vision.blocks import BatchNorm
-from megatron_ext.vision.linears import MegatronLinears, from_the_seed
+from megatron_ext.vision.linears import MegatronLinears, from_the_seed, sharded_tensors
 from megatron_ext.vision.network import Network
 from megatron_ext.vision.presets import PRESETS
 
@@ -31,7 +31,6 @@ def build(config: Any, model: MambaVision, groups: Any, decay: float = 0.0, froz
     """
     import torch
     from megatron.core.transformer.module import MegatronModule
-    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
     class TrainedNetwork(MegatronModule):
         """The network as Megatron trains and saves it."""
@@ -67,16 +66,10 @@ def build(config: Any, model: MambaVision, groups: Any, decay: float = 0.0, froz
             self, prefix: str = "", sharded_offsets: Any = (), metadata: dict | None = None
         ) -> dict[str, Any]:
             """Each rank's parts of all tensors."""
-            axes = {
-                name: parameter.partition_dim  # type: ignore[attr-defined]
-                for name, parameter in self.named_parameters()
-                if getattr(parameter, "tensor_model_parallel", False)
-            }
-            axes |= {"average." + buffer_name(name.removeprefix("backbone.")): axis for name, axis in axes.items()}
-            state = self.state_dict(keep_vars=True)
-            return make_sharded_tensors_for_checkpoint(
-                state, prefix, axes, sharded_offsets, tp_group=groups.tp, dp_cp_group=groups.dp_cp
-            )
+            return sharded_tensors(
+                self, groups, prefix, sharded_offsets,
+                lambda name: "average." + buffer_name(name.removeprefix("backbone.")),
+            )  # fmt: skip
 
     return TrainedNetwork()
 

@@ -136,3 +136,29 @@ def fill(parameter: Tensor, linears: Linears, draw: Callable[[Tensor], Any]) -> 
     draw(whole)
     with torch.no_grad():
         parameter.copy_(whole.chunk(linears.size, axis)[linears.rank] if split else whole)
+
+
+def sharded_tensors(
+    module: nn.Module, groups: Any, prefix: str, offsets: Any, more: Callable[[str], str] | None = None
+) -> dict[str, Any]:
+    """Each rank's parts of all tensors of a network, for Megatron's checkpoints.
+
+    Args:
+        module: The network.
+        groups: Process groups.
+        prefix: Of names in the checkpoint.
+        offsets: Megatron's.
+        more: From the name of a split parameter to that of a buffer which is split alike.
+    """
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+    axes = {
+        name: parameter.partition_dim  # type: ignore[attr-defined]
+        for name, parameter in module.named_parameters()
+        if getattr(parameter, "tensor_model_parallel", False)
+    }
+    if more is not None:
+        axes |= {more(name): axis for name, axis in axes.items()}
+    return make_sharded_tensors_for_checkpoint(
+        module.state_dict(keep_vars=True), prefix, axes, offsets, tp_group=groups.tp, dp_cp_group=groups.dp_cp
+    )

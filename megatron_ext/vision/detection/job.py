@@ -13,7 +13,7 @@ from megatron_ext.vision.detection.options import DetectOptions
 from megatron_ext.vision.detection.precision import check_installed
 from megatron_ext.vision.detection.rcnn import FAMILY, STRIDE
 from megatron_ext.vision.detection.task import detection, images
-from megatron_ext.vision.downstream.backbone import begin_with, read_backbone
+from megatron_ext.vision.downstream.backbone import check_backbone, train_or_measure
 from megatron_ext.vision.images import MODES
 
 logger = logging.getLogger(__name__)
@@ -47,12 +47,7 @@ def check(run: RunConfig) -> dict[str, CocoImages]:
     if backbone.resolution % STRIDE:
         got = f"--mambavision-resolution {backbone.resolution}"
         raise ConfigError("the training square has no whole strides", got=got, legal=f"a multiple of {STRIDE}")
-    if options.backbone is not None:
-        if run.start is not None and not run.resumed:
-            got = f"{run.start.flag} and --detect-backbone"
-            raise ConfigError("the backbone's weights are in the checkpoint, too", got=got, legal="one of them")
-        if not run.resumed:
-            read_backbone(Path(options.backbone), backbone)
+    check_backbone(run, options.backbone, "--detect-backbone")
     found = {}
     for split, is_needed in {"train": not args.skip_train, "valid": args.skip_train or args.eval_iters > 0}.items():
         if is_needed:
@@ -94,16 +89,8 @@ def run_checked(run: RunConfig, found: dict[str, CocoImages]) -> None:
     for split, source in found.items():
         if source.left_out and args.rank == 0:
             logger.warning("%d are left out of %s, such as %s", len(source.left_out), split, source.left_out[0])
-    if not args.skip_train:
-        from megatron_ext.training import loop
-
-        begin = options.backbone is not None and run.start is None
-        loop.train(run, hooks=(begin_with(Path(options.backbone or ""), model.backbone),) if begin else ())
-        return
-    from megatron_ext.training import validation
-
-    validation.validate(run)
-    if args.rank == 0 and args.save and options.pictures and run.start is not None:
+    train_or_measure(run, options.backbone)
+    if args.skip_train and args.rank == 0 and args.save and options.pictures and run.start is not None:
         from megatron_ext.vision.detection.pictures import draw
 
         network: Any = FAMILY.read_network(run.start.step.path)

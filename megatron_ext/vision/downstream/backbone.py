@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_ext.errors import ConfigError
+from megatron_ext.training.job import RunConfig
 from megatron_ext.vision.architecture import MambaVision
 from megatron_ext.vision.beginning import check_weights, read_weights
 from megatron_ext.vision.blocks import BatchNorm
@@ -57,3 +59,33 @@ def begin_with(path: Path, model: MambaVision) -> Callable[[list[Any]], list[Any
         return chunks
 
     return load
+
+
+def check_backbone(run: RunConfig, file: str | None, flag: str) -> None:
+    """Check the weights that a new run's backbone is to begin with.
+
+    Raises:
+        ConfigError: `flag` names them, and a checkpoint has them, too.
+        CheckpointError: They are not those of the backbone.
+    """
+    if file is None or run.resumed:
+        return
+    if run.start is not None:
+        got = f"{run.start.flag} and {flag}"
+        raise ConfigError("the backbone's weights are in the checkpoint, too", got=got, legal="one of them")
+    model: Any = run.model
+    read_backbone(Path(file), model.backbone)
+
+
+def train_or_measure(run: RunConfig, file: str | None) -> None:
+    """Train, a new run from these weights of the backbone, or measure with `--skip-train`."""
+    if run.args.skip_train:
+        from megatron_ext.training import validation
+
+        validation.validate(run)
+        return
+    from megatron_ext.training import loop
+
+    model: Any = run.model
+    begins = file is not None and run.start is None
+    loop.train(run, hooks=(begin_with(Path(file or ""), model.backbone),) if begins else ())

@@ -17,7 +17,7 @@ from megatron_ext.options.fields import add_options, read_options, to_flags
 from megatron_ext.vision.architecture import MambaVision
 from megatron_ext.vision.blocks import BatchNorm
 from megatron_ext.vision.family import FAMILY as CLASSIFIERS
-from megatron_ext.vision.linears import Linears, MegatronLinears, from_the_seed
+from megatron_ext.vision.linears import Linears, MegatronLinears, from_the_seed, sharded_tensors
 
 Make = Callable[[Any, Linears], nn.Module]
 
@@ -126,7 +126,6 @@ def _count(make: Make, model: WithHeads) -> int:
 def _trained(config: Any, groups: Any, make: Callable[[Linears], nn.Module]) -> Any:
     """A network as Megatron trains and saves it; features are normalised over all data-parallel ranks' batches."""
     from megatron.core.transformer.module import MegatronModule
-    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
     class Trained(MegatronModule):
         def __init__(self) -> None:
@@ -148,14 +147,6 @@ def _trained(config: Any, groups: Any, make: Callable[[Linears], nn.Module]) -> 
             self, prefix: str = "", sharded_offsets: Any = (), metadata: dict | None = None
         ) -> dict[str, Any]:
             """Each rank's parts of all tensors."""
-            axes = {
-                name: parameter.partition_dim  # type: ignore[attr-defined]
-                for name, parameter in self.named_parameters()
-                if getattr(parameter, "tensor_model_parallel", False)
-            }
-            state = self.state_dict(keep_vars=True)
-            return make_sharded_tensors_for_checkpoint(
-                state, prefix, axes, sharded_offsets, tp_group=groups.tp, dp_cp_group=groups.dp_cp
-            )
+            return sharded_tensors(self, groups, prefix, sharded_offsets)
 
     return Trained()

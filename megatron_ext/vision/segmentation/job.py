@@ -1,19 +1,22 @@
 """`megatron-ext vision-segment`: train UPerNet on a MambaVision backbone, or measure it with `--skip-train`."""
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.training.job import STOPPABLE, DryRun, Job, RunConfig
 from megatron_ext.training.run_job import run_job
-from megatron_ext.vision.downstream.backbone import begin_with, read_backbone
+from megatron_ext.vision.downstream.backbone import check_backbone, train_or_measure
 from megatron_ext.vision.images import MODES
 from megatron_ext.vision.segmentation.folders import IGNORED, SegmentationFolder
 from megatron_ext.vision.segmentation.options import SegmentOptions
 from megatron_ext.vision.segmentation.task import folder, segmentation
 from megatron_ext.vision.segmentation.upernet import FAMILY
 from megatron_ext.vision.segmentation.variations import Crops
+
+logger = logging.getLogger(__name__)
 
 # AdamW as published; a polynomial of degree 1.
 RECIPE = ("--lr-decay-style", "linear", "--weight-decay", "0.01", "--clip-grad", "0")
@@ -53,12 +56,7 @@ def check(run: RunConfig) -> dict[str, SegmentationFolder]:
         raise ConfigError(
             "pyramid pooling makes one pixel of an image, which no norm can be of", got="one image", legal=legal
         )
-    if options.backbone is not None:
-        if run.start is not None and not run.resumed:
-            got = f"{run.start.flag} and --segment-backbone"
-            raise ConfigError("the backbone's weights are in the checkpoint, too", got=got, legal="one of them")
-        if not run.resumed:
-            read_backbone(Path(options.backbone), backbone)
+    check_backbone(run, options.backbone, "--segment-backbone")
     Crops(options, backbone)
     wanted = {"training": not args.skip_train, "validation": args.skip_train or args.eval_iters > 0}
     splits = {"training": options.train, "validation": options.valid}
@@ -79,25 +77,15 @@ def show(run: RunConfig, found: dict[str, SegmentationFolder]) -> DryRun:
 
 def run_checked(run: RunConfig, found: dict[str, SegmentationFolder]) -> None:
     """Train, or measure with `--skip-train`, which also draws some predictions."""
-    import logging
-
     options: SegmentOptions = run.options["segment"]
     model: Any = run.model
     args = run.args
     for name, source in found.items():
         if source.without and args.rank == 0:
             what = "%d images for %s have no annotation and are left out, %s first"
-            logging.getLogger(__name__).warning(what, len(source.without), name, source.without[0])
-    if not args.skip_train:
-        from megatron_ext.training import loop
-
-        begin = options.backbone is not None and run.start is None
-        loop.train(run, hooks=(begin_with(Path(options.backbone or ""), model.backbone),) if begin else ())
-        return
-    from megatron_ext.training import validation
-
-    validation.validate(run)
-    if args.rank == 0 and args.save and options.pictures and run.start is not None:
+            logger.warning(what, len(source.without), name, source.without[0])
+    train_or_measure(run, options.backbone)
+    if args.skip_train and args.rank == 0 and args.save and options.pictures and run.start is not None:
         from megatron_ext.vision.segmentation.pictures import draw
 
         network: Any = FAMILY.read_network(run.start.step.path)
