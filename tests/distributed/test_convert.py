@@ -48,11 +48,20 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25},
          "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "head_dim": 24},
     ),
+    "experts-not-divided": (
+        "qwen3-experts", {"norm_topk_prob": False, "decoder_sparse_step": 2, "mlp_only_layers": None},
+    ),
+    "a-half-is-rotated": (
+        "phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+                 "tie_word_embeddings": True},
+    ),
     "one-expert-for-each-token": ("nemotron-h-experts", {"num_experts_per_tok": 1, "norm_topk_prob": False}),
 }  # fmt: skip
 PRUNED = {
     "llama3": Targets(hidden_size=16, ffn_hidden_size=24, num_query_groups=1, num_layers=1),
     "qwen3": Targets(hidden_size=24, num_attention_heads=2),
+    "phi3": Targets(hidden_size=24, ffn_hidden_size=32, num_layers=1),
+    "qwen3-experts": Targets(hidden_size=24, num_experts=3, moe_ffn_hidden_size=16),
     "mamba2": Targets(hidden_size=16, mamba_num_heads=4, mamba_state_dim=8, num_layers=1),
     "nemotron-h": Targets(hidden_size=24, mamba_head_dim=4, num_sublayers=3),
     "nemotron-h-experts": Targets(num_experts=3, moe_ffn_hidden_size=16, moe_shared_expert_intermediate_size=16),

@@ -30,6 +30,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "mistral": {"pattern": "*-*--"},
     "qwen2": DENSE,
     "qwen3": DENSE,
+    "phi3": DENSE,
     "nemotron": DENSE,
     "nemotron-h": {"layer_sizes": {"mamba_num_heads": (4, 2), "ffn_hidden_size": (48, 24)}},
     "nemotron-h-experts": {"pattern": "MEM-*", "layer_sizes": {"mamba_num_heads": (4, 2)}},

@@ -31,6 +31,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", _ATTENTION | {"sliding_window": None, "head_dim": 24, "num_attention_heads": 6}),
     "qwen2": ("Qwen2", _ATTENTION | {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", _ATTENTION | {"head_dim": 16}),
+    "phi3": ("Phi3", _ATTENTION | {"pad_token_id": 0, "num_attention_heads": 2, "num_key_value_heads": 1}),
+    "mixtral-experts": ("Mixtral", _ATTENTION | {"num_local_experts": 4, "head_dim": 24}),
+    "qwen3-experts": (
+        "Qwen3Moe",
+        _ATTENTION | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 40,
+                      "mlp_only_layers": [0], "norm_topk_prob": True},
+    ),
     "nemotron": ("Nemotron", _ATTENTION | {"head_dim": 16}),
     "mamba2": (
         "Mamba2",

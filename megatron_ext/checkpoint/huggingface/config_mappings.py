@@ -174,15 +174,17 @@ class Rope:
     Attributes:
         percent: The share of the channels of a head that are rotated, where the entry is missing.
         partial: Whether the class rotates a part of them at all; others ignore the entry.
+        base: `rope_theta` where the entry is missing.
     """
 
     percent: float = 1.0
     partial: bool = False
+    base: float = 10000.0
 
     def read(self, config: Config) -> dict[str, Any]:
         """The fields."""
         rope = _rope(config)
-        base = number(rope, "rope_theta", 10000.0)
+        base = number(rope, "rope_theta", self.base)
         if base != int(base) or base < 1:
             raise CheckpointError("config.json: the RoPE base must be a whole number", got=base)
         percent = number(rope, "partial_rotary_factor", self.percent)
@@ -226,15 +228,15 @@ class Rope:
                 "the class rotates whole heads, the model a part of them", got=arch.rotary_percent,
                 legal="NemotronForCausalLM, HybridForCausalLM",
             )  # fmt: skip
-        base: dict[str, Any] = {"rope_theta": float(arch.rotary_base)}
+        theta: dict[str, Any] = {"rope_theta": float(arch.rotary_base)}
         part = {"partial_rotary_factor": arch.rotary_percent} if self.percent != 1 or arch.rotary_percent != 1 else {}
         scaling: dict[str, Any] = {"rope_type": "default"}
         if arch.rope_scaling_factor is not None:
             scaling = {"rope_type": "llama3", "factor": arch.rope_scaling_factor, **_LLAMA3}
         if "rope_parameters" in like:
             old = {"rope_scaling": None} if "rope_scaling" in like else {}  # which would be read before
-            return {"rope_parameters": base | part | scaling, **old}
-        return base | part | {"rope_scaling": None if arch.rope_scaling_factor is None else scaling}
+            return {"rope_parameters": theta | part | scaling, **old}
+        return theta | part | {"rope_scaling": None if arch.rope_scaling_factor is None else scaling}
 
 
 def _rope(config: Config) -> dict[str, Any]:

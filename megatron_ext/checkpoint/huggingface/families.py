@@ -5,15 +5,17 @@ from megatron_ext.checkpoint.huggingface.hybrid import HYBRID
 from megatron_ext.checkpoint.huggingface.llama import LLAMA
 from megatron_ext.checkpoint.huggingface.mamba2 import MAMBA2
 from megatron_ext.checkpoint.huggingface.mistral import MISTRAL
+from megatron_ext.checkpoint.huggingface.mixtures import MIXTRAL, QWEN3_MOE
 from megatron_ext.checkpoint.huggingface.nemotron import NEMOTRON
 from megatron_ext.checkpoint.huggingface.nemotron_h import NEMOTRON_H
+from megatron_ext.checkpoint.huggingface.phi3 import PHI3
 from megatron_ext.checkpoint.huggingface.pruned import PRUNED
 from megatron_ext.checkpoint.huggingface.qwen import QWEN2, QWEN3
 from megatron_ext.checkpoint.huggingface.state_spaces import STATE_SPACES
 from megatron_ext.errors import CheckpointError, ConfigError, nearest
 from megatron_ext.models.architecture import Architecture
 
-_NATIVE = (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, MAMBA2, NEMOTRON_H, STATE_SPACES)
+_NATIVE = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, MIXTRAL, QWEN3_MOE, NEMOTRON, MAMBA2, NEMOTRON_H, STATE_SPACES)
 REMOTE_CODE = (*PRUNED, HYBRID)
 FAMILIES = {family.name: family for family in (*_NATIVE, *REMOTE_CODE)}
 

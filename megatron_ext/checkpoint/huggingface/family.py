@@ -36,7 +36,8 @@ class Family:
         name: The class, as `config.json` names it under `architectures`.
         model_type: What it says under `model_type`.
         layer: The name of their layer `{}`.
-        block: The sub-layers that are one layer of theirs, `""` if each sub-layer is one.
+        block: The sub-layers that are one layer of theirs, `""` if each sub-layer is one: of each the kinds that it may
+            be, so that `("*", "-E")` is attention, and an MLP or a mixture of experts.
         params: Its tensors.
         config: Its configuration.
         ignored_suffixes: Ends of the names of tensors that some files hold and that are no weights.
@@ -46,7 +47,7 @@ class Family:
     name: str
     model_type: str
     layer: str
-    block: str
+    block: Sequence[str]
     params: Sequence[ParamMapping]
     config: Sequence[ConfigMapping]
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
@@ -124,9 +125,13 @@ class Family:
     def _blocks(self, pattern: str) -> list[tuple[int, ...]]:
         """Our sub-layers that make each layer of theirs."""
         size = len(self.block) or 1
-        if self.block and pattern != self.block * (len(pattern) // size):
+        legal = [*self.block] * (len(pattern) // size)
+        if self.block and (
+            len(pattern) % size or any(unit not in kinds for unit, kinds in zip(pattern, legal, strict=False))
+        ):
+            layer = " then ".join(" or ".join(kinds) for kinds in self.block)
             raise CheckpointError(
-                f"{self.name} cannot express this layer pattern", got=pattern, legal=f"{self.block!r}, repeated"
+                f"{self.name} cannot express this layer pattern", got=pattern, legal=f"{layer!r}, repeated"
             )
         return [tuple(range(first, first + size)) for first in range(0, len(pattern), size)]
 

@@ -116,11 +116,24 @@ def qkv_mapping(hf: str, megatron: str, unit: str = ATTENTION) -> list[ParamMapp
 
 
 def gated_mlp_mapping(
-    gate: str, up: str, megatron: str, **conditions: Callable[[Architecture], bool]
+    gate: str, up: str, megatron: str, unit: str = MLP, **conditions: Callable[[Architecture], bool]
 ) -> list[ParamMapping]:
     """Gate and up projection of an MLP: in Megatron one weight, one above the other."""
     return [
-        ParamMapping(MLP, name, megatron, partial(_half, half), **conditions) for half, name in enumerate((gate, up))
+        ParamMapping(unit, name, megatron, partial(_half, half), **conditions) for half, name in enumerate((gate, up))
+    ]
+
+
+def fused_qkv_mapping(hf: str, megatron: str) -> list[ParamMapping]:
+    """One tensor of all query heads, then all keys, then all values; see `qkv_mapping`."""
+
+    def before(groups: int) -> Callable[[Architecture], int]:
+        return lambda arch: (arch.num_attention_heads + groups * arch.num_query_groups) * arch.kv_channels
+
+    offsets = (lambda arch: 0, before(0), before(1))
+    return [
+        ParamMapping(ATTENTION, hf, megatron, part, row_offset=offset)
+        for part, offset in zip(_QKV, offsets, strict=True)
     ]
 
 

@@ -3,6 +3,7 @@
 The class is the family's own, rebuilt layer by layer by `modeling_pruned.py`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from megatron_ext.checkpoint.huggingface.family import Config, Family
 from megatron_ext.checkpoint.huggingface.llama import LLAMA
 from megatron_ext.checkpoint.huggingface.mistral import MISTRAL
 from megatron_ext.checkpoint.huggingface.nemotron import NEMOTRON
+from megatron_ext.checkpoint.huggingface.phi3 import PHI3
 from megatron_ext.checkpoint.huggingface.qwen import QWEN2, QWEN3
 from megatron_ext.checkpoint.huggingface.remote_code import ENTRY, LayerChanges, RemoteCodeFamily, changes_of
 from megatron_ext.errors import CheckpointError
@@ -28,7 +30,7 @@ class PrunedFamily(RemoteCodeFamily):
         return [units for units, _ in blocks(pattern, self.block)]
 
 
-def blocks(pattern: str, block: str) -> list[tuple[tuple[int, ...], str]]:
+def blocks(pattern: str, block: Sequence[str]) -> list[tuple[tuple[int, ...], str]]:
     """Our sub-layers that make each layer of theirs, and the kinds that the layer lacks.
 
     Raises:
@@ -54,7 +56,7 @@ def blocks(pattern: str, block: str) -> list[tuple[tuple[int, ...], str]]:
 class _Blocks:
     """For each layer, the sub-layers of a whole one (`block`) that it lacks, and the sizes that are its own."""
 
-    block: str
+    block: Sequence[str]
 
     def read(self, config: Config) -> dict[str, Any]:
         """The pattern and the sizes."""
@@ -85,4 +87,4 @@ def pruned(base: Family) -> PrunedFamily:
     )  # fmt: skip
 
 
-PRUNED = tuple(pruned(family) for family in (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON))
+PRUNED = tuple(pruned(family) for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, NEMOTRON))

@@ -17,7 +17,7 @@ from megatron_ext.checkpoint.huggingface.mappings import ParamMapping
 from megatron_ext.checkpoint.huggingface.mistral import NoWindow
 
 _SHARED: list[Any] = [*GATED, Rope(), Tied(), NoWindow(32_768, "use_sliding_window"), Fixed(add_bias_linear=False)]
-_QK_NORMS = [
+QK_NORMS = [
     ParamMapping("*", "self_attn.q_norm.weight", "self_attention.q_layernorm.weight"),
     ParamMapping("*", "self_attn.k_norm.weight", "self_attention.k_layernorm.weight"),
 ]
@@ -29,7 +29,7 @@ QWEN2 = Family(
 )  # fmt: skip
 QWEN3 = Family(
     "Qwen3ForCausalLM", "qwen3", "model.layers.{}", "*-",
-    [*EMBEDDINGS, *ATTENTION, *_QK_NORMS, *GATED_MLP, *FINAL_NORM],
+    [*EMBEDDINGS, *ATTENTION, *QK_NORMS, *GATED_MLP, *FINAL_NORM],
     [*sizes(32_768, 32), Renamed("head_dim", "kv_channels", 128), *_SHARED, Required("attention_bias", False),
      Fixed(qk_layernorm=True)],
 )  # fmt: skip
