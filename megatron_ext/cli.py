@@ -10,9 +10,10 @@ Another package adds a job by an entry point of the group `megatron_ext.jobs`: t
 
 import argparse
 import importlib
+import os
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
@@ -20,10 +21,10 @@ from importlib.metadata import EntryPoints, entry_points, version
 from typing import Any, Literal
 
 from megatron_ext.errors import ConfigError, MegatronExtError, nearest
+from megatron_ext.options import help
 from megatron_ext.options.numbers import restrict
 
 GROUP = "megatron_ext.jobs"
-Main = Callable[[argparse.Namespace], None]
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,21 @@ class Command:
         flags: `own`: argparse knows them all. `megatron`: also Megatron's, which `main` finds in `megatron_flags`.
             `job`: the module parses the command line itself, which `main` finds in `words`.
         actions: What else it does, by the word that follows its name; without one it does what `module` does.
+        options: MODULE:FUNCTION that adds its flags, where `module` has no `add_arguments`: one that is imported at
+            once, so that a wrong flag is told in a moment.
     """
 
     summary: str
     module: str
     flags: Literal["own", "megatron", "job"] = "own"
     actions: Mapping[str, "Command"] = field(default_factory=dict)
+    options: str = ""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Let a parser know its flags."""
+        module, _, function = self.options.partition(":")
+        adds = getattr(importlib.import_module(module), function) if self.options else self.load().add_arguments
+        adds(parser)
 
     def load(self) -> Any:
         """Import what the subcommand needs."""
@@ -76,9 +86,12 @@ class AddedCommand(Command):
 
 
 VISION = {
-    "evaluate": Command("measure an image classifier on labelled images", "megatron_ext.vision.evaluate"),
-    "predict": Command("say what pictures show, and draw them with it", "megatron_ext.vision.predict"),
-    "export": Command("write a network as ONNX or as a torch.export program", "megatron_ext.vision.export"),
+    name: Command(summary, f"megatron_ext.vision.{name}", options=f"megatron_ext.vision.command_options:{name}")
+    for name, summary in {
+        "evaluate": "measure an image classifier on labelled images",
+        "predict": "say what pictures show, and draw them with it",
+        "export": "write a network as ONNX or as a torch.export program",
+    }.items()
 }
 COMMANDS = {
     "demo": Command("train a small model, halve it, distil it back, and report", "megatron_ext.demo.job"),
@@ -97,9 +110,17 @@ COMMANDS = {
     ),
     "convert": Command("convert between Hugging Face, GPTModel and checkpoints", "megatron_ext.conversion.job"),
     "evaluate": Command(
-        "measure a checkpoint: text, tasks, long contexts", "megatron_ext.evaluation.job", flags="megatron"
+        "measure a checkpoint: text, tasks, long contexts",
+        "megatron_ext.evaluation.job",
+        "megatron",
+        options="megatron_ext.evaluation.options:add_arguments",
     ),
-    "generate": Command("continue prompts", "megatron_ext.inference.job", flags="megatron"),
+    "generate": Command(
+        "continue prompts",
+        "megatron_ext.inference.job",
+        "megatron",
+        options="megatron_ext.inference.options:add_arguments",
+    ),
     "estimate": Command(
         "parameters, memory, time and money of a training run, on paper", "megatron_ext.estimate", flags="megatron"
     ),
@@ -152,6 +173,8 @@ def _refuse_taken(name: str, added: EntryPoints) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; a user's mistake becomes one readable message and exit status 2."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if help.asked(words) is not None and os.environ.get("RANK", "0") != "0":
+        return 0  # the first rank of torchrun's says it
     added = entry_points(group=GROUP)
     known = commands(added)
     if words and words[0] in COMMANDS:
@@ -170,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(parser: argparse.ArgumentParser, known: Mapping[str, Command], words: list[str]) -> int:
     """Run the one of `known` that a command line asks for; argparse ends the program if it is none."""
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    run: Main | None = None
+    run: Command | None = None
     own: list[str] = []
     if words and words[0][:1] != "-" and words[0] not in known:
         parser.error(f"no such command: {nearest(words[0], known)}")
@@ -179,9 +202,8 @@ def _run(parser: argparse.ArgumentParser, known: Mapping[str, Command], words: l
             name, help=command.summary, description=_described(command), allow_abbrev=command.flags != "megatron"
         )
         if words[:1] == [name]:
-            module = command.load()
-            run = module.main
-            module.add_arguments(sub)
+            run = command
+            command.add_arguments(sub)
             restrict(sub)
             own = [flag for action in sub._actions for flag in action.option_strings]
     args, rest = parser.parse_known_args(words)
@@ -195,7 +217,7 @@ def _run(parser: argparse.ArgumentParser, known: Mapping[str, Command], words: l
         hint = "".join(f"; did you mean {flag}?" for flags in close for flag in flags)
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     try:
-        run(args)
+        run.load().main(args)
     except MegatronExtError as error:
         from megatron_ext.program import report
 
@@ -211,10 +233,32 @@ def _described(command: Command) -> str:
 def _run_job(name: str, command: Command, words: list[str]) -> int:
     from megatron_ext import program
 
-    if {"-h", "--help"} & set(words):  # before Megatron's, of which there are hundreds
-        for word, action in command.actions.items():
-            print(f"  {word:<12}{action.summary} (its own --help)")
-    return program.main(lambda: _form(name, command, words).load().main(argparse.Namespace(words=words)))
+    return program.main(lambda: _job(name, command, words))
+
+
+def _job(name: str, command: Command, words: list[str]) -> None:
+    module = _form(name, command, words).load()
+    if (word := help.asked(words)) is not None and hasattr(module, "JOB"):
+        _explain(module.JOB, command, word)
+    else:
+        module.main(argparse.Namespace(words=words))
+
+
+def _explain(job: Any, command: Command, word: str) -> None:
+    """Print the flags of a job: the few that most need, or what of the rest was asked for."""
+    from megatron_ext.options.readable import patch_parser
+    from megatron_ext.training.command_line import add_flags
+
+    parser = help.parser_of(job.name, _described(command))
+    if command.actions:
+        commands = parser.add_argument_group("or one of the commands, which have their own --help")
+        for name, action in command.actions.items():
+            commands.add_argument(name, help=action.summary)
+    if word:
+        _add_megatrons(parser)
+    add_flags(parser, job)
+    patch_parser(parser)
+    print(help.about(parser, word) if word else help.short(parser, job.family.reads_text), end="")
 
 
 def _form(name: str, command: Command, words: list[str]) -> Command:
@@ -245,13 +289,17 @@ def _mistyped(given: list[str], own: list[str]) -> ConfigError | None:
     return None
 
 
-@cache
-def _megatron_flags() -> set[str]:
+def _add_megatrons(parser: argparse.ArgumentParser) -> None:
     from megatron_ext.models.bootstrap import prepare
 
     prepare()
     from megatron.training.arguments import add_megatron_arguments
 
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_megatron_arguments(parser)
+
+
+@cache
+def _megatron_flags() -> set[str]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    _add_megatrons(parser)
     return {name for action in parser._actions for name in action.option_strings}

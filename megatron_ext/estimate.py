@@ -3,10 +3,9 @@
 import argparse
 import json
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_ext.errors import ConfigError
-from megatron_ext.families.language_model import architecture_of
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.training_cost import (
     GPUS,
@@ -17,9 +16,9 @@ from megatron_ext.models.training_cost import (
     step_seconds,
     training_flops_per_token,
 )
-from megatron_ext.training.command_line import parse_command_line
-from megatron_ext.training.dry_run import shown
-from megatron_ext.training.job import Job, RunConfig
+
+if TYPE_CHECKING:
+    from megatron_ext.training.job import RunConfig
 
 DAY = 86400.0
 
@@ -45,6 +44,10 @@ def main(args: argparse.Namespace) -> None:
     """
     if args.gpus < 1 or not 0 < args.efficiency <= 1:
         raise ConfigError("--gpus or --efficiency", got=f"{args.gpus}, {args.efficiency}", legal="at least 1; up to 1")
+    from megatron_ext.families.language_model import architecture_of
+    from megatron_ext.training.command_line import parse_command_line
+    from megatron_ext.training.job import Job
+
     os.environ["WORLD_SIZE"] = str(args.gpus)
     started = parse_command_line(Job("estimate"), ["--dry-run", *args.megatron_flags])
     teacher = None if args.teacher is None else architecture_of(args.teacher)[0]
@@ -53,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def estimate(
-    started: RunConfig, teacher: Architecture | None, gpu: str, efficiency: float, dollars_per_gpu_hour: float
+    started: "RunConfig", teacher: Architecture | None, gpu: str, efficiency: float, dollars_per_gpu_hour: float
 ) -> dict[str, Any]:
     """All figures of a validated command line, and what they assume.
 
@@ -100,6 +103,8 @@ def table(found: dict[str, Any]) -> str:
     """The figures as text of up to 120 columns."""
     from rich.console import Console
     from rich.table import Table
+
+    from megatron_ext.training.dry_run import shown
 
     assumed, seconds = found["assumed"], found["step_seconds"]
     step = sum(seconds.values())

@@ -6,9 +6,7 @@ from pathlib import Path
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.checksums import Checksums, verify_step
 from megatron_ext.data import manifest as dataset
-from megatron_ext.distillation.logit_cache.cache import Cache
 from megatron_ext.distillation.logit_cache.manifest import MANIFEST, Manifest
-from megatron_ext.distillation.logit_cache.shards import Shard
 from megatron_ext.errors import CheckpointError, DataError, MegatronExtError
 
 
@@ -79,6 +77,8 @@ def _files(path: Path) -> str:
 
 
 def _shard(path: Path) -> str:
+    from megatron_ext.distillation.logit_cache.shards import Shard
+
     shard = Shard(path, Manifest.read(path.parent))
     for row in range(len(shard.sample_id)):
         shard.read(row)
@@ -86,6 +86,8 @@ def _shard(path: Path) -> str:
 
 
 def _cache(path: Path) -> str:
+    from megatron_ext.distillation.logit_cache.cache import Cache
+
     return f"whole, {Cache.find(path).manifest.sequences:,} sequences"
 
 

@@ -24,10 +24,7 @@ CHECKED = [
     "megatron_ext.pruning.importance",
     "megatron_ext.pruning.expert_importance",
     "megatron_ext.training.step",
-    *(
-        f"megatron_ext.inference.{name}"
-        for name in ("generate", "loglikelihood", "prompts", "sampling", "score", "sharded")
-    ),
+    *(f"megatron_ext.inference.{name}" for name in ("generate", "prompts", "sampling", "score", "sharded")),
     "megatron_ext.lm_head",
 ]
 install_import_hook(CHECKED, "beartype.beartype")

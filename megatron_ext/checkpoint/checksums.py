@@ -19,7 +19,7 @@ import xxhash
 from megatron_ext.checkpoint import layout, ranks
 from megatron_ext.checkpoint.atomic import atomic_write, flush
 from megatron_ext.errors import CheckpointError
-from megatron_ext.untrusted import inside
+from megatron_ext.untrusted.paths import inside
 
 FILE = "checksums.json"
 ALGORITHM = "xxh3_64"

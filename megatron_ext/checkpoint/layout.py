@@ -15,14 +15,15 @@ import os
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from typing import TYPE_CHECKING, Any
 
 from megatron_ext.errors import CheckpointError, UntrustedError
 from megatron_ext.models.architecture import Architecture
-from megatron_ext.untrusted import inside, is_foreign, read_index, read_objects
+from megatron_ext.untrusted.paths import inside
+
+if TYPE_CHECKING:  # torch takes a second to import, and to find a step, or to see that there is none, needs none of it
+    import torch
+    from torch.distributed.checkpoint.metadata import Metadata
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def find(path: str | Path) -> Step:
     return Step(path, int(number) if number.isdecimal() else 0)
 
 
-def verify(step: str | Path) -> Metadata:
+def verify(step: str | Path) -> "Metadata":
     """Check that a step is complete: in our format, described, and every byte that is described is there.
 
     Raises:
@@ -167,7 +168,7 @@ def verify(step: str | Path) -> Metadata:
     return metadata
 
 
-def read_metadata(step: str | Path) -> Metadata:
+def read_metadata(step: str | Path) -> "Metadata":
     """The index of a step: keys, shapes and where each chunk lies.
 
     Raises:
@@ -183,13 +184,17 @@ def read_metadata(step: str | Path) -> Metadata:
 
 
 @functools.lru_cache(maxsize=2)
-def _index(content: bytes, path: Path) -> Metadata:
+def _index(content: bytes, path: Path) -> "Metadata":
     """Unpickle it once: a job looks into the same step a dozen times before its first step."""
+    from megatron_ext.untrusted.pickles import read_index
+
     return read_index(io.BytesIO(content), path)
 
 
-def tensors(step: str | Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def tensors(step: str | Path) -> "dict[str, tuple[tuple[int, ...], torch.dtype]]":
     """Global shape and type of every model weight of a step; optimizer state is left out."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     return {
         key: (tuple(entry.size), entry.properties.dtype)
         for key, entry in read_metadata(step).state_dict_metadata.items()
@@ -208,6 +213,8 @@ def common(step: str | Path) -> dict[str, Any]:
         if (path := inside(step, "common.pt")).is_file():
             values = _objects(path.read_bytes(), path, path.name)
         else:
+            from torch.distributed.checkpoint.metadata import MetadataIndex
+
             info = read_metadata(step).storage_data[MetadataIndex(COMMON_STATE)]
             with (step / info.relative_path).open("rb") as file:
                 file.seek(info.offset)
@@ -223,6 +230,8 @@ def common(step: str | Path) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=4)
 def _objects(content: bytes, path: Path, what: str) -> Any:
+    from megatron_ext.untrusted.pickles import read_objects
+
     return read_objects(io.BytesIO(content), path, what)
 
 
@@ -291,4 +300,6 @@ def _plain(value: Any) -> Any:
 
 
 def _is_left_out(value: Any) -> bool:
+    from megatron_ext.untrusted.pickles import is_foreign
+
     return is_foreign(value) or (isinstance(value, list | tuple | set) and any(map(_is_left_out, value)))

@@ -1,23 +1,30 @@
 """The processes that work on one checkpoint together: those of the default process group, or this one alone."""
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_ext.errors import CheckpointError
+
+
+def _meeting() -> Any:
+    """`torch.distributed` where processes have met in it, else None; who has not imported torch has met nobody."""
+    module = sys.modules.get("torch.distributed")
+    return module if module is not None and module.is_initialized() else None
 
 
 def rank() -> int:
     """This process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    meeting = _meeting()
+    return 0 if meeting is None else meeting.get_rank()
 
 
 def count() -> int:
     """How many they are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    meeting = _meeting()
+    return 1 if meeting is None else meeting.get_world_size()
 
 
 def gather[T](value: T) -> list[T]:
@@ -25,7 +32,7 @@ def gather[T](value: T) -> list[T]:
     if count() == 1:
         return [value]
     values: list[Any] = [None] * count()
-    dist.all_gather_object(values, value)
+    _meeting().all_gather_object(values, value)
     return values
 
 
@@ -42,7 +49,12 @@ def balance_by_size(sizes: Sequence[int]) -> list[int]:
 @contextmanager
 def joined() -> Iterator[None]:
     """Let what torchrun started work together inside the block, over gloo."""
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    import torch.distributed as dist
+
+    alone = dist.is_initialized()
     if not alone:
         dist.init_process_group("gloo")
     try:

@@ -15,7 +15,7 @@ from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.blocks import ChunkReader, ReusableBuffer, StoredChunk, TensorEntry, as_bytes
 from megatron_ext.checkpoint.checksums import Checksums
 from megatron_ext.errors import CheckpointError
-from megatron_ext.untrusted import asked_for, refusal
+from megatron_ext.untrusted.pickles import asked_for, refusal
 
 COLUMNS = 2**23  # bytes of a chunk read at a time where it is columns of a tensor
 WRAPPING = 2**14  # bytes that torch.save puts around a tensor's values, at most

@@ -23,7 +23,6 @@ from rich.console import Console
 
 from megatron_ext.checkpoint.atomic import write_text
 from megatron_ext.data.corpus import build_dataset
-from megatron_ext.demo.report import headline, write_report
 from megatron_ext.errors import ConfigError, MegatronExtError
 from megatron_ext.reports.metrics_file import read_metrics
 from megatron_ext.reports.progress import Progress
@@ -100,6 +99,8 @@ def main(args: argparse.Namespace) -> None:
             continue
         seconds[stage.directory.name] = _run(stage, console)
         write_text(out / "seconds.json", json.dumps(seconds))
+    from megatron_ext.demo.report import headline, write_report
+
     report = collect(out, seconds)
     write_report(out, report)
     console.print(f"\n[bold]{headline(report)}.[/bold]\n", highlight=False, soft_wrap=True)

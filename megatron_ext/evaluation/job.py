@@ -7,13 +7,11 @@ before the next one begins, so that whatever ends the program ends it with what 
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_ext.checkpoint.ranks import gather, rank
 from megatron_ext.errors import ConfigError
 from megatron_ext.evaluation.measure import Evaluation, Measure, kinds
-from megatron_ext.evaluation.measures.text import WINDOW
 from megatron_ext.inference import session
 from megatron_ext.inference.interrupt import Interrupted, interruptible
 from megatron_ext.inference.tokenizer import identity, tokenizer_of, vocab_size_of
@@ -21,19 +19,6 @@ from megatron_ext.reports.results import Results
 
 if TYPE_CHECKING:
     from megatron_ext.inference.sharded import ShardedModel
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subcommand's flags."""
-    session.add_arguments(parser)
-    parser.add_argument("--save", type=Path, metavar="DIR", help="where results.json goes; by default the checkpoint's")
-    parser.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="at once (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at once (default: %(default)s)")
-    window = f"tokens read at once; by default the model's length, of --text {WINDOW} at most"
-    parser.add_argument("--window", type=int, metavar="N", help=window)
-    for kind in kinds():
-        kind.add_arguments(parser)
-    parser.epilog = f"{parser.epilog} Interrupted by Ctrl-C or SIGTERM it keeps what was measured: status 130 or 143."
 
 
 def main(args: argparse.Namespace) -> None:

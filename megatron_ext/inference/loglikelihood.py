@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from jaxtyping import Bool, Float
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,12 @@ class Loglikelihood:
     """What the model says about a text.
 
     Attributes:
-        log_probabilities: In nats, of each scored token.
-        greedy: For each scored token, whether it is the one that greedy decoding would choose.
+        log_probabilities: (n,), in nats, of each scored token.
+        greedy: (n,) bool: whether the token is the one that greedy decoding would choose.
     """
 
-    log_probabilities: Float[Tensor, " n"]
-    greedy: Bool[Tensor, " n"]
+    log_probabilities: "Tensor"
+    greedy: "Tensor"
 
     @property
     def total(self) -> float:

@@ -3,7 +3,6 @@
 import logging
 import os
 import warnings
-from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.errors import ConfigError
+from megatron_ext.inference.options import TYPES
 from megatron_ext.models import axes
 from megatron_ext.training.command_line import parse_command_line, silenced
 from megatron_ext.training.job import FORWARD_ONLY, Job, RunConfig
@@ -22,15 +22,6 @@ if TYPE_CHECKING:
 
 NO_DATA = ("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "1")
 JOB = Job("evaluate", defaults=(*FORWARD_ONLY, *NO_DATA))
-TYPES = {"float32": [], "bfloat16": ["--bf16"], "float16": ["--fp16"]}
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """The flags of every job that opens a checkpoint."""
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint directory, or a step in one")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="by default the one it was trained with")
-    parser.add_argument("--dtype", choices=list(TYPES), help="the type of the weights; by default the one they have")
-    parser.epilog = "Megatron's own flags say the layout: --tensor-model-parallel-size 2, ..."
 
 
 def prepare(checkpoint: Path, dtype: str | None, flags: Sequence[str]) -> RunConfig:

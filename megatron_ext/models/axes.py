@@ -7,24 +7,29 @@ checkpoint, masking an elastic model and planning memory all read it.
 The keys are those of the stock `hybrid_stack_spec`, whose pre-norms are fused into the linear layer that follows
 (`megatron/core/models/hybrid/hybrid_block.py`, `ssm/mamba_mixer.py`, `transformer/attention.py`, `transformer/mlp.py`),
 but for a mixture of experts, whose pre-norm stands alone; its experts are one tensor (`transformer/moe/experts.py`).
+
+To count needs no torch, which takes a second to import; only `indices` and `take` do.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.dimensions import Dimensions
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE, parse
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Positions = NDArray[np.int64]
+
 CONV_KERNEL = 4
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
 LAYER = "decoder.layers"
@@ -72,7 +77,7 @@ class Axis:
     """
 
     size: Callable[[Dimensions], int]
-    index: Callable[[Dimensions, KeptIndices], Tensor | None] = lambda arch, kept: None
+    index: Callable[[Dimensions, KeptIndices], Positions | None] = lambda arch, kept: None
     split: Literal["tp", "ep", "etp"] | None = "tp"
 
 
@@ -86,16 +91,18 @@ class Weight:
     exists: Callable[[Dimensions], bool] = lambda arch: True
 
 
-def _indices(kept: Sequence[int] | None) -> Tensor | None:
-    return None if kept is None else torch.tensor(kept, dtype=torch.long)
+def _indices(kept: Sequence[int] | None) -> Positions | None:
+    return None if kept is None else np.array(kept, np.int64)
 
 
-def _outer(rows: Sequence[int] | None, num_rows: int, columns: Sequence[int] | None, num_columns: int) -> Tensor | None:
+def _outer(
+    rows: Sequence[int] | None, num_rows: int, columns: Sequence[int] | None, num_columns: int
+) -> Positions | None:
     """Flat positions of the kept rows x kept columns of a `(num_rows, num_columns)` grid."""
     if rows is None and columns is None:
         return None
-    r = torch.arange(num_rows) if rows is None else torch.tensor(rows)
-    c = torch.arange(num_columns) if columns is None else torch.tensor(columns)
+    r = np.arange(num_rows) if rows is None else np.array(rows, np.int64)
+    c = np.arange(num_columns) if columns is None else np.array(columns, np.int64)
     return (r[:, None] * num_columns + c).flatten()
 
 
@@ -127,25 +134,25 @@ def _halves(arch: Dimensions) -> int:
 
 
 # [gate; up] stacked: apply_swiglu_sharded_factory gives each half its own global offset, whatever TP is
-def _gate_and_up(arch: Dimensions, kept: Sequence[int] | None, size: int) -> Tensor | None:
+def _gate_and_up(arch: Dimensions, kept: Sequence[int] | None, size: int) -> Positions | None:
     return _outer(None, _halves(arch), kept, size)
 
 
-def _expert_neurons(arch: Dimensions, kept: KeptIndices) -> Tensor | None:
+def _expert_neurons(arch: Dimensions, kept: KeptIndices) -> Positions | None:
     if kept.expert_ffn is None:
         return None
     experts = arch.num_experts if kept.experts is None else len(kept.experts)
-    return torch.tensor(kept.expert_ffn).view(experts, -1) % arch.moe_ffn_hidden_size
+    return np.array(kept.expert_ffn, np.int64).reshape(experts, -1) % arch.moe_ffn_hidden_size
 
 
-def _expert_gate_and_up(arch: Dimensions, kept: KeptIndices) -> Tensor | None:
+def _expert_gate_and_up(arch: Dimensions, kept: KeptIndices) -> Positions | None:
     neurons = _expert_neurons(arch, kept)
     if neurons is None:
         return None
-    return torch.cat([neurons + half * arch.moe_ffn_hidden_size for half in range(_halves(arch))], dim=1)
+    return np.concatenate([neurons + half * arch.moe_ffn_hidden_size for half in range(_halves(arch))], axis=1)
 
 
-def _qkv(arch: Dimensions, kept: KeptIndices) -> Tensor | None:
+def _qkv(arch: Dimensions, kept: KeptIndices) -> Positions | None:
     # per kv group: its query heads, then its key head, then its value head
     query_heads = _query_heads(arch, kept)
     if query_heads is None:
@@ -340,7 +347,7 @@ def tensors(arch: Dimensions) -> dict[str, tuple[int, ...]]:
     return {key: shape(arch, key) for key in keys(arch)}
 
 
-def indices(arch: Dimensions, key: str, kept: KeptIndices) -> tuple[Tensor | None, ...]:
+def indices(arch: Dimensions, key: str, kept: KeptIndices) -> "tuple[Tensor | None, ...]":
     """For each dimension of a weight of `arch`, the positions that `kept` leaves of it (see `Axis`), `None` for all.
 
     Args:
@@ -348,12 +355,15 @@ def indices(arch: Dimensions, key: str, kept: KeptIndices) -> tuple[Tensor | Non
         key: The checkpoint key of the weight in that model.
         kept: What is kept of the weight's sub-layer.
     """
+    import torch
+
     layer, weight = locate(arch, key)
     own = arch if layer is None else arch.at(layer)
-    return tuple(AXES[axis].index(own, kept) for axis in weight.axes)
+    found = (AXES[axis].index(own, kept) for axis in weight.axes)
+    return tuple(None if positions is None else torch.from_numpy(positions) for positions in found)
 
 
-def take(tensor: Tensor, dimension: int, index: Tensor, out: Tensor | None = None) -> Tensor:
+def take(tensor: "Tensor", dimension: int, index: "Tensor", out: "Tensor | None" = None) -> "Tensor":
     """The positions `index` of one dimension of a weight on the CPU, once the dimensions before are cut.
 
     Args:
@@ -362,19 +372,22 @@ def take(tensor: Tensor, dimension: int, index: Tensor, out: Tensor | None = Non
         index: From `indices`; for each entry of dimension 0 its own positions if it has two dimensions.
         out: Where to put them; a new tensor by default.
     """
+    import torch
+
     if out is None:
         out = torch.empty(taken_shape(tensor, dimension, index), dtype=tensor.dtype)
     if index.dim() == 2:
         for entry, own in enumerate(index):
             take(tensor[entry], dimension - 1, own, out[entry])
         return out
-    bits = _BITS[tensor.element_size()]  # numpy knows no bfloat16; it takes 16-bit columns three times as fast as torch
+    # numpy knows no bfloat16, and takes 16-bit columns three times as fast as torch.
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     values = tensor.detach().view(bits).numpy()
     np.take(values, index.numpy(), axis=dimension, out=out.view(bits).numpy(), mode="clip")  # in range, as plans are
     return out
 
 
-def taken_shape(tensor: Tensor, dimension: int, index: Tensor) -> tuple[int, ...]:
+def taken_shape(tensor: "Tensor", dimension: int, index: "Tensor") -> tuple[int, ...]:
     """What `take` makes."""
     return (*tensor.shape[:dimension], index.shape[-1], *tensor.shape[dimension + 1 :])
 

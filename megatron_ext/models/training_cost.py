@@ -12,8 +12,6 @@ from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.loss_buffers import CHUNK, KEPT
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE, parse
-from megatron_ext.ops.ssd import cpu as ssd_cpu
-from megatron_ext.ops.ssd import triton_tiling
 
 
 @dataclass(frozen=True)
@@ -258,9 +256,12 @@ def _mamba(own: Architecture, layout: Layout) -> float:
     # the projection, what comes out, and the input of a norm by itself
     outer = 3 * inner + 2 * groups * own.mamba_state_dim + heads + (inner if layout.norm_apart else 0)
     if layout.fused:
-        states = inner * own.mamba_state_dim / triton_tiling.CHUNK
-        return (outer + inner + states) * width + 8 * heads + 4 * groups
-    states = inner * (own.mamba_state_dim + 1) / ssd_cpu.CHUNK * 4
+        from megatron_ext.ops.ssd.triton_tiling import CHUNK
+
+        return (outer + inner + inner * own.mamba_state_dim / CHUNK) * width + 8 * heads + 4 * groups
+    from megatron_ext.ops.ssd import cpu
+
+    states = inner * (own.mamba_state_dim + 1) / cpu.CHUNK * 4
     return outer * width + 4 * inner + states + 28 * heads + 4 * groups
 
 

@@ -17,6 +17,9 @@ import typing
 from collections.abc import Callable, Iterable
 from typing import Any
 
+METAVARS = {int: "N", float: "X", str: "TEXT"}
+"""What `--help` calls a value of a type."""
+
 
 def option(default: Any, help: str, choices: Callable[[], Iterable[str]] | None = None) -> Any:
     """A dataclass field that becomes a flag.
@@ -41,7 +44,7 @@ def _argparse_type(annotation: Any) -> dict[str, Any]:
         return {"nargs": "+", **_argparse_type(arguments[0])}
     if annotation is bool:
         return {"action": argparse.BooleanOptionalAction}
-    return {"type": annotation}
+    return {"type": annotation, "metavar": METAVARS.get(annotation)}
 
 
 def add_options(parser: argparse.ArgumentParser, options: type, prefix: str) -> argparse.ArgumentParser:
@@ -52,7 +55,7 @@ def add_options(parser: argparse.ArgumentParser, options: type, prefix: str) -> 
     for field in dataclasses.fields(options):
         keywords = _argparse_type(annotations[field.name])
         if field.metadata["choices"] is not None:
-            keywords["choices"] = tuple(field.metadata["choices"]())
+            keywords |= {"choices": tuple(field.metadata["choices"]()), "metavar": None}
         name = f"{prefix}-{field.name}".replace("_", "-")
         shown = field.metadata["help"].replace("%", "%%")
         if field.default is not None and keywords.get("action") is None:

@@ -3,8 +3,6 @@
 import functools
 import os
 
-import torch
-
 from megatron_ext.errors import ConfigError
 
 VARIABLE = "MEGATRON_EXT_DEVICE"
@@ -21,6 +19,8 @@ def device_type() -> str:
     asked = os.environ.get(VARIABLE, "auto")
     if asked not in CHOICES:
         raise ConfigError(f"{VARIABLE} does not name a device", got=asked, legal=", ".join(CHOICES))
+    import torch  # here, because it takes a second, and whoever mistypes a flag need not wait for it
+
     found = torch.cuda.is_available()
     if asked == "cuda" and not found:
         raise ConfigError(f"{VARIABLE}=cuda, and torch sees no CUDA device", got=asked, legal="auto, cpu")

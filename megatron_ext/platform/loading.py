@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from megatron_ext.errors import MegatronExtError
 from megatron_ext.platform.replacements import replace
-from megatron_ext.untrusted import asked_for, read_index, read_objects, refusal
+from megatron_ext.untrusted.pickles import asked_for, read_index, read_objects, refusal
 
 REASON = "what a checkpoint brings is not run (everywhere)"
 

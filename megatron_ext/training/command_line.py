@@ -28,6 +28,7 @@ from megatron_ext.models.bootstrap import prepare
 from megatron_ext.ops.dispatch import NAMES as SSM_BACKENDS
 from megatron_ext.options import early_flags, readable
 from megatron_ext.options.fields import add_options, read_options
+from megatron_ext.options.help import program_name
 from megatron_ext.options.unsupported import check_flags
 from megatron_ext.training.job import Job, RunConfig
 from megatron_ext.training.run_directory import check_save
@@ -69,22 +70,12 @@ def parse_command_line(job: Job, argv: Sequence[str] | None = None) -> RunConfig
     parsers: list[argparse.ArgumentParser] = []
 
     def extra(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        group = parser.add_argument_group("megatron_ext", f"the job: {job.name}")
-        group.add_argument("--preset", help="a preset's name (see `megatron-ext presets`) or a checkpoint directory")
-        group.add_argument("--dry-run", action="store_true", help="validate, print model, memory and layout, and stop")
-        kernels = "state-space kernels; auto: by device, dtype and shape, and where mamba_ssm runs too, the faster"
-        group.add_argument("--ext-ssm-backend", choices=SSM_BACKENDS, default="auto", help=kernels)
-        saved = "form in which the distributed optimizer is saved; dp_reshardable stays on its TP and PP"
-        forms = ("fully_reshardable", "dp_reshardable")
-        group.add_argument("--ext-optim-sharding", choices=forms, default=forms[0], help=saved)
-        family.add_flags(parser)
-        for prefix, options in job.options.items():
-            add_options(parser, options, prefix)
+        add_flags(parser, job)
         readable.patch_parser(parser)
         parsers.append(parser)
         return parser
 
-    program, sys.argv = sys.argv, [_program(job), *words]
+    program, sys.argv = sys.argv, [program_name(job.name), *words]
     try:
         args = parse_args(extra)
     finally:
@@ -139,10 +130,19 @@ def parse_command_line(job: Job, argv: Sequence[str] | None = None) -> RunConfig
     return RunConfig(job, args, model, early.dry_run, options, source, begins)
 
 
-def _program(job: Job) -> str:
-    """What `--help` calls the program: a script by its name, else the command."""
-    own = Path(sys.argv[0]).name
-    return own if own.endswith(".py") and own != "__main__.py" else f"megatron-ext {job.name}"
+def add_flags(parser: argparse.ArgumentParser, job: Job) -> None:
+    """Those that are not Megatron's: of every job, of the family of its models, and its own."""
+    for prefix, options in job.options.items():
+        add_options(parser, options, prefix)
+    job.family.add_flags(parser)
+    group = parser.add_argument_group("megatron_ext", "flags of every job")
+    group.add_argument("--preset", metavar="NAME", help="of `megatron-ext presets`, or a checkpoint directory")
+    group.add_argument("--dry-run", action="store_true", help="validate, print model, memory and layout, and stop")
+    kernels = "state-space kernels; auto: by device, dtype and shape, and where mamba_ssm runs too, the faster"
+    group.add_argument("--ext-ssm-backend", choices=SSM_BACKENDS, default="auto", help=kernels)
+    saved = "form in which the distributed optimizer is saved; dp_reshardable stays on its TP and PP"
+    forms = ("fully_reshardable", "dp_reshardable")
+    group.add_argument("--ext-optim-sharding", choices=forms, default=forms[0], help=saved)
 
 
 def _check_saving(args: Namespace) -> None:

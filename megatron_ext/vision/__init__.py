@@ -17,7 +17,7 @@ What is in it:
     beginning.py      what a new run begins from: another run, its average, published weights
     average.py        the moving average of weights; agreement.py the agreement with its predictions (MESA)
     lamb.py           LAMB in Megatron's loop; layer_decay.py learning rates by depth
-    loading.py        the network of a command, from a checkpoint or a published file
+    loading.py        the network of a command, from a checkpoint or a published file; command_options.py its flags
     evaluate.py       top-1, top-5 and loss; predict.py classes of pictures; export.py ONNX and torch.export
     timm_models.py    import it, and `timm.create_model("mambavision_tiny")` works; needs megatron-ext[vision]
     downstream/       what segmentation and detection share: backbones with heads, samples, a small set

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,16 +19,6 @@ from megatron_ext.vision.loading import Loaded
 from megatron_ext.vision.sources import Source, open_source
 
 LOWEST = 5  # classes that are named
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subcommand's flags."""
-    loading.add_arguments(parser)
-    what = "images with their classes: folders by class, or tar or parquet files"
-    parser.add_argument("--images-valid", type=Path, required=True, metavar="DIR", help=what)
-    loading.add_image_arguments(parser)
-    parser.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that read images")
-    parser.add_argument("--save", type=Path, metavar="DIR", help="where results.json goes; by default the checkpoint's")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -27,14 +27,6 @@ ONE_FILE = 1.8e9  # bytes of weights in an ONNX file, which is a protobuf of 2 G
 TRACED, COUNTS = 2, (1, 3)  # images that the graph is made with, and that it is checked with
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subcommand's flags."""
-    loading.add_arguments(parser)
-    parser.add_argument("--onnx", type=Path, metavar="FILE", help=f"write ONNX there (opset {OPSET})")
-    parser.add_argument("--torch-export", type=Path, metavar="FILE", help="write a torch.export program there (.pt2)")
-    parser.add_argument("--resolution", type=int, metavar="N", help="side of the images; by default the network's")
-
-
 def main(args: argparse.Namespace) -> None:
     """Write what was asked for, and say how far its logits are from the network's."""
     wanted = {"--onnx": args.onnx, "--torch-export": args.torch_export}

@@ -86,8 +86,8 @@ class Lamb(torch.optim.Optimizer):
 
 def offer(parser: Any) -> Any:
     """Megatron's parser, whose `--optimizer` may be lamb."""
-    known = parser._option_string_actions["--optimizer"]
-    known.choices = [*known.choices, "lamb"]
+    if (known := parser._option_string_actions.get("--optimizer")) is not None:
+        known.choices = [*known.choices, "lamb"]
     return parser
 
 

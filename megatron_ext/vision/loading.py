@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from megatron_ext.vision.checkpoint import Evaluation, read_evaluation, read_net
 from megatron_ext.vision.family import FAMILY
 from megatron_ext.vision.images import Variations
 from megatron_ext.vision.network import Network
-from megatron_ext.vision.options import ImageOptions, Interpolation
+from megatron_ext.vision.options import ImageOptions
 from megatron_ext.vision.presets import PRESETS
 from megatron_ext.vision.weights import load_published
 
@@ -65,25 +65,6 @@ class Loaded:
             fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         path = str(self.source.resolve())
         return {"path": path, "step": self.source.name, "fingerprint": fingerprint, "architecture": described}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of what is loaded."""
-    parser.add_argument(
-        "--load", type=Path, required=True, metavar="PATH", help="a checkpoint, or a published file of weights"
-    )
-    parser.add_argument("--preset", metavar="NAME", help="which network a published file is of: " + ", ".join(PRESETS))
-    parser.add_argument("--averaged", action="store_true", help="the moving average of a checkpoint's weights")
-    parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, a line for each")
-
-
-def add_image_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of how images are looked at."""
-    crop = "of an image's shorter side that is looked at; by default the checkpoint's, or 1"
-    parser.add_argument("--images-crop", type=float, metavar="SHARE", help=crop)
-    scaling = "how images are scaled; by default as the checkpoint's, or bicubic"
-    parser.add_argument("--images-interpolation", choices=get_args(Interpolation), help=scaling)
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="at once (default: %(default)s)")
 
 
 def transform_of(loaded: Loaded) -> Callable[[Any], Tensor]:

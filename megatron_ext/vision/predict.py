@@ -38,16 +38,6 @@ class Prediction:
     shares: list[float]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subcommand's flags."""
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="pictures, or folders of them")
-    loading.add_arguments(parser)
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="classes of each (default: %(default)s)")
-    loading.add_image_arguments(parser)
-    parser.add_argument("--picture", type=Path, metavar="FILE", help=f"draw the first {DRAWN} with their classes (PNG)")
-    parser.add_argument("--json", action="store_true", help="a JSON object for each picture, a line each")
-
-
 def main(args: argparse.Namespace) -> None:
     """Print the classes of each picture."""
     if args.top < 1:

@@ -42,13 +42,11 @@ def job_flags(job: Job) -> list[argparse.Action]:
 
 def command_flags(command: cli.Command) -> list[argparse.Action]:
     """The flags of a command; Megatron's, and torchrun's, are not ours."""
-    module = command.load()
-    if hasattr(module, "JOB"):
-        return job_flags(module.JOB)
     if command.flags == "job":
-        return []
+        module = command.load()
+        return job_flags(module.JOB) if hasattr(module, "JOB") else []
     parser = argparse.ArgumentParser(add_help=False)
-    module.add_arguments(parser)
+    command.add_arguments(parser)
     taken = job_flags(session.JOB) if command.flags == "megatron" else []
     return [*parser._actions, *taken]
 

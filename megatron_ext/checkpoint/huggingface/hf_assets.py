@@ -7,13 +7,15 @@ import json
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_ext.checkpoint import checksums, file_checksums, layout
 from megatron_ext.checkpoint.atomic import atomic_write
-from megatron_ext.checkpoint.writer import CheckpointWriter
 from megatron_ext.errors import CheckpointError
-from megatron_ext.untrusted import inside
+from megatron_ext.untrusted.paths import inside
+
+if TYPE_CHECKING:
+    from megatron_ext.checkpoint.writer import CheckpointWriter
 
 FOLDER = "huggingface"
 CONFIG = "config.json"
@@ -89,12 +91,12 @@ def copy(paths: Iterable[Path], destination: Path) -> None:
         shutil.copyfile(path, destination / path.name)
 
 
-def attach(writer: CheckpointWriter, paths: Sequence[Path]) -> None:
+def attach(writer: "CheckpointWriter", paths: Sequence[Path]) -> None:
     """Keep these files with a checkpoint that is being written, and their checksums."""
     _keep(writer, FOLDER, paths)
 
 
-def _keep(writer: CheckpointWriter, name: str, paths: Sequence[Path]) -> None:
+def _keep(writer: "CheckpointWriter", name: str, paths: Sequence[Path]) -> None:
     writer.attach(name, lambda folder: copy(paths, folder))
     writer.attach(checksums.FILE, lambda file: file_checksums.add(file.parent, name))
 
@@ -153,7 +155,7 @@ def keep_tokenizer(directory: Path, run: Path) -> None:
         file_checksums.add(run, TOKENIZER_FOLDER)
 
 
-def hand_on(step: Path, writer: CheckpointWriter) -> None:
+def hand_on(step: Path, writer: "CheckpointWriter") -> None:
     """Keep what a step was converted from, or else its tokenizer, with a checkpoint that is made of it."""
     if folder := assets_of(step):
         attach(writer, files(folder))

@@ -19,7 +19,7 @@ from megatron_ext.checkpoint import ranks
 from megatron_ext.checkpoint.blocks import DiskFile, StoredChunk, TensorEntry, as_bytes, fill, values_of
 from megatron_ext.checkpoint.checksums import Checksums, Parts
 from megatron_ext.errors import CheckpointError
-from megatron_ext.untrusted import inside
+from megatron_ext.untrusted.paths import inside
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

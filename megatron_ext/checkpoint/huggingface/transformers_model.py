@@ -11,7 +11,7 @@ from megatron_ext.checkpoint.huggingface import hf_assets
 from megatron_ext.checkpoint.huggingface.families import REMOTE_CODE
 from megatron_ext.checkpoint.huggingface.remote_code import RemoteCodeFamily
 from megatron_ext.errors import CheckpointError, UntrustedError
-from megatron_ext.untrusted import inside
+from megatron_ext.untrusted.paths import inside
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 

@@ -17,7 +17,8 @@ from megatron_ext.checkpoint.huggingface.mappings import BoundMapping, hf_shapes
 from megatron_ext.checkpoint.huggingface.shards import ShardEntry, Shards, read_index
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.architecture import Architecture
-from megatron_ext.untrusted import asked_for, inside, refusal
+from megatron_ext.untrusted.paths import inside
+from megatron_ext.untrusted.pickles import asked_for, refusal
 
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 ORDER = (shards.SINGLE, shards.INDEX, PICKLED, PICKLED_INDEX)

@@ -5,15 +5,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
-
 from megatron_ext.errors import ConfigError, nearest
 from megatron_ext.evaluation.synthetic import SUITES
 from megatron_ext.evaluation.synthetic.suite import Suite
 from megatron_ext.inference.loglikelihood import Loglikelihood, LoglikelihoodRequest
-from megatron_ext.reports.figures import GREY, STYLE, save
 
 SHORTEST, LONGEST = 256, 131_072
 ALL_FIT = 1024  # tokens in which any suite has questions, with any tokenizer
@@ -92,6 +87,12 @@ def plot(found: dict[str, dict[str, dict[str, float]]], out: Path) -> None:
         found: By suite and length: `accuracy` and `token_accuracy`.
         out: The PNG.
     """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+
+    from megatron_ext.reports.figures import GREY, STYLE, save
+
     columns = min(3, len(found))
     rows = -(-len(found) // columns)
     lengths = sorted({int(length) for cells in found.values() for length in cells})

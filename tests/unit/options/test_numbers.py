@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 
+from megatron_ext.cli import COMMANDS
 from megatron_ext.distillation.options import DistillOptions
 from megatron_ext.errors import ConfigError
 from megatron_ext.models.bootstrap import prepare
@@ -48,15 +49,9 @@ def test_every_default_is_legal(parser: argparse.ArgumentParser) -> None:
 def test_every_name_of_the_tables_is_a_flag(parser: argparse.ArgumentParser) -> None:
     from fnmatch import filter as among
 
-    from megatron_ext import estimate
-    from megatron_ext.conversion import job as conversion
-    from megatron_ext.data import corpus
-    from megatron_ext.evaluation import job as evaluation
-    from megatron_ext.inference import job as inference
-
     ours = argparse.ArgumentParser(conflict_handler="resolve")
-    for module in (corpus, estimate, conversion, evaluation, inference):
-        module.add_arguments(ours)
+    for name in ("data", "estimate", "convert", "evaluate", "generate"):
+        COMMANDS[name].add_arguments(ours)
     names = [name.removeprefix("--") for p in (parser, ours) for a in p._actions for name in a.option_strings]
     for pattern in (*POSITIVE.split(), *MAY_BE_ZERO.split(), *SIGNED.split(), *BELOW):
         assert among(names, pattern), pattern

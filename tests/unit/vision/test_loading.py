@@ -8,7 +8,7 @@ import torch
 
 from megatron_ext import cli
 from megatron_ext.errors import ConfigError, MegatronExtError
-from megatron_ext.vision import loading
+from megatron_ext.vision import command_options, loading
 from megatron_ext.vision.network import Network
 from megatron_ext.vision.presets import PRESETS
 from megatron_ext.vision.weights import to_published
@@ -25,7 +25,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def read(*words: str | Path) -> loading.Loaded:
     parser = argparse.ArgumentParser()
-    loading.add_arguments(parser)
+    command_options.export(parser)
     return loading.load(parser.parse_args([str(word) for word in words]))
 
 

@@ -1,8 +1,7 @@
-"""Files of others: read without running what they bring, and without leaving their directory.
+"""Pickles of others: read without running what they bring.
 
 A pickle is a program. It may name what a table here holds, pair by pair of module and name, and gets the object of the
-table, so that nothing is imported and no attribute of an object is reached. A name that leads out of a directory, by
-`..`, as an absolute path or over a symbolic link, is not followed.
+table, so that nothing is imported and no attribute of an object is reached.
 """
 
 import argparse
@@ -26,6 +25,7 @@ from torch.distributed.checkpoint import metadata as index
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_ext.errors import CheckpointError, UntrustedError
+from megatron_ext.untrusted.paths import inside
 
 
 def _layout(name: str) -> torch.layout:
@@ -165,29 +165,6 @@ def asked_for(error: Exception) -> str | None:
     """The name that `torch.load(weights_only=True)` has refused, as its error says; None if it has not."""
     found = re.search(r"GLOBAL (\S+)", str(error))
     return found[1] if found else None
-
-
-def inside(directory: Path, name: str) -> Path:
-    """The path of a file that something in a directory names, whether it is there or not.
-
-    A snapshot in Hugging Face's cache, `models--NAME/snapshots/REVISION`, reaches into `blobs` beside `snapshots`.
-
-    Raises:
-        UntrustedError: It lies, or a symbolic link leads, outside the directory.
-    """
-    path, legal = directory / name, "files in the directory itself; copy what a link points to: cp -rL"
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise UntrustedError(f"a file outside of its directory is named: {name!r}", got=directory, legal=legal)
-    try:
-        home, real = directory.resolve(), path.resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # a loop, a null byte
-        raise UntrustedError(f"{name!r} is no name of a file ({error})", got=directory, legal=legal) from error
-    homes = [home]
-    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
-        homes.append(home.parent.parent / "blobs")
-    if not any(real.is_relative_to(each) for each in homes):
-        raise UntrustedError(f"a symbolic link leads out of the directory: {name!r}", got=directory, legal=legal)
-    return path
 
 
 def refusal(name: str, path: str | Path) -> UntrustedError:
