@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_ext.checkpoint import ranks
 from megatron_ext.checkpoint.blocks import ReusableBuffer, StoredChunk, TensorEntry
 from megatron_ext.errors import CheckpointError
-from megatron_ext.models import axes
 
 SMALL = 2**16
 """Bytes of a tensor that goes through memory in any case."""
@@ -55,7 +55,7 @@ class Move:
         parts: Where its values come from; they are cast if need be.
         padding: Rows of zeros at its end, which no part covers.
         function: Applied to the only part first.
-        gather: For each dimension of the only part the positions that are taken, `None` for all (`axes.take`).
+        gather: For each dimension of the only part the positions that are taken, `None` for all (`take`).
         layer: If the target stacks this tensor with others in a new first dimension: which it is, and of how many.
     """
 
@@ -269,10 +269,37 @@ class Assembly:
         free, used = self._spare, self._read
         for dimension, index in enumerate(move.gather):
             if index is not None:
-                out = free.tensor(axes.taken_shape(tensor, dimension, index), tensor.dtype)
-                tensor = axes.take(tensor, dimension, index, out)
+                out = free.tensor(taken_shape(tensor, dimension, index), tensor.dtype)
+                tensor = take(tensor, dimension, index, out)
                 free, used = used, free
         return tensor
+
+
+def take(tensor: Tensor, dimension: int, index: Tensor, out: Tensor | None = None) -> Tensor:
+    """The positions `index` of one dimension of a weight on the CPU, once the dimensions before are cut.
+
+    Args:
+        tensor: The weight.
+        dimension: The dimension.
+        index: From `axes.indices`; for each entry of dimension 0 its own positions if it has two dimensions.
+        out: Where to put them; a new tensor by default.
+    """
+    if out is None:
+        out = torch.empty(taken_shape(tensor, dimension, index), dtype=tensor.dtype)
+    if index.dim() == 2:
+        for entry, own in enumerate(index):
+            take(tensor[entry], dimension - 1, own, out[entry])
+        return out
+    # numpy knows no bfloat16, and takes 16-bit columns three times as fast as torch.
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    values = tensor.detach().view(bits).numpy()
+    np.take(values, index.numpy(), axis=dimension, out=out.view(bits).numpy(), mode="clip")  # in range, as plans are
+    return out
+
+
+def taken_shape(tensor: Tensor, dimension: int, index: Tensor) -> tuple[int, ...]:
+    """What `take` makes."""
+    return (*tensor.shape[:dimension], index.shape[-1], *tensor.shape[dimension + 1 :])
 
 
 def _shape(entry: TensorEntry, rows: tuple[int, int] | None) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from megatron_ext.errors import ConfigError
-from megatron_ext.models.pattern import EMBEDDING, FINAL, KINDS, LayerOutput, Pattern
+from megatron_ext.models.pattern import EMBEDDING, FINAL, KINDS, LINEAR, LayerOutput, Pattern
 
 ALL = "all"
 _LEGAL = (
@@ -59,6 +59,8 @@ def parse(words: Sequence[str], student: Pattern, teacher: Pattern) -> tuple[Lay
             own, other = (p.indices(kind) if kind in KINDS else list(range(len(p))) for p in (student, teacher))
             if not own or not other:
                 raise ConfigError(f"not both models have sub-layers of kind {kind!r}", got=word, legal=_LEGAL)
+            if norm == "norm" and LINEAR in student.units + teacher.units and kind in (ALL, LINEAR):
+                raise ConfigError("a linear sub-layer has no norm", got=word, legal=word.removeprefix("norm"))
             matched = [other[-(-(i + 1) * len(other) // len(own)) - 1] for i in range(len(own))]
             pairs += [LayerPair(LayerOutput(norm, s), LayerOutput(norm, t)) for s, t in zip(own, matched, strict=True)]
             continue
@@ -80,6 +82,8 @@ def _point(text: str, word: str, pattern: Pattern) -> LayerOutput:
     point = LayerOutput(found[1] or "after", int(found[2]))
     if point.layer >= len(pattern):
         raise ConfigError("no such sub-layer", got=word, legal=f"0 to {len(pattern) - 1} of {pattern.units}")
+    if point.kind == "norm" and pattern.units[point.layer] == LINEAR:
+        raise ConfigError("a linear sub-layer has no norm", got=word, legal=f"{point.layer}, the stream after it")
     return point
 
 

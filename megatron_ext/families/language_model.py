@@ -42,6 +42,8 @@ class LayerPatternFamily(ModelFamily):
         """What Megatron's flags cannot say."""
         sizes = "sizes that differ from layer to layer, such as 'ffn_hidden_size=96,80 mamba_num_heads=8,4'"
         parser.add_argument("--ext-layer-sizes", metavar="SIZES", help=sizes)
+        rank = "rank of the linear sub-layers (L in the pattern): x + up (down x) + bias; x + bias if it is not given"
+        parser.add_argument("--ext-linear-rank", metavar="RANK", type=int, help=rank)
 
     def early_arguments(self) -> Sequence[Argument]:
         """Those of the table."""

@@ -5,5 +5,5 @@ dimension of each tensor lies on, `megatron_args` Megatron's arguments as an arc
 `presets` the named ones and `presets_table` how they are shown; `rope_extension` is a model at a longer sequence;
 `cost` and `training_cost` count, with `loss_buffers` of the loss. `reference` is the model in plain float64, to read
 and to test against. `builder`, `specs` and `module_builder` make Megatron build it, `bootstrap` chooses what stands
-behind its modules; `hooks` takes states out of it.
+behind its modules, `linear_sublayer` is a kind of layer that Megatron does not have; `hooks` takes states out of it.
 """

@@ -6,9 +6,10 @@ checkpoint, masking an elastic model and planning memory all read it.
 
 The keys are those of the stock `hybrid_stack_spec`, whose pre-norms are fused into the linear layer that follows
 (`megatron/core/models/hybrid/hybrid_block.py`, `ssm/mamba_mixer.py`, `transformer/attention.py`, `transformer/mlp.py`),
-but for a mixture of experts, whose pre-norm stands alone; its experts are one tensor (`transformer/moe/experts.py`).
+but for a mixture of experts, whose pre-norm stands alone and whose experts are one tensor
+(`transformer/moe/experts.py`), and for a linear sub-layer, which is ours (`linear_sublayer.py`).
 
-To count needs no torch, which takes a second to import; only `indices` and `take` do.
+To count needs no torch, which takes a second to import; only `indices` does.
 """
 
 import re
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.dimensions import Dimensions
-from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE, parse
+from megatron_ext.models.pattern import ATTENTION, LINEAR, MAMBA, MLP, MOE, parse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -192,6 +193,7 @@ AXES: dict[str, Axis] = {
         lambda a: a.moe_shared_expert_intermediate_size * _halves(a),
         lambda a, k: _gate_and_up(a, k.shared_ffn, a.moe_shared_expert_intermediate_size),
     ),
+    "rank": Axis(lambda a: a.linear_rank, split=None),
     "one": Axis(lambda a: 1, split=None),
     "conv": Axis(lambda a: CONV_KERNEL, split=None),
 }
@@ -213,15 +215,11 @@ def _norm(unit: str, name: str) -> list[Weight]:
     return [Weight(unit, f"{name}weight", ("hidden",)), Weight(unit, f"{name}bias", ("hidden",), _has_norm_bias)]
 
 
-def _has_qk_norm(arch: Dimensions) -> bool:
-    return arch.qk_layernorm
-
-
 def _qk_norm(name: str) -> list[Weight]:
     name = f"self_attention.{name}_layernorm."
     return [
-        Weight(ATTENTION, f"{name}weight", ("channel",), _has_qk_norm),
-        Weight(ATTENTION, f"{name}bias", ("channel",), lambda a: _has_qk_norm(a) and _has_norm_bias(a)),
+        Weight(ATTENTION, f"{name}weight", ("channel",), lambda a: a.qk_layernorm),
+        Weight(ATTENTION, f"{name}bias", ("channel",), lambda a: a.qk_layernorm and _has_norm_bias(a)),
     ]
 
 
@@ -266,6 +264,9 @@ TABLE: list[Weight] = [
     Weight(MOE, "mlp.experts.experts.linear_fc2.bias", ("expert", "hidden"), _has_bias),
     Weight(MOE, "mlp.shared_experts.linear_fc1.weight", ("shared_gate+up", "hidden"), _has_shared_expert),
     Weight(MOE, "mlp.shared_experts.linear_fc2.weight", ("hidden", "shared_ffn"), _has_shared_expert),
+    Weight(LINEAR, "down", ("rank", "hidden"), lambda a: a.linear_rank > 0),
+    Weight(LINEAR, "up", ("hidden", "rank"), lambda a: a.linear_rank > 0),
+    Weight(LINEAR, "bias", ("hidden",)),
     *_norm("", "decoder.final_norm."),
     Weight("", OUTPUT_LAYER, ("vocab", "hidden"), lambda a: a.untie_embeddings_and_output_weights),
 ]
@@ -274,6 +275,7 @@ _WITH_STATE = {
     ATTENTION: ("self_attention.linear_qkv", "self_attention.core_attention", "self_attention.linear_proj"),
     MLP: ("mlp.linear_fc1", "mlp.linear_fc2"),
     MOE: ("pre_mlp_layernorm", "mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2"),
+    LINEAR: (),
 }
 _QK_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 _SHARED_WITH_STATE = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
@@ -361,35 +363,6 @@ def indices(arch: Dimensions, key: str, kept: KeptIndices) -> "tuple[Tensor | No
     own = arch if layer is None else arch.at(layer)
     found = (AXES[axis].index(own, kept) for axis in weight.axes)
     return tuple(None if positions is None else torch.from_numpy(positions) for positions in found)
-
-
-def take(tensor: "Tensor", dimension: int, index: "Tensor", out: "Tensor | None" = None) -> "Tensor":
-    """The positions `index` of one dimension of a weight on the CPU, once the dimensions before are cut.
-
-    Args:
-        tensor: The weight.
-        dimension: The dimension.
-        index: From `indices`; for each entry of dimension 0 its own positions if it has two dimensions.
-        out: Where to put them; a new tensor by default.
-    """
-    import torch
-
-    if out is None:
-        out = torch.empty(taken_shape(tensor, dimension, index), dtype=tensor.dtype)
-    if index.dim() == 2:
-        for entry, own in enumerate(index):
-            take(tensor[entry], dimension - 1, own, out[entry])
-        return out
-    # numpy knows no bfloat16, and takes 16-bit columns three times as fast as torch.
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    values = tensor.detach().view(bits).numpy()
-    np.take(values, index.numpy(), axis=dimension, out=out.view(bits).numpy(), mode="clip")  # in range, as plans are
-    return out
-
-
-def taken_shape(tensor: "Tensor", dimension: int, index: "Tensor") -> tuple[int, ...]:
-    """What `take` makes."""
-    return (*tensor.shape[:dimension], index.shape[-1], *tensor.shape[dimension + 1 :])
 
 
 def parameters_per_rank(

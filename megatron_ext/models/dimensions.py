@@ -5,12 +5,13 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal, Self
 
 from megatron_ext.errors import ConfigError
-from megatron_ext.models.pattern import MAMBA, MLP, MOE, Pattern, parse
+from megatron_ext.models.pattern import LINEAR, MAMBA, MLP, MOE, Pattern, parse
 
 # Megatron's flags cannot say any other combination of gating and activation.
 ACTIVATIONS = ((True, "silu"), (False, "gelu"), (False, "squared_relu"))
 # Sizes that may differ from layer to layer, and the kind of layer that has them.
 PER_LAYER = {"ffn_hidden_size": MLP, "mamba_num_heads": MAMBA}
+_MAYBE_ZERO = ("moe_shared_expert_intermediate_size", "linear_rank")
 _MIXTURE = ("num_experts", "moe_")  # what the fields of a mixture of experts begin with
 
 
@@ -36,6 +37,7 @@ class Dimensions:
             of them if `moe_router_pre_softmax`), or sigmoids divided by the sum of the chosen ones.
         moe_router_topk_scaling_factor: What the probabilities are multiplied by, `None` for nothing.
         moe_router_enable_expert_bias: A bias for each expert that only counts when experts are chosen.
+        linear_rank: Of the linear sub-layers: x + up (down x) + bias; 0 for x + bias.
         layer_sizes: Sizes that differ from layer to layer: for `ffn_hidden_size` or `mamba_num_heads`, one for each
             layer of the kind, in the pattern's order. The field of that name is then the largest of them.
 
@@ -79,6 +81,7 @@ class Dimensions:
     moe_router_pre_softmax: bool = False
     moe_router_topk_scaling_factor: float | None = None
     moe_router_enable_expert_bias: bool = False
+    linear_rank: int = 0
     layer_sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -87,10 +90,11 @@ class Dimensions:
         object.__setattr__(self, "add_qkv_bias", self.add_qkv_bias or self.add_bias_linear)  # as Megatron does
         for entry in fields(self):
             absent = entry.name.startswith(_MIXTURE) and MOE not in units
+            absent = absent or (entry.name == "linear_rank" and LINEAR not in units)
             if absent:
                 object.__setattr__(self, entry.name, entry.default)
             value = getattr(self, entry.name)
-            least = 0 if absent or entry.name == "moe_shared_expert_intermediate_size" else 1
+            least = 0 if absent or entry.name in _MAYBE_ZERO else 1
             if entry.type is int and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ConfigError(f"{entry.name} must be a positive whole number", got=repr(value))
         if (self.gated_linear_unit, self.activation) not in ACTIVATIONS:

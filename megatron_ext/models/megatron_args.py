@@ -173,6 +173,7 @@ TABLE: dict[str, ArgumentMapping] = {
     "moe_router_pre_softmax": _same("moe_router_pre_softmax", False),
     "moe_router_topk_scaling_factor": _same("moe_router_topk_scaling_factor", kind=float),
     "moe_router_enable_expert_bias": _same("moe_router_enable_expert_bias", False),
+    "linear_rank": Count(Argument("ext_linear_rank")),
     "layer_sizes": _LayerSizes(),
 }
 """How Megatron's arguments say each field of an `Architecture`."""

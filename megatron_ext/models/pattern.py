@@ -1,7 +1,8 @@
 """The layer pattern: a model as a string, one character per residual sub-layer, in Megatron's own alphabet.
 
 `M` is Mamba-2, `*` attention, `-` a dense MLP, `E` a mixture of experts; `|` marks a pipeline border. `*-*-` is a
-Transformer, `MMMM` is Mamba-2, `M-M*-` a hybrid. Two ways of counting a pattern:
+Transformer, `MMMM` is Mamba-2, `M-M*-` a hybrid. One letter is ours: `L`, a linear map of the residual stream
+(`linear_sublayer.py`), which stands where pruning took a sub-layer away. Two ways of counting a pattern:
 
 - a *unit* is one sub-layer, one character: the finest thing depth pruning can drop;
 - a *block* is a mixer with the MLPs that follow it: what people call a layer, and what "32 layers" counts.
@@ -14,8 +15,10 @@ from typing import NamedTuple
 
 from megatron_ext.errors import ConfigError
 
-MAMBA, ATTENTION, MLP, MOE = "M", "*", "-", "E"
-KINDS = {MAMBA: "Mamba-2", ATTENTION: "attention", MLP: "MLP", MOE: "mixture of experts"}
+MAMBA, ATTENTION, MLP, MOE, LINEAR = "M", "*", "-", "E", "L"
+KINDS = {
+    MAMBA: "Mamba-2", ATTENTION: "attention", MLP: "MLP", MOE: "mixture of experts", LINEAR: "linear",
+}  # fmt: skip
 MIXERS = MAMBA + ATTENTION
 PIPE = "|"
 EMBEDDING, FINAL = "embedding", "final"

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_ext.errors import ConfigError
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.axes import KeptIndices
-from megatron_ext.models.pattern import ATTENTION, MLP, MOE
+from megatron_ext.models.pattern import ATTENTION, LINEAR, MLP, MOE
 from megatron_ext.ops.causal_conv1d.naive import causal_conv1d
 from megatron_ext.ops.ssd.naive import ssd
 
@@ -67,6 +67,11 @@ def mlp(
     gate, up = (x @ w["mlp.linear_fc1.weight"].T).chunk(2, dim=-1)
     neurons = F.silu(gate) * up
     return neurons * mask(kept.ffn, neurons.shape[-1]) @ w["mlp.linear_fc2.weight"].T, neurons
+
+
+def linear(w: dict[str, Tensor], x: Float[Tensor, "b s h"]) -> Float[Tensor, "b s h"]:
+    """The update of a linear sub-layer, of the residual stream as it is."""
+    return (x @ w["down"].T @ w["up"].T if "down" in w else torch.zeros_like(x)) + w["bias"]
 
 
 def experts(
@@ -176,6 +181,10 @@ def forward(
         sizes = arch.at(i)
         prefix = f"decoder.layers.{i}."
         w = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        if kind == LINEAR:
+            before, hidden = hidden, hidden + linear(w, hidden) * channels
+            seen.append({"input": before, "output": hidden})
+            continue
         (norm_weight,) = (value for key, value in w.items() if key.endswith(("layer_norm_weight", "layernorm.weight")))
         normed = rms_norm(hidden, norm_weight, arch.norm_epsilon, channels)
         parts: dict[str, Tensor] = {}

@@ -1,4 +1,7 @@
-"""Module specs for what the stock `hybrid_stack_spec` cannot say: sizes of single layers, norms on query and key."""
+"""Module specs for what the stock `hybrid_stack_spec` cannot say.
+
+Sizes of single layers, norms on query and key, linear sub-layers.
+"""
 
 import copy
 from typing import Any
@@ -7,15 +10,19 @@ from megatron.core.models.hybrid.hybrid_layer_specs import TENorm, hybrid_stack_
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_ext.models.architecture import Architecture
+from megatron_ext.models.linear_sublayer import StackWithLinear, linear_spec
+from megatron_ext.models.pattern import LINEAR
 
 
 def stack_spec(architecture: Architecture) -> ModuleSpec | None:
     """The spec that builds each layer as it is; None where the stock one does."""
-    if not architecture.layer_sizes and not architecture.qk_layernorm:
+    if not architecture.layer_sizes and not architecture.qk_layernorm and LINEAR not in architecture.pattern:
         return None
     spec = copy.copy(hybrid_stack_spec)
     submodules: Any = copy.copy(spec.submodules)
     spec.submodules = submodules
+    if LINEAR in architecture.pattern:
+        spec.module, submodules.gdn_layer = StackWithLinear, linear_spec(architecture.linear_rank)
     if architecture.qk_layernorm:
         submodules.attention_layer = _with_qk_norms(submodules.attention_layer)
     for name in ("mamba_layer", "mlp_layer") if architecture.layer_sizes else ():

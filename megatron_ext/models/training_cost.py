@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.loss_buffers import CHUNK, KEPT
-from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE, parse
+from megatron_ext.models.pattern import ATTENTION, LINEAR, MAMBA, MLP, MOE, parse
 
 
 @dataclass(frozen=True)
@@ -215,6 +215,8 @@ def kept_per_token(arch: Architecture, layer: int, layout: Layout) -> float:
     """
     unit, own, tp, width = arch.pattern[layer], arch.at(layer), layout.tp, layout.width
     hidden = arch.hidden_size / (tp if layout.sequence_parallel else 1)
+    if unit == LINEAR:  # no norm, and no activation
+        return (hidden + arch.linear_rank) * width if arch.linear_rank else 0.0
     # The residual stream as the norm's input, and the norm's output as the first product's.
     kept = 2 * hidden * width + _plain_norm(arch, layout)
     if unit == ATTENTION:

@@ -29,6 +29,15 @@ def install() -> None:
     replace(datasets, "compile_helpers", lambda: None, "the wheel ships helpers_cpp.so and no Makefile (everywhere)")
 
 
+def know_layer(name: str, letter: str) -> None:
+    """Let layer patterns have a letter that Megatron does not know, wherever it checks and counts them."""
+    from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+
+    reason = f"a kind of layer of ours ({name.lower()}; everywhere)"
+    replace(Symbols, name, letter, reason)
+    replace(Symbols, "VALID_LAYERS", Symbols.VALID_LAYERS | {letter}, reason)
+
+
 def keep_write_results() -> None:
     """Let saves of this process, which must not be asynchronous, note here what they have written.
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.hooks import FUSED_NORM, pre_norm
-from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
+from megatron_ext.models.pattern import ATTENTION, LINEAR, MAMBA, MLP, MOE
 from megatron_ext.pruning import expert_importance
 from megatron_ext.pruning import scores as names
 from megatron_ext.pruning.activations import Activations, WidthMetric
@@ -60,6 +60,8 @@ class Importance(Activations):
 
     def _watch(self, layer: torch.nn.Module, index: int) -> None:
         kind, own = self.architecture.pattern[index], self.architecture.at(index)
+        if kind == LINEAR:  # it has no norm, whose output says what a channel is worth, and no axis of its own
+            return
         if kind == MOE:
             self._watch_mixture(layer, index)
             return
@@ -149,7 +151,7 @@ class Importance(Activations):
         return score
 
     def _assemble(self, merged: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-        units = range(len(self.architecture.pattern))
+        units = [i for i, kind in enumerate(self.architecture.pattern) if kind != LINEAR]
         result = {names.HIDDEN: torch.stack([merged.pop(f"{names.HIDDEN}.{i}")[0] for i in units]).sum(0)}
         for i in self.architecture.layers.indices(MAMBA):
             B, C = (torch.cat(merged.pop(f"{names.state(i)}.{part}")) for part in "BC")

@@ -35,13 +35,13 @@ from megatron_ext.checkpoint.atomic import atomic_write
 from megatron_ext.checkpoint.file_checksums import check_file
 from megatron_ext.errors import ConfigError, PlanError, nearest
 from megatron_ext.models.architecture import Architecture
-from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
+from megatron_ext.models.pattern import ATTENTION, LINEAR, MAMBA, MLP, MOE
 from megatron_ext.pruning.depth_metrics import DEPTH_METRICS, Scan, Shapley
 
 FORMAT = "megatron_ext.scores/1"
 HIDDEN = "hidden"
 BLOCKS = ".blocks"
-OF_KIND = {MAMBA: ".mamba", ATTENTION: ".attention", MLP: ".mlp", MOE: ".moe"}
+OF_KIND = {MAMBA: ".mamba", ATTENTION: ".attention", MLP: ".mlp", MOE: ".moe", LINEAR: ".linear"}
 STDERR = ".stderr"
 INTERVAL = ".ci95"
 

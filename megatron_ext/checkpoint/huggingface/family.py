@@ -11,7 +11,7 @@ from megatron_ext.checkpoint.huggingface.mappings import BoundMapping, ParamMapp
 from megatron_ext.errors import CheckpointError, MegatronExtError
 from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
-from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
+from megatron_ext.models.pattern import ATTENTION, LINEAR, MAMBA, MLP, MOE
 
 Config = Mapping[str, Any]
 
@@ -145,6 +145,7 @@ _OF_KIND = {
                 "position_embedding_type", "rotary_base", "rotary_percent", "rope_scaling_factor"),
     MAMBA: ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups"),
     MLP: ("ffn_hidden_size",),
+    LINEAR: ("linear_rank",),
 }  # fmt: skip
 
 

@@ -61,6 +61,8 @@ class _Pattern:
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
         """The pattern, in the form that `like` has, or else in both."""
+        if unknown := sorted(set(arch.pattern) - set(_WORDS)):
+            raise CheckpointError("a hybrid of transformers' has no such sub-layers", got=", ".join(unknown))
         entries: dict[str, Any] = {
             "layers_block_type": [_WORDS[unit] for unit in arch.pattern],
             "hybrid_override_pattern": arch.pattern,

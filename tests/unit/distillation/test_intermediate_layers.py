@@ -56,6 +56,15 @@ def test_what_is_no_pair_is_refused(word: str, message: str) -> None:
         words("2", "*", "2:2")
 
 
+def test_a_linear_sublayer_has_no_norm() -> None:
+    """What goes into it, and comes out of it, is the stream."""
+    linear = parse_pattern("M-L*")
+    assert [str(pair) for pair in parse(["2:3"], linear, TEACHER)] == ["2:3"]
+    for word in ("norm2:norm3", "normL", "normall"):
+        with pytest.raises(ConfigError, match="has no norm"):
+            parse([word], linear, linear)
+
+
 @settings(deadline=None)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=5),

@@ -20,7 +20,7 @@ EXPERTS = replace(
 )  # fmt: skip
 
 # Megatron's own defaults of the arguments that are read (options/fields.py of megatron-core 0.19.2)
-MEGATRON = {argument.name: argument.default for argument in arguments() if argument.name != "ext_layer_sizes"} | {
+MEGATRON = {argument.name: argument.default for argument in arguments() if not argument.name.startswith("ext_")} | {
     "quick_geglu": False, "vocab_size": None, "make_vocab_size_divisible_by": 128, "tensor_model_parallel_size": 1,
     "moe_router_load_balancing_type": "aux_loss", "moe_latent_size": None, "moe_shared_expert_gate": False,
     "moe_router_num_groups": None, "moe_router_group_topk": None, "moe_expert_capacity_factor": None,
@@ -44,7 +44,7 @@ FLAGS = {
 
 def megatron_parse(flags: list[str]) -> Namespace:
     """Megatron's parser, reduced to the flags of an architecture."""
-    args, words = dict(MEGATRON), [word for flag in flags for word in flag.split("=", 1)]
+    args, words = {"ext_linear_rank": None, **MEGATRON}, [word for flag in flags for word in flag.split("=", 1)]
     while words:
         flag = words.pop(0)
         name, kind = FLAGS.get(flag, (flag[2:].replace("-", "_"), None))
@@ -71,6 +71,8 @@ def test_flags_and_args_rebuild_every_preset(name):
         {"qk_layernorm": True},
         {"norm_epsilon": 1e-6},
         {"pattern": "-M*"},
+        {"pattern": "-LM*", "linear_rank": 3},
+        {"pattern": "-LM*"},
     ],
 )
 def test_flags_rebuild_what_no_preset_has(change):
@@ -149,6 +151,7 @@ def test_a_layer_kind_that_is_absent_constrains_nothing():
         {"normalization": "BatchNorm"},
         {"position_embedding_type": "learned_absolute"},
         {"hidden_size": 2.5},
+        {"pattern": "*L", "linear_rank": -1},
     ],
 )
 def test_what_cannot_be_is_refused(change):
@@ -258,6 +261,10 @@ def test_mixtures_survive_flags_arguments_and_json(change):
     assert Architecture.from_args(megatron_parse(arch.to_flags())) == arch
     assert Architecture.from_args(Namespace(**MEGATRON | arch.to_args())) == arch
     assert Architecture.from_dict(json.loads(json.dumps(arch.to_dict()))) == arch
+
+
+def test_a_model_without_linear_sublayers_has_no_rank():
+    assert replace(TINY, linear_rank=4) == TINY
 
 
 def test_a_model_without_a_mixture_has_no_experts():

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_ext.checkpoint.stream import take
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models import axes
 from megatron_ext.models.axes import KeptIndices
@@ -58,6 +59,19 @@ def test_biases_exist_where_asked_for():
         "layers.2.self_attention.linear_proj.bias", "final_norm.bias",
     }  # fmt: skip
     assert set(axes.tensors(ARCH)) - set(axes.tensors(biased)) == {"output_layer.weight"}
+
+
+def test_a_linear_sublayer_is_whole_on_every_rank():
+    linear = replace(ARCH, pattern="L*", linear_rank=5)
+    shapes = axes.tensors(linear)
+    own = {key: shape for key, shape in shapes.items() if "layers.0" in key}
+    assert own == {"decoder.layers.0.down": (5, 24), "decoder.layers.0.up": (24, 5), "decoder.layers.0.bias": (24,)}
+    assert all(axes.size(linear, key, tp=2) == axes.size(linear, key) for key in own)
+    assert "decoder.layers.0.down" not in axes.tensors(replace(linear, linear_rank=0))
+    found = {key: axes.indices(linear, key, KeptIndices(hidden=(1, 4))) for key in own}
+    assert [[None if i is None else i.tolist() for i in each] for each in found.values()] == [
+        [None, [1, 4]], [[1, 4], None], [[1, 4]]
+    ]  # fmt: skip
 
 
 def cut(key: str, tensor: torch.Tensor, kept: KeptIndices) -> torch.Tensor:
@@ -184,7 +198,7 @@ def test_each_expert_keeps_its_own_neurons():
         result = weight
         for dimension, index in enumerate(axes.indices(EXPERTS, key, kept)):
             if index is not None:
-                result = axes.take(result, dimension, index)
+                result = take(result, dimension, index)
         return weight, result
 
     kept = KeptIndices(hidden=(2, 5, 7), experts=(1, 3), expert_ffn=(6 + 0, 6 + 4, 18 + 2, 18 + 3))

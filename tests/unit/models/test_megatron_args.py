@@ -39,7 +39,7 @@ def test_every_argument_of_the_installed_megatron_is_classified() -> None:
     found = set(json.loads(run.stdout.rpartition("found ")[2]))
     known = [*functional_arguments(), *RENAMED, *words(BESIDE), *words(TRAINING)]
     assert found - set(known) == set(), "new arguments: see tests/support/megatron_arguments.py"
-    assert set(known) - found == {"ext_layer_sizes"}, "arguments that Megatron does not have any more"
+    assert set(known) - found == {"ext_layer_sizes", "ext_linear_rank"}, "arguments that Megatron does not have"
     assert len(known) == len(set(known)), "two kinds at once"
     assert {*RENAMED.values(), *BESIDE} <= set(functional_arguments())
 

@@ -9,6 +9,7 @@ from random_models import random_weights
 
 from megatron_ext.errors import ConfigError
 from megatron_ext.models.architecture import Architecture
+from megatron_ext.models.axes import KeptIndices
 from megatron_ext.models.reference import WHOLE, attention, forward, mask, rms_norm
 
 ARCH = Architecture(
@@ -48,6 +49,25 @@ def test_what_is_left_out_is_not_there() -> None:
     same, _ = forward(ARCH, weights, tokens, kept={0: WHOLE})
     assert first.equal(same)
     assert not first.equal(whole)
+
+
+def test_a_linear_sublayer_is_a_map_of_the_stream() -> None:
+    """Without a norm; of rank 0 it is a bias, and masked channels neither go in nor come out."""
+    for rank in (0, 3):
+        arch = replace(ARCH, pattern="*L-", linear_rank=rank)
+        weights, tokens = random_weights(arch), torch.arange(8).view(1, 8)
+        _, seen = forward(arch, weights, tokens)
+        own = {
+            key.removeprefix("decoder.layers.1."): w
+            for key, w in weights.items()
+            if key.startswith("decoder.layers.1.")
+        }
+        matrix = own["up"] @ own["down"] if rank else torch.zeros(16, 16).double()
+        assert own.keys() == ({"down", "up", "bias"} if rank else {"bias"})
+        torch.testing.assert_close(seen[1]["output"], seen[1]["input"] @ (torch.eye(16) + matrix).T + own["bias"])
+        few = KeptIndices(hidden=(0, 3, 4))
+        _, masked = forward(arch, weights, tokens, kept=dict.fromkeys(range(3), few))
+        assert not masked[1]["output"][..., [1, 2, *range(5, 16)]].any()
 
 
 def test_a_model_with_more_is_refused() -> None:

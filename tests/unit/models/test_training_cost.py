@@ -96,6 +96,14 @@ def test_layouts_divide_memory() -> None:
     assert memory(HYBRID, Layout(pp=2, global_batch=8))["activations"] == pytest.approx(first)
 
 
+def test_a_linear_sublayer_costs_two_products_and_keeps_its_input() -> None:
+    linear = replace(HYBRID, pattern=HYBRID.pattern + "L", linear_rank=64)
+    more = forward_flops_per_token(linear, 4096) - forward_flops_per_token(HYBRID, 4096)
+    assert more == pytest.approx(4 * 64 * HYBRID.hidden_size)
+    assert kept_per_token(linear, len(HYBRID.pattern), Layout()) == 2 * (HYBRID.hidden_size + 64)
+    assert linear.num_parameters() - HYBRID.num_parameters() == (2 * 64 + 1) * HYBRID.hidden_size
+
+
 def test_a_teacher_adds_its_weights_and_takes_the_logits() -> None:
     layout = Layout(seq_length=8192)
     alone, taught = memory(HYBRID, layout), memory(HYBRID, layout, TeacherSetup(TRANSFORMER))
