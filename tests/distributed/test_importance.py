@@ -146,8 +146,9 @@ def test_width_scores_are_their_formulas(results, reference, place: int) -> None
             expected[names.mamba(i)] = aggregate(layer["inner"])
             expected[names.state(i)] = aggregate(layer["B"]) * aggregate(layer["C"])
     assert scores.keys() == expected.keys()
+    tolerance = 1e-3 if "var" in (metric.batch, metric.sequence) else 1e-4  # of nearly equal values
     for name, value in expected.items():
-        torch.testing.assert_close(scores[name].double(), value, rtol=1e-4, atol=0)
+        torch.testing.assert_close(scores[name].double(), value, rtol=tolerance, atol=0)
 
 
 def test_wanda_is_weight_times_activation(results, reference) -> None:

