@@ -62,7 +62,9 @@ def trained(workspace: Workspace, mixture: str) -> str:
 
 def train_on(workspace: Workspace, mixture: str, name: str) -> str:
     ranks, flags = LAYOUTS[name]
-    flags = [*flags, "--train-iters", "2", "--eval-iters", "0", "--save", f"trained-{name}"]
+    # Adam would move a weight whose gradient is next to nothing, and all rounding, as far as any other.
+    flags = [*flags, "--optimizer", "sgd", "--lr", "0.1", "--min-lr", "0.1"]
+    flags += ["--train-iters", "2", "--eval-iters", "0", "--save", f"trained-{name}"]
     workspace.run(
         "pretrain_hybrid.py", "--pretrained-checkpoint", mixture, *workspace.data, *TRAIN, *BALANCED, *flags,
         ranks=ranks,
@@ -78,9 +80,8 @@ def test_any_layout_trains_the_same(workspace: Workspace, mixture: str, trained:
             assert step[value] == pytest.approx(expected[value], rel=1e-5)
     left, right = CheckpointReader(workspace.path / other), CheckpointReader(workspace.path / trained)
     assert left.shapes == right.shapes
-    # Adam moves a weight by up to 2e-3 a step, by less only where a gradient is next to nothing, and so is rounding.
     for key in left.shapes:
-        torch.testing.assert_close(left.read(key), right.read(key), rtol=0, atol=5e-4)
+        torch.testing.assert_close(left.read(key), right.read(key), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout_flags", [EP2, CP2], ids=["ep2", "cp2"])
