@@ -10,64 +10,26 @@ import json
 import math
 import os
 import platform as host
-import shlex
-import signal
-import subprocess
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 
+from megatron_ext import workflow
 from megatron_ext.checkpoint.atomic import write_text
 from megatron_ext.data.corpus import build_dataset
-from megatron_ext.errors import ConfigError, MegatronExtError
+from megatron_ext.errors import ConfigError
 from megatron_ext.reports.metrics_file import read_metrics
-from megatron_ext.reports.progress import Progress
 from megatron_ext.reports.provenance import git_commit, versions
+from megatron_ext.workflow import Stage
 
 PROCESSES = 2
 SEQUENCE, BATCH = 256, 8
 TEACHER_STEPS, STUDENT_STEPS = 240, 160
 EVAL_BATCHES = 8  # of the validation split, while training
+HALVED = "halve it"
 SETTINGS = {"teacher_steps": TEACHER_STEPS, "student_steps": STUDENT_STEPS, "sequence": SEQUENCE, "batch": BATCH}
-
-
-class Stopped(SystemExit):
-    """SIGTERM or Ctrl-C came: the command that runs saves what it has, and the demo can go on from there."""
-
-
-class DemoError(MegatronExtError):
-    """A command of the demo failed."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One command of the demo.
-
-    Attributes:
-        title: What it does, for people.
-        directory: Its run directory (`--save`).
-        script: The entry point.
-        flags: Its command line.
-        steps: Training steps, 0 for commands that do not train.
-    """
-
-    title: str
-    directory: Path
-    script: str
-    flags: list[str]
-    steps: int = 0
-
-    @property
-    def done(self) -> bool:
-        """Whether an earlier demo finished it."""
-        if self.steps:
-            metrics = self.directory / "metrics.jsonl"
-            return (self.directory / f"iter_{self.steps:07d}" / "metadata.json").is_file() and metrics.is_file()
-        return (self.directory / "results.json").is_file() or (self.directory / "plan.json").is_file()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,11 +41,10 @@ def main(args: argparse.Namespace) -> None:
     """Run what is not done yet, then write and print the report.
 
     Raises:
-        ConfigError: The directory is of a demo with other settings, or the entry points are not where they belong.
-        DemoError: A command failed; says where its log is.
+        ConfigError: The directory is of a demo with other settings.
+        StageError: A command failed; says where its log is.
     """
-    signal.signal(signal.SIGTERM, lambda *_: _stop(signal.SIGTERM))
-    signal.signal(signal.SIGINT, lambda *_: _stop(signal.SIGINT))
+    workflow.heed_signals()
     console = Console()
     out: Path = args.out
     _claim(out)
@@ -92,13 +53,7 @@ def main(args: argparse.Namespace) -> None:
     if not (out / "data" / "manifest.json").is_file():
         console.print("\n$ megatron-ext data --out " + str(out / "data"), highlight=False, soft_wrap=True)
         build_dataset(out / "data")
-    seconds = _seconds(out)
-    for stage in stages(out):
-        if stage.done:
-            console.print(f"\n{stage.title}: already there, in {stage.directory}")
-            continue
-        seconds[stage.directory.name] = _run(stage, console)
-        write_text(out / "seconds.json", json.dumps(seconds))
+    seconds = workflow.run(stages(out), out, workflow.torchrun(PROCESSES), console)
     from megatron_ext.demo.report import headline, write_report
 
     report = collect(out, seconds)
@@ -135,35 +90,31 @@ def stages(out: Path) -> list[Stage]:
             "--eval-interval", "40", "--eval-iters", str(EVAL_BATCHES), "--save-interval", "80",
         ]  # fmt: skip
 
-    def train(name: str, title: str, script: str, flags: list[str], steps: int, lr: str = "2e-3") -> Stage:
-        save = str(out / name)
-        return Stage(
-            title, out / name, script, [*flags, *data, *training(steps, lr), "--load", save, "--save", save], steps
-        )
+    def train(name: str, title: str, job: str, flags: list[str], steps: int, lr: str = "2e-3") -> Stage:
+        save = ["--load", str(out / name), "--save", str(out / name)]
+        return Stage(title, (job, *flags, *data, *training(steps, lr), *save), out / name, steps)
 
     def measure(name: str) -> Stage:
         # All four are measured the same way: on every sequence of the validation split.
         flags = ["--skip-train", "--pretrained-checkpoint", str(out / name), *data]
         directory = out / "validation" / name
-        return Stage(
-            f"measure {name}",
-            directory,
-            "pretrain_hybrid.py",
-            [*flags, "--save", str(directory), "--save-interval", "1"],
-        )
+        words = ("pretrain", *flags, "--save", str(directory), "--save-interval", "1")
+        return Stage(f"measure {name}", words, directory)
 
     teacher, pruned = str(out / "teacher"), str(out / "pruned")
     return [
-        train("teacher", "train the teacher", "pretrain_hybrid.py", ["--preset", "tiny-hybrid"], TEACHER_STEPS),
+        train("teacher", "train the teacher", "pretrain", ["--preset", "tiny-hybrid"], TEACHER_STEPS),
         Stage(
-            "halve it", out / "pruned", "prune_gpt.py",
-            ["--load", teacher, "--save", pruned, "--prune-target-params", "0.5", "--prune-samples", "128", *data],
+            HALVED,
+            ("prune", "--load", teacher, "--save", pruned, "--prune-target-params", "0.5", "--prune-samples", "128",
+             *data),
+            out / "pruned", proof="plan.json",
         ),
         train(
-            "distilled", "distil the teacher into the half", "distill_gpt.py",
+            "distilled", "distil the teacher into the half", "distill",
             ["--distill-teacher", teacher, "--pretrained-checkpoint", pruned], STUDENT_STEPS,
         ),
-        train("scratch", "train the same half from scratch", "pretrain_hybrid.py", ["--preset", pruned], STUDENT_STEPS),
+        train("scratch", "train the same half from scratch", "pretrain", ["--preset", pruned], STUDENT_STEPS),
         *(measure(name) for name in ("teacher", "pruned", "distilled", "scratch")),
     ]  # fmt: skip
 
@@ -185,7 +136,7 @@ def collect(out: Path, seconds: dict[str, float]) -> dict[str, Any]:
             "non_embedding_params": architecture.num_parameters(embedding=False),
             "val_loss": math.nan if results["val_loss"] is None else results["val_loss"],
             "tokens": tokens,
-            "seconds": trained or seconds.get(name, 0.0),
+            "seconds": trained or seconds.get(HALVED, 0.0),
             "tokens_per_second": tokens / trained if trained else 0,
             "pattern": architecture.pattern,
             "history": [{k: step[k] for k in ("tokens", "loss", "val_loss") if k in step} for step in history],
@@ -202,10 +153,6 @@ def collect(out: Path, seconds: dict[str, float]) -> dict[str, Any]:
     return report
 
 
-def _stop(number: signal.Signals) -> NoReturn:
-    raise Stopped(128 + number)
-
-
 def _claim(out: Path) -> None:
     settings = out / "settings.json"
     if settings.is_file() and json.loads(settings.read_text()) != SETTINGS:
@@ -214,78 +161,6 @@ def _claim(out: Path) -> None:
         raise ConfigError("this directory is not empty and no demo", got=out, legal="--out NEW_DIRECTORY")
     out.mkdir(parents=True, exist_ok=True)
     write_text(settings, json.dumps(SETTINGS))
-
-
-def _seconds(out: Path) -> dict[str, float]:
-    path = out / "seconds.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _run(stage: Stage, console: Console) -> float:
-    """Run one command under torchrun with live progress; its wall time in seconds."""
-    script = Path(__file__).parents[2] / stage.script
-    if not script.is_file():
-        raise ConfigError("the demo runs from a checkout of the repository", got=script, legal="git clone, make demo")
-    log = stage.directory.parent / "logs" / f"{stage.title.replace(' ', '-')}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    console.print(
-        f"\n$ megatron-ext torchrun --nproc-per-node {PROCESSES} {stage.script} {shlex.join(stage.flags)}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    launcher = [sys.executable, "-m", "megatron_ext", "torchrun", "--standalone", "--nproc-per-node", str(PROCESSES)]
-    # Spinning threads of two processes on two cores take each other's time.
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // PROCESSES)),
-        "OMP_WAIT_POLICY": "passive",
-    }
-    started = time.monotonic()
-    with log.open("w") as file:
-        # In a session of its own: Ctrl-C on the terminal would reach it a second time.
-        process = subprocess.Popen(
-            [*launcher, str(script), *stage.flags], stdout=file, stderr=file, env=environment, start_new_session=True
-        )
-        try:
-            _watch(stage, process, console)
-        except Stopped:
-            console.print("stopping after this step, and saving; once more stops at once")
-            try:
-                process.terminate()
-                process.wait()
-            except Stopped:
-                process.terminate()
-            console.print(f"stopped; the same command goes on from here. The log: {log}", soft_wrap=True)
-            raise
-        finally:
-            if process.poll() is None:
-                process.terminate()  # the second time, nothing is waited for
-                process.wait()
-    if process.returncode:
-        tail = "\n    ".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise DemoError(
-            f"{stage.title}: the command ended with status {process.returncode}; {log} ends with\n    {tail}"
-        )
-    return time.monotonic() - started
-
-
-def _watch(stage: Stage, process: subprocess.Popen, console: Console) -> None:
-    """Show the last line of the run's metrics until the process ends."""
-    metrics, now = stage.directory / "metrics.jsonl", "done"
-    with Progress(stage.title, stage.steps or None) as shown:
-        while True:
-            ended = process.poll() is not None
-            steps = read_metrics(metrics) if stage.steps and metrics.is_file() else []
-            if steps:
-                last = steps[-1]
-                validated = [step["val_loss"] for step in steps if "val_loss" in step]
-                validation = f"  validation {validated[-1]:.3f}" if validated else ""
-                speed = f"{last['tokens_per_second']:,.0f} tokens/s"
-                shown.update(int(last["step"]), note=f"loss {last['loss']:.3f}{validation}  {speed}")
-                now = f"{last['step']}/{stage.steps}  {shown.note}"
-            if ended:
-                break
-            time.sleep(1.0)
-    console.print(f"  {stage.title}: {now}", highlight=False, soft_wrap=True)
 
 
 def _processor() -> str:

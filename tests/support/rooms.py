@@ -21,7 +21,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "distributed/test_pruned_families.py", "distributed/test_verify.py", "functional/test_convert_jobs.py",
     ),
     "data": (),
-    "demo": (),
+    "demo": ("unit/test_workflow.py",),
     "distillation": (
         "distributed/test_elsewhere.py", "distributed/test_states.py", "functional/test_added_metrics.py",
         "functional/test_distill*.py",
