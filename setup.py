@@ -4,6 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+GGUF = ["gguf", "accelerate"]  # transformers reads such files with accelerate alone: `convert --verify`
 VISION = ["timm", "torchvision", "datasets", "faster-coco-eval", "onnx", "onnxruntime", "onnxscript"]
 
 setup(
@@ -39,7 +40,9 @@ setup(
         # The kernels that benchmarks/results were measured beside; they compile against the torch that is here.
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<3", "mamba-ssm==2.3.2.post1", "causal-conv1d==1.7.0"],
         "eval": ["lm-eval"],
+        "gguf": GGUF,
         "dev": [
+            *GGUF,
             *VISION,
             "beartype",
             "hypothesis",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.gguf import source as gguf
 from megatron_ext.checkpoint.huggingface import hf_assets, transformers_model
 from megatron_ext.conversion.megatron_logits import megatron_logits
 from megatron_ext.errors import CheckpointError, ConfigError
@@ -36,13 +37,29 @@ TEXT = (
 )
 
 
-def verify(hf: Path, megatron: Path, tolerance: float = TOLERANCE) -> float:
+def verify_gguf(file: Path, megatron: Path, tolerance: float = TOLERANCE) -> float:
+    """`verify` of a GGUF file, which transformers reads itself.
+
+    Raises:
+        ConfigError: transformers does not read such files.
+    """
+    if not gguf.read_by_transformers(file):
+        raise ConfigError(
+            "--verify: transformers does not read this model from GGUF", got=file,
+            legal="the same model with --to hf, which --verify compares",
+        )  # fmt: skip
+    with gguf.opened(file) as model:
+        return verify(model.folder, megatron, tolerance, file)
+
+
+def verify(hf: Path, megatron: Path, tolerance: float = TOLERANCE, weights: Path | None = None) -> float:
     """Compare two forms of a model in fp32: logits of random tokens and of text, and what they write.
 
     Args:
         hf: A directory that transformers loads.
         megatron: A checkpoint.
         tolerance: The largest difference that passes, relative to the largest logit where that is above 1.
+        weights: The GGUF file that transformers reads the weights from, if they are not in that directory.
 
     Returns:
         The largest difference.
@@ -61,7 +78,7 @@ def verify(hf: Path, megatron: Path, tolerance: float = TOLERANCE) -> float:
         inputs["text"] = text[:, :length]
     new = min(WRITTEN, arch.max_position_embeddings // 2)
     prompt = inputs["random tokens"][:, : arch.max_position_embeddings - new][:, :WRITTEN]
-    expected = _ask_transformers(hf, list(inputs.values()), prompt, new)
+    expected = _ask_transformers(hf, list(inputs.values()), prompt, new, weights)
     logits = megatron_logits(megatron, [*inputs.values(), expected.written])
     largest = _compared(list(inputs), expected.logits, logits[:-1], tolerance)
     _check_written(expected.written, logits[-1][..., : config["vocab_size"]], new, tolerance)
@@ -180,7 +197,9 @@ def hf_logits(directory: Path, inputs: list[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _ask_transformers(directory: Path, inputs: list[Tensor], prompt: Tensor, new: int) -> _TransformersOutput:
+def _ask_transformers(
+    directory: Path, inputs: list[Tensor], prompt: Tensor, new: int, weights: Path | None
+) -> _TransformersOutput:
     """Logits of each input, and what the model writes greedily, with its cache.
 
     Raises:
@@ -188,7 +207,7 @@ def _ask_transformers(directory: Path, inputs: list[Tensor], prompt: Tensor, new
     """
     from transformers import GenerationConfig
 
-    model = transformers_model.load(directory)
+    model = transformers_model.load(directory) if weights is None else transformers_model.load_gguf(weights, directory)
     logits = [model(tokens).logits for tokens in inputs]
     if _lift_clamps(model):
         free = [model(tokens).logits for tokens in inputs]

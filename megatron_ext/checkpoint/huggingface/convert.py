@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +20,7 @@ from megatron_ext.checkpoint.huggingface.family import Family
 from megatron_ext.checkpoint.huggingface.mappings import BoundMapping, hf_shapes
 from megatron_ext.checkpoint.huggingface.remote_code import RemoteCodeFamily
 from megatron_ext.checkpoint.huggingface.shards import SHARD_BYTES, writing_shards
-from megatron_ext.checkpoint.huggingface.weights import check_tensors, weights_of
+from megatron_ext.checkpoint.huggingface.weights import HFModel, check_tensors, of_directory
 from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.checkpoint.stream import Move, Progress, silent
 from megatron_ext.checkpoint.tokenizer import check as check_tokenizer
@@ -37,7 +37,7 @@ _EXACT = ("A_log", ".D", "dt_bias", "expert_bias", "e_score_correction_bias")
 
 
 def to_megatron(
-    source: str | Path,
+    source: str | Path | HFModel,
     destination: str | Path,
     *,
     dtype: torch.dtype | None = None,
@@ -49,7 +49,7 @@ def to_megatron(
     Configuration, tokenizer and the like are kept beside the weights, in a folder of their own.
 
     Args:
-        source: A directory with `config.json` and safetensors.
+        source: A directory with `config.json` and safetensors, or a model that lies elsewhere.
         destination: A new directory.
         dtype: The type of the weights; the one they have by default.
         vocab_multiple: Zero rows are added to the vocabulary up to a multiple of this.
@@ -61,15 +61,14 @@ def to_megatron(
     Raises:
         CheckpointError: The source is missing, damaged or of a kind that is not converted, or the destination exists.
     """
-    source, destination = Path(source), Path(destination)
+    destination = Path(destination)
     refuse_existing(destination)
-    hf_assets.check(source)
-    config = hf_assets.read_config(source)
+    model = source if isinstance(source, HFModel) else of_directory(Path(source))
+    config, weights = model.config, model.weights
     family = families.of_config(config)
     unpadded = family.read(config)
     arch = replace(unpadded, padded_vocab_size=-(-unpadded.padded_vocab_size // vocab_multiple) * vocab_multiple)
     mappings = family.bind(unpadded)
-    weights = weights_of(source, config)
     check_tensors(family, unpadded, mappings, weights)
     shapes = axes.tensors(arch)
     types = {
@@ -83,7 +82,7 @@ def to_megatron(
     vocab_size = config.get("vocab_size", unpadded.padded_vocab_size)
     args = Namespace(params_dtype=dtype or types[axes.EMBEDDING], vocab_size=vocab_size)
     with writing(destination, arch, args) as writer:
-        hf_assets.attach(writer, hf_assets.files(source))
+        hf_assets.attach(writer, hf_assets.files(model.folder))
         stream.run(moves, weights, writer, progress)
     return arch
 
@@ -128,6 +127,65 @@ def to_hf(
     """
     destination = Path(destination)
     refuse_existing(destination)
+    export = planned(source, like, family, tokenizer, vocab_size, dtype)
+    chosen, config = export.family, export.like
+    written = _with_type(export.written, config, _type(axes.EMBEDDING, export.dtype, dtype))
+    if export.replacement or not config:
+        written = written | export.special
+    with shared_directory(destination) as directory:
+        with writing_shards(directory, export.targets, shard_bytes) as writer:
+            stream.run(export.moves, export.reader, writer, progress)
+        if ranks.rank() == 0:
+            _write_files(directory, export.folder, export.replacement, export.special)
+            if written != config:
+                (directory / hf_assets.CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+            if isinstance(chosen, RemoteCodeFamily):
+                (directory / f"{chosen.module}.py").write_text(chosen.code(), encoding="utf-8")
+            (directory / hf_assets.CARD).write_text(hf_assets.card(destination.name, export.facts()), encoding="utf-8")
+            write_rest(directory, but=[hf_assets.CARD])
+    return chosen
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is to become of a checkpoint: its tensors under Hugging Face's names, and what goes with them.
+
+    Attributes:
+        reader: The checkpoint.
+        arch: The model without padding in its vocabulary.
+        family: What it is to be.
+        like: The `config.json` that it was, if it is still of that family.
+        written: The one that it is to have, but for type and special tokens.
+        folder: What lies beside its weights.
+        replacement: The directory of the tokenizer that takes the place of the folder's, if any.
+        special: With what that tokenizer begins, ends and pads texts.
+        dtype: The type of the embedding.
+        targets: The tensors.
+        moves: Where they come from.
+    """
+
+    reader: CheckpointReader
+    arch: Architecture
+    family: Family
+    like: dict[str, Any]
+    written: dict[str, Any]
+    folder: Path | None
+    replacement: Path | None
+    special: dict[str, int | None]
+    dtype: torch.dtype
+    targets: dict[str, TensorEntry]
+    moves: list[Move]
+
+    def facts(self) -> dict[str, str]:
+        """What a model card says."""
+        return _facts(self.arch, self.family) | hf_assets.provenance(self.reader.step.path)
+
+
+def planned(
+    source: str | Path, like: str | Path | None, family: str | None, tokenizer: str | Path | None,
+    vocab_size: int | None, dtype: torch.dtype | None,
+) -> Export:  # fmt: skip
+    """Find out what is to become of a checkpoint; see `to_hf`."""
     reader = CheckpointReader(source)
     arch = layout.architecture(reader.step.path)
     check_shapes(arch, reader.shapes)
@@ -139,14 +197,11 @@ def to_hf(
     chosen = _family(arch, config, family)
     if config and families.of_config(config) not in (chosen, getattr(chosen, "base", None)):
         config = {}
-    types = {key: dtype_ for key, (_, dtype_) in layout.tensors(reader.step.path).items()}
     written = chosen.write(arch, config)
-    written = _with_type(written, config, _type(axes.EMBEDDING, types[axes.EMBEDDING], dtype))
+    types = {key: dtype_ for key, (_, dtype_) in layout.tensors(reader.step.path).items()}
     special = (
         hf_assets.special_tokens(replacement) if replacement else {name: original.get(name) for name in SPECIAL_TOKENS}
     )
-    if replacement or not config:
-        written = written | special
     sources: dict[str, list[BoundMapping]] = {}
     for mapping in (mappings := chosen.bind(arch)):
         sources.setdefault(mapping.hf, []).append(mapping)
@@ -157,19 +212,8 @@ def to_hf(
         targets[name] = TensorEntry(shape, _type(name, widest, dtype))
         parts = tuple(mapping.to_hf(reader.entries[mapping.megatron], shape[0]) for mapping in sources[name])
         moves.append(Move(name, targets[name], parts))
-    with shared_directory(destination) as directory:
-        with writing_shards(directory, targets, shard_bytes) as writer:
-            stream.run(moves, reader, writer, progress)
-        if ranks.rank() == 0:
-            _write_files(directory, folder, replacement, special)
-            if written != config:
-                (directory / hf_assets.CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-            if isinstance(chosen, RemoteCodeFamily):
-                (directory / f"{chosen.module}.py").write_text(chosen.code(), encoding="utf-8")
-            facts = _facts(arch, chosen) | hf_assets.provenance(reader.step.path)
-            (directory / hf_assets.CARD).write_text(hf_assets.card(destination.name, facts), encoding="utf-8")
-            write_rest(directory, but=[hf_assets.CARD])
-    return chosen
+    embedding = types[axes.EMBEDDING]
+    return Export(reader, arch, chosen, config, written, folder, replacement, special, embedding, targets, moves)
 
 
 def _write_files(directory: Path, folder: Path | None, tokenizer: Path | None, special: dict[str, int | None]) -> None:

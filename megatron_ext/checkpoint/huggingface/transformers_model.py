@@ -1,5 +1,6 @@
 """A directory as transformers' model, with no other code than transformers' and ours."""
 
+import importlib.util
 import json
 import tempfile
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from megatron_ext.checkpoint.huggingface import hf_assets
 from megatron_ext.checkpoint.huggingface.families import REMOTE_CODE
 from megatron_ext.checkpoint.huggingface.remote_code import RemoteCodeFamily
-from megatron_ext.errors import CheckpointError, UntrustedError
+from megatron_ext.errors import CheckpointError, ConfigError, UntrustedError
 from megatron_ext.untrusted.paths import inside
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
@@ -48,6 +49,33 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
         except Exception as error:  # whatever a class of transformers' raises
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CheckpointError(f"transformers cannot load the model: {reason}", got=directory) from error
+
+
+def load_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model of a GGUF file as transformers itself reads it, in evaluation mode.
+
+    Args:
+        file: The file.
+        folder: The configuration: transformers reads no scaling of frequencies from such files, no biases, and not
+            how many channels a head has.
+        dtype: The type of the weights.
+
+    Raises:
+        ConfigError: A package that transformers needs for it is missing.
+        CheckpointError: transformers cannot load it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if importlib.util.find_spec("accelerate") is None:
+        raise ConfigError("transformers reads GGUF with accelerate only", legal="pip install 'megatron-ext[gguf]'")
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=dtype, local_files_only=True, config=config
+        ).eval()
+    except Exception as error:  # whatever a class of transformers' raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"transformers cannot load the model: {reason}", got=file) from error
 
 
 def check_code(directory: Path, config: dict[str, Any], family: RemoteCodeFamily) -> None:

@@ -5,16 +5,18 @@
 
 import logging
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_ext.checkpoint.blocks import ReusableBuffer
-from megatron_ext.checkpoint.huggingface import shards
+from megatron_ext.checkpoint.huggingface import hf_assets, shards
 from megatron_ext.checkpoint.huggingface.family import Config, Family
 from megatron_ext.checkpoint.huggingface.mappings import BoundMapping, hf_shapes
 from megatron_ext.checkpoint.huggingface.shards import ShardEntry, Shards, read_index
+from megatron_ext.checkpoint.stream import Source
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.untrusted.paths import inside
@@ -25,6 +27,21 @@ ORDER = (shards.SINGLE, shards.INDEX, PICKLED, PICKLED_INDEX)
 """Those that transformers reads, in its order (`modeling_utils.py`)."""
 NAMED = "transformers_weights"
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HFModel:
+    """A model as Hugging Face describes it, wherever its tensors lie.
+
+    Attributes:
+        folder: `config.json`, tokenizer and whatever else lies beside the weights.
+        config: What `config.json` says.
+        weights: The tensors, by Hugging Face's names.
+    """
+
+    folder: Path
+    config: Config
+    weights: Source
 
 
 class Pickled:
@@ -83,8 +100,19 @@ def weights_of(directory: Path, config: Config) -> Shards | Pickled:
     return found
 
 
-def check_tensors(family: Family, arch: Architecture, mappings: list[BoundMapping], weights: Shards | Pickled) -> None:
-    """Check that a directory holds exactly the tensors of a model, and parts of one weight in one type.
+def of_directory(directory: Path) -> HFModel:
+    """The model of a directory.
+
+    Raises:
+        CheckpointError: Something of it is missing or damaged, or not what was written.
+    """
+    hf_assets.check(directory)
+    config = hf_assets.read_config(directory)
+    return HFModel(directory, config, weights_of(directory, config))
+
+
+def check_tensors(family: Family, arch: Architecture, mappings: list[BoundMapping], weights: Source) -> None:
+    """Check that a model has exactly the tensors of a model, and parts of one weight in one type.
 
     Raises:
         CheckpointError: Names the first few that are missing, too many, or of another shape or type.
@@ -118,7 +146,7 @@ def check_tensors(family: Family, arch: Architecture, mappings: list[BoundMappin
         )
 
 
-def _same_values(weights: Shards | Pickled, left: str, right: str) -> bool:
+def _same_values(weights: Source, left: str, right: str) -> bool:
     a, b = weights.entries[left], weights.entries.get(right)
     if b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
