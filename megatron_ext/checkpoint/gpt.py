@@ -74,6 +74,8 @@ def check(arch: Architecture) -> None:
         )
     if arch.layer_sizes:
         raise CheckpointError("a GPTModel's sizes cannot differ from layer to layer", got=arch.layer_sizes)
+    if own := [word for word in arch.to_flags() if word.startswith("--ext-")]:
+        raise CheckpointError("a GPTModel cannot be what Megatron has no flags for", got=" ".join(own))
     if arch.rope_scaling_factor not in (None, ROPE_FACTOR):
         raise CheckpointError(
             "Megatron builds a GPTModel with its default RoPE scaling, whatever --rope-scaling-factor says",

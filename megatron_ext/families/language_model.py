@@ -18,7 +18,7 @@ from megatron_ext.families.family import ModelFamily
 from megatron_ext.models import training_cost
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.argument_mappings import Argument
-from megatron_ext.models.megatron_args import TABLE, arguments
+from megatron_ext.models.megatron_args import TABLE, arguments, own_arguments
 from megatron_ext.models.pattern import MAMBA, MOE
 from megatron_ext.models.pattern import parse as parse_pattern
 from megatron_ext.models.presets import preset
@@ -40,10 +40,8 @@ class LayerPatternFamily(ModelFamily):
 
     def add_flags(self, parser: ArgumentParser) -> None:
         """What Megatron's flags cannot say."""
-        sizes = "sizes that differ from layer to layer, such as 'ffn_hidden_size=96,80 mamba_num_heads=8,4'"
-        parser.add_argument("--ext-layer-sizes", metavar="SIZES", help=sizes)
-        rank = "rank of the linear sub-layers (L in the pattern): x + up (down x) + bias; x + bias if it is not given"
-        parser.add_argument("--ext-linear-rank", metavar="RANK", type=int, help=rank)
+        for argument in own_arguments():
+            argument.add_to(parser)
 
     def early_arguments(self) -> Sequence[Argument]:
         """Those of the table."""

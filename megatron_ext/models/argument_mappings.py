@@ -18,6 +18,7 @@ class Argument:
         flag: On its command line, by default the name's. One without a value says that it is not the default.
         kind: The type of its values, where the default does not show it.
         required: Whether there is no model without it.
+        help: Of a flag of ours, which Megatron's parser does not know; said only where it is not the default.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Argument:
     flag: str = ""
     kind: type | None = None
     required: bool = False
+    help: str = ""
 
     def of(self, args: Namespace) -> Any:
         """Its value.
@@ -40,6 +42,8 @@ class Argument:
 
     def to_flags(self, value: Any) -> list[str]:
         """The command line that says a value: at most one word, for a pattern may begin with "-", as a flag does."""
+        if self.help and value == self.default:
+            return []
         if isinstance(self.default, bool):
             return [] if value == self.default else [self._flag]
         text = repr(value) if isinstance(value, float) else str(value)
@@ -48,10 +52,12 @@ class Argument:
     def add_to(self, parser: ArgumentParser) -> None:
         """Let a parser know it; None where it is not given."""
         if isinstance(self.default, bool):
-            parser.add_argument(self._flag, dest=self.name, action="store_const", const=not self.default)
+            parser.add_argument(
+                self._flag, dest=self.name, action="store_const", const=not self.default, help=self.help or None
+            )
         else:
             kind = self.kind or (int if self.default is None else type(self.default))
-            parser.add_argument(self._flag, dest=self.name, type=kind)
+            parser.add_argument(self._flag, dest=self.name, type=kind, help=self.help or None)
 
     @property
     def _flag(self) -> str:

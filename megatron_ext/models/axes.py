@@ -34,6 +34,8 @@ CONV_KERNEL = 4
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
 LAYER = "decoder.layers"
+POST_NORM = "post_norm"
+"""The module of a layer that norms what it adds (`specs.py`)."""
 
 
 @dataclass(frozen=True)
@@ -211,8 +213,19 @@ def _has_shared_expert(arch: Dimensions) -> bool:
     return arch.moe_shared_expert_intermediate_size > 0
 
 
-def _norm(unit: str, name: str) -> list[Weight]:
-    return [Weight(unit, f"{name}weight", ("hidden",)), Weight(unit, f"{name}bias", ("hidden",), _has_norm_bias)]
+def _norm(unit: str, name: str, exists: Callable[[Dimensions], bool] = lambda arch: True) -> list[Weight]:
+    return [
+        Weight(unit, f"{name}weight", ("hidden",), exists),
+        Weight(unit, f"{name}bias", ("hidden",), lambda a: exists(a) and _has_norm_bias(a)),
+    ]
+
+
+def _pre_norm(unit: str, name: str) -> list[Weight]:
+    return _norm(unit, name, lambda a: a.pre_norm)
+
+
+def _post_norm(unit: str) -> list[Weight]:
+    return _norm(unit, f"{POST_NORM}.", lambda a: a.post_norm)
 
 
 def _qk_norm(name: str) -> list[Weight]:
@@ -225,7 +238,7 @@ def _qk_norm(name: str) -> list[Weight]:
 
 TABLE: list[Weight] = [
     Weight("", EMBEDDING, ("vocab", "hidden")),
-    *_norm(MAMBA, "mixer.in_proj.layer_norm_"),
+    *_pre_norm(MAMBA, "mixer.in_proj.layer_norm_"),
     Weight(MAMBA, "mixer.in_proj.weight.z", ("mamba_head*channel", "hidden")),
     Weight(MAMBA, "mixer.in_proj.weight.x", ("mamba_head*channel", "hidden")),
     Weight(MAMBA, "mixer.in_proj.weight.B", ("mamba_group*state", "hidden")),
@@ -242,19 +255,22 @@ TABLE: list[Weight] = [
     Weight(MAMBA, "mixer.D", ("mamba_head",)),
     Weight(MAMBA, "mixer.norm.weight", ("mamba_head*channel",)),
     Weight(MAMBA, "mixer.out_proj.weight", ("hidden", "mamba_head*channel")),
-    *_norm(ATTENTION, "self_attention.linear_qkv.layer_norm_"),
+    *_post_norm(MAMBA),
+    *_pre_norm(ATTENTION, "self_attention.linear_qkv.layer_norm_"),
     Weight(ATTENTION, "self_attention.linear_qkv.weight", ("qkv", "hidden")),
     Weight(ATTENTION, "self_attention.linear_qkv.bias", ("qkv",), lambda a: a.add_qkv_bias),
     *_qk_norm("q"),
     *_qk_norm("k"),
     Weight(ATTENTION, "self_attention.linear_proj.weight", ("hidden", "query_head*channel")),
     Weight(ATTENTION, "self_attention.linear_proj.bias", ("hidden",), _has_bias),
-    *_norm(MLP, "mlp.linear_fc1.layer_norm_"),
+    *_post_norm(ATTENTION),
+    *_pre_norm(MLP, "mlp.linear_fc1.layer_norm_"),
     Weight(MLP, "mlp.linear_fc1.weight", ("gate+up", "hidden")),
     Weight(MLP, "mlp.linear_fc1.bias", ("gate+up",), _has_bias),
     Weight(MLP, "mlp.linear_fc2.weight", ("hidden", "ffn")),
     Weight(MLP, "mlp.linear_fc2.bias", ("hidden",), _has_bias),
-    *_norm(MOE, "pre_mlp_layernorm."),
+    *_post_norm(MLP),
+    *_pre_norm(MOE, "pre_mlp_layernorm."),
     Weight(MOE, "mlp.router.weight", ("routed", "hidden")),
     Weight(MOE, "mlp.router.bias", ("routed",), _has_bias),
     Weight(MOE, "mlp.router.expert_bias", ("routed",), lambda a: a.moe_router_enable_expert_bias),
@@ -264,6 +280,7 @@ TABLE: list[Weight] = [
     Weight(MOE, "mlp.experts.experts.linear_fc2.bias", ("expert", "hidden"), _has_bias),
     Weight(MOE, "mlp.shared_experts.linear_fc1.weight", ("shared_gate+up", "hidden"), _has_shared_expert),
     Weight(MOE, "mlp.shared_experts.linear_fc2.weight", ("hidden", "shared_ffn"), _has_shared_expert),
+    *_post_norm(MOE),
     Weight(LINEAR, "down", ("rank", "hidden"), lambda a: a.linear_rank > 0),
     Weight(LINEAR, "up", ("hidden", "rank"), lambda a: a.linear_rank > 0),
     Weight(LINEAR, "bias", ("hidden",)),
@@ -321,6 +338,7 @@ def modules_with_state(arch: Dimensions) -> dict[str, int]:
     for i, unit in enumerate(arch.pattern):
         more = _SHARED_WITH_STATE if unit == MOE and _has_shared_expert(arch) else ()
         more = _QK_NORMS if unit == ATTENTION and arch.qk_layernorm else more
+        more = (*more, POST_NORM) if arch.post_norm else more
         for module in (*_WITH_STATE[unit], *more):
             modules[f"{LAYER}.{i}.{module}"] = arch.num_experts if ".experts.experts." in module else 1
     return modules | {"decoder.final_norm": 1, "output_layer": 1}

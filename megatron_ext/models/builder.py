@@ -1,16 +1,18 @@
 """One builder for Transformer, Mamba-2 and hybrid models: a layer pattern on Megatron's `HybridModel`."""
 
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.training.argument_utils import core_transformer_config_from_args, hybrid_config_from_args
 from megatron.training.models import HybridModelConfig
 from megatron.training.models.hybrid import HybridModelBuilder
+from torch import Tensor
 
 from megatron_ext.models.architecture import Architecture
+from megatron_ext.models.rotary import ArchitectureRotaryEmbedding, is_stock, scale_attention
 from megatron_ext.models.specs import stack_spec
 
 
@@ -19,8 +21,8 @@ class PatternModelConfig(HybridModelConfig):
     """Megatron's hybrid configuration plus what `HybridModel` cannot say itself."""
 
     builder: ClassVar[str] = "megatron_ext.models.builder.PatternModelBuilder"
-    rope_scaling_factor: float | None = None
-    """Llama 3.1's frequency scaling of RoPE; None for plain RoPE."""
+    architecture: Any = None
+    """The whole model."""
 
 
 class PatternModelBuilder(HybridModelBuilder):
@@ -30,18 +32,27 @@ class PatternModelBuilder(HybridModelBuilder):
         """One stage of the model, on `pg_collection`'s groups."""
         model = super().build_model(pg_collection, *args, **kwargs)
         config: Any = self._model_config
-        if config.rope_scaling_factor is not None:
-            transformer = config.transformer
-            model.rotary_pos_emb = RotaryEmbedding(
-                kv_channels=transformer.kv_channels,
-                rotary_percent=config.rotary_percent,
-                rotary_base=config.rotary_base,
-                rope_scaling=True,
-                rope_scaling_factor=config.rope_scaling_factor,
-                use_cpu_initialization=transformer.use_cpu_initialization,
-                cp_group=pg_collection.cp,
-            )
+        decoder: Any = model.decoder
+        own: Architecture = config.architecture
+        if own.position_embedding_type == "rope" and not is_stock(own):
+            cpu = config.transformer.use_cpu_initialization
+            model.rotary_pos_emb = ArchitectureRotaryEmbedding(own, cpu, pg_collection.cp)
+            scale_attention(decoder.layers, own)
+        if own.embedding_multiplier != 1 and model.pre_process:
+            model.embedding.register_forward_hook(_multiply(own.embedding_multiplier))
+        if own.logits_scaling != 1 and model.post_process:
+            # Of the states that logits are made of, so that whoever makes them has it.
+            decoder.final_norm.register_forward_hook(_multiply(1 / own.logits_scaling))
         return model
+
+
+def _multiply(factor: float) -> Callable[..., Tensor]:
+    """A hook that multiplies a module's output."""
+
+    def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        return output * factor
+
+    return hook
 
 
 def model_config(args: Namespace, architecture: Architecture) -> PatternModelConfig:
@@ -56,7 +67,8 @@ def model_config(args: Namespace, architecture: Architecture) -> PatternModelCon
         own = with_architecture(args, architecture)
     config = hybrid_config_from_args(own, core_transformer_config_from_args(own), PatternModelConfig)
     config.vocab_size, config.should_pad_vocab = architecture.padded_vocab_size, False
-    config.rope_scaling_factor = architecture.rope_scaling_factor
+    config.architecture = architecture
+    config.transformer.softmax_scale = architecture.softmax_scale
     config.hybrid_stack_spec = stack_spec(architecture) or config.hybrid_stack_spec
     return config
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, Self
+from math import isfinite
+from typing import Any, Literal, Self
 
 from megatron_ext.errors import ConfigError
+from megatron_ext.models import rope_scaling
 from megatron_ext.models.pattern import LINEAR, MAMBA, MLP, MOE, Pattern, parse
 
 # Megatron's flags cannot say any other combination of gating and activation.
@@ -28,7 +30,15 @@ class Dimensions:
         mamba_num_heads: Heads of a Mamba-2 layer; its inner width is `mamba_num_heads * mamba_head_dim`.
         zero_centered_norm: Norm weights are stored minus one (Megatron's `--apply-layernorm-1p`).
         qk_layernorm: Norms on the channels of each query and key head (Qwen3).
+        rotary_interleaved: Neighbouring channels turn together, not one of each half of a head.
         rope_scaling_factor: Llama 3.1's frequency scaling, `None` for plain RoPE.
+        rope_scaling: Any other scaling, see `rope_scaling.py`; empty for none.
+        softmax_scale: What attention's logits are multiplied by, `None` for the inverse root of `kv_channels`.
+        pre_norm: A norm before each sub-layer, of the residual stream.
+        post_norm: A norm after each sub-layer, of what is added to the residual stream.
+        embedding_multiplier: What embedded tokens are multiplied by.
+        residual_multiplier: What each sub-layer's output is multiplied by before it is added.
+        logits_scaling: What logits are divided by.
         num_experts: Experts of a mixture, of which each token runs through `moe_router_topk`, and all tokens through
             the shared expert; 0 (as the other sizes) where the pattern has no mixture of experts.
         moe_ffn_hidden_size: Neurons of one expert.
@@ -68,7 +78,15 @@ class Dimensions:
     position_embedding_type: Literal["none", "rope"] = "none"
     rotary_base: int = 10000
     rotary_percent: float = 1.0
+    rotary_interleaved: bool = False
     rope_scaling_factor: float | None = None
+    rope_scaling: Mapping[str, Any] = field(default_factory=dict)
+    softmax_scale: float | None = None
+    pre_norm: bool = True
+    post_norm: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
     add_bias_linear: bool = False
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
@@ -110,8 +128,22 @@ class Dimensions:
             if getattr(self, name) not in legal:
                 raise ConfigError(f"unknown {name}", got=getattr(self, name), legal=", ".join(legal))
         object.__setattr__(self, "layer_sizes", self._uneven_sizes(units))
+        object.__setattr__(self, "rope_scaling", rope_scaling.checked(self.rope_scaling))
+        self._check_multipliers()
         if MOE in units:
             self._check_mixture()
+
+    def _check_multipliers(self) -> None:
+        if self.rope_scaling and self.rope_scaling_factor is not None:
+            raise ConfigError("two scalings of rotary positions", got="--use-rope-scaling and --ext-rope-scaling")
+        for name in ("softmax_scale", "embedding_multiplier", "residual_multiplier", "logits_scaling"):
+            value = getattr(self, name)
+            if value is not None and not (isfinite(value) and value > 0):
+                raise ConfigError(f"{name} must be above 0", got=value)
+        if not self.pre_norm and not self.post_norm:
+            raise ConfigError("a model without norms", got="no pre_norm, no post_norm", legal="--ext-post-norm")
+        if not self.pre_norm and MOE in self.pattern:
+            raise ConfigError("experts without a norm before them are not supported", got=self.pattern)
 
     def _check_mixture(self) -> None:
         softmax = self.moe_router_score_function == "softmax"

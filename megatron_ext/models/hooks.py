@@ -15,11 +15,13 @@ FUSED_NORM = {MAMBA: "mixer.in_proj", ATTENTION: "self_attention.linear_qkv", ML
 
 
 def pre_norm(linear: torch.nn.Module, x: Tensor, config: Any) -> Tensor:
-    """The output of the norm that is fused into a projection, from the projection's input, (..., h) both.
+    """The output of the norm that is fused into a projection, if one is, from the projection's input, (..., h) both.
 
     Transformer Engine and plain torch keep the norm's parameters under the same names.
     """
-    weight: Any = linear.layer_norm_weight
+    weight: Any = getattr(linear, "layer_norm_weight", None)
+    if weight is None:  # a model without norms before its sub-layers
+        return x.float()
     bias: Any = getattr(linear, "layer_norm_bias", None)
     gamma = weight.float() + 1 if config.layernorm_zero_centered_gamma else weight.float()
     if config.normalization == "RMSNorm":

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron_ext.errors import ConfigError
+from megatron_ext.models import rope_scaling
 from megatron_ext.models.argument_mappings import Argument, ArgumentMapping, Count, Renamed
 from megatron_ext.models.pattern import MOE
 
@@ -103,7 +104,12 @@ class _RopeScaling:
 class _LayerSizes:
     """`ffn_hidden_size=96,80 mamba_num_heads=8,4`, a flag of ours."""
 
-    arguments = (Argument("ext_layer_sizes", kind=str),)
+    arguments = (
+        Argument(
+            "ext_layer_sizes", "", kind=str,
+            help="sizes that differ from layer to layer, such as 'ffn_hidden_size=96,80 mamba_num_heads=8,4'",
+        ),
+    )  # fmt: skip
 
     def read(self, args: Namespace) -> dict[str, tuple[int, ...]]:
         text = self.arguments[0].of(args)
@@ -116,6 +122,23 @@ class _LayerSizes:
 
     def write(self, value: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         return {"ext_layer_sizes": " ".join(f"{name}={','.join(map(str, sizes))}" for name, sizes in value.items())}
+
+
+class _OtherRopeScaling:
+    """`rope_type=yarn factor=4.0 ...`, a flag of ours."""
+
+    arguments = (
+        Argument(
+            "ext_rope_scaling", "", kind=str,
+            help="scaling of rotary positions in transformers' words, such as 'rope_type=linear factor=4.0'",
+        ),
+    )  # fmt: skip
+
+    def read(self, args: Namespace) -> dict[str, Any]:
+        return rope_scaling.parse(self.arguments[0].of(args))
+
+    def write(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        return {"ext_rope_scaling": rope_scaling.text(value)}
 
 
 def _ffn_hidden_size(args: Namespace) -> int:
@@ -137,6 +160,13 @@ def _mamba_num_heads(args: Namespace) -> int:
 def _same(name: str, default: Any = None, **details: Any) -> Renamed:
     return Renamed(Argument(name, default, **details))
 
+
+def _ours(name: str, default: Any, help: str, kind: type | None = None) -> Renamed:
+    """A flag of ours, for what Megatron's parser has no word for."""
+    return Renamed(Argument(f"ext_{name}", default, kind=kind, help=help))
+
+
+_LINEAR_RANK = "rank of the linear sub-layers (L in the pattern): x + up (down x) + bias; x + bias if it is not given"
 
 # What is filled in is Megatron's own (`options/fields.py`; `MambaMixer` for its heads).
 TABLE: dict[str, ArgumentMapping] = {
@@ -160,7 +190,15 @@ TABLE: dict[str, ArgumentMapping] = {
     "position_embedding_type": _Positions(),
     "rotary_base": _same("rotary_base", 10000),
     "rotary_percent": _same("rotary_percent", 1.0),
+    "rotary_interleaved": _same("rotary_interleaved", False),
     "rope_scaling_factor": _RopeScaling(),
+    "rope_scaling": _OtherRopeScaling(),
+    "softmax_scale": _ours("softmax_scale", None, "what attention's logits are multiplied by", float),
+    "pre_norm": Renamed(Argument("ext_pre_norm", True, "--ext-no-pre-norm", help="no norm before each sub-layer")),
+    "post_norm": _ours("post_norm", False, "a norm of what each sub-layer adds"),
+    "embedding_multiplier": _ours("embedding_multiplier", 1.0, "what embedded tokens are multiplied by"),
+    "residual_multiplier": _ours("residual_multiplier", 1.0, "what a sub-layer's output is multiplied by"),
+    "logits_scaling": _ours("logits_scaling", 1.0, "what logits are divided by"),
     "add_bias_linear": _same("add_bias_linear", True, flag="--disable-bias-linear"),
     "add_qkv_bias": _same("add_qkv_bias", False),
     "qk_layernorm": _same("qk_layernorm", False),
@@ -173,7 +211,7 @@ TABLE: dict[str, ArgumentMapping] = {
     "moe_router_pre_softmax": _same("moe_router_pre_softmax", False),
     "moe_router_topk_scaling_factor": _same("moe_router_topk_scaling_factor", kind=float),
     "moe_router_enable_expert_bias": _same("moe_router_enable_expert_bias", False),
-    "linear_rank": Count(Argument("ext_linear_rank")),
+    "linear_rank": Count(Argument("ext_linear_rank", help=_LINEAR_RANK)),
     "layer_sizes": _LayerSizes(),
 }
 """How Megatron's arguments say each field of an `Architecture`."""
@@ -209,7 +247,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "attention_output_gate": _OFF, "qk_l2_norm": _OFF, "softmax_type": ("vanilla", None), "softmax_scale": _UNSET,
     "window_size": _UNSET,
     # positions
-    "rotary_interleaved": _OFF, "rotary_seq_len_interpolation_factor": (None, 1), "no_rope_freq": _UNSET,
+    "rotary_seq_len_interpolation_factor": (None, 1), "no_rope_freq": _UNSET,
     "rope_type": ("rope", None), "mrope_section": _UNSET,
     # activations
     "quick_geglu": _OFF, "openai_gelu": _OFF, "glu_linear_offset": _NONE, "activation_func_clamp_value": _UNSET,
@@ -235,6 +273,11 @@ REPEATED = ("num_layers", "moe_layer_freq", "vocab_size", "make_vocab_size_divis
 def arguments() -> list[Argument]:
     """All that the table reads from a command line."""
     return [argument for mapping in TABLE.values() for argument in mapping.arguments]
+
+
+def own_arguments() -> list[Argument]:
+    """Those that Megatron's parser does not know."""
+    return [argument for argument in arguments() if argument.help]
 
 
 def functional_arguments() -> list[str]:

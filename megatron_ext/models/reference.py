@@ -18,10 +18,15 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.axes import KeptIndices
 from megatron_ext.models.pattern import ATTENTION, LINEAR, MLP, MOE
+from megatron_ext.models.rope_scaling import attention_factor, inverse_frequencies
 from megatron_ext.ops.causal_conv1d.naive import causal_conv1d
 from megatron_ext.ops.ssd.naive import ssd
 
 WHOLE = KeptIndices()
+LLAMA3 = {
+    "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192.0,
+}  # fmt: skip
+"""Llama 3.1's scaling, but for its factor."""
 
 
 def mask(kept: Sequence[int] | None, size: int) -> Float[Tensor, " size"]:
@@ -40,20 +45,50 @@ def rms_norm(x: Float[Tensor, "*b h"], weight: Tensor, eps: float, counted: Tens
     return x / (mean_square + eps).sqrt() * weight
 
 
+def rotate(arch: Architecture, x: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
+    """A query or key head with rotary positions: pairs of its first channels turn, each at a speed of its own."""
+    if arch.position_embedding_type == "none":
+        return x
+    channels = int(arch.kv_channels * arch.rotary_percent)
+    scaling = arch.rope_scaling
+    if arch.rope_scaling_factor is not None:
+        scaling = LLAMA3 | {"factor": arch.rope_scaling_factor}
+    speeds = inverse_frequencies(scaling, arch.rotary_base, channels, x.shape[1], torch.float64)
+    angles = torch.arange(x.shape[1])[:, None] * speeds
+    sin, cos = (attention_factor(scaling) * wave for wave in (angles.sin(), angles.cos()))
+    turned, rest = x[..., :channels], x[..., channels:]
+    if arch.rotary_interleaved:
+        a, b = turned[..., ::2], turned[..., 1::2]
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+    else:
+        a, b = turned.chunk(2, dim=-1)
+        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.cat([turned, rest], dim=-1)
+
+
 def attention(
     arch: Architecture, w: dict[str, Tensor], x: Float[Tensor, "b s h"], kept: KeptIndices
 ) -> tuple[Float[Tensor, "b s h"], Float[Tensor, "b s n d"]]:
-    """The update of an attention layer without positions, and its heads' outputs."""
+    """The update of an attention layer, and its heads' outputs."""
     b, s, _ = x.shape
     groups, d = arch.num_query_groups, arch.kv_channels
     per_group = arch.num_attention_heads // groups
-    qkv = (x @ w["self_attention.linear_qkv.weight"].T).view(b, s, groups, per_group + 2, d)
+    qkv = x @ w["self_attention.linear_qkv.weight"].T + w.get("self_attention.linear_qkv.bias", 0.0)
+    qkv = qkv.view(b, s, groups, per_group + 2, d)
     heads = torch.empty(b, s, groups, per_group, d, dtype=x.dtype)
     causal = torch.ones(s, s, dtype=torch.bool).tril()
+    scale = d**-0.5 if arch.softmax_scale is None else arch.softmax_scale
+
+    def positioned(head: Float[Tensor, "b s d"], name: str) -> Float[Tensor, "b s d"]:
+        if arch.qk_layernorm:
+            weight = w[f"self_attention.{name}_layernorm.weight"]
+            head = rms_norm(head, weight, arch.norm_epsilon, torch.ones(d, dtype=x.dtype))
+        return rotate(arch, head)
+
     for group in range(groups):
-        key, value = qkv[:, :, group, per_group], qkv[:, :, group, per_group + 1]
+        key, value = positioned(qkv[:, :, group, per_group], "k"), qkv[:, :, group, per_group + 1]
         for head in range(per_group):
-            logits = (qkv[:, :, group, head] @ key.mT) / d**0.5
+            logits = positioned(qkv[:, :, group, head], "q") @ key.mT * scale
             heads[:, :, group, head] = logits.masked_fill(~causal, -torch.inf).softmax(-1) @ value
     inner = heads.reshape(b, s, -1, d)
     stay = mask(kept.kv_groups, groups).repeat_interleave(per_group) * mask(kept.query_heads, groups * per_group)
@@ -170,10 +205,10 @@ def forward(
         ConfigError: The model has what these formulas have not.
     """
     _check(arch)
-    weights = {key: value.double() for key, value in weights.items()}
+    weights = {key: value.double() + (arch.zero_centered_norm and _is_norm(key)) for key, value in weights.items()}
     kept = dict.fromkeys(range(len(arch.pattern)), WHOLE) if kept is None else kept
     channels = mask(next((own.hidden for own in kept.values()), None), arch.hidden_size)
-    hidden = weights["embedding.word_embeddings.weight"][tokens] * channels
+    hidden = weights["embedding.word_embeddings.weight"][tokens] * channels * arch.embedding_multiplier
     seen = []
     for i, kind in enumerate(arch.pattern):
         if i in skip or i not in kept:
@@ -185,8 +220,10 @@ def forward(
             before, hidden = hidden, hidden + linear(w, hidden) * channels
             seen.append({"input": before, "output": hidden})
             continue
-        (norm_weight,) = (value for key, value in w.items() if key.endswith(("layer_norm_weight", "layernorm.weight")))
-        normed = rms_norm(hidden, norm_weight, arch.norm_epsilon, channels)
+        normed = hidden
+        if arch.pre_norm:
+            (norm,) = (value for key, value in w.items() if key.endswith(("layer_norm_weight", "mlp_layernorm.weight")))
+            normed = rms_norm(hidden, norm, arch.norm_epsilon, channels)
         parts: dict[str, Tensor] = {}
         if kind == ATTENTION:
             update, inner = attention(sizes, w, normed, kept[i])
@@ -199,18 +236,23 @@ def forward(
             update, parts = mamba(sizes, w, normed, kept[i])
             inner = parts["x"]
         inputs = {"input": hidden, "norm": normed, "inner": inner}
-        hidden = hidden + update * channels
+        if arch.post_norm:
+            update = rms_norm(update, w["post_norm.weight"], arch.norm_epsilon, channels)
+        hidden = hidden + update * channels * arch.residual_multiplier
         seen.append(inputs | {"output": hidden} | parts)
     final = rms_norm(hidden, weights["decoder.final_norm.weight"], arch.norm_epsilon, channels)
     output_layer = weights.get("output_layer.weight", weights["embedding.word_embeddings.weight"])
-    return final @ output_layer.T, seen
+    return final @ output_layer.T / arch.logits_scaling, seen
+
+
+def _is_norm(key: str) -> bool:
+    """Whether it is the weight of a norm that `zero_centered_norm` speaks of; Mamba-2's own norm is another."""
+    return key.endswith(("layer_norm_weight", "layernorm.weight", "_norm.weight"))
 
 
 def _check(arch: Architecture) -> None:
     plain = {
-        "normalization": "RMSNorm", "zero_centered_norm": False, "position_embedding_type": "none",
-        "add_bias_linear": False, "add_qkv_bias": False, "qk_layernorm": False, "gated_linear_unit": True,
-        "activation": "silu",
+        "normalization": "RMSNorm", "add_bias_linear": False, "gated_linear_unit": True, "activation": "silu",
     }  # fmt: skip
     other = {name: getattr(arch, name) for name, value in plain.items() if getattr(arch, name) != value}
     if other:

@@ -1,43 +1,55 @@
 """Module specs for what the stock `hybrid_stack_spec` cannot say.
 
-Sizes of single layers, norms on query and key, linear sub-layers.
+What single layers have of their own, other norms, linear sub-layers.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
+from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
 from megatron.core.models.hybrid.hybrid_layer_specs import TENorm, hybrid_stack_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
 
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.linear_sublayer import StackWithLinear, linear_spec
 from megatron_ext.models.pattern import LINEAR
 
+# Of each kind of layer, the attribute that adds its output to the residual stream, and what its pre-norm is part of.
+_ADDS = {"mamba_layer": "mamba_bda", "attention_layer": "self_attn_bda", "mlp_layer": "mlp_bda", "moe_layer": "mlp_bda"}
+
 
 def stack_spec(architecture: Architecture) -> ModuleSpec | None:
     """The spec that builds each layer as it is; None where the stock one does."""
-    if not architecture.layer_sizes and not architecture.qk_layernorm and LINEAR not in architecture.pattern:
+    own = architecture
+    updates = own.post_norm or own.residual_multiplier != 1
+    stock = own.pre_norm and LINEAR not in own.pattern
+    if not own.layer_sizes and not own.qk_layernorm and not updates and stock:
         return None
-    spec = copy.copy(hybrid_stack_spec)
-    submodules: Any = copy.copy(spec.submodules)
-    spec.submodules = submodules
-    if LINEAR in architecture.pattern:
-        spec.module, submodules.gdn_layer = StackWithLinear, linear_spec(architecture.linear_rank)
-    if architecture.qk_layernorm:
-        submodules.attention_layer = _with_qk_norms(submodules.attention_layer)
-    for name in ("mamba_layer", "mlp_layer") if architecture.layer_sizes else ():
-        layer = copy.copy(getattr(spec.submodules, name))
-        layer.module = _sized(layer.module, architecture)
-        setattr(spec.submodules, name, layer)
+    spec = copy.deepcopy(hybrid_stack_spec)
+    submodules: Any = spec.submodules
+    if LINEAR in own.pattern:
+        spec.module, submodules.gdn_layer = StackWithLinear, linear_spec(own.linear_rank)
+    if own.qk_layernorm:  # the norms whose class Megatron would take from Transformer Engine itself
+        attention = submodules.attention_layer.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = TENorm
+    if not own.pre_norm:
+        _without_pre_norms(submodules)
+    for name, adds in _ADDS.items():
+        layer = getattr(submodules, name)
+        if own.layer_sizes and name in ("mamba_layer", "mlp_layer"):
+            layer.module = _sized(layer.module, own)
+        if updates:
+            layer.module = _updating(layer.module, own, adds)
     return spec
 
 
-def _with_qk_norms(layer: Any) -> Any:
-    """Attention with the norms whose class Megatron would take from Transformer Engine itself."""
-    layer = copy.deepcopy(layer)
-    layer.submodules.self_attention.submodules.q_layernorm = TENorm
-    layer.submodules.self_attention.submodules.k_layernorm = TENorm
-    return layer
+def _without_pre_norms(submodules: Any) -> None:
+    """Projections without the norm that is fused into them."""
+    submodules.mamba_layer.submodules.mixer.submodules.in_proj = TEColumnParallelLinear
+    submodules.attention_layer.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+    submodules.mlp_layer.submodules.mlp.keywords["submodules"].linear_fc1 = TEColumnParallelLinear
 
 
 def _sized(layer: Any, architecture: Architecture) -> Any:
@@ -51,3 +63,39 @@ def _sized(layer: Any, architecture: Architecture) -> Any:
             super().__init__(own, *args, layer_number=layer_number, **kwargs)
 
     return Sized
+
+
+def _updating(layer: Any, architecture: Architecture, adds: str) -> Any:
+    """A layer class whose output is normed, or multiplied, before it is added to the residual stream.
+
+    Args:
+        layer: The class.
+        architecture: The model.
+        adds: The layer's attribute that adds.
+    """
+
+    class Updating(layer):
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            if architecture.post_norm:
+                norm: Any = TENorm
+                self.post_norm: Any = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+            add = getattr(self, adds)
+
+            def chosen(training: bool, fused: bool) -> Callable[..., Tensor]:
+                def update(output: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+                    return add(training, fused)(self._update(*output), residual, dropout)
+
+                return update
+
+            setattr(self, adds, chosen)
+
+        def _update(self, output: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            factor = architecture.residual_multiplier
+            if architecture.post_norm:
+                output, bias = self.post_norm(output if bias is None else output + bias), None
+            if factor != 1:
+                output, bias = output * factor, None if bias is None else bias * factor
+            return output, bias
+
+    return Updating

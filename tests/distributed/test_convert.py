@@ -14,7 +14,10 @@ from torch import Tensor
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.huggingface.convert import to_hf, to_megatron
 from megatron_ext.checkpoint.huggingface.shards import Shards
+from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.conversion.verify import hf_logits
+from megatron_ext.errors import ConfigError
+from megatron_ext.models import reference
 from megatron_ext.pruning.apply import apply
 from megatron_ext.pruning.budget import Targets
 from megatron_ext.pruning.select import make_plan
@@ -39,6 +42,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Te
 
 
 # What few models have, and classes of transformers can.
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.6],
+    "long_factor": [2.0, 2.5, 3.0, 4.0, 5.0, 8.0], "rope_theta": 1e4, "partial_rotary_factor": 0.75,
+}  # fmt: skip
 WINDOW: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 8}
 ODD: dict[str, tuple[str, dict[str, Any]]] = {
     "one-group": ("llama-biases", {"num_key_value_heads": 1, "head_dim": 24, "tie_word_embeddings": False}),
@@ -54,6 +61,31 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
     "a-half-is-rotated": (
         "phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
                  "tie_word_embeddings": True},
+    ),
+    "granite-biases": ("granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
+    "glm": ("glm4", {"class": "Glm", "attention_bias": False, "head_dim": 24, "tie_word_embeddings": True}),
+    "linear": ("llama3", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}}),
+    "dynamic": (
+        "qwen3", {"rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e4},
+                  "max_position_embeddings": SEQUENCE // 2},
+    ),
+    "yarn": (
+        "qwen2", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4,
+                                      "original_max_position_embeddings": SEQUENCE // 2}, "head_dim": 24},
+    ),
+    "yarn-of-its-own": (
+        "granite", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "mscale": 0.7,
+                                        "mscale_all_dim": 1.5, "beta_fast": 3, "truncate": False,
+                                        "original_max_position_embeddings": 64}},
+    ),
+    "longrope": (
+        "phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": SEQUENCE // 2},
+    ),
+    "longrope-short": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 48}),
+    "other-llama3": (
+        "llama-biases", {"rope_parameters": {"rope_type": "llama3", "factor": 3.0, "low_freq_factor": 1.5,
+                                             "high_freq_factor": 5.0, "rope_theta": 1e4,
+                                             "original_max_position_embeddings": 48}},
     ),
     "one-expert-for-each-token": ("nemotron-h-experts", {"num_experts_per_tok": 1, "norm_topk_prob": False}),
 }  # fmt: skip
@@ -129,6 +161,22 @@ def test_logits_are_those_of_transformers(models: tuple[Path, dict[str, Tensor]]
         difference = float((found[name] - expected[name]).abs().max())
         print(f"{name}: {difference:.1e} of {float(expected[name].abs().max()):.1f}")
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=2e-5, msg=f"{name}: {difference:.1e}")
+
+
+def test_the_formulas_say_what_transformers_says(models: tuple[Path, dict[str, Tensor]]) -> None:
+    """But for what they do not have: squared ReLU and biases everywhere."""
+    path, expected = models
+    checked = []
+    for name in (*MODELS, *ODD):
+        reader = CheckpointReader(path / f"{name}-megatron")
+        arch = layout.architecture(reader.step.path)
+        try:
+            found, _ = reference.forward(arch, {key: reader.read(key) for key in reader.shapes}, tokens())
+        except ConfigError:
+            continue
+        torch.testing.assert_close(found.float(), expected[name], rtol=0, atol=2e-5, msg=name)
+        checked.append(name)
+    assert {name for name in MODELS if "nemotron" not in name and name != "llama-biases"} <= set(checked)
 
 
 @pytest.mark.parametrize("name", PRUNED)

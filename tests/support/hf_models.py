@@ -38,6 +38,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         _ATTENTION | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 40,
                       "mlp_only_layers": [0], "norm_topk_prob": True},
     ),
+    "granite": (
+        "Granite",
+        _ATTENTION | {"embedding_multiplier": 12.0, "attention_multiplier": 0.4, "residual_multiplier": 0.22,
+                      "logits_scaling": 7.0, "tie_word_embeddings": True},
+    ),
+    "glm4": ("Glm4", _ATTENTION | {"head_dim": 16, "pad_token_id": 0}),
     "nemotron": ("Nemotron", _ATTENTION | {"head_dim": 16}),
     "mamba2": (
         "Mamba2",
@@ -70,11 +76,12 @@ def make(name: str, path: Path, shard_size: str = "40KB", dt_bias: float | None 
         path: A new directory.
         shard_size: The largest size of a shard.
         dt_bias: What the time steps of Mamba-2 layers begin at, before the softplus; random by default.
-        **changes: Other values in the configuration.
+        **changes: Other values in the configuration; `class` is another class.
     """
     import transformers
 
     family, config = MODELS[name]
+    family = changes.pop("class", family)
     made = getattr(transformers, f"{family}Config")(**config | changes)
     model = getattr(transformers, f"{family}ForCausalLM")(made).eval()
     generator = torch.Generator().manual_seed(7)

@@ -2,59 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, get_type_hints
 
+from megatron_ext.checkpoint.huggingface.entries import flag, number, whole
 from megatron_ext.checkpoint.huggingface.family import Config
+from megatron_ext.checkpoint.huggingface.rope_scalings import ORIGINAL, read_scaling, written_scaling
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.architecture import Architecture
 
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
-
-def get(config: Config, name: str, default: Any = None) -> Any:
-    """An entry; the default, or what it makes of the configuration, where it is missing or null.
-
-    Raises:
-        CheckpointError: There is neither.
-    """
-    value = config.get(name)
-    if value is None:
-        value = default(config) if callable(default) else default
-    if value is None:
-        raise CheckpointError(f"config.json has no {name!r}")
-    return value
-
-
-def whole(config: Config, name: str, default: Any = None) -> int:
-    """An entry that is a positive whole number; see `get`."""
-    value = get(config, name, default)
-    if type(value) is not int or value < 1:
-        raise _wrong(name, value, "a positive whole number")
-    return value
-
-
-def number(config: Config, name: str, default: Any = None) -> float:
-    """An entry that is a number; see `get`."""
-    value = get(config, name, default)
-    if type(value) not in (int, float) or not isfinite(value):
-        raise _wrong(name, value, "a number")
-    return float(value)
-
-
-def flag(config: Config, name: str, default: Any = None) -> bool:
-    """An entry that is true or false; see `get`."""
-    value = get(config, name, default)
-    if type(value) is not bool:
-        raise _wrong(name, value, "true or false")
-    return value
-
-
-def _wrong(name: str, value: object, legal: str) -> CheckpointError:
-    return CheckpointError(f"config.json: {name!r} is of a wrong kind", got=repr(value), legal=legal)
-
-
-_READ = {int: whole, float: number, bool: flag}
+_READ = {int: whole, float: number, float | None: number, bool: flag}
 _FIELDS = get_type_hints(Architecture)
 
 
@@ -166,7 +122,7 @@ class Biases:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions: base, share of the channels, Llama 3.1's scaling.
+    """Rotary positions: base, share of the channels, their scaling (`rope_scalings.py`).
 
     transformers 5 keeps them in `rope_parameters`, versions before in `rope_theta`, `rope_scaling` and
     `partial_rotary_factor`; what all versions read is written, unless the model was saved by the new one.
@@ -175,11 +131,15 @@ class Rope:
         percent: The share of the channels of a head that are rotated, where the entry is missing.
         partial: Whether the class rotates a part of them at all; others ignore the entry.
         base: `rope_theta` where the entry is missing.
+        interleaved: Whether neighbouring channels turn together.
+        original: `original_max_position_embeddings`, where the class has such an entry of its own.
     """
 
     percent: float = 1.0
     partial: bool = False
     base: float = 10000.0
+    interleaved: bool = False
+    original: int | None = None
 
     def read(self, config: Config) -> dict[str, Any]:
         """The fields."""
@@ -197,27 +157,8 @@ class Rope:
                 "config.json: 'partial_rotary_factor' is ignored by transformers' class, not by all", got=percent,
                 legal="1, or no such entry, if whole heads are to be rotated, as transformers does",
             )  # fmt: skip
-        return {
-            "position_embedding_type": "rope", "rotary_base": int(base), "rotary_percent": percent,
-            "rope_scaling_factor": self._factor(rope, config),
-        }  # fmt: skip
-
-    @staticmethod
-    def _factor(rope: Config, config: Config) -> float | None:
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind == "default":
-            return None
-        got = {name: rope.get(name) for name in _LLAMA3}
-        length = "original_max_position_embeddings"
-        got[length] = config.get(length, config.get("max_position_embeddings") if got[length] is None else got[length])
-        if kind != "llama3" or got != _LLAMA3:
-            raise CheckpointError(
-                "config.json: this RoPE scaling is not supported", got={"rope_type": kind} | got,
-                legal=f"none, or llama3 with {_LLAMA3}, as Llama 3.1, 3.2 and 3.3 have it",
-            )  # fmt: skip
-        if (factor := number(rope, "factor")) < 1:
-            raise CheckpointError("config.json: the RoPE scaling's 'factor' is below 1", got=factor)
-        return factor
+        positions = {"position_embedding_type": "rope", "rotary_base": int(base), "rotary_percent": percent}
+        return positions | {"rotary_interleaved": self.interleaved} | read_scaling(rope, config, self.original)
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
         """The entries; refuses what the class ignores."""
@@ -230,13 +171,14 @@ class Rope:
             )  # fmt: skip
         theta: dict[str, Any] = {"rope_theta": float(arch.rotary_base)}
         part = {"partial_rotary_factor": arch.rotary_percent} if self.percent != 1 or arch.rotary_percent != 1 else {}
-        scaling: dict[str, Any] = {"rope_type": "default"}
-        if arch.rope_scaling_factor is not None:
-            scaling = {"rope_type": "llama3", "factor": arch.rope_scaling_factor, **_LLAMA3}
+        scaling = written_scaling(arch)
+        outer = {}
+        if ORIGINAL in scaling and (self.original is not None or ORIGINAL in like):  # which would be read before
+            outer = {ORIGINAL: scaling[ORIGINAL]}
         if "rope_parameters" in like:
             old = {"rope_scaling": None} if "rope_scaling" in like else {}  # which would be read before
-            return {"rope_parameters": theta | part | scaling, **old}
-        return theta | part | {"rope_scaling": None if arch.rope_scaling_factor is None else scaling}
+            return {"rope_parameters": theta | part | (scaling or {"rope_type": "default"}), **old, **outer}
+        return theta | part | {"rope_scaling": scaling or None, **outer}
 
 
 def _rope(config: Config) -> dict[str, Any]:

@@ -142,7 +142,8 @@ _DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 _OF_KIND = {
     ATTENTION: ("num_attention_heads", "num_query_groups", "kv_channels", "qk_layernorm", "add_qkv_bias",
-                "position_embedding_type", "rotary_base", "rotary_percent", "rope_scaling_factor"),
+                "position_embedding_type", "rotary_base", "rotary_percent", "rope_scaling_factor",
+                "rope_scaling", "rotary_interleaved", "softmax_scale"),
     MAMBA: ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups"),
     MLP: ("ffn_hidden_size",),
     LINEAR: ("linear_rank",),
@@ -159,7 +160,9 @@ def functional_fields(arch: Architecture) -> dict[str, Any]:
         del values["activation"], values["gated_linear_unit"]
     if MOE in arch.pattern and values["moe_router_topk_scaling_factor"] is None:
         values["moe_router_topk_scaling_factor"] = 1.0
+    if ATTENTION in arch.pattern and arch.softmax_scale == arch.kv_channels**-0.5:
+        values["softmax_scale"] = None
     if arch.position_embedding_type == "none":
-        for name in ("rotary_base", "rotary_percent", "rope_scaling_factor"):
+        for name in ("rotary_base", "rotary_percent", "rope_scaling_factor", "rope_scaling", "rotary_interleaved"):
             values.pop(name, None)
     return values

@@ -6,7 +6,8 @@ with sizes that differ from layer to layer, and with or without attention (`mode
 
 from typing import Any
 
-from megatron_ext.checkpoint.huggingface.config_mappings import Renamed, Rope, Tied, flag
+from megatron_ext.checkpoint.huggingface.config_mappings import Renamed, Rope, Tied
+from megatron_ext.checkpoint.huggingface.entries import flag
 from megatron_ext.checkpoint.huggingface.family import Config
 from megatron_ext.checkpoint.huggingface.mamba2 import MIXER, OUTER
 from megatron_ext.checkpoint.huggingface.mappings import ParamMapping, gated_mlp_mapping

@@ -3,16 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from megatron_ext.checkpoint.huggingface.config_mappings import (
-    Biases,
-    Fixed,
-    Layers,
-    Renamed,
-    Required,
-    Rope,
-    Tied,
-    whole,
-)
+from megatron_ext.checkpoint.huggingface.config_mappings import Biases, Fixed, Layers, Renamed, Required, Rope, Tied
+from megatron_ext.checkpoint.huggingface.entries import whole
 from megatron_ext.checkpoint.huggingface.family import Config, Family
 from megatron_ext.checkpoint.huggingface.mappings import ParamMapping, gated_mlp_mapping, qkv_mapping, unpadded
 from megatron_ext.errors import CheckpointError
@@ -34,7 +26,7 @@ GATED_MLP = [
     *gated_mlp_mapping("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.linear_fc1.weight"),
     ParamMapping("-", "mlp.down_proj.weight", "mlp.linear_fc2.weight"),
 ]
-_BIASES = [
+BIASES = [
     ParamMapping("*", "self_attn.o_proj.bias", "self_attention.linear_proj.bias"),
     *gated_mlp_mapping("mlp.gate_proj.bias", "mlp.up_proj.bias", "mlp.linear_fc1.bias"),
     ParamMapping("-", "mlp.down_proj.bias", "mlp.linear_fc2.bias"),
@@ -108,7 +100,7 @@ class _Divides:
 
 LLAMA = Family(
     "LlamaForCausalLM", "llama", "model.layers.{}", "*-",
-    [*EMBEDDINGS, *ATTENTION, *QKV_BIAS, *GATED_MLP, *_BIASES, *FINAL_NORM],
+    [*EMBEDDINGS, *ATTENTION, *QKV_BIAS, *GATED_MLP, *BIASES, *FINAL_NORM],
     [*sizes(2048), *GATED, Rope(), Tied(), Biases(("attention_bias", "mlp_bias")),
      _Divides()],
 )  # fmt: skip

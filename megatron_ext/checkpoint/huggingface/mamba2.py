@@ -4,7 +4,8 @@ from collections.abc import Callable
 from math import inf
 from typing import Any
 
-from megatron_ext.checkpoint.huggingface.config_mappings import Fixed, Layers, Renamed, Required, Tied, whole
+from megatron_ext.checkpoint.huggingface.config_mappings import Fixed, Layers, Renamed, Required, Tied
+from megatron_ext.checkpoint.huggingface.entries import whole
 from megatron_ext.checkpoint.huggingface.family import Config, Family
 from megatron_ext.checkpoint.huggingface.mappings import ParamMapping, unpadded
 from megatron_ext.errors import CheckpointError

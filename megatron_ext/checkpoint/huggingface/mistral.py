@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from megatron_ext.checkpoint.huggingface.config_mappings import Fixed, Rope, Tied, flag, whole
+from megatron_ext.checkpoint.huggingface.config_mappings import Fixed, Rope, Tied
+from megatron_ext.checkpoint.huggingface.entries import flag, whole
 from megatron_ext.checkpoint.huggingface.family import Config, Family
 from megatron_ext.checkpoint.huggingface.llama import ATTENTION, EMBEDDINGS, FINAL_NORM, GATED, GATED_MLP, sizes
 from megatron_ext.errors import CheckpointError

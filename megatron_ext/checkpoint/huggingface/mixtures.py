@@ -6,16 +6,8 @@ Megatron's softmax over the chosen; where it is not divided, Megatron has `--moe
 
 from typing import Any
 
-from megatron_ext.checkpoint.huggingface.config_mappings import (
-    Fixed,
-    Layers,
-    Renamed,
-    Required,
-    Rope,
-    Tied,
-    flag,
-    whole,
-)
+from megatron_ext.checkpoint.huggingface.config_mappings import Fixed, Layers, Renamed, Required, Rope, Tied
+from megatron_ext.checkpoint.huggingface.entries import flag, whole
 from megatron_ext.checkpoint.huggingface.family import Config, Family
 from megatron_ext.checkpoint.huggingface.llama import ATTENTION, EMBEDDINGS, FINAL_NORM, GATED, GATED_MLP, sizes
 from megatron_ext.checkpoint.huggingface.mappings import ParamMapping, gated_mlp_mapping

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from megatron_ext.checkpoint.huggingface.config_mappings import Fixed, Renamed, Required, Tied, flag, number
+from megatron_ext.checkpoint.huggingface.config_mappings import Fixed, Renamed, Required, Tied
+from megatron_ext.checkpoint.huggingface.entries import flag, number
 from megatron_ext.checkpoint.huggingface.family import Config, Family
 from megatron_ext.checkpoint.huggingface.mamba2 import MIXER, MIXER_CONFIG, OUTER
 from megatron_ext.checkpoint.huggingface.mappings import ParamMapping, qkv_mapping

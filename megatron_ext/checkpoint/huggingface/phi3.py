@@ -10,7 +10,7 @@ _ATTENTION = [
     *(mapping for mapping in ATTENTION if mapping.megatron != "self_attention.linear_qkv.weight"),
     *fused_qkv_mapping("self_attn.qkv_proj.weight", "self_attention.linear_qkv.weight"),
 ]
-_MLP = [
+FUSED_MLP = [
     ParamMapping("-", "post_attention_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
     ParamMapping("-", "mlp.gate_up_proj.weight", "mlp.linear_fc1.weight"),
     ParamMapping("-", "mlp.down_proj.weight", "mlp.linear_fc2.weight"),
@@ -18,7 +18,7 @@ _MLP = [
 
 PHI3 = Family(
     "Phi3ForCausalLM", "phi3", "model.layers.{}", "*-",
-    [*EMBEDDINGS, *_ATTENTION, *_MLP, *FINAL_NORM],
-    [*sizes(4096), *GATED, Renamed("rms_norm_eps", "norm_epsilon", 1e-5), Rope(partial=True), Tied(),
+    [*EMBEDDINGS, *_ATTENTION, *FUSED_MLP, *FINAL_NORM],
+    [*sizes(4096), *GATED, Renamed("rms_norm_eps", "norm_epsilon", 1e-5), Rope(partial=True, original=4096), Tied(),
      NoWindow(4096, missing=None), Fixed(add_bias_linear=False)],
 )  # fmt: skip

@@ -5,7 +5,8 @@ from dataclasses import replace
 from math import inf
 from typing import Any, ClassVar
 
-from megatron_ext.checkpoint.huggingface.config_mappings import Fixed, Layers, Renamed, Required, flag, whole
+from megatron_ext.checkpoint.huggingface.config_mappings import Fixed, Layers, Renamed, Required
+from megatron_ext.checkpoint.huggingface.entries import flag, whole
 from megatron_ext.checkpoint.huggingface.family import Config, Family
 from megatron_ext.checkpoint.huggingface.mamba2 import MIXER, OUTER, is_unlimited
 from megatron_ext.errors import CheckpointError

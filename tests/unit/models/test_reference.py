@@ -71,6 +71,6 @@ def test_a_linear_sublayer_is_a_map_of_the_stream() -> None:
 
 
 def test_a_model_with_more_is_refused() -> None:
-    arch = replace(ARCH, position_embedding_type="rope")
-    with pytest.raises(ConfigError, match="'position_embedding_type': 'rope'"):
+    arch = replace(ARCH, add_bias_linear=True)
+    with pytest.raises(ConfigError, match="'add_bias_linear': True"):
         forward(arch, random_weights(arch), torch.zeros(1, 4, dtype=torch.long))

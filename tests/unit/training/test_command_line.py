@@ -95,7 +95,7 @@ def check_refusal(status: int, err: str, *messages: str) -> None:
             ["rounds the gradient of every logit to bfloat16", "without --bf16"],
         ),
         ([*OK, *MOCK, "--sft"], ["--sft would have no effect"]),
-        ([*OK, *MOCK, "--rotary-interleaved"], ["--rotary-interleaved changes what the model computes"]),
+        ([*OK, *MOCK, "--use-mup"], ["--use-mup changes what the model computes"]),
         (
             [*OK, *MOCK, "--bf16", "--fp16"],
             ["--bf16 must not be given, where --fp16 is given", "got:   --bf16, --fp16"],

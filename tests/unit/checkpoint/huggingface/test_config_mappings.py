@@ -98,8 +98,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a window of text": ("MistralForCausalLM", {"sliding_window": "16"}, "'sliding_window' is of a wrong kind"),
     "scaling without a factor": ("LlamaForCausalLM", {"rope_scaling": without("factor")}, "has no 'factor'"),
     "a factor of text": ("LlamaForCausalLM", {"rope_scaling": LLAMA3 | {"factor": "8"}}, "'factor' is of a wrong kind"),
-    "scaling from the context on": ("LlamaForCausalLM",
-                                    {"rope_scaling": without("original_max_position_embeddings")}, "not supported"),
     "rotation by kind of layer": ("Qwen3ForCausalLM", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
                                   "differ by kind of layer"),
     "rotation of text": ("LlamaForCausalLM", {"rope_parameters": "default"}, "differ by kind of layer"),
