@@ -92,6 +92,34 @@ class Source(Protocol):
         ...
 
 
+class WithTensors:
+    """A checkpoint that is read, with some tensors beside its own; a `Source`.
+
+    Args:
+        source: The checkpoint.
+        tensors: The others, by names of their own.
+    """
+
+    def __init__(self, source: Source, tensors: Mapping[str, Tensor]) -> None:
+        self._source, self._tensors = source, tensors
+        own = {name: TensorEntry(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        self.entries: Mapping[str, TensorEntry] = {**source.entries, **own}
+
+    def fill(self, key: str, place: Tensor, rows: tuple[int, int] | None = None) -> None:
+        """See `Source`."""
+        if key not in self._tensors:
+            self._source.fill(key, place, rows)
+        else:
+            tensor = self._tensors[key]
+            place.copy_(tensor if rows is None else tensor[slice(*rows)])
+
+    def chunks(
+        self, key: str, rows: tuple[int, int] | None = None
+    ) -> Sequence[tuple[tuple[int, ...], StoredChunk]] | None:
+        """See `Source`; none of those that lie in memory."""
+        return None if key in self._tensors else self._source.chunks(key, rows)
+
+
 class Target(Protocol):
     """A checkpoint that is written: `CheckpointWriter`, `ShardWriter`."""
 

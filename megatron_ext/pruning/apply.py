@@ -54,9 +54,10 @@ def apply(
     check_tensors(schema.tensors(plan.source), reader.shapes)
     check_weights("a plan", plan.provenance.fingerprint, plan.provenance.iteration, reader.step.path)
     args = layout.common(reader.step.path).get("args")
+    added = stream.WithTensors(reader, plan.added(reader.entries))
     with writing(destination, plan.target, args if isinstance(args, Namespace) else None, schema) as writer:
-        stream.run(compile_moves(plan, reader.entries), reader, writer, progress)
-        for name, save in {PLAN_FILE: plan.save, **(attachments or {})}.items():
+        stream.run(compile_moves(plan, added.entries), added, writer, progress)
+        for name, save in {PLAN_FILE: plan.save, **plan.attachments(), **(attachments or {})}.items():
             writer.attach(name, save)
         hf_assets.hand_on(reader.step.path, writer)
     return destination

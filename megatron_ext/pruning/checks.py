@@ -12,6 +12,7 @@ from megatron_ext.pruning import task_scoring
 from megatron_ext.pruning.budget import Targets, resolve
 from megatron_ext.pruning.depth import check_borders
 from megatron_ext.pruning.depth_metrics import DEPTH_METRICS, Change, Shapley
+from megatron_ext.pruning.fitting import check_spans, spans
 from megatron_ext.pruning.options import PruneOptions
 from megatron_ext.pruning.plan import Plan
 from megatron_ext.pruning.scores import Scores
@@ -24,8 +25,8 @@ MEASURED_BY = (
     "width_metric", "batch_aggregation", "sequence_aggregation", "samples", "depth_samples", "task", "task_metric",
     "task_samples", "shapley_samples", "shapley_tolerance", "shapley_keep",
 )  # fmt: skip
-# What a plan leaves open: how the report counts caches.
-BESIDE_A_PLAN = ("plan", "memory_batch", "memory_context")
+# What a plan leaves open: how the report counts caches, and what stands in place of what it drops.
+BESIDE_A_PLAN = ("plan", "memory_batch", "memory_context", "recover")
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,12 @@ def check(run: RunConfig) -> Request:
             raise ConfigError(f"--{name} is missing", legal="--load MODEL --save NEW_DIRECTORY")
     source = source_step(args).path
     if options.plan is not None:
-        _refuse(options, "the plan says what is kept", [n for n in options.given() if n not in BESIDE_A_PLAN])
+        fits = ("samples", "cache_gib", *(n for n in options.given() if n.startswith("recover_")))
+        beside = (*BESIDE_A_PLAN, *fits) if options.recover is not None else BESIDE_A_PLAN
+        _refuse(options, "the plan says what is kept", [n for n in options.given() if n not in beside])
         plan = Plan.load(options.plan)
         plan.check(run.architecture)
+        _check_recovery(run, options, plan)
         check_weights("a plan", plan.provenance.fingerprint, plan.provenance.iteration, source)
         return Request(plan.target)
     targets = options.targets()
@@ -63,9 +67,12 @@ def check(run: RunConfig) -> Request:
     _check_effects(options, run.architecture)
     if options.scores is not None:
         scores = read_scores(options, source)
-        return Request(make_plan(scores, run.architecture, targets, merge_heads=options.merge_heads).target)
+        plan = make_plan(scores, run.architecture, targets, merge_heads=options.merge_heads)
+        _check_recovery(run, options, plan)
+        return Request(plan.target)
     target = resolve(run.architecture, targets, _some_layers(run.architecture, targets))
     _check_rounds(run, options)
+    _check_recovery(run, options)
     if not options.calibrates:
         return Request(target)
     check_borders(run.pattern)
@@ -78,6 +85,39 @@ def check(run: RunConfig) -> Request:
         limit, folders = options.task_samples, options.task_folder or ()
         task = task_scoring.find(run, options.task, options.task_metric, limit, folders)
     return Request(target, task)
+
+
+def _check_recovery(run: RunConfig, options: PruneOptions, plan: Plan | None = None) -> None:
+    """Check what is asked of `--prune-recover`, of which a plan says what it stands for."""
+    given = [name for name in options.given() if name.startswith("recover_")]
+    if options.recover is None:
+        _refuse(options, "it goes with --prune-recover", given)
+        return
+    low_rank = options.recover == "low-rank"
+    if not low_rank:
+        _refuse(options, "a bias has none", [n for n in given if n in ("recover_rank", "recover_ridge")])
+        _refuse(options, "it stands in its own place", [n for n in given if n == "recover_joint"])
+    elif options.recover_into == "biases":
+        raise ConfigError("a linear map does not go into a bias", legal="--prune-recover-into units")
+    hidden, length = run.architecture.hidden_size, run.args.seq_length
+    batch, samples = run.args.global_batch_size, options.recover_samples or options.samples
+    for fine, name, legal in (
+        (1 <= options.fitting.rank <= hidden or not low_rank, "recover_rank", f"1 to the hidden size, {hidden}"),
+        (options.recover_ridge >= 0, "recover_ridge", "from 0"),
+        (0 <= options.recover_skip < length, "recover_skip", f"0 up to --seq-length {length}"),
+        (samples >= batch and samples % batch == 0, "recover_samples", f"multiples of --global-batch-size {batch}"),
+    ):
+        if not fine:
+            value = getattr(options, name)
+            raise ConfigError(_flag(name), got=samples if value is None else value, legal=legal)
+    dropped = options.cuts_depth if plan is None else len(plan.units) < len(plan.source.pattern)
+    if not dropped:
+        _refuse(options, "no layers are to go", ["recover"])
+    if plan is not None:
+        if plan.recovery is not None:
+            _refuse(options, "the plan has its own recovery", ["recover"])
+        gone = set(range(len(plan.source.pattern))) - set(plan.units)
+        check_spans(spans(gone, options.recover_joint), run.pattern)
 
 
 def source_step(args: Namespace) -> layout.Step:
@@ -153,18 +193,20 @@ def _check_effects(options: PruneOptions, arch: Architecture) -> None:
                 legal=f"with {_flag(sizes[0])} or a budget",
             )  # fmt: skip
     needs(options.num_attention_heads is not None, "no query heads are dropped", "merge_heads")
-    by_depth = ("depth_metric", "task", "depth_samples", "cache_gib")
+    by_depth = ("depth_metric", "task", "depth_samples", *(() if options.recover else ("cache_gib",)))
     needs(options.cuts_depth, "no layers are to go", *by_depth)
     targets = options.targets()
     chooses = bool(targets.chosen_kinds(arch)) or not targets.kinds(arch)
     needs(chooses, "of each kind all layers stay or none does, so nothing is chosen", *by_depth)
     # Of scores that are there, a depth metric chooses; the others say how scores are measured.
-    needs(options.scores is None, "the scores are there", "iterations", "cache_gib", "task_folder")
+    needs(options.scores is None, "the scores are there", "iterations", "task_folder")
+    needs(options.scores is None or options.recover is not None, "the scores are there", "cache_gib")
     needs(searched, "it goes with --prune-depth-metric shapley_...", *(n for n in given if n.startswith("shapley_")))
     task = options.depth_metric == "scan_task"
     needs(task, "it goes with --prune-depth-metric scan_task", "task_metric", "task_samples", "task_folder")
     left_out = not isinstance(DEPTH_METRICS[options.depth_metric], Change) and not task
-    needs(left_out, f"{options.depth_metric} leaves no layers out of calibration", "depth_samples", "cache_gib")
+    needs(left_out, f"{options.depth_metric} leaves no layers out of calibration", "depth_samples")
+    needs(left_out or options.recover is not None, f"{options.depth_metric} keeps no activations", "cache_gib")
     activations = options.width_metric == "activation"
     needs(activations, f"{options.width_metric} has its own", "batch_aggregation", "sequence_aggregation")
     needs(options.calibrates, "weights alone are scored", "samples")

@@ -29,6 +29,7 @@ from megatron_ext.pruning.apply import apply
 from megatron_ext.pruning.checks import check, read_scores, source_step
 from megatron_ext.pruning.depth_cost import depth_cost
 from megatron_ext.pruning.depth_metrics import DEPTH_METRICS, Change
+from megatron_ext.pruning.emulation import Moments
 from megatron_ext.pruning.language_models import LANGUAGE_MODELS
 from megatron_ext.pruning.leave_out import sublayers_of
 from megatron_ext.pruning.options import GIB, PruneOptions
@@ -59,10 +60,12 @@ def changes(run: RunConfig, target: Architecture) -> Table:
     return table
 
 
-def costs(run: RunConfig) -> Table:
+def costs(run: RunConfig, target: Architecture) -> Table:
     """What measuring takes at most, for `--dry-run`; by the product's model of costs."""
     options, arch, layout = run.options["prune"], run.architecture, Layout.from_args(run.args)
     table = Table("", "", title="what measuring costs at most (estimated)", show_header=False)
+    if options.recover is not None:
+        _recovery_costs(table, run, len(arch.pattern) - len(target.pattern))
     if options.plan is not None or options.scores is not None or not options.calibrates:
         table.add_row("calibration", "none")
         return table
@@ -81,6 +84,17 @@ def costs(run: RunConfig) -> Table:
         table.add_row(asked.depth, each)
         table.add_row("kept per rank", f"{min(cost.states, asked.memory) / GIB:.2f} of {cost.states / GIB:.2f} GiB")
     return table
+
+
+def _recovery_costs(table: Table, run: RunConfig, dropped: int) -> None:
+    options, hidden = run.options["prune"], run.architecture.hidden_size
+    fitting, samples = options.fitting, options.recover_samples or options.samples
+    at_once = 1 if fitting.stream == "pruned" else min(dropped, fitting.at_a_time(hidden))
+    moments = at_once * Moments.bytes(hidden, fitting.rank > 0) / GIB
+    passes = fitting.passes(dropped, hidden)
+    table.add_row("recovery", f"{passes} passes over {samples:,} sequences at most, {at_once} sub-layers at a time")
+    table.add_row("moments per rank", f"{moments:.2f} GiB")
+    table.add_row("what it adds", f"{dropped * hidden * (2 * fitting.rank + 1):,} parameters at most")
 
 
 @dataclass
@@ -119,6 +133,7 @@ def prune(run: RunConfig, request: Any, family: PrunedFamily = LANGUAGE_MODELS) 
         found = Found(family.make_plan(run, Round(run.model, options.targets()), scores, options.scores), [scores])
     else:
         found = measure(run, request, source, family)
+    found.plan = family.recover(run, found.plan)
     _join_processes()
     _write(run, source, found, family)
     if args.rank == 0:
@@ -268,10 +283,10 @@ JOB = Job(
     "prune",
     options={"prune": PruneOptions},
     defaults=FORWARD_ONLY,
-    offline=("prune_scores", "prune_plan"),
+    offline=lambda early: early.prune_recover is None and (early.prune_scores or early.prune_plan) is not None,
     makes_new=True,
     check=check,
-    dry_run=lambda run, request: DryRun(tables=(changes(run, request.target), costs(run))),
+    dry_run=lambda run, request: DryRun(tables=(changes(run, request.target), costs(run, request.target))),
     run=prune,
 )  # fmt: skip
 

@@ -38,6 +38,17 @@ class LanguageModels(PrunedFamily):
         asked = options.calibration(run.architecture, round.targets, args.seed, args.global_batch_size)
         return calibrate(run, chunks, asked, request.task.judge if request.task is not None else None)
 
+    def recover(self, run: RunConfig, plan: Plan) -> Plan:
+        """See `fitting.recover`."""
+        if run.options["prune"].recover is None:
+            return plan
+        from megatron_ext.pruning.fitting import recover
+
+        found = recover(run, plan)
+        if run.args.rank == 0:
+            print("\n".join(report.recovery_lines(found)), flush=True)
+        return found
+
     def magnitudes(self, reader: CheckpointReader, model: Architecture) -> dict[str, Tensor]:
         """See `magnitude`."""
         return magnitudes(reader, model)

@@ -11,6 +11,7 @@ from megatron_ext.pruning.aggregations import AGGREGATIONS
 from megatron_ext.pruning.budget import Targets
 from megatron_ext.pruning.calibration import Calibration
 from megatron_ext.pruning.depth_metrics import DEPTH_METRICS, Shapley
+from megatron_ext.pruning.fitting import Fitting
 from megatron_ext.pruning.importance import WidthMetric
 from megatron_ext.pruning.leave_out import ShapleySampling
 
@@ -89,6 +90,22 @@ class PruneOptions:
     )
     shapley_keep: float = option(0.0, "Share of the layers that always stay in the sampled sub-networks.")
     cache_gib: float = option(8.0, "Activations that each rank may keep, so that no layer runs twice.")
+    recover: Literal["bias", "low-rank"] | None = option(
+        None, "What stands in place of dropped sub-layers, fitted on calibration data: their mean update, or a linear "
+        "map of low rank and a bias."
+    )  # fmt: skip
+    recover_rank: int = option(16, "Rank of the maps.")
+    recover_ridge: float = option(1e-4, "Ridge of the regression, in units of the median variance of a channel.")
+    recover_stream: Literal["clean", "pruned"] = option(
+        "pruned", "Fit them one after the other from the bottom up, each below what was replaced, or all at once."
+    )
+    recover_joint: bool = option(False, "One map stands for all dropped sub-layers in a row.")
+    recover_skip: int = option(0, "Tokens at the beginning of each sequence that are not counted: attention sinks.")
+    recover_samples: int | None = option(None, "Calibration sequences; --prune-samples if it is not given.")
+    recover_into: Literal["biases", "units"] | None = option(
+        None, "Whether a bias goes into the output bias of the nearest sub-layer below, or is a sub-layer of its own; "
+        "if it is not given, the first where every one has such a place."
+    )  # fmt: skip
     iterations: int = option(1, "Cut in so many rounds, and measure anew before each.")
     samples: int = option(1024, "Calibration sequences.")
     scores: str | None = option(None, "Cut by this score file, made earlier, instead of calibrating.")
@@ -127,6 +144,12 @@ class PruneOptions:
         """Whether layers or sub-layers are to go."""
         kinds = (self.attention_layers, self.mamba_layers, self.mlp_layers, self.moe_layers)
         return any(asked is not None for asked in (self.num_layers, self.num_sublayers, *kinds))
+
+    @property
+    def fitting(self) -> Fitting:
+        """How what stands for dropped sub-layers is fitted."""
+        rank, ridge = (self.recover_rank, self.recover_ridge) if self.recover == "low-rank" else (0, 0.0)
+        return Fitting(rank, ridge, self.recover_stream, self.recover_skip, round(self.cache_gib * GIB))
 
     @property
     def calibrates(self) -> bool:

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Shaped
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
-from megatron_ext.reports.figures import COLORS, STYLE, save, tick
+from megatron_ext.reports.figures import COLORS, GREY, STYLE, save, tick
 
 
 def plot_importance(scores: Mapping[str, ArrayLike], kept: Mapping[str, Sequence[int]], out: Path) -> None:
@@ -85,4 +85,30 @@ def plot_losses(models: Sequence[tuple[str, int, float]], out: Path, per: str = 
         ax.xaxis.set_major_formatter(FuncFormatter(tick))
         ax.set_xlabel("parameters")
         ax.set_ylabel(f"loss on the calibration data, nats per {per}")
+        save(figure, out)
+
+
+def plot_explained(curves: Mapping[str, Float[np.ndarray, " d"]], rank: int, out: Path) -> None:
+    """Draw what linear maps of each rank explain of the update of each dropped sub-layer.
+
+    Args:
+        curves: By sub-layer, the share of its variance for each rank from 0.
+        rank: That of the maps which were taken.
+        out: The PNG.
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+        ax = figure.subplots()
+        colors = colormaps["viridis"](np.linspace(0, 0.9, len(curves)))
+        for (name, curve), color in zip(curves.items(), colors, strict=True):
+            ax.plot(np.arange(1, len(curve)), curve[1:], color=color, linewidth=1.5, label=name)
+        ax.axvline(rank, color=GREY, linewidth=1, linestyle=":")
+        ax.set_xscale("log", base=2)
+        ax.set_ylim(0, 1)
+        ax.yaxis.set_major_formatter(PercentFormatter(1))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.set_xlabel("rank of a linear map")
+        ax.set_ylabel("explained variance of the update")
+        if len(curves) <= 16:
+            figure.legend(loc="outside right upper", frameon=False, title="sub-layer")
         save(figure, out)

@@ -1,11 +1,13 @@
 """The plan: what is kept of a model. A value that can be written by hand, diffed, replayed, and applied anywhere."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
+
+from torch import Tensor
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.blocks import TensorEntry
@@ -15,8 +17,11 @@ from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.axes import KeptIndices
 from megatron_ext.models.dimensions import PER_LAYER
-from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
+from megatron_ext.models.pattern import ATTENTION, LINEAR, MAMBA, MLP, MOE
+from megatron_ext.pruning import recovery
+from megatron_ext.pruning.emulation import Emulator
 from megatron_ext.pruning.merge import merge_heads
+from megatron_ext.pruning.recovery import Recovery
 from megatron_ext.pruning.saved_plan import (
     FORMAT,
     Origin,
@@ -70,8 +75,8 @@ PRUNED_AXES = (
     PrunedAxis("expert_ffn", MOE, "moe_ffn_hidden_size", "num_experts", "experts", per_group=True),
     PrunedAxis("shared_ffn", MOE, "moe_shared_expert_intermediate_size"),
 )
-_PER_LAYER_FIELDS = (*(axis.field for axis in PRUNED_AXES), "merged_heads")
-_ENTRIES = ("format", "source", "target", "provenance", "units", "hidden", *_PER_LAYER_FIELDS)
+_PER_LAYER_FIELDS = (*(axis.field for axis in PRUNED_AXES), "merged_heads", "emulated")
+_ENTRIES = ("format", "source", "target", "provenance", "units", "hidden", *_PER_LAYER_FIELDS, "recovery")
 _Kept = Mapping[int, tuple[int, ...]]
 
 
@@ -89,6 +94,9 @@ class Plan(SavedPlan):
             Positions that stay, for each sub-layer; what they are says `megatron_ext.models.axes.KeptIndices`.
         merged_heads: For each attention layer, pairs (kept query head, dropped one): the kept head becomes twice itself
             minus the dropped one (Minitron's head merge, arXiv 2407.14679).
+        emulated: Of the sub-layers that go, those that something stands for: by the first all that it stands for.
+        recovery: How; None if nothing stands for any.
+        emulators: What stands for them, which a file beside the plan holds.
 
     Raises:
         PlanError: Indices are out of order or range, groups become unequal, or the result is not `target`.
@@ -108,11 +116,19 @@ class Plan(SavedPlan):
     expert_ffn: _Kept = field(default_factory=dict)
     shared_ffn: _Kept = field(default_factory=dict)
     merged_heads: Mapping[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    emulated: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    recovery: Recovery | None = None
+    emulators: Mapping[int, Emulator] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         source, target = self.source, self.target
         check_indices("units", self.units, len(source.pattern))
-        result: dict[str, Any] = {"pattern": "".join(source.pattern[i] for i in self.units)}
+        recovery.check(self)
+        result: dict[str, Any] = {"pattern": "".join(own for own, _ in self.places)}
+        if self.recovery is not None and self.recovery.into == "units":
+            result["linear_rank"] = max(self.recovery.rank, source.linear_rank)
+        elif self.recovery is not None:
+            result["add_bias_linear"] = True
         if self.hidden is not None:
             check_indices("hidden", self.hidden, source.hidden_size)
             result["hidden_size"] = len(self.hidden)
@@ -137,6 +153,14 @@ class Plan(SavedPlan):
             raise PlanError(
                 "what is kept does not make the target", got=wrong, legal="; ".join(map(str, result.items()))
             )
+
+    @property
+    def places(self) -> list[tuple[str, int]]:
+        """The kind of each sub-layer of the target, and which one of the source it is or stands for."""
+        units = {unit: self.source.pattern[unit] for unit in self.units}
+        if self.recovery is not None and self.recovery.into == "units":
+            units |= dict.fromkeys(self.emulated, LINEAR)
+        return [(kind, unit) for unit, kind in sorted(units.items())]
 
     def _size(self, axis: PrunedAxis, layer: int) -> int:
         """What the size that an axis sets becomes in one sub-layer, once its indices are checked."""
@@ -187,11 +211,67 @@ class Plan(SavedPlan):
     def origin(self, key: str) -> Origin:
         """Where a weight of the target comes from."""
         layer, weight = axes.locate(self.target, key)
-        old_layer = None if layer is None else self.units[layer]
+        old_layer = None if layer is None else self.places[layer][1]
         old_key = key if old_layer is None else f"{axes.LAYER}.{old_layer}.{weight.name}"
+        if own := recovery.origin(self, key, old_layer, old_key):
+            return own
         pairs = self.merged_heads.get(old_layer) if weight.axes[0] == "qkv" and old_layer is not None else None
         merge = partial(merge_heads, self.source, pairs=pairs) if pairs else None
         return Origin(old_key, axes.indices(self.source, old_key, self.kept(old_layer)), merge)
+
+    def recovered(
+        self,
+        emulated: Mapping[int, tuple[int, ...]],
+        how: Recovery,
+        emulators: Mapping[int, Emulator] | None = None,
+    ) -> Self:
+        """This plan with something in place of what it drops.
+
+        Args:
+            emulated: See the attribute.
+            how: Likewise.
+            emulators: Likewise; none to see whether it can be.
+
+        Raises:
+            PlanError: It has such already, or biases have no place.
+        """
+        if self.recovery is not None:
+            raise PlanError("something stands for what the plan drops already", got=self.recovery.method)
+        target: dict[str, Any] = {"add_bias_linear": True}
+        if how.into == "units":
+            units = {unit: self.source.pattern[unit] for unit in self.units} | dict.fromkeys(emulated, LINEAR)
+            target = {"pattern": "".join(units[unit] for unit in sorted(units))}
+            target["linear_rank"] = max(how.rank, self.source.linear_rank)
+        elif reason := recovery.no_host(self.source, self.units, emulated):
+            raise PlanError("a bias has no place", got=reason, legal="--prune-recover-into units")
+        found = emulators or {}
+        provenance = replace(self.provenance, tensors=recovery.digest(found) if found else "")
+        return replace(
+            self, target=replace(self.target, **target), emulated=emulated, recovery=how, emulators=found,
+            provenance=provenance,
+        )  # fmt: skip
+
+    def added(self, entries: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
+        """What stands for dropped sub-layers, and the biases that come with it."""
+        return recovery.added(self, entries[axes.EMBEDDING].dtype)
+
+    def attachments(self) -> dict[str, Callable[[Path], object]]:
+        """The file of what stands for dropped sub-layers, and its picture."""
+        return recovery.attachments(self)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote, and the tensors beside it.
+
+        Raises:
+            PlanError: The file is missing, is not a plan, or not a valid one; or its tensors are missing, or others.
+            CheckpointError: It lies in the directory that it was written into, and is not what was written.
+        """
+        plan = super().load(path)
+        if plan.recovery is None:
+            return plan
+        emulators = recovery.read(Path(path).with_name(recovery.FILE), plan.provenance.tensors)
+        return replace(plan, emulators=emulators)
 
     @classmethod
     def keep_everything(cls, arch: Architecture) -> Self:
@@ -217,6 +297,8 @@ class Plan(SavedPlan):
         later.check(self.target)
         if later.merged_heads:
             raise PlanError("query heads can be merged only by the first of several plans")
+        if self.recovery or later.recovery:
+            raise PlanError("a model in which something stands for dropped sub-layers is cut by a plan of its own")
         hidden = later.hidden if self.hidden is None or later.hidden is None else _of(self.hidden, later.hidden)
         entries: dict[str, dict[int, Any]] = {name: {} for name in _PER_LAYER_FIELDS}
         for place, layer in ((i, self.units[i]) for i in later.units):
@@ -228,9 +310,10 @@ class Plan(SavedPlan):
             heads = entries["query_heads"].get(layer, ())
             if pairs := tuple(pair for pair in self.merged_heads.get(layer, ()) if pair[0] in heads):
                 entries["merged_heads"][layer] = pairs
+        per_layer: dict[str, Any] = {**entries}
         return Plan(
             source=self.source, target=later.target, units=_of(self.units, later.units),
-            hidden=self.hidden if hidden is None else hidden, provenance=self.provenance, **entries,
+            hidden=self.hidden if hidden is None else hidden, provenance=self.provenance, **per_layer,
         )  # fmt: skip
 
     def _positions(self, axis: PrunedAxis, layer: int) -> Sequence[int]:
@@ -244,10 +327,11 @@ class Plan(SavedPlan):
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-serialisable values; the inverse of `from_dict`."""
+        names = [name for name in _PER_LAYER_FIELDS if name != "emulated" or self.recovery]
         per_layer = {
-            name: {str(layer): list(kept) for layer, kept in sorted(getattr(self, name).items())}
-            for name in _PER_LAYER_FIELDS
+            name: {str(layer): list(kept) for layer, kept in sorted(getattr(self, name).items())} for name in names
         }
+        how = {} if self.recovery is None else {"recovery": self.recovery.to_dict()}
         return {
             "format": FORMAT,
             "source": self.source.to_dict(),
@@ -256,6 +340,7 @@ class Plan(SavedPlan):
             "units": list(self.units),
             "hidden": None if self.hidden is None else list(self.hidden),
             **per_layer,
+            **how,
         }
 
     @classmethod
@@ -271,13 +356,15 @@ class Plan(SavedPlan):
             if name not in _ENTRIES:
                 raise PlanError(f"a plan has no {name!r}", legal=nearest(name, _ENTRIES))
         try:
+            per_layer: dict[str, Any] = {name: entries_of(name, values.get(name, {})) for name in _PER_LAYER_FIELDS}
             return cls(
                 source=Architecture.from_dict(values["source"]),
                 target=Architecture.from_dict(values["target"]),
                 units=list_of("units", values["units"]),
                 hidden=None if values["hidden"] is None else list_of("hidden", values["hidden"]),
                 provenance=Provenance(**values["provenance"]),
-                **{name: entries_of(name, values.get(name, {})) for name in _PER_LAYER_FIELDS},
+                recovery=Recovery.from_dict(values.get("recovery")),
+                **per_layer,
             )
         except (KeyError, TypeError, AttributeError, ConfigError) as error:
             raise PlanError(f"the plan is damaged: {error!r}") from error

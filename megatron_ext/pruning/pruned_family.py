@@ -101,6 +101,10 @@ class PrunedFamily(ABC):
     def data(self, run: RunConfig) -> list[str]:
         """The calibration data, in words."""
 
+    def recover(self, run: RunConfig, plan: Any) -> Any:
+        """The plan with what stands in place of dropped layers, if the options ask for that. A collective."""
+        return plan
+
     @abstractmethod
     def check_layout(self, run: RunConfig, model: Any) -> None:
         """Check that a model fits the layout of a run.

@@ -11,6 +11,7 @@ from megatron_ext.models import cost
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.cost import Workload
 from megatron_ext.models.pattern import ATTENTION, KINDS, MAMBA, MLP, MOE
+from megatron_ext.pruning import recovery
 from megatron_ext.pruning.plan import Plan
 from megatron_ext.pruning.pruned_family import Loss
 from megatron_ext.pruning.scores import BLOCKS, INTERVAL, OF_KIND, STDERR, Scores, mamba, scan
@@ -80,12 +81,28 @@ def markdown(
     for name, sizes in plan.target.layer_sizes.items():
         lines += [f"`{name}` layer by layer: {', '.join(map(str, sizes))}."]
     lines += loss_lines(losses)
+    lines += recovery_lines(plan)
     for number, each in enumerate(scores, start=1):
         if each.task is not None:
             lines += _task(each, f" in round {number}" if len(scores) > 1 else "")
     if remark:
         lines += ["", remark]
     return "\n".join(lines) + "\n"
+
+
+def recovery_lines(plan: Plan) -> list[str]:
+    """What stands for dropped sub-layers, and how much of them it is."""
+    how = plan.recovery
+    if how is None:
+        return []
+    rows = recovery.table(plan.source.pattern, plan.emulated, plan.emulators)
+    what = "their mean update" if how.method == "bias" else f"a linear map of rank {how.rank} and a bias"
+    where = "in the output biases below" if how.into == "biases" else "a sub-layer of its own each"
+    text = f"In place of dropped sub-layers: {what}, {where}, fitted on the {how.stream} stream of {how.samples:,} "
+    text += "sequences. `mean`: the share of the update's mean square that a bias is; by rank, the share of its "
+    text += "variance that the best linear map of that rank explains on these sequences."
+    lines = ["", text, "", "| " + " | ".join(rows[0]) + " |", "|---|---" + "|---:" * (len(rows[0]) - 2) + "|"]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows[1:]]
 
 
 def loss_lines(losses: Sequence[Loss], per: str = "token") -> list[str]:

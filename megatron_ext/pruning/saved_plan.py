@@ -36,6 +36,7 @@ class Provenance:
         data: The calibration data.
         seed: The seed that chose the calibration samples.
         metric: The importance metric.
+        tensors: SHA-256 of the file beside the plan that holds what stands for dropped layers (`recovery`).
     """
 
     model: str = ""
@@ -45,6 +46,7 @@ class Provenance:
     data: str = ""
     seed: int = 0
     metric: str = ""
+    tensors: str = ""
 
 
 class Origin(NamedTuple):
@@ -91,6 +93,14 @@ class SavedPlan(ABC):
     @abstractmethod
     def origin(self, key: str) -> Origin:
         """Where a weight of the target comes from."""
+
+    def added(self, entries: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
+        """Tensors that origins name and the original, which has `entries`, lacks; by the names that they give."""
+        return {}
+
+    def attachments(self) -> dict[str, Callable[[Path], object]]:
+        """Files that belong beside the plan, by name, with what writes them."""
+        return {}
 
     @abstractmethod
     def then(self, later: Any) -> Self:

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ def make_plan(
         elif arch.pattern[i] == MOE:
             widths.cut_experts(i, scores, old, new)
     return Plan(
-        source=arch, target=target, units=units, hidden=hidden, **widths,
+        source=arch, target=target, units=units, hidden=hidden, **cast(dict[str, Any], widths),
         provenance=Provenance(
             model=scores.model, iteration=scores.iteration, fingerprint=scores.fingerprint, scores=str(scores_path),
             data=scores.data, seed=scores.seed, metric=scores.metric,

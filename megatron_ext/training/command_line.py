@@ -56,7 +56,7 @@ def parse_command_line(job: Job, argv: Sequence[str] | None = None) -> RunConfig
         layout = early.pipeline_model_parallel_size * lcm(tp * early.context_parallel_size, experts)
         os.environ.setdefault("WORLD_SIZE", str(layout))
     model = early_flags.read_early([*model_flags, *given], {}, family.early_arguments())
-    offline = early.dry_run or any(getattr(early, name) is not None for name in job.offline)
+    offline = early.dry_run or job.offline(early)
     if offline and early.tokenizer_type is None and (rows := getattr(model, "padded_vocab_size", None)) is not None:
         model_flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(rows - 1)]
     _single_process()

@@ -51,7 +51,7 @@ class Job:
         family: The models that it works on.
         options: Our option dataclasses by flag prefix.
         defaults: Megatron flags that this job sets unless the user does.
-        offline: Arguments of ours with which the job reads no data, and so needs no tokenizer.
+        offline: Whether the job reads no data by these arguments of ours, and so needs no tokenizer.
         makes_new: Whether `--save` is a directory that the job makes, and not one that it works in.
         measures: Which split it reads with `--skip-train`: 0 training, 1 validation.
         task: What the model is trained and measured on; by default the next token of a text.
@@ -64,7 +64,7 @@ class Job:
     family: ModelFamily = LANGUAGE_MODEL
     options: dict[str, type] = field(default_factory=dict)
     defaults: tuple[str, ...] = ()
-    offline: tuple[str, ...] = ()
+    offline: Callable[[Namespace], bool] = lambda early: False
     makes_new: bool = False
     measures: int = 0
     task: Callable[["RunConfig"], "Task"] | None = None

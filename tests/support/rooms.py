@@ -38,7 +38,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "pretraining": ("functional/test_long_context.py", "functional/test_pretrain.py"),
     "pruning": (
         "distributed/test_apply.py", "distributed/test_expert_importance.py", "distributed/test_importance.py",
-        "functional/test_added_metrics.py", "functional/test_experts.py", "functional/test_prune*.py",
+        "distributed/test_recovery.py", "functional/test_added_metrics.py", "functional/test_experts.py",
+        "functional/test_prune*.py",
     ),
     "reports": (),
     "training": (

@@ -11,9 +11,11 @@ from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.writer import writing
 from megatron_ext.errors import ConfigError, PlanError
 from megatron_ext.models import axes
+from megatron_ext.models.pattern import parse
 from megatron_ext.models.presets import PRESETS
 from megatron_ext.pruning.budget import Targets
 from megatron_ext.pruning.checks import BESIDE_A_PLAN, MEASURED_BY, check
+from megatron_ext.pruning.fitting import check_spans, spans
 from megatron_ext.pruning.job import JOB
 from megatron_ext.pruning.options import PruneOptions
 from megatron_ext.pruning.plan import Plan
@@ -39,6 +41,10 @@ OTHERS: dict[str, Any] = {
     "shapley_tolerance": 0.2,
     "shapley_keep": 0.5,
     "cache_gib": 1.0,
+    "recover": "low-rank",
+    "recover_stream": "clean",
+    "recover_into": "units",
+    "recover_ridge": 0.5,
 }
 DEPTH = {"num_layers": 4}
 BUDGET = {"target_params": 0.5}
@@ -81,6 +87,7 @@ def checked(model, **options: Any):
         expert_model_parallel_size=1,
         expert_tensor_parallel_size=1,
         hybrid_layer_pattern=ARCH.pattern,
+        seq_length=16,
     )
     given = PruneOptions(**{"samples": 8, **options})
     return check(RunConfig(JOB, args, ARCH, False, {"prune": given}, "a test"))
@@ -123,6 +130,11 @@ def test_a_plan_alone_is_right(model) -> None:
         ({"hidden_size": 32, "width_metric": "wanda", "batch_aggregation": "mean"}, "batch-aggregation"),
         ({**DEPTH, "width_metric": "magnitude", "sequence_aggregation": "l2"}, "sequence-aggregation"),
         ({"hidden_size": 32, "width_metric": "magnitude"}, "--prune-samples would have no effect"),
+        ({**DEPTH, "recover_rank": 4}, "recover-rank 4"),
+        ({**DEPTH, "recover": "bias", "recover_ridge": 0.5}, "recover-ridge"),
+        ({**DEPTH, "recover": "bias", "recover_joint": True}, "recover-joint"),
+        ({**DEPTH, "recover": "low-rank", "recover_into": "biases"}, "does not go into a bias"),
+        ({"hidden_size": 32, "recover": "bias"}, "--prune-recover bias"),
     ],
 )
 def test_what_would_have_no_effect_is_refused(model, options: dict[str, Any], refused: str) -> None:
@@ -140,6 +152,8 @@ def test_what_would_have_no_effect_is_refused(model, options: dict[str, Any], re
         {**DEPTH, "depth_metric": "loss", "depth_samples": 4, "cache_gib": 0.0},
         {**DEPTH, "depth_metric": "shapley_loss", "shapley_keep": 0.5, "shapley_samples": 4, "shapley_tolerance": 0.2},
         {"hidden_size": 32, "width_metric": "wanda"},
+        {**DEPTH, "recover": "bias", "recover_skip": 4, "recover_into": "units", "cache_gib": 1.0},
+        {"attention_layers": 0, "recover": "low-rank", "recover_rank": 64, "recover_joint": True},
         {**DEPTH, "width_metric": "magnitude"},
         {"hidden_size": 32, "width_metric": "magnitude", "samples": 1024},
         {
@@ -195,6 +209,11 @@ def test_scores_and_plans_of_other_weights_are_refused(model, tmp_path) -> None:
         ({"depth_metric": "shapley_loss", "shapley_samples": 1}, "Shapley options"),
         ({"depth_metric": "scan_task"}, "goes with --prune-task"),
         ({"iterations": 0}, "--prune-iterations"),
+        ({"recover": "low-rank", "recover_rank": 65}, "--prune-recover-rank"),
+        ({"recover": "low-rank", "recover_rank": 0}, "--prune-recover-rank"),
+        ({"recover": "low-rank", "recover_ridge": -1.0}, "--prune-recover-ridge"),
+        ({"recover": "bias", "recover_skip": 16}, "--prune-recover-skip"),
+        ({"recover": "bias", "recover_samples": 6}, "--prune-recover-samples"),
         ({"depth_metric": "scan_task", "task": "nowhere:at_all"}, "the task cannot be loaded"),
         (
             {"depth_metric": "scan_task", "task": "megatron_ext.evaluation.synthetic:copying", "task_metric": "ppl"},
@@ -220,3 +239,19 @@ def test_targets_are_the_options(model) -> None:
             continue
         assert getattr(targets, field.name) != field.default, field.name
     assert PruneOptions(target_memory=2.0).targets().memory == 2 * 2**30
+
+
+def test_a_recovery_goes_with_a_plan_that_drops_something(model, tmp_path) -> None:
+    """Of which one map may stand for a run, unless the pipeline cuts it; and a plan has one."""
+    plan = Plan.keep_everything(ARCH)
+    kept = tuple(i for i in plan.units if i not in (3, 4))
+    target = replace(ARCH, pattern="".join(ARCH.pattern[i] for i in kept))
+    plan = replace(plan, units=kept, target=target)
+    plan.save(tmp_path / "plan")
+    given = {"plan": str(tmp_path / "plan"), "samples": 1024, "recover": "low-rank"}
+    assert checked(model, **given).target == target
+    with pytest.raises(ConfigError, match="no layers are to go"):
+        checked(model, **{**given, "plan": str(model / "plan")})
+    with pytest.raises(ConfigError, match="border before sub-layer 4 cuts"):
+        check_spans(spans((3, 4), joint=True), parse(f"{ARCH.pattern[:4]}|{ARCH.pattern[4:]}"))
+    check_spans(spans((3, 4), joint=False), parse(f"{ARCH.pattern[:4]}|{ARCH.pattern[4:]}"))
