@@ -108,6 +108,12 @@ COMMANDS = {
     "vision-detect": Command(
         "train a detector of objects (R-CNN), or measure one", "megatron_ext.vision.detection.job", "job"
     ),
+    "compress": Command(
+        "a Hugging Face model in, a smaller one out: all steps in one",
+        "megatron_ext.compression.job",
+        "megatron",
+        options="megatron_ext.compression.options:add_arguments",
+    ),
     "convert": Command("convert between Hugging Face, GPTModel and checkpoints", "megatron_ext.conversion.job"),
     "evaluate": Command(
         "measure a checkpoint: text, tasks, long contexts",

@@ -24,6 +24,7 @@ from megatron_ext.reports.metrics_file import read_metrics
 from megatron_ext.reports.progress import Progress
 
 PROGRAM = "megatron-ext"
+STOPPED = (-signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT)
 SECONDS = "seconds.json"
 """What each finished command took, by its title."""
 
@@ -90,6 +91,7 @@ def run(stages: Sequence[Stage], out: Path, launcher: Sequence[str], console: Co
 
     Raises:
         StageError: A command failed; says where its log is, and how it ends.
+        Stopped: It was told to stop, or this process was.
     """
     heed_signals()
     seconds = read_seconds(out)
@@ -148,6 +150,9 @@ def _run(stage: Stage, out: Path, launcher: Sequence[str], console: Console) -> 
             if process.poll() is None:
                 process.terminate()  # the second time, nothing is waited for
                 process.wait()
+    if process.returncode in STOPPED or (not process.returncode and not stage.done):  # told to stop by another
+        console.print(f"{stage.title}: stopped; the same command goes on from here. The log: {log}", soft_wrap=True)
+        raise Stopped(128 + signal.SIGTERM)
     if process.returncode:
         tail = "\n    ".join(log.read_text(errors="replace").splitlines()[-15:])
         raise StageError(
@@ -175,4 +180,5 @@ def _watch(stage: Stage, process: subprocess.Popen, log: Path, console: Console)
             if ended:
                 break
             time.sleep(1.0)
-    console.print(f"  {stage.title}: {now}", highlight=False, soft_wrap=True)
+    if not process.returncode:
+        console.print(f"  {stage.title}: {now}", highlight=False, soft_wrap=True)

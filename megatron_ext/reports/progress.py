@@ -72,6 +72,8 @@ class Progress:
             giant = (self.total or self.done) >= 1e9
             scale, suffix, digits = (1e9, " GB", ".2f") if giant else (1e6, " MB", ".0f")
         all_of_it = f" of {self.total / scale:{digits}}" if self.total is not None else ""
+        if self.total is None and not self.done:  # nothing is counted
+            return f"{self.what}: {self.note}"
         parts = [f"{self.what}: {self.done / scale:{digits}}{all_of_it}{suffix}", self._left(), self.note]
         return ", ".join(filter(None, parts))
 

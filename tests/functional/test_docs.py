@@ -71,7 +71,8 @@ def flags(command: Command) -> set[str]:
 def named(program: str, *action: str) -> set[str]:
     script = ROOT / program
     words = [script] if script.suffix == ".py" else [EXTENSION, program, *action]
-    done = fork_server.run([*words, "--help"])
+    of_a_job = script.suffix == ".py" or (cli.COMMANDS[program].flags == "job" and not action)
+    done = fork_server.run([*words, "--help", *(["all"] if of_a_job and program != "torchrun" else [])])
     assert done.returncode == 0, done.stderr
     return set(re.findall(r"--[a-z0-9][\w-]*", done.stdout))
 

@@ -73,7 +73,7 @@ def test_every_script_is_bash_and_may_be_run(script):
 
 
 def test_there_is_one_runner_and_each_folder_explains_its_recipes():
-    assert [path.name for path in SCRIPTS] == ["job.sbatch", "run.sh"]
+    assert [path.name for path in SCRIPTS] == ["compress.sbatch", "job.sbatch", "rank.sh", "run.sh"]
     assert {recipe.split("/")[0] for recipe in RECIPES} == {"distill", "long_context", "pretrain", "prune"}
     for recipe in RECIPES:
         folder, name = recipe.split("/")
@@ -221,6 +221,22 @@ def test_the_runner_becomes_a_launcher_that_lets_ranks_save(start, tmp_path, rec
         assert notes[-1].startswith(launcher)
         assert int((tmp_path / "notes.parent").read_text()) == os.getpid()  # each shell has become the next one
     assert "#SBATCH --signal=TERM@" in (EXAMPLES / "job.sbatch").read_text()  # to every rank, not to the batch step
+
+
+@pytest.mark.parametrize(("status", "again"), [("0", False), ("2", False), ("143", True)])
+def test_a_compression_that_is_told_to_stop_goes_back_into_the_queue(start, status, again):
+    done, notes = start("compress.sbatch", "model", "--to", "0.5", STATUS=status, SLURM_NTASKS="16")
+    assert done.returncode == (0 if again else int(status))
+    assert ("scontrol requeue 41" in notes) == again
+    launcher = f"--launcher srun --kill-on-bad-exit=1 {ROOT}/examples/rank.sh"
+    assert notes[0] == f"rank none of none: -m megatron_ext compress model --to 0.5 --processes 16 {launcher}"
+
+
+def test_a_task_of_srun_is_a_rank(start):
+    task = {"SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NTASKS": "16", "SLURM_NNODES": "2"}
+    done, notes = start("rank.sh", "pretrain", "--preset", "tiny-hybrid", **task)
+    assert done.returncode == 0, done.stderr
+    assert notes == ["rank 9 of 16: -m megatron_ext pretrain --preset tiny-hybrid"]
 
 
 @pytest.mark.parametrize("missing", ["DATA", "SAVE"])

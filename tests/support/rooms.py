@@ -16,6 +16,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "unit/test_cli.py", "unit/test_flag_list.py", "unit/test_program.py", "unit/test_torchrun.py",
         "functional/test_added_jobs.py", "functional/test_stop.py",
     ),
+    "compression": ("functional/test_compress.py", "unit/test_workflow.py"),
     "conversion": (
         "distributed/test_code_of_others.py", "distributed/test_convert.py", "distributed/test_gpt.py",
         "distributed/test_pruned_families.py", "distributed/test_verify.py", "functional/test_convert_jobs.py",

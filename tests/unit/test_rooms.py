@@ -64,7 +64,7 @@ def test_a_room_that_does_not_exist_is_told(name: str) -> None:
     assert done.returncode == 2
     assert f"error: no such room has tests\n  got:   ONLY={name}\n  legal: " in done.stderr
     assert ("did you mean 'pruning'?" in done.stderr) == (name == "prunning")
-    assert "one of checkpoint, cli, conversion, " in done.stderr
+    assert "one of checkpoint, cli, compression, " in done.stderr
     assert done.stdout == "", "no test has run"
 
 

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from megatron_ext import workflow
-from megatron_ext.workflow import Stage, StageError
+from megatron_ext.workflow import Stage, StageError, Stopped
 
 # In the place of Python: notes its command line and the signals that come, and takes a while to save at the first one.
 LAUNCHER = f"""#!{sys.executable}
@@ -119,6 +119,15 @@ def test_ctrl_c_is_one_signal_to_what_runs(launcher: str, tmp_path: Path) -> Non
     notes = (tmp_path / "notes").read_text().splitlines()
     assert notes[0].startswith("-m megatron_ext torchrun --standalone --nproc-per-node 2 -m megatron_ext pretrain")
     assert notes[1:] == ["SIGTERM"]
+
+
+@pytest.mark.parametrize("status", [0, 143])
+def test_a_command_that_somebody_else_has_stopped_is_not_done(tmp_path: Path, status: int) -> None:
+    """As SLURM does, which tells the ranks themselves: a training saves and ends well, without its last step."""
+    stage = Stage("train", ("-c", f"exit {status}"), tmp_path / "run", steps=2)
+    with pytest.raises(Stopped) as stopped:
+        workflow._run(stage, tmp_path, ("sh",), QUIET)
+    assert stopped.value.code == 143
 
 
 def test_why_a_command_failed_is_shown(launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
