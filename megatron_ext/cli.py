@@ -114,7 +114,11 @@ COMMANDS = {
         "megatron",
         options="megatron_ext.compression.options:add_arguments",
     ),
-    "convert": Command("convert between Hugging Face, GPTModel and checkpoints", "megatron_ext.conversion.job"),
+    "convert": Command(
+        "convert between Hugging Face, GPTModel and checkpoints",
+        "megatron_ext.conversion.job",
+        options="megatron_ext.conversion.options:add_arguments",
+    ),
     "evaluate": Command(
         "measure a checkpoint: text, tasks, long contexts",
         "megatron_ext.evaluation.job",

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_ext.checkpoint.gguf import source as gguf
 from megatron_ext.checkpoint.huggingface import families, hf_assets
 from megatron_ext.compression.stages import split_flags
 from megatron_ext.distillation.options import DistillOptions
@@ -50,11 +51,14 @@ class Outlook:
 
 
 def architecture(model: Path) -> Architecture:
-    """The model of a Hugging Face directory, which has a tokenizer.
+    """The model of a Hugging Face directory, which has a tokenizer, or of a GGUF file.
 
     Raises:
         CheckpointError, ConfigError: It is none, or none that is converted; or its tokenizer is missing.
     """
+    if gguf.is_gguf(model):
+        with gguf.opened(model) as described:
+            return families.of_config(described.config).read(described.config)
     hf_assets.check(model)
     config = hf_assets.read_config(model)
     found = families.of_config(config).read(config)

@@ -9,36 +9,13 @@ from pathlib import Path
 from megatron_ext.checkpoint import gpt, layout, ranks
 from megatron_ext.checkpoint.atomic import check_new
 from megatron_ext.checkpoint.gguf import source as gguf
-from megatron_ext.checkpoint.gguf.convert import KINDS, to_gguf
-from megatron_ext.checkpoint.huggingface import families, hf_assets
+from megatron_ext.checkpoint.gguf.convert import to_gguf
+from megatron_ext.checkpoint.huggingface import hf_assets
 from megatron_ext.checkpoint.huggingface.convert import TYPES, to_hf, to_megatron
 from megatron_ext.checkpoint.huggingface.remote_code import RemoteCodeFamily
 from megatron_ext.conversion.verify import ROUNDING, TOLERANCE, verify, verify_gguf, verify_gpt
 from megatron_ext.errors import ConfigError
 from megatron_ext.reports.progress import Progress
-
-FORMATS = "the format of the input: hf, gguf, Megatron in the pattern form of all programs here, or Megatron's GPTModel"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subcommand's flags."""
-    formats = ("hf", "gguf", "megatron", "gpt")
-    parser.add_argument("input", type=Path, help="a Hugging Face directory, a GGUF file, or a checkpoint of Megatron's")
-    parser.add_argument("output", type=Path, help="a new directory")
-    parser.add_argument("--from", dest="source", choices=formats, required=True, help=FORMATS)
-    parser.add_argument("--to", dest="target", choices=formats, required=True, help="the format of the output")
-    types = "the type of the weights, by default the one they have; q8_0 with --to gguf"
-    parser.add_argument("--dtype", choices=list(KINDS), help=types)
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="in place of the model's own")
-    parser.add_argument("--verify", action="store_true", help="load both models, compare logits and what they write")
-    to = parser.add_argument_group("--to megatron")
-    to.add_argument("--pad-vocab-to", type=int, default=1, metavar="N", help="add zero rows up to a multiple of N")
-    back = parser.add_argument_group("--to hf, --to gguf")
-    like = "take configuration and tokenizer from here, a Hugging Face directory or a checkpoint converted from one"
-    back.add_argument("--like", type=Path, metavar="DIR", help=like)
-    back.add_argument("--hf-class", metavar="NAME", help="what it is to be: " + ", ".join(families.FAMILIES))
-    back.add_argument("--vocab-size", type=int, metavar="N", help="rows of the embedding that are words, not padding")
-    back.add_argument("--shard-gb", type=float, metavar="GB", help="size of a file of --to hf (default: 5)")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.axes import KeptIndices
 from megatron_ext.models.pattern import ATTENTION, LINEAR, MLP, MOE
-from megatron_ext.models.rope_scaling import attention_factor, inverse_frequencies
+from megatron_ext.models.rope_frequencies import attention_factor, inverse_frequencies
 from megatron_ext.ops.causal_conv1d.naive import causal_conv1d
 from megatron_ext.ops.ssd.naive import ssd
 

@@ -6,7 +6,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from torch import Tensor
 
 from megatron_ext.models.architecture import Architecture
-from megatron_ext.models.rope_scaling import attention_factor, inverse_frequencies
+from megatron_ext.models.rope_frequencies import attention_factor, inverse_frequencies
 
 
 class ArchitectureRotaryEmbedding(RotaryEmbedding):
