@@ -117,24 +117,30 @@ class EmulatedUpdates(LeftOut):
             fitting: How.
             run: Sends the calibration data through the model.
         """
+        found: dict[int, Emulator] = {}
+        groups = self._groups
+        for first, moments in self.moments(firsts, fitting, run).items():
+            if groups.dp.rank() == groups.cp.rank() == groups.tp.rank() == 0:
+                found[first] = fit(moments, fitting.rank, fitting.ridge)
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, found)
+        return {first: emulator for part in parts for first, emulator in part.items()}
+
+    def moments(self, firsts: Sequence[int], fitting: Fitting, run: Callable[[], object]) -> dict[int, Moments]:
+        """The moments of those spans that this rank's stage has, over all of its ranks; the arguments are `fit`'s."""
         own = {unit - 1 for chunk in self._chunks for unit in (layer.layer_number for layer in chunk.decoder.layers)}
         self._moments = {first: Moments(self.hidden_size, fitting.rank > 0) for first in firsts if first in own}
         self._last = max(self._emulated[first][-1] for first in firsts)
         run()
-        groups = self._groups
-        found: dict[int, Emulator] = {}
-        for first, moments in self._moments.items():
+        groups, found = self._groups, self._moments
+        for moments in found.values():
             for name, value in moments.sums.items():
                 total = value.to(torch.cuda.current_device())
                 for group in (groups.dp, groups.cp, groups.tp):  # without sequence parallelism TP repeats every token
                     dist.all_reduce(total, group=group)
                 moments.sums[name] = total
-            if groups.dp.rank() == groups.cp.rank() == groups.tp.rank() == 0:
-                found[first] = fit(moments, fitting.rank, fitting.ridge)
         self._moments, self._last = {}, len(self.architecture.pattern)
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, found)
-        return {first: emulator for part in parts for first, emulator in part.items()}
+        return found
 
     def _passes(self, index: int) -> bool:
         first = self._span_of.get(index)
