@@ -15,11 +15,25 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.12,<3.13",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    keywords=["megatron", "pruning", "distillation", "mamba", "model compression"],
     packages=find_packages(include=["megatron_ext", "megatron_ext.*"]),
+    package_data={"megatron_ext": ["py.typed"]},
     entry_points={"console_scripts": ["megatron-ext = megatron_ext.cli:main"]},
     install_requires=[
         "megatron-core==0.19.2",
-        "torch>=2.11",
+        # Those that the tests ran with: the platform replaces names inside of torch, and transformers is the oracle.
+        "torch>=2.11,<2.12",
+        "transformers>=5.23,<5.24",
+        "argcomplete",
         "numpy",
         "einops",
         "huggingface-hub",
@@ -31,7 +45,6 @@ setup(
         "safetensors",
         "tensorboard",
         "tokenizers",
-        "transformers",
         "xxhash",
     ],
     extras_require={
@@ -40,6 +53,7 @@ setup(
         # The kernels that benchmarks/results were measured beside; they compile against the torch that is here.
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<3", "mamba-ssm==2.3.2.post1", "causal-conv1d==1.7.0"],
         "eval": ["lm-eval"],
+        "wandb": ["wandb"],
         "gguf": GGUF,
         "dev": [
             *GGUF,

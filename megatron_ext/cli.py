@@ -187,6 +187,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0  # the first rank of torchrun's says it
     added = entry_points(group=GROUP)
     known = commands(added)
+    if argv is None and "_ARGCOMPLETE" in os.environ:
+        from megatron_ext.completion import complete
+
+        complete(known)  # and end
     if words and words[0] in COMMANDS:
         _refuse_taken(words[0], added)
     command = known[words[0]] if words and words[0] in known else None

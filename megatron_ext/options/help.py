@@ -92,12 +92,12 @@ def asked(words: Sequence[str]) -> str | None:
     return None
 
 
-def short(parser: argparse.ArgumentParser, reads_text: bool) -> str:
-    """The flags of a job, and those that are used most.
+def add_most_used(parser: argparse.ArgumentParser, reads_text: bool) -> None:
+    """Let a parser know the flags that are used most, where it does not.
 
     Args:
-        parser: The job's own flags.
-        reads_text: Whether it works on language models.
+        parser: Of a job's own flags.
+        reads_text: Whether the job works on language models.
     """
     names = {name for action in parser._actions for name in action.option_strings}
     for title, flags in MOST_USED.items():
@@ -107,6 +107,11 @@ def short(parser: argparse.ArgumentParser, reads_text: bool) -> str:
             if name not in names and (reads_text or name not in OF_TEXT):
                 takes = {"metavar": metavar} if metavar else {"action": "store_true"}
                 group.add_argument(name, help=text, **takes)  # type: ignore[arg-type]
+
+
+def short(parser: argparse.ArgumentParser, reads_text: bool) -> str:
+    """The flags of a job, which `parser` has, and those that are used most."""
+    add_most_used(parser, reads_text)
     parser.epilog = (
         "Megatron's other flags keep their names, and work or are refused: --help all shows them, --help pipeline "
         "those about pipelines."

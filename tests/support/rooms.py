@@ -14,7 +14,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "checkpoint": ("distributed/test_gpt.py", "functional/test_before_the_move.py"),
     "cli": (
         "unit/test_cli.py", "unit/test_flag_list.py", "unit/test_program.py", "unit/test_torchrun.py",
-        "functional/test_added_jobs.py", "functional/test_stop.py",
+        "functional/test_added_jobs.py", "functional/test_package.py", "functional/test_stop.py",
     ),
     "compression": ("functional/test_compress.py", "unit/test_workflow.py"),
     "conversion": (
