@@ -28,6 +28,9 @@ DENSE = {"pattern": "-*-**-", "layer_sizes": {"ffn_hidden_size": (24, 48, 40)}}
 CHANGES: dict[str, dict[str, Any]] = {
     "llama3": DENSE,
     "mistral": {"pattern": "*-*--"},
+    "mistral-linear": {"pattern": "L-*L*-L", "linear_rank": 5},
+    "nemotron-linear": {"pattern": "LL*L-"},
+    "llama3-biases": {"pattern": "-*-*", "add_bias_linear": True},
     "qwen2": DENSE,
     "qwen3": DENSE,
     "phi3": DENSE,
@@ -50,6 +53,8 @@ TRAINED = {
     ),
     # Without attention: no layer's cache knows how long the text is.
     "mamba-uneven": replace(OWN, pattern="MM", layer_sizes={"mamba_num_heads": (8, 4)}),
+    "mamba-linear": replace(OWN, pattern="ML", linear_rank=3),
+    "hybrid-linear": replace(OWN, pattern="M-LL*-", layer_sizes={"ffn_hidden_size": (48, 24)}),
     "mamba-mlps": replace(OWN, pattern="M-M-", layer_sizes={"ffn_hidden_size": (48, 24)}),
 }  # fmt: skip
 ALL = [*CHANGES, *TRAINED]
@@ -60,7 +65,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `NAME` of transformers, and a cut model with random weights as `NAME-megatron` and `NAME-cut`."""
     path = tmp_path_factory.mktemp("pruned")
     for name, changes in CHANGES.items():
-        make(name, path / name)
+        make(name.removesuffix("-linear").removesuffix("-biases"), path / name)
         to_megatron(path / name, path / f"{name}-whole")
         step = layout.find(path / f"{name}-whole").path
         write_random(path / f"{name}-megatron", replace(layout.architecture(step), **changes), path / name)

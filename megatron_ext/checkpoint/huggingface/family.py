@@ -112,15 +112,18 @@ class Family:
             by_unit.setdefault(mapping.unit, []).append(mapping)
         bound = [each for mapping in by_unit.get("", ()) for each in mapping.bind(arch, shapes)]
         for number, units in enumerate(self._blocks(arch.pattern)):
-            hf_layer = self.layer.format(number) + "."
             for unit in units:
                 for mapping in by_unit.get(arch.pattern[unit], ()):
-                    bound += mapping.bind(arch, shapes, unit, hf_layer)
+                    bound += mapping.bind(arch, shapes, unit, self._prefix(arch.pattern, number, unit))
         known = {mapping.megatron for mapping in bound}
         if missing := [key for key in shapes if key not in known]:
             raise CheckpointError(f"{self.name} has no place for {missing[0]}", got=f"{len(missing)} such weights")
         order = {key: place for place, key in enumerate(shapes)}
         return sorted(bound, key=lambda mapping: order[mapping.megatron])
+
+    def _prefix(self, pattern: str, number: int, unit: int) -> str:
+        """What the tensors of one of our sub-layers, in a layer of theirs, begin with."""
+        return self.layer.format(number) + "."
 
     def _blocks(self, pattern: str) -> list[tuple[int, ...]]:
         """Our sub-layers that make each layer of theirs."""

@@ -4,6 +4,7 @@ It is `NemotronHForCausalLM` with any MLP, with rotary positions and norms on qu
 with sizes that differ from layer to layer, and with or without attention (`modeling_hybrid.py`).
 """
 
+from dataclasses import replace
 from typing import Any
 
 from megatron_ext.checkpoint.huggingface.config_mappings import Renamed, Rope, Tied
@@ -11,11 +12,24 @@ from megatron_ext.checkpoint.huggingface.entries import flag
 from megatron_ext.checkpoint.huggingface.family import Config
 from megatron_ext.checkpoint.huggingface.mamba2 import MIXER, OUTER
 from megatron_ext.checkpoint.huggingface.mappings import ParamMapping, gated_mlp_mapping
-from megatron_ext.checkpoint.huggingface.nemotron_h import ATTENTION_ROWS, EXPERTS, NEMOTRON_H, SHARED
-from megatron_ext.checkpoint.huggingface.remote_code import LayerChanges, RemoteCodeFamily
+from megatron_ext.checkpoint.huggingface.nemotron_h import (
+    ATTENTION_ROWS,
+    EXPERTS,
+    NEMOTRON_H,
+    SHARED,
+    WORDS,
+    LayerKinds,
+)
+from megatron_ext.checkpoint.huggingface.remote_code import (
+    LINEAR_ROWS,
+    RANK,
+    LayerChanges,
+    RemoteCodeFamily,
+    changes_of,
+)
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.architecture import Architecture
-from megatron_ext.models.pattern import MOE
+from megatron_ext.models.pattern import LINEAR, MLP, MOE
 
 _ROPE = Rope(partial=True)
 _ACTIVATIONS = {"relu2": "squared_relu", "gelu": "gelu", "silu": "silu"}
@@ -37,6 +51,9 @@ _QK_NORMS = [
 ]
 
 
+_LINEAR = [replace(row, hf=f"mixer.{row.hf}") for row in LINEAR_ROWS]
+
+
 class _Mlp:
     """The activation, and whether it is that of a gate; refuses what the class cannot run."""
 
@@ -53,6 +70,16 @@ class _Mlp:
             raise CheckpointError("HybridForCausalLM: experts are squared ReLU without a gate", got=arch.activation)
         name = next(hf for hf, megatron in _ACTIVATIONS.items() if megatron == arch.activation)
         return {"mlp_hidden_act": name, "mlp_gated": arch.gated_linear_unit}
+
+
+class _Kinds(LayerKinds):
+    """The layer pattern; a linear sub-layer is in the place of an MLP, and `layer_changes` says its rank."""
+
+    def read(self, config: Config) -> dict[str, Any]:
+        """The pattern."""
+        pattern, entries = super().read(config)["pattern"], changes_of(config)
+        changed = (LINEAR if RANK in entry else unit for unit, entry in zip(pattern, entries, strict=True))
+        return {"pattern": "".join(changed)}
 
 
 class _Rotary:
@@ -73,8 +100,9 @@ class _Rotary:
 
 HYBRID = RemoteCodeFamily(
     "HybridForCausalLM", "megatron_hybrid", "backbone.layers.{}", "",
-    [*OUTER, *MIXER, *ATTENTION_ROWS, *_QK_NORMS, *_MLP, *EXPERTS],
-    [*SHARED, Tied(), _Mlp(), _Rotary(), Renamed("qk_norm", "qk_layernorm", False),
+    [*OUTER, *MIXER, *ATTENTION_ROWS, *_QK_NORMS, *_MLP, *EXPERTS, *_LINEAR],
+    [_Kinds({**WORDS, LINEAR: WORDS[MLP]}), *SHARED, Tied(), _Mlp(), _Rotary(),
+     Renamed("qk_norm", "qk_layernorm", False),
      LayerChanges({"ffn_hidden_size": "intermediate_size", "mamba_num_heads": "mamba_num_heads"})],
     base=NEMOTRON_H, template="modeling_hybrid.py",
 )  # fmt: skip

@@ -2,8 +2,8 @@
 
 Entries of config.json beside those of Nemotron-H: `mlp_hidden_act` (any) and `mlp_gated`; `rotary`, the rotary
 positions of attention as other models have them under `rope_parameters`, or null; `qk_norm`, norms on query and key
-heads; `layer_changes`, for each layer the sizes that are its own. Caches, attention backends and generation are those
-of transformers. Load it with `trust_remote_code=True`.
+heads; `layer_changes`, for each layer the sizes that are its own, or the rank of the linear map that it is. Caches,
+attention backends and generation are those of transformers. Load it with `trust_remote_code=True`.
 """
 
 import copy
@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import DynamicCache, NemotronHConfig, NemotronHForCausalLM, conversion_mapping
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -46,6 +47,35 @@ class GatedMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The MLP."""
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class LinearUpdate(nn.Module):
+    """(batch, sequence, hidden) to the same: up (down x) + bias, a bias alone if the rank is 0."""
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.zeros(rank, hidden_size)) if rank else None
+        self.up = nn.Parameter(torch.zeros(hidden_size, rank)) if rank else None
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The update."""
+        if self.down is None or self.up is None:
+            return self.bias.expand_as(hidden_states)
+        return functional.linear(functional.linear(hidden_states, self.down), self.up, self.bias)
+
+
+class LinearLayer(nn.Module):
+    """A layer that is a linear map of the residual stream, without a norm."""
+
+    def __init__(self, config: HybridConfig, rank: int) -> None:
+        super().__init__()
+        self.block_type = "mlp"
+        self.mixer = LinearUpdate(config.hidden_size, rank)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The stream with the update."""
+        return hidden_states + self.mixer(hidden_states)
 
 
 class Attention(NemotronHAttention):
@@ -123,7 +153,9 @@ class HybridForCausalLM(NemotronHForCausalLM):
             for name, value in changes.items():
                 setattr(own, name, value)
             kind = layers[index].block_type
-            if kind == "mlp" and config.mlp_gated:
+            if "linear_rank" in changes:
+                layers[index] = LinearLayer(config, changes["linear_rank"])
+            elif kind == "mlp" and config.mlp_gated:
                 layers[index].mixer = GatedMLP(own)
             elif kind == "full_attention":
                 layers[index].mixer = Attention(config, index)

@@ -1,8 +1,9 @@
-"""LlamaForCausalLM with layers that differ in size, or have no attention or no MLP.
+"""LlamaForCausalLM with layers that differ in size, or have no attention or no MLP, or a linear map in their place.
 
-`layer_changes` of config.json has one entry for each layer: the sizes that are its own, and under `skip` the sub-layers
-that it does not have ("self_attn", "mlp"). Everything else, caches, attention backends and generation among it, is that
-of transformers. Load it with `trust_remote_code=True`.
+`layer_changes` of config.json has one entry for each layer: the sizes that are its own, under `skip` the sub-layers
+that it does not have ("self_attn", "mlp"), under `linear` those that are a linear map of rank `linear_rank`. Everything
+else, caches, attention backends and generation among it, is that of transformers. Load it with
+`trust_remote_code=True`.
 """
 
 import copy
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 # The norm before each sub-layer.
@@ -36,6 +38,24 @@ class Nothing(nn.Module):
         return (zeros, None) if self.returns_weights else zeros
 
 
+class LinearUpdate(nn.Module):
+    """Stands in a sub-layer's place: up (down x) + bias of the residual stream, a bias alone if the rank is 0."""
+
+    def __init__(self, hidden_size: int, rank: int, returns_weights: bool) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.zeros(rank, hidden_size)) if rank else None
+        self.up = nn.Parameter(torch.zeros(hidden_size, rank)) if rank else None
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+        self.returns_weights = returns_weights
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """(batch, sequence, hidden) to the same, with attention's second result where there is one."""
+        update = self.bias.expand_as(hidden_states)
+        if self.down is not None and self.up is not None:
+            update = functional.linear(functional.linear(hidden_states, self.down), self.up, self.bias)
+        return (update, None) if self.returns_weights else update
+
+
 class PrunedLlamaForCausalLM(LlamaForCausalLM):
     """LlamaForCausalLM whose layers are what `config.layer_changes` says."""
 
@@ -49,10 +69,15 @@ class PrunedLlamaForCausalLM(LlamaForCausalLM):
             own = copy.copy(config)
             for name, value in changes.items():
                 setattr(own, name, value)
-            layer = type(layers[index])(own, index) if set(changes) - {"skip"} else layers[index]
+            resized = set(changes) - {"skip", "linear", "linear_rank"}
+            layer = type(layers[index])(own, index) if resized else layers[index]
             layers[index] = layer
             for name in changes.get("skip", ()):
                 setattr(layer, name, Nothing(returns_weights=name == "self_attn"))
+            for name in changes.get("linear", ()):
+                update = LinearUpdate(config.hidden_size, changes["linear_rank"], returns_weights=name == "self_attn")
+                setattr(layer, name, update)
+            for name in (*changes.get("skip", ()), *changes.get("linear", ())):
                 setattr(layer, NORMS[name], nn.Identity())
             # The first layer with a cache must be number 0: transformers asks it how long the sequence is.
             if hasattr(getattr(layer, "self_attn", None), "layer_idx"):

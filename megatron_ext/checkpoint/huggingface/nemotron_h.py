@@ -1,5 +1,6 @@
 """`NemotronHForCausalLM`: Nemotron-H and Nemotron 3, hybrids of Mamba-2, attention, MLPs and mixtures of experts."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_ext.checkpoint.huggingface.config_mappings import Fixed, Renamed, Required, Tied
@@ -11,8 +12,8 @@ from megatron_ext.errors import CheckpointError
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, MAMBA, MLP, MOE
 
-_WORDS = {MAMBA: "linear_attention", ATTENTION: "full_attention", MLP: "mlp", MOE: "moe"}
-_UNITS = {word: unit for unit, word in _WORDS.items()} | {"mamba": MAMBA, "attention": ATTENTION}
+WORDS = {MAMBA: "linear_attention", ATTENTION: "full_attention", MLP: "mlp", MOE: "moe"}
+_UNITS = {word: unit for unit, word in WORDS.items()} | {"mamba": MAMBA, "attention": ATTENTION}
 
 ATTENTION_ROWS = [
     ParamMapping("*", "norm.weight", "self_attention.linear_qkv.layer_norm_weight"),
@@ -40,8 +41,15 @@ def _head_dim(config: Config) -> int:
     return config.get("attention_head_dim", 128)
 
 
-class _Pattern:
-    """The layer pattern: a list in transformers' own configuration, a string in those that came with their code."""
+class LayerKinds:
+    """The layer pattern: a list in transformers' own configuration, a string in those that came with their code.
+
+    Args:
+        words: What our kinds of sub-layers are called.
+    """
+
+    def __init__(self, words: Mapping[str, str]) -> None:
+        self.words = words
 
     def read(self, config: Config) -> dict[str, Any]:
         """The pattern."""
@@ -62,11 +70,11 @@ class _Pattern:
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
         """The pattern, in the form that `like` has, or else in both."""
-        if unknown := sorted(set(arch.pattern) - set(_WORDS)):
+        if unknown := sorted(set(arch.pattern) - set(self.words)):
             raise CheckpointError("a hybrid of transformers' has no such sub-layers", got=", ".join(unknown))
         entries: dict[str, Any] = {
-            "layers_block_type": [_WORDS[unit] for unit in arch.pattern],
-            "hybrid_override_pattern": arch.pattern,
+            "layers_block_type": [self.words[unit] for unit in arch.pattern],
+            "hybrid_override_pattern": "".join(_UNITS[self.words[unit]] for unit in arch.pattern),
             "num_hidden_layers": len(arch.pattern),
         }
         known = {name: entry for name, entry in entries.items() if name in like}
@@ -128,7 +136,7 @@ class _Mixture:
 
     def read(self, config: Config) -> dict[str, Any]:
         """The fields."""
-        if MOE not in _Pattern().read(config)["pattern"]:
+        if MOE not in LayerKinds(WORDS).read(config)["pattern"]:
             return {}
         fields: dict[str, Any] = {
             "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
@@ -166,7 +174,7 @@ class _Mixture:
 
 # What a hybrid of our own has as well.
 SHARED: list[Any] = [
-    _Pattern(), Renamed("vocab_size", "padded_vocab_size", 131_072), Renamed("hidden_size", "hidden_size", 4096),
+    Renamed("vocab_size", "padded_vocab_size", 131_072), Renamed("hidden_size", "hidden_size", 4096),
     Renamed("intermediate_size", "ffn_hidden_size", 21_504), Renamed("num_attention_heads", "num_attention_heads", 32),
     Renamed("num_key_value_heads", "num_query_groups", 8), Renamed("head_dim", "kv_channels", _head_dim),
     Renamed("max_position_embeddings", "max_position_embeddings", 4096),
@@ -178,6 +186,6 @@ SHARED: list[Any] = [
 NEMOTRON_H = Family(
     "NemotronHForCausalLM", "nemotron_h", "backbone.layers.{}", "",
     [*OUTER, *MIXER, *ATTENTION_ROWS, *_MLP, *EXPERTS],
-    [*SHARED, _Untied(), _WithAttention(), _SmallSteps(), Required("mlp_hidden_act", "relu2"),
+    [LayerKinds(WORDS), *SHARED, _Untied(), _WithAttention(), _SmallSteps(), Required("mlp_hidden_act", "relu2"),
      Fixed(activation="squared_relu", gated_linear_unit=False, position_embedding_type="none")],
 )  # fmt: skip

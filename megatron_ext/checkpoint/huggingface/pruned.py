@@ -14,10 +14,16 @@ from megatron_ext.checkpoint.huggingface.mistral import MISTRAL
 from megatron_ext.checkpoint.huggingface.nemotron import NEMOTRON
 from megatron_ext.checkpoint.huggingface.phi3 import PHI3
 from megatron_ext.checkpoint.huggingface.qwen import QWEN2, QWEN3
-from megatron_ext.checkpoint.huggingface.remote_code import ENTRY, LayerChanges, RemoteCodeFamily, changes_of
+from megatron_ext.checkpoint.huggingface.remote_code import (
+    ENTRY,
+    LINEAR_ROWS,
+    LayerChanges,
+    RemoteCodeFamily,
+    changes_of,
+)
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.architecture import Architecture
-from megatron_ext.models.pattern import ATTENTION, MLP
+from megatron_ext.models.pattern import ATTENTION, LINEAR, MLP
 
 _SUBLAYERS = {ATTENTION: "self_attn", MLP: "mlp"}
 _SIZES = LayerChanges({"ffn_hidden_size": "intermediate_size"})
@@ -27,49 +33,63 @@ class PrunedFamily(RemoteCodeFamily):
     """`base` with layers that differ."""
 
     def _blocks(self, pattern: str) -> list[tuple[int, ...]]:
-        return [units for units, _ in blocks(pattern, self.block)]
+        return [tuple(own.values()) for own in blocks(pattern, self.block)]
+
+    def _prefix(self, pattern: str, number: int, unit: int) -> str:
+        layer = super()._prefix(pattern, number, unit)
+        if pattern[unit] != LINEAR:
+            return layer
+        own = blocks(pattern, self.block)[number]
+        return f"{layer}{_SUBLAYERS[next(kind for kind in own if own[kind] == unit)]}."
 
 
-def blocks(pattern: str, block: Sequence[str]) -> list[tuple[tuple[int, ...], str]]:
-    """Our sub-layers that make each layer of theirs, and the kinds that the layer lacks.
+def blocks(pattern: str, block: Sequence[str]) -> list[dict[str, int]]:
+    """Our sub-layers that make each layer of theirs, by the kind whose place each takes; a linear one takes any.
 
     Raises:
         CheckpointError: A sub-layer is of a kind that the block does not have.
     """
-    found: list[tuple[tuple[int, ...], str]] = []
+    found: list[dict[str, int]] = []
     unit = 0
     while unit < len(pattern):
-        own, lacking = [], ""
+        own: dict[str, int] = {}
         for kind in block:
-            if pattern[unit : unit + 1] == kind:
-                own.append(unit)
+            if pattern[unit : unit + 1] in (kind, LINEAR):
+                own[kind] = unit
                 unit += 1
-            else:
-                lacking += kind
         if not own:
             raise CheckpointError("the family has no such sub-layers", got=pattern[unit], legal=", ".join(block))
-        found.append((tuple(own), lacking))
+        found.append(own)
     return found
 
 
 @dataclass(frozen=True)
 class _Blocks:
-    """For each layer, the sub-layers of a whole one (`block`) that it lacks, and the sizes that are its own."""
+    """For each layer, the sub-layers of a whole one (`block`) that it lacks or has linear maps for, and its sizes."""
 
     block: Sequence[str]
 
     def read(self, config: Config) -> dict[str, Any]:
         """The pattern and the sizes."""
         entries = changes_of(config)
-        kinds = [kind for entry in entries for kind in self.block if _SUBLAYERS[kind] not in entry.get("skip", ())]
+        there = [(entry, kind) for entry in entries for kind in self.block]
+        kinds = [
+            LINEAR if _SUBLAYERS[kind] in entry.get("linear", ()) else kind
+            for entry, kind in there
+            if _SUBLAYERS[kind] not in entry.get("skip", ())
+        ]
         return {"pattern": "".join(kinds)} | _SIZES.read(config)
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
         """The entries."""
         entries: list[dict[str, Any]] = []
-        for units, lacking in blocks(arch.pattern, self.block):
-            entry: dict[str, Any] = {"skip": [_SUBLAYERS[kind] for kind in lacking]} if lacking else {}
-            for unit in units:
+        for own in blocks(arch.pattern, self.block):
+            lists = {
+                "skip": [_SUBLAYERS[kind] for kind in self.block if kind not in own],
+                "linear": [_SUBLAYERS[kind] for kind, unit in own.items() if arch.pattern[unit] == LINEAR],
+            }
+            entry: dict[str, Any] = {name: names for name, names in lists.items() if names}
+            for unit in own.values():
                 entry |= _SIZES.of(arch, unit)
             entries.append(entry)
         types = {"layer_types": ["full_attention"] * len(entries)} if "layer_types" in like else {}
@@ -82,8 +102,8 @@ def pruned(base: Family) -> PrunedFamily:
     config = [*(mapping for mapping in base.config if not isinstance(mapping, Layers)), _Blocks(base.block)]
     names = ("pruned_llama", f"pruned_{snake}"), ('"llama"', f'"{snake}"'), ("Llama", camel)
     return PrunedFamily(
-        f"Pruned{base.name}", f"pruned_{snake}", base.layer, base.block, base.params, config, base.ignored_suffixes,
-        base.ignored_fields, base=base, template="modeling_pruned.py", renamed=names,
+        f"Pruned{base.name}", f"pruned_{snake}", base.layer, base.block, [*base.params, *LINEAR_ROWS], config,
+        base.ignored_suffixes, base.ignored_fields, base=base, template="modeling_pruned.py", renamed=names,
     )  # fmt: skip
 
 

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.checkpoint.huggingface.family import Config, Family
+from megatron_ext.checkpoint.huggingface.mappings import ParamMapping
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.dimensions import PER_LAYER
+from megatron_ext.models.pattern import LINEAR
 
-ENTRY = "layer_changes"
+ENTRY, RANK = "layer_changes", "linear_rank"
+LINEAR_ROWS = [ParamMapping(LINEAR, name, name) for name in ("down", "up", "bias")]
+"""A linear sub-layer, which no class of transformers' has."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class RemoteCodeFamily(Family):
 
 @dataclass(frozen=True)
 class LayerChanges:
-    """`layer_changes`: for each layer of a model whose layers are sub-layers, the sizes that are its own.
+    """`layer_changes`: for each layer of a model whose layers are sub-layers, its own sizes, or a linear map's rank.
 
     Attributes:
         sizes: Their names of our sizes that may differ.
@@ -66,17 +70,23 @@ class LayerChanges:
     sizes: dict[str, str]
 
     def read(self, config: Config) -> dict[str, Any]:
-        """The sizes."""
+        """The sizes, and the rank."""
         entries = changes_of(config)
+        ranks = {entry[RANK] for entry in entries if RANK in entry}
+        if len(ranks) > 1:
+            raise CheckpointError("config.json: linear sub-layers of several ranks", got=sorted(ranks), legal="one")
         sizes = {megatron: tuple(entry[hf] for entry in entries if hf in entry) for megatron, hf in self.sizes.items()}
-        return {"layer_sizes": {name: values for name, values in sizes.items() if values}}
+        rank = {RANK: ranks.pop()} if ranks else {}
+        return {"layer_sizes": {name: values for name, values in sizes.items() if values}} | rank
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
         """The entry."""
         return {ENTRY: [self.of(arch, unit) for unit in range(len(arch.pattern))]}
 
     def of(self, arch: Architecture, unit: int) -> dict[str, int]:
-        """The sizes of one sub-layer that are its own."""
+        """What is one sub-layer's own."""
+        if arch.pattern[unit] == LINEAR:
+            return {RANK: arch.linear_rank}
         return {
             hf: getattr(arch.at(unit), megatron)
             for megatron, hf in self.sizes.items()
