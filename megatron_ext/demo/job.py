@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 import os
-import platform as host
 import time
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ from rich.console import Console
 from megatron_ext import workflow
 from megatron_ext.checkpoint.atomic import write_text
 from megatron_ext.data.corpus import build_dataset
+from megatron_ext.demo import real_model
 from megatron_ext.errors import ConfigError
 from megatron_ext.reports.metrics_file import read_metrics
-from megatron_ext.reports.provenance import git_commit, versions
+from megatron_ext.reports.provenance import git_commit, machine, versions
 from megatron_ext.workflow import Stage
 
 PROCESSES = 2
@@ -34,7 +34,10 @@ SETTINGS = {"teacher_steps": TEACHER_STEPS, "student_steps": STUDENT_STEPS, "seq
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `megatron-ext demo`."""
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="run directory (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="run directory (default: runs/demo, with --real runs/real_model)")
+    real = "a real model, SmolLM2-135M-Instruct, in place of one that is trained first: 25 minutes on two cores"
+    parser.add_argument("--real", action="store_true", help=real)
+    parser.add_argument("--gpu", action="store_true", help="with --real: more text, longer sequences, bf16, on one GPU")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -46,8 +49,13 @@ def main(args: argparse.Namespace) -> None:
     """
     workflow.heed_signals()
     console = Console()
-    out: Path = args.out
-    _claim(out)
+    if args.real:
+        _run_real(args.out or Path("runs/real_model"), real_model.GPU if args.gpu else real_model.CPU, console)
+        return
+    if args.gpu:
+        raise ConfigError("--gpu goes with --real")
+    out: Path = args.out or Path("runs/demo")
+    _claim(out, SETTINGS)
     started = time.monotonic()
     console.print("[bold]A hybrid Mamba-2/attention model: trained, halved, distilled back, and measured.[/bold]")
     if not (out / "data" / "manifest.json").is_file():
@@ -67,6 +75,31 @@ def main(args: argparse.Namespace) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    console.print(
+        f"\n{time.monotonic() - started:.0f} s in all. {out / 'report.md'}, {out / 'report.png'}", soft_wrap=True
+    )
+
+
+def _run_real(out: Path, size: real_model.Size, console: Console) -> None:
+    """The same with a model that others have trained; see `real_model`."""
+    _claim(out, real_model.settings(size))
+    started = time.monotonic()
+    console.print("[bold]SmolLM2-135M-Instruct: converted, cut, distilled back, converted back, and measured.[/bold]")
+    file = real_model.model_file(console)
+    sources = real_model.write_texts(out / "texts")
+    launcher = workflow.torchrun(size.processes)
+    workflow.run(real_model.first_stages(out, size, file), out, launcher, console)
+    best = real_model.best_cut(out)
+    seconds = workflow.run(real_model.last_stages(out, size, best), out, launcher, console)
+    from megatron_ext.demo import real_report
+
+    report = real_model.collect(out, size, seconds, sources)
+    real_report.write_report(out, report)
+    console.print(f"\n[bold]{real_report.headline(report)}.[/bold]\n", highlight=False, soft_wrap=True)
+    for _, title, row in real_report.rows(report):
+        console.print(f"  {row['loss']:.3f} nats per token   {title}", highlight=False, soft_wrap=True)
+    for answer in report["answers"][real_model.DISTILLED][:1]:
+        console.print(f"\n  {answer['prompt']}\n  {answer['text']}", highlight=False, soft_wrap=True)
     console.print(
         f"\n{time.monotonic() - started:.0f} s in all. {out / 'report.md'}, {out / 'report.png'}", soft_wrap=True
     )
@@ -149,24 +182,15 @@ def collect(out: Path, seconds: dict[str, float]) -> dict[str, Any]:
         }
     report["settings"] = SETTINGS | {"processes": PROCESSES, "commit": git_commit()}
     report["versions"] = versions()
-    report["machine"] = {"system": host.platform(), "processor": _processor(), "cores": os.cpu_count()}
+    report["machine"] = machine() | {"cores": os.cpu_count()}
     return report
 
 
-def _claim(out: Path) -> None:
+def _claim(out: Path, own: dict[str, Any]) -> None:
     settings = out / "settings.json"
-    if settings.is_file() and json.loads(settings.read_text()) != SETTINGS:
+    if settings.is_file() and json.loads(settings.read_text()) != own:
         raise ConfigError("this directory holds a demo with other settings", got=out, legal="--out NEW_DIRECTORY")
     if not settings.is_file() and out.exists() and any(out.iterdir()):
         raise ConfigError("this directory is not empty and no demo", got=out, legal="--out NEW_DIRECTORY")
     out.mkdir(parents=True, exist_ok=True)
-    write_text(settings, json.dumps(SETTINGS))
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return host.processor() or host.machine()
+    write_text(settings, json.dumps(own))

@@ -20,6 +20,7 @@ def main(args: argparse.Namespace) -> None:
     numbers, metrics = run / "report.json", run / "metrics.jsonl"
     if not numbers.is_file() and not metrics.is_file():
         raise DataError("nothing to report on", got=run, legal="a directory with report.json or metrics.jsonl")
+    from megatron_ext.demo import real_report
     from megatron_ext.demo.report import write_report
     from megatron_ext.reports.training_plot import plot_training
 
@@ -30,7 +31,10 @@ def main(args: argparse.Namespace) -> None:
             raise DataError(f"the report's numbers are not JSON: {error}", got=numbers) from error
         if not isinstance(measured, dict):
             raise DataError("the report's numbers are not an object", got=numbers)
-        write_report(run, measured)
+        if "models" in measured:
+            real_report.write_report(run, measured)
+        else:
+            write_report(run, measured)
         print(f"wrote {run / 'report.md'} and {run / 'report.png'}")
     if metrics.is_file():
         plot_training(metrics, run / "metrics.png")

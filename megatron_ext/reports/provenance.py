@@ -1,4 +1,4 @@
-"""What made a number: versions of Python and of packages, and the commit of the source."""
+"""What made a number: the machine, versions of Python and of packages, and the commit of the source."""
 
 import importlib.metadata
 import os
@@ -20,6 +20,13 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def machine() -> dict[str, str]:
+    """The system and the processor."""
+    info, processor = Path("/proc/cpuinfo"), host.processor() or host.machine()
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
+    return {"system": host.platform(), "processor": names[0].partition(":")[2].strip() if names else processor}
 
 
 def git_commit() -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_ext.checkpoint.gguf.entries import (
     Biases,
+    Check,
     Config,
     Described,
     Entry,
@@ -19,13 +20,14 @@ from megatron_ext.checkpoint.gguf.entries import (
     Whole,
 )
 from megatron_ext.checkpoint.gguf.file import package
-from megatron_ext.checkpoint.gguf.forms import ROTATED_PAIRS, Form
+from megatron_ext.checkpoint.gguf.forms import MAMBA2, ROTATED_PAIRS, SHIFTED_NORMS, Form
+from megatron_ext.checkpoint.gguf.hybrids import HybridLayers, MixerSizes
 from megatron_ext.checkpoint.gguf.layer_sizes import LayerSizes
 from megatron_ext.checkpoint.huggingface import families
 from megatron_ext.checkpoint.huggingface.family import Family
 from megatron_ext.checkpoint.huggingface.remote_code import RemoteCodeFamily
 from megatron_ext.errors import CheckpointError
-from megatron_ext.models.architecture import Architecture
+from megatron_ext.models.architecture import CONV_KERNEL, Architecture
 
 _AS_IS = Form((), lambda arch, weight: weight, lambda arch, weight: weight)
 
@@ -125,18 +127,23 @@ def _named(family: Family) -> dict[str, Any]:
     return {"architectures": [family.name], "model_type": family.model_type}
 
 
-_SIZES: tuple[Entry, ...] = (
-    Whole("context_length", "max_position_embeddings"), Whole("embedding_length", "hidden_size"),
-    Whole("block_count", "num_hidden_layers"),
+_CONTEXT = Whole("context_length", "max_position_embeddings")
+_LAYERS = Whole("block_count", "num_hidden_layers")
+_WIDTH: tuple[Entry, ...] = (
+    Whole("embedding_length", "hidden_size"),
     Only({"vocab_size": (), "tensor_data_layout": (), "attention.causal": (True,), "expert_count": (0,),
           "expert_used_count": (0,), "use_parallel_residual": (False,), "pooling_type": (0,)}),
 )  # fmt: skip
+_SIZES: tuple[Entry, ...] = (_CONTEXT, _LAYERS, *_WIDTH)
 _PER_MODEL: tuple[Entry, ...] = (
     Whole("feed_forward_length", "intermediate_size"), Whole("attention.head_count", "num_attention_heads"),
     Whole("attention.head_count_kv", "num_key_value_heads", "attention.head_count"),
 )  # fmt: skip
 _GATED: tuple[Entry, ...] = (Number("attention.layer_norm_rms_epsilon", "rms_norm_eps"), Rotary())
 _BIASES = Biases(attention_bias="attn_q.bias", mlp_bias="ffn_up.bias")
+_MIXER: tuple[Entry, ...] = (
+    Only({"ssm.conv_kernel": (CONV_KERNEL,)}, {"ssm.conv_kernel": CONV_KERNEL}), Whole("ssm.group_count", "n_groups"),
+)  # fmt: skip
 _SILU = ("hidden_act", "silu")
 _NO_WINDOW = (("use_sliding_window", False),)
 
@@ -155,6 +162,33 @@ ARCHITECTURES = {
         ),
         GgufArchitecture(
             "qwen2", ("Qwen2ForCausalLM",), (*_SIZES, *_PER_MODEL, Heads(), *_GATED), (), (_SILU, *_NO_WINDOW),
+        ),
+        GgufArchitecture(
+            "nemotron", ("NemotronForCausalLM",),
+            (*_SIZES, *_PER_MODEL, Heads(partial=True), Rotary(), Number("attention.layer_norm_epsilon", "norm_eps"),
+             Biases(attention_bias="attn_output.bias", mlp_bias="ffn_up.bias"),
+             Check(lambda config: config["num_attention_heads"] * config["head_dim"] == config["hidden_size"],
+                   "its heads do not make up the hidden size", "num_attention_heads", "head_dim", "hidden_size"),
+             Check(lambda config: not config["tie_word_embeddings"], "its embeddings are tied", "tie_word_embeddings")),
+            (SHIFTED_NORMS,), (("hidden_act", "relu2"),), read_by_transformers=False,
+        ),
+        GgufArchitecture(
+            "mamba2", ("Mamba2ForCausalLM",),
+            (_LAYERS, *_WIDTH, *_MIXER, Number("attention.layer_norm_rms_epsilon", "layer_norm_epsilon"),
+             MixerSizes("state_size", "num_heads", "head_dim", expand=True),
+             Only({"context_length": (), "feed_forward_length": (0,), "attention.head_count": (0,)},
+                  {"context_length": 2**20, "feed_forward_length": 0, "attention.head_count": 0})),
+            MAMBA2, read_by_transformers=False,
+        ),
+        GgufArchitecture(
+            "nemotron_h", ("NemotronHForCausalLM",),
+            (_CONTEXT, *_WIDTH, *_MIXER, HybridLayers(),
+             MixerSizes("ssm_state_size", "mamba_num_heads", "mamba_head_dim"),
+             Whole("attention.head_count", "num_attention_heads"), Heads(),
+             Number("attention.layer_norm_rms_epsilon", "layer_norm_epsilon"),
+             Only({"attention.layer_norm_epsilon": (), "rope.scaling.finetuned": (), "rope.freq_base": ()},
+                  {"attention.layer_norm_epsilon": 1e-5})),
+            MAMBA2, read_by_transformers=False,
         ),
         GgufArchitecture(
             "qwen3", ("Qwen3ForCausalLM",), (*_SIZES, *_PER_MODEL, Heads(), *_GATED), (), (_SILU, *_NO_WINDOW),

@@ -14,6 +14,7 @@ from megatron_ext.checkpoint.file_checksums import write_rest
 from megatron_ext.checkpoint.gguf import architectures
 from megatron_ext.checkpoint.gguf.architectures import GgufArchitecture
 from megatron_ext.checkpoint.gguf.entries import ROPE_FREQUENCIES, llama3_factors
+from megatron_ext.checkpoint.gguf.forms import ALWAYS_FP32
 from megatron_ext.checkpoint.gguf.layer_sizes import zero_tensors
 from megatron_ext.checkpoint.gguf.tokenizer import NO_TOKENIZER
 from megatron_ext.checkpoint.gguf.tokenizer_metadata import tokenizer_metadata
@@ -27,7 +28,6 @@ KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 """Types that are asked for, and GGUF's names of them."""
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # llama.cpp's `llama_ftype`
 _BLOCK = 32  # values of a block of Q8_0
-_EXACT = ("ssm_a", "ssm_d", "ssm_conv1d.weight", "ssm_norm.weight")  # which llama.cpp wants in fp32
 
 
 def to_gguf(
@@ -74,7 +74,7 @@ def to_gguf(
         metadata |= tokenizer_metadata(folder, export.arch.padded_vocab_size)
     else:
         metadata["tokenizer.ggml.model"] = NO_TOKENIZER
-    targets = _targets(export, architecture, config["num_hidden_layers"], own)
+    targets = _targets(export, architecture, metadata[f"{architecture.name}.block_count"], own)
     extras = _extras(config)
     targets |= {name: GgufTarget(name, "F32", tuple(tensor.shape), lambda each: each)
                 for name, tensor in extras.items()}  # fmt: skip
@@ -106,7 +106,7 @@ def _targets(export: Export, architecture: GgufArchitecture, layers: int, kind: 
     for hf, entry in export.targets.items():
         form = partial(_to_gguf, architecture, export.arch, hf)
         shape = tuple(form(torch.empty(entry.shape, device="meta")).shape)
-        exact = len(shape) == 1 or names[hf].endswith(_EXACT)
+        exact = len(shape) == 1 or names[hf].endswith(ALWAYS_FP32)
         own = "F16" if kind == "Q8_0" and shape[-1] % _BLOCK else kind
         found[hf] = GgufTarget(names[hf], "F32" if exact else own, shape, form)
     return found
@@ -119,6 +119,8 @@ def _to_gguf(architecture: GgufArchitecture, arch: Architecture, hf: str, tensor
 def _extras(config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Tensors that llama.cpp wants, and that are no weights: factors of frequencies, parts of zeros."""
     found = {name: torch.zeros(shape) for name, shape in zero_tensors(config).items()}
-    if scaling := config.get("rope_scaling"):
-        found[ROPE_FREQUENCIES] = llama3_factors(config["rope_theta"], config["head_dim"], scaling["factor"])
+    scaling = config.get("rope_scaling") or {}
+    if scaling.get("rope_type") == "llama3":
+        base, channels = config["rope_theta"], config["head_dim"]
+        found[ROPE_FREQUENCIES] = llama3_factors(base, channels, scaling["factor"], scaling)
     return found

@@ -184,20 +184,23 @@ class Heads:
 
 
 class Rotary:
-    """The base of rotary positions; Llama 3.1's scaling is a tensor of factors, from which it is recognised."""
+    """The base of rotary positions and their scaling; Llama 3.1's is a tensor of factors, by which it is recognised."""
 
     keys = ("rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
             "rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scaling.attn_factor")  # fmt: skip
 
     def read(self, given: Described) -> dict[str, Any]:
         """`rope_theta`, `rope_scaling`."""
-        if given.get("rope.scaling.type", "none") != "none" and given.get("rope.scaling.factor", 1.0) != 1.0:
-            raise given.wrong("rope.scaling.type", "none, or Llama 3.1's, which is the tensor rope_freqs.weight")
+        kind, factor = given.get("rope.scaling.type", "none"), given.number("rope.scaling.factor", 1.0)
+        if kind not in ("none", "linear") and factor != 1.0:
+            raise given.wrong("rope.scaling.type", "none, linear, or Llama 3.1's, the tensor rope_freqs.weight")
         for key in ("rope.scale_linear", "rope.scaling.attn_factor"):
             if given.get(key, 1.0) != 1.0:
                 raise given.wrong(key, "1.0")
         base = given.number("rope.freq_base", 10_000.0)
         entries: dict[str, Any] = {"rope_theta": base, "rope_scaling": None}
+        if kind == "linear" and factor != 1.0:
+            entries["rope_scaling"] = {"rope_type": "linear", "factor": factor}
         if (stored := given.tensors.get(ROPE_FREQUENCIES)) is not None:
             factors = torch.empty(1, stored.shape[-1])
             unpack(stored, factors)
@@ -213,19 +216,29 @@ class Rotary:
         return entries
 
     def write(self, config: Config) -> dict[str, Any]:
-        """The base."""
-        return {"rope.freq_base": float(config["rope_theta"])}
+        """The base, and what goes with it."""
+        scaling = config.get("rope_scaling") or {}
+        kind = scaling.get("rope_type")
+        if kind not in (None, "linear", "llama3"):
+            raise CheckpointError(
+                "llama.cpp scales these rotary positions in another way", got=f"rope_type={kind}",
+                legal="none, linear, llama3",
+            )  # fmt: skip
+        keys: dict[str, Any] = {"rope.freq_base": float(config["rope_theta"])}
+        if kind == "linear":
+            keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}
+        return keys
 
 
-def llama3_factors(base: float, channels: int, factor: float) -> Tensor:
+def llama3_factors(base: float, channels: int, factor: float, numbers: Config = _LLAMA3) -> Tensor:
     """What Llama 3.1's scaling divides the frequency of each pair of channels by (channels / 2).
 
     By their wavelength: below a quarter of 8,192 tokens 1, above all of them `factor`, between them a mixture of both
-    frequencies (transformers' `_compute_llama3_parameters`).
+    frequencies (transformers' `_compute_llama3_parameters`). `numbers` are another quarter and another 8,192.
     """
     frequencies = base ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
-    turns = _LLAMA3["original_max_position_embeddings"] * frequencies / (2 * torch.pi)
-    low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
+    turns = numbers["original_max_position_embeddings"] * frequencies / (2 * torch.pi)
+    low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
     plain = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 / (plain + (1 - plain) / factor)).float()
 

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from megatron_ext.models.architecture import Architecture
 
+ALWAYS_FP32 = ("ssm_a", "ssm_d", "ssm_conv1d.weight", "ssm_norm.weight")
+"""Ends of GGUF's names of tensors that are no vectors and are in fp32 in any file, as vectors are."""
+
 
 @dataclass(frozen=True)
 class Form:
@@ -18,12 +21,14 @@ class Form:
         to_gguf: From Hugging Face's form.
         from_gguf: Back.
         renamed: What the `gguf` package calls them, where it does not know Hugging Face's name.
+        exact: Whether they stay in fp32, whatever the type of the matrices.
     """
 
     endings: tuple[str, ...]
     to_gguf: Callable[[Architecture, Tensor], Tensor]
     from_gguf: Callable[[Architecture, Tensor], Tensor]
     renamed: str | None = None
+    exact: bool = False
 
 
 def _interleave(arch: Architecture, weight: Tensor) -> Tensor:
@@ -48,11 +53,12 @@ SHIFTED_NORMS = Form(("norm.weight",), lambda arch, weight: weight.float() + 1, 
 
 MAMBA2 = (
     Form(("mixer.A_log",), lambda arch, weight: -torch.exp(weight.float())[:, None],
-         lambda arch, weight: torch.log(-weight.flatten())),
-    Form(("mixer.D",), lambda arch, weight: weight[:, None], lambda arch, weight: weight.flatten()),
+         lambda arch, weight: torch.log(-weight.flatten()), exact=True),
+    Form(("mixer.D",), lambda arch, weight: weight[:, None], lambda arch, weight: weight.flatten(), exact=True),
     Form(("mixer.conv1d.weight",), lambda arch, weight: weight.squeeze(1), lambda arch, weight: weight.unsqueeze(1)),
     Form(("mixer.norm.weight",), lambda arch, weight: weight.view(arch.mamba_num_groups, -1),
          lambda arch, weight: weight.flatten()),
-    Form(("mixer.dt_bias",), lambda arch, weight: weight, lambda arch, weight: weight, renamed="mixer.dt_proj.bias"),
+    Form(("mixer.dt_bias",), lambda arch, weight: weight, lambda arch, weight: weight, renamed="mixer.dt_proj.bias",
+         exact=True),
 )  # fmt: skip
 """Of a Mamba-2 layer."""

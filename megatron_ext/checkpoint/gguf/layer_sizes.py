@@ -65,6 +65,8 @@ class LayerSizes:
 def zero_tensors(config: Config) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of parts of zeros."""
     found: dict[str, tuple[int, ...]] = {}
+    if not (missing := list(_zeros(config))):
+        return found
     hidden, head = config["hidden_size"], config["head_dim"]
     query, group = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     shapes = {
@@ -73,7 +75,7 @@ def zero_tensors(config: Config) -> dict[str, tuple[int, ...]]:
         _MLP: {"ffn_norm": (hidden,), "ffn_gate": (NEURONS, hidden), "ffn_up": (NEURONS, hidden),
                "ffn_down": (hidden, NEURONS)},
     }  # fmt: skip
-    for layer, part in _zeros(config):
+    for layer, part in missing:
         found |= {f"blk.{layer}.{name}.weight": shape for name, shape in shapes[part].items()}
     return found
 

@@ -18,6 +18,7 @@ from megatron_ext.checkpoint.gguf import architectures, file, layer_sizes
 from megatron_ext.checkpoint.gguf.architectures import GgufArchitecture
 from megatron_ext.checkpoint.gguf.entries import ROPE_FREQUENCIES, Described
 from megatron_ext.checkpoint.gguf.file import PLAIN, GgufFile, GgufTensor, unpack
+from megatron_ext.checkpoint.gguf.forms import ALWAYS_FP32
 from megatron_ext.checkpoint.gguf.tokenizer import write_tokenizer
 from megatron_ext.checkpoint.huggingface import families, hf_assets
 from megatron_ext.checkpoint.huggingface.mappings import hf_shapes
@@ -167,8 +168,9 @@ class GgufWeights:
         for hf, name in names.items():
             if (stored := tensors.get(name)) is not None:
                 shape = tuple(self._from_gguf(hf, torch.empty(stored.shape, device="meta")).shape)
-                self.entries[hf] = GgufEntry(shape, self.dtype, stored)
-        vectors = [hf for hf, entry in self.entries.items() if len(entry.shape) == 1]
+                dtype = torch.float32 if architecture.form(hf).exact else self.dtype
+                self.entries[hf] = GgufEntry(shape, dtype, stored)
+        vectors = [hf for hf, each in self.entries.items() if len(each.shape) == 1 and each.dtype == self.dtype]
         if self.dtype != torch.float32 and not all(self._fits(hf) for hf in vectors):
             for hf in vectors:
                 self.entries[hf] = replace(self.entries[hf], dtype=torch.float32)
@@ -212,5 +214,7 @@ class GgufWeights:
 
 
 def _type_of(tensors: Mapping[str, GgufTensor]) -> torch.dtype:
-    matrices = {tensor.kind for tensor in tensors.values() if len(tensor.shape) > 1}
+    matrices = {
+        tensor.kind for name, tensor in tensors.items() if len(tensor.shape) > 1 and not name.endswith(ALWAYS_FP32)
+    }
     return PLAIN.get(matrices.pop(), torch.float32) if len(matrices) == 1 else torch.float32

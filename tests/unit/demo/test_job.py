@@ -56,7 +56,7 @@ def test_a_directory_of_other_settings_or_of_something_else_is_left_alone(tmp_pa
     (foreign / "thesis.tex").write_text("done")
     for directory in (other, foreign):
         with pytest.raises(ConfigError, match="this directory"):
-            job._claim(directory)
-    job._claim(tmp_path / "new")
-    job._claim(tmp_path / "new")
+            job._claim(directory, job.SETTINGS)
+    job._claim(tmp_path / "new", job.SETTINGS)
+    job._claim(tmp_path / "new", job.SETTINGS)
     assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]

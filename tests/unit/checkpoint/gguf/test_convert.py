@@ -8,7 +8,7 @@ import gguf
 import gguf_files
 import pytest
 import torch
-from hf_directories import ARCH, HYBRID, MAMBA, checkpoint
+from hf_directories import ARCH, HYBRID, checkpoint
 from hf_models import make
 
 from megatron_ext.checkpoint import checksums, layout
@@ -45,6 +45,34 @@ def back(path: Path, out: Path) -> tuple[Architecture, dict[str, torch.Tensor]]:
     return layout.architecture(reader.step.path), {key: reader.read(key) for key in reader.shapes}
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("nemotron", {"head_dim": 8}), ("nemotron", {"head_dim": 8, "attention_bias": True, "mlp_bias": True}),
+     ("mamba2", {}), ("nemotron-h", {})],
+    ids=["nemotron", "biases", "mamba2", "nemotron-h"],
+)  # fmt: skip
+def test_what_is_stored_in_another_form_comes_back(tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
+    """Norms plus one, decays as rates, shapes of their own."""
+    make(name, tmp_path / "hf", vocab_size=300, **changes)
+    with_tokenizer(tmp_path / "hf")
+    to_megatron(tmp_path / "hf", tmp_path / "m")
+    path = to_gguf(tmp_path / "m", tmp_path / "out")
+    again, weights = back(path, tmp_path / "again")
+    reader = CheckpointReader(tmp_path / "m")
+    ignored = {"max_position_embeddings": again.max_position_embeddings} if name == "mamba2" else {}
+    assert again == replace(layout.architecture(reader.step.path), **ignored)
+    assert weights.keys() == reader.shapes.keys()
+    for key, value in weights.items():
+        assert torch.allclose(value, reader.read(key), rtol=1e-6, atol=1e-6), key
+    found = values(path)
+    if name == "mamba2":
+        stored = reader.read("decoder.layers.1.mixer.A_log")
+        assert torch.equal(found["blk.1.ssm_a"], -torch.exp(stored)[:, None])
+    elif name == "nemotron":
+        norm = reader.read("decoder.layers.0.self_attention.linear_qkv.layer_norm_weight")
+        assert torch.equal(found["blk.0.attn_norm.weight"], norm + 1)
+
+
 @pytest.mark.parametrize("name", ["llama3", "llama-biases", "mistral", "qwen2", "qwen3"])
 def test_there_and_back_is_the_same_model(tmp_path: Path, name: str) -> None:
     """From Hugging Face to GGUF and back, bit for bit; and the file holds what an own writer puts there."""
@@ -71,6 +99,16 @@ def test_there_and_back_is_the_same_model(tmp_path: Path, name: str) -> None:
     first, second = (CheckpointReader(tmp_path / side) for side in ("m", "again"))
     assert layout.architecture(first.step.path) == layout.architecture(second.step.path)
     assert (tmp_path / "indirect" / "tokenizer.json").is_file()
+
+
+def test_other_scalings_of_positions(tmp_path: Path) -> None:
+    linear = replace(ARCH, rope_scaling_factor=None, rope_scaling={"rope_type": "linear", "factor": 4.0})
+    path = export(tmp_path, linear)
+    assert gguf.GGUFReader(path).fields["llama.rope.scaling.type"].contents() == "linear"
+    assert back(path, tmp_path / "again")[0] == linear
+    dynamic = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 64}
+    with pytest.raises(CheckpointError, match=r"scales these rotary positions in another way(.|\n)*dynamic"):
+        export(tmp_path / "other", replace(ARCH, rope_scaling_factor=None, rope_scaling=dynamic))
 
 
 def with_tokenizer(directory: Path) -> None:
@@ -129,8 +167,7 @@ def test_a_later_layer_without_attention_has_no_heads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arch", "message"),
     [
-        (HYBRID, "NemotronHForCausalLM, layers M\\*"),
-        (MAMBA, "Mamba2ForCausalLM, layers MM"),
+        (replace(HYBRID, position_embedding_type="rope"), "HybridForCausalLM, layers M\\*"),
         (replace(ARCH, qk_layernorm=True, layer_sizes={"ffn_hidden_size": (24, 16)}), "PrunedQwen3ForCausalLM"),
         (replace(ARCH, activation="gelu", gated_linear_unit=False), "HybridForCausalLM"),
     ],
