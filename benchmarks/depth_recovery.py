@@ -49,7 +49,7 @@ RANKS = (4, 16, 64)
 MAIN = "bias, pruned stream"
 LATER, APART = f"bias, first {SKIP} tokens not counted", f"bias, first {SKIP} tokens apart"
 ARMS = ["nothing", "bias", LATER, APART, *(f"rank {rank}" for rank in RANKS)]
-PRUNED = {MAIN: Fitting(), "rank 16, pruned stream": Fitting(16, RIDGE, skip=SKIP)}
+PRUNED = {MAIN: Fitting(stream="pruned"), "rank 16, pruned stream": Fitting(16, RIDGE, "pruned", SKIP)}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_ext.checkpoint import layout
 from megatron_ext.errors import ConfigError
 from megatron_ext.models.architecture import Architecture
+from megatron_ext.models.pattern import LINEAR
 from megatron_ext.pruning import task_scoring
 from megatron_ext.pruning.budget import Targets, resolve
 from megatron_ext.pruning.depth import check_borders
@@ -110,6 +111,11 @@ def _check_recovery(run: RunConfig, options: PruneOptions, plan: Plan | None = N
         if not fine:
             value = getattr(options, name)
             raise ConfigError(_flag(name), got=samples if value is None else value, legal=legal)
+    if LINEAR in run.architecture.pattern and options.fitting.rank > run.architecture.linear_rank:
+        raise ConfigError(
+            "--prune-recover-rank: linear sub-layers have one rank", got=options.recover_rank,
+            legal=f"up to {run.architecture.linear_rank}, that of those which the model has",
+        )  # fmt: skip
     dropped = options.cuts_depth if plan is None else len(plan.units) < len(plan.source.pattern)
     if not dropped:
         _refuse(options, "no layers are to go", ["recover"])

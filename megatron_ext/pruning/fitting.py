@@ -42,7 +42,7 @@ class Fitting:
 
     rank: int = 0
     ridge: float = 0.0
-    stream: Literal["clean", "pruned"] = "pruned"
+    stream: Literal["clean", "pruned"] = "clean"
     skip: int = 0
     memory: int = 8 * 2**30
 
@@ -231,7 +231,8 @@ def recover(run: RunConfig, plan: Plan) -> Plan:
         folds = options.recover == "bias" and not no_host(plan.source, plan.units, emulated)
         into = "biases" if folds else "units"
     how = Recovery(
-        options.recover, into, fitting.rank, fitting.ridge, fitting.stream, fitting.skip, samples=samples
+        options.recover, into, fitting.rank, fitting.ridge, fitting.stream, fitting.skip, samples=samples,
+        tokens=samples * (args.seq_length - fitting.skip),
     )  # fmt: skip
     plan.recovered(emulated, how)  # whatever it refuses, before the work
     if not parallel_state.model_parallel_is_initialized():

@@ -95,10 +95,11 @@ class PruneOptions:
         "map of low rank and a bias."
     )  # fmt: skip
     recover_rank: int = option(16, "Rank of the maps.")
-    recover_ridge: float = option(1e-4, "Ridge of the regression, in units of the median variance of a channel.")
+    recover_ridge: float = option(0.01, "Ridge of the regression, in units of the median variance of a channel.")
     recover_stream: Literal["clean", "pruned"] = option(
-        "pruned", "Fit them one after the other from the bottom up, each below what was replaced, or all at once."
-    )
+        "clean", "Fit them all at once in the whole model, or one after the other from the bottom up, each on what "
+        "comes out of those before."
+    )  # fmt: skip
     recover_joint: bool = option(False, "One map stands for all dropped sub-layers in a row.")
     recover_skip: int = option(0, "Tokens at the beginning of each sequence that are not counted: attention sinks.")
     recover_samples: int | None = option(None, "Calibration sequences; --prune-samples if it is not given.")

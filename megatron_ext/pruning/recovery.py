@@ -51,15 +51,17 @@ class Recovery:
             has already been replaced in.
         skip: Tokens at the beginning of each sequence that were not counted.
         samples: Sequences.
+        tokens: Of them, those that were counted.
     """
 
     method: Literal["bias", "low-rank"]
     into: Literal["units", "biases"]
     rank: int = 0
     ridge: float = 0.0
-    stream: Literal["clean", "pruned"] = "pruned"
+    stream: Literal["clean", "pruned"] = "clean"
     skip: int = 0
     samples: int = 0
+    tokens: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-serialisable values; the inverse of `from_dict`."""
@@ -227,7 +229,8 @@ def content(emulators: Emulators) -> bytes:
     facts: dict[str, Any] = {}
     for first, own in sorted(emulators.items()):
         parts = {"bias": own.bias, "down": own.down, "up": own.up, "explained": own.explained}
-        tensors |= {f"{first}.{name}": part.contiguous() for name, part in parts.items() if part is not None}
+        there = {name: part for name, part in parts.items() if part is not None}
+        tensors |= {f"{first}.{name}": part.contiguous().clone() for name, part in there.items()}
         facts[str(first)] = {"size": own.size, "mean": own.mean}
     return save(tensors, {"facts": json.dumps(facts)})
 
@@ -285,7 +288,7 @@ def read(path: str | Path, expected: str) -> dict[int, Emulator]:
             )
             for first, known in facts.items()
         }  # fmt: skip
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise PlanError(f"the plan's tensors are damaged: {error!r}", got=path) from error
 
 

@@ -17,6 +17,7 @@ from megatron_ext.pruning.pruned_family import Loss
 from megatron_ext.pruning.scores import BLOCKS, INTERVAL, OF_KIND, STDERR, Scores, mamba, scan
 
 PANELS = 36
+ENOUGH = 20  # tokens to a channel, for a linear map
 _OF_A_LAYER = re.compile(r"layers\.(\d+)\.")
 _SIZES = (
     ("hidden channels", "hidden_size", ""), ("FFN neurons", "ffn_hidden_size", MLP),
@@ -101,6 +102,8 @@ def recovery_lines(plan: Plan) -> list[str]:
     text = f"In place of dropped sub-layers: {what}, {where}, fitted on the {how.stream} stream of {how.samples:,} "
     text += "sequences. `mean`: the share of the update's mean square that a bias is; by rank, the share of its "
     text += "variance that the best linear map of that rank explains on these sequences."
+    if how.rank and how.tokens < ENOUGH * plan.source.hidden_size:
+        text += f" With fewer than {ENOUGH} tokens to a channel ({how.tokens:,} in all) that flatters them."
     lines = ["", text, "", "| " + " | ".join(rows[0]) + " |", "|---|---" + "|---:" * (len(rows[0]) - 2) + "|"]
     return lines + ["| " + " | ".join(row) + " |" for row in rows[1:]]
 

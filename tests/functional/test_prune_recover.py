@@ -21,6 +21,7 @@ LAYOUTS = {
 Tensors = dict[str, torch.Tensor]
 DROP = ["--prune-samples", "16", "--prune-num-sublayers", "3"]
 LOW_RANK = [*DROP, "--prune-recover", "low-rank", "--prune-recover-rank", "8", "--prune-recover-skip", "3"]
+LOW_RANK += ["--prune-recover-stream", "pruned"]
 
 
 def prune(workspace: Workspace, teacher: str, save: str, *flags: str, ranks: int = 1) -> Tensors:
@@ -87,7 +88,7 @@ def test_a_plan_is_replayed_without_data(workspace: Workspace, teacher: str, low
 
 def test_scores_and_plans_can_be_recovered_later(workspace: Workspace, teacher: str, low_rank: Tensors) -> None:
     """What a plan drops, or what scores made earlier choose, is fitted with data, and nothing is scored again."""
-    bias = ["--prune-recover", "bias", "--prune-recover-samples", "16", "--prune-recover-stream", "clean"]
+    bias = ["--prune-recover", "bias", "--prune-recover-samples", "16"]
     by_scores = ["--prune-scores", "low-rank/scores.safetensors", "--prune-num-sublayers", "3"]
     found = prune(workspace, teacher, "by-scores", *by_scores, *bias)
     plan = Plan.load(workspace.path / "by-scores" / "plan.json")

@@ -42,7 +42,7 @@ OTHERS: dict[str, Any] = {
     "shapley_keep": 0.5,
     "cache_gib": 1.0,
     "recover": "low-rank",
-    "recover_stream": "clean",
+    "recover_stream": "pruned",
     "recover_into": "units",
     "recover_ridge": 0.5,
 }
