@@ -91,7 +91,7 @@ def can_be_graphed(model: ShardedModel) -> bool:
     """
     alone = mpu.get_tensor_model_parallel_world_size() == 1 and model.stages == len(model.chunks) == 1
     attention = [module.core_attention for module in model.chunks[0].modules() if hasattr(module, "core_attention")]
-    ours = all(isinstance(each, TorchDotProductAttention) for each in attention)
+    ours = all(isinstance(each, TorchDotProductAttention) and each.is_plain for each in attention)
     return device_type() == "cuda" and alone and ours and not model.architecture.num_experts and dispatch.triton_runs()
 
 

@@ -18,7 +18,6 @@ from megatron_ext.inference.loglikelihood import Loglikelihood, LoglikelihoodReq
 from megatron_ext.inference.sharded import ShardedModel
 from megatron_ext.lm_head.hidden_states import head, hidden_states
 from megatron_ext.lm_head.log_probabilities import log_probabilities
-from megatron_ext.lm_head.losses import LMHead
 from megatron_ext.lm_head.vocab_parallel import VocabParallel
 from megatron_ext.platform.context_parallel import zigzag_split
 
@@ -107,12 +106,13 @@ def _scores(
 ) -> dict[int, Loglikelihood]:
     """From the last stage's states to the scores of a micro-batch."""
     groups: Any = chunk.pg_collection
-    states, weight = head(chunk, hidden)
+    model = head(chunk, hidden)
+    states, weight = model.hidden, model.weight
     here = batch.positions[0]
     wanted = batch.wanted[:, here]
     vocabulary = VocabParallel(weight.shape[0], vocab_size, groups.tp)
     scored = log_probabilities(
-        LMHead(states.transpose(0, 1)[wanted], weight), batch.labels[:, here][wanted], vocabulary
+        model._replace(hidden=states.transpose(0, 1)[wanted]), batch.labels[:, here][wanted], vocabulary
     )
     whole = scored.new_zeros(2, *batch.labels.shape)
     whole[:, :, here] = whole[:, :, here].masked_scatter(wanted, scored)

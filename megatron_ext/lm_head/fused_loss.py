@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_ext.lm_head.divergences import TopK
 from megatron_ext.lm_head.objective import Objective
+from megatron_ext.lm_head.softcap import slope, softcap_
 from megatron_ext.lm_head.vocab_parallel import VocabParallel
 from megatron_ext.models.loss_buffers import CHUNK, KEPT
 
@@ -35,10 +36,12 @@ class LMHead(NamedTuple):
     Attributes:
         hidden: States after the final norm, whole in the sequence.
         weight: This rank's rows of the output layer.
+        softcap: What bounds the logits, see `softcap`; None for no bound.
     """
 
     hidden: Float[Tensor, "s b h"]
     weight: Float[Tensor, "v h"]
+    softcap: float | None = None
 
 
 Compare = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -54,6 +57,7 @@ class Comparison(NamedTuple):
         objective: What is compared.
         vocabulary: This rank's columns.
         compare: What compares.
+        softcap: What bounds the student's logits.
     """
 
     teacher: LMHead | TopK | None
@@ -61,6 +65,7 @@ class Comparison(NamedTuple):
     objective: Objective
     vocabulary: VocabParallel
     compare: Compare
+    softcap: float | None = None
 
 
 class Gradients(NamedTuple):
@@ -119,8 +124,11 @@ def _run(
         rows = slice(start, min(start + step, n))
         own, other = logits[: rows.stop - start], teacher
         torch.mm(hidden[rows], weight.T, out=own)
+        softcap_(own, comparison.softcap)
+        steepness = slope(own, comparison.softcap) if gradients is not None else None
         if isinstance(teacher, LMHead):
             other = torch.mm(teacher.hidden[rows], teacher.weight.T, out=target[0][: rows.stop - start])
+            softcap_(other, teacher.softcap)
         elif isinstance(teacher, TopK):
             other = teacher[rows]
         kd[rows], ce[rows], finite[rows] = comparison.compare(
@@ -128,6 +136,8 @@ def _run(
             gradients is not None,
         )  # fmt: skip
         if gradients is not None:  # `own` has become the gradient of the logits
+            if steepness is not None:
+                own *= steepness
             torch.mm(own, weight, out=gradients.hidden[rows])
             _add_product(gradients.weight, own, hidden[rows])
     return kd, ce, finite

@@ -44,7 +44,7 @@ def head(model: HybridModel, hidden: Float[Tensor, "s b h"]) -> LMHead:
         whole = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=groups.tp)
     else:
         whole = copy_to_tensor_model_parallel_region(hidden, group=groups.tp)
-    return LMHead(whole, output_weight(model))
+    return LMHead(whole, output_weight(model), getattr(model, "logits_softcap", None))
 
 
 def output_weight(model: HybridModel) -> Float[Tensor, "v h"]:

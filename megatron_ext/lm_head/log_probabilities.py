@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_ext.lm_head.fused_loss import LMHead
 from megatron_ext.lm_head.losses import SLICE
+from megatron_ext.lm_head.softcap import softcap_
 from megatron_ext.lm_head.vocab_parallel import VocabParallel, row_max
 from megatron_ext.models.loss_buffers import CHUNK
 
@@ -43,7 +44,9 @@ def fp32_logits(model: LMHead, vocabulary: VocabParallel) -> Iterator[Float[Tens
     slice_ = max(1, SLICE[device] // vocabulary.columns)
     for rows in hidden.split(chunk):
         for part in (rows @ model.weight.T).split(slice_):
-            yield part.to(torch.float32, copy=True)
+            logits = part.to(torch.float32, copy=True)
+            softcap_(logits, model.softcap)
+            yield logits
 
 
 def _of_logits(

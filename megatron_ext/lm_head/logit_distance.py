@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from megatron_ext.lm_head.fused_loss import LMHead
+from megatron_ext.lm_head.softcap import softcapped
 
 LOGITS_AT_A_TIME = 2**24  # compared in float32; of a micro-batch there may be a hundred times as many
 
@@ -23,7 +24,7 @@ def squared_distances(logits: Float[Tensor, "s b v"], other: LMHead, group: Any)
     rows = max(1, LOGITS_AT_A_TIME // logits[0].numel())
     parts = []
     for part, states in zip(logits.split(rows), other.hidden.split(rows), strict=True):
-        expected = (states @ other.weight.T).float()
+        expected = softcapped((states @ other.weight.T).float(), other.softcap)
         norms = [torch.linalg.vector_norm(value, dim=-1) for value in (part.float() - expected, expected)]
         parts.append(torch.stack(norms).square())
     squares = torch.cat(parts, dim=1)

@@ -64,7 +64,7 @@ def distillation_losses(
         compare: What compares a chunk of logits; by default the fastest that can (`choose_kernel`).
     """
     compare = compare or choose_kernel(student.hidden.device, teacher, objective)
-    flat: Any = teacher if isinstance(teacher, TopK) else LMHead(teacher.hidden.detach().flatten(0, 1), teacher.weight)
+    flat: Any = teacher if isinstance(teacher, TopK) else teacher._replace(hidden=teacher.hidden.detach().flatten(0, 1))
     total, kd, ce, finite = _chunked(student, flat, labels, mask, objective, vocabulary, compare)
     return Losses(total, kd, ce, finite)
 
@@ -117,7 +117,7 @@ def _chunked(
     compare: Compare,
 ) -> tuple[Tensor, ...]:
     gradient = torch.is_grad_enabled() and (model.hidden.requires_grad or model.weight.requires_grad)
-    what = Comparison(teacher, labels.flatten(), objective, vocabulary, compare)
+    what = Comparison(teacher, labels.flatten(), objective, vocabulary, compare, model.softcap)
     total, *each = ChunkedLoss.apply(model.hidden.flatten(0, 1), model.weight, mask.flatten().float(), what, gradient)
     return total, *(value.view(labels.shape) for value in each)
 

@@ -3,8 +3,10 @@
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.training.argument_utils import core_transformer_config_from_args, hybrid_config_from_args
 from megatron.training.models import HybridModelConfig
@@ -40,10 +42,23 @@ class PatternModelBuilder(HybridModelBuilder):
             scale_attention(decoder.layers, own)
         if own.embedding_multiplier != 1 and model.pre_process:
             model.embedding.register_forward_hook(_multiply(own.embedding_multiplier))
+        model.logits_softcap = own.logits_softcap  # type: ignore[assignment] - for whoever makes logits by parts
+        if own.logits_softcap is not None:
+            scaled: Any = partial(_softcapped, cap=own.logits_softcap)
+            model._scale_logits = scaled
         if own.logits_scaling != 1 and model.post_process:
             # Of the states that logits are made of, so that whoever makes them has it.
             decoder.final_norm.register_forward_hook(_multiply(1 / own.logits_scaling))
         return model
+
+
+def _softcapped(logits: Tensor, cap: float) -> Tensor:
+    """cap tanh(logits / cap)."""
+    return cap * (logits / cap).tanh()
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
 
 
 def _multiply(factor: float) -> Callable[..., Tensor]:
@@ -69,6 +84,8 @@ def model_config(args: Namespace, architecture: Architecture) -> PatternModelCon
     config.vocab_size, config.should_pad_vocab = architecture.padded_vocab_size, False
     config.architecture = architecture
     config.transformer.softmax_scale = architecture.softmax_scale
+    if architecture.activation == "gelu_tanh":
+        config.transformer.activation_func, config.transformer.bias_activation_fusion = _gelu_tanh, False
     config.hybrid_stack_spec = stack_spec(architecture) or config.hybrid_stack_spec
     return config
 

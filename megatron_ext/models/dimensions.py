@@ -1,19 +1,23 @@
 """The sizes and kinds that make a model, checked for themselves: what the axes of its tensors are computed from."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from math import isfinite
 from typing import Any, Literal, Self
 
 from megatron_ext.errors import ConfigError
 from megatron_ext.models import rope_scaling
-from megatron_ext.models.pattern import LINEAR, MAMBA, MLP, MOE, Pattern, parse
+from megatron_ext.models.pattern import ATTENTION, LINEAR, MAMBA, MLP, MOE, Pattern, parse
 
 # Megatron's flags cannot say any other combination of gating and activation.
-ACTIVATIONS = ((True, "silu"), (False, "gelu"), (False, "squared_relu"))
+ACTIVATIONS = ((True, "silu"), (True, "gelu_tanh"), (False, "gelu"), (False, "squared_relu"))
 # Sizes that may differ from layer to layer, and the kind of layer that has them.
 PER_LAYER = {"ffn_hidden_size": MLP, "mamba_num_heads": MAMBA}
 _MAYBE_ZERO = ("moe_shared_expert_intermediate_size", "linear_rank")
+_MULTIPLIERS = (
+    "softmax_scale", "attention_softcap", "logits_softcap", "embedding_multiplier", "residual_multiplier",
+    "logits_scaling",
+)  # fmt: skip
 _MIXTURE = ("num_experts", "moe_")  # what the fields of a mixture of experts begin with
 
 
@@ -33,7 +37,12 @@ class Dimensions:
         rotary_interleaved: Neighbouring channels turn together, not one of each half of a head.
         rope_scaling_factor: Llama 3.1's frequency scaling, `None` for plain RoPE.
         rope_scaling: Any other scaling, see `rope_scaling.py`; empty for none.
+        local_rotary_base: The base, unscaled, of attention layers with a window; `None` for that of all.
         softmax_scale: What attention's logits are multiplied by, `None` for the inverse root of `kv_channels`.
+        attention_windows: How many tokens each attention layer sees, with the one that asks; 0 for all before it. One
+            for each in the pattern's order, or none at all.
+        attention_softcap: c of c tanh(x / c), through which attention's logits x go before the softmax.
+        logits_softcap: The same of the model's logits.
         pre_norm: A norm before each sub-layer, of the residual stream.
         post_norm: A norm after each sub-layer, of what is added to the residual stream.
         embedding_multiplier: What embedded tokens are multiplied by.
@@ -64,7 +73,7 @@ class Dimensions:
     max_position_embeddings: int
     ffn_hidden_size: int
     gated_linear_unit: bool = True
-    activation: Literal["silu", "gelu", "squared_relu"] = "silu"
+    activation: Literal["silu", "gelu", "gelu_tanh", "squared_relu"] = "silu"
     num_attention_heads: int
     num_query_groups: int
     kv_channels: int
@@ -81,7 +90,11 @@ class Dimensions:
     rotary_interleaved: bool = False
     rope_scaling_factor: float | None = None
     rope_scaling: Mapping[str, Any] = field(default_factory=dict)
+    local_rotary_base: int | None = None
     softmax_scale: float | None = None
+    attention_windows: tuple[int, ...] = ()
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
     pre_norm: bool = True
     post_norm: bool = False
     embedding_multiplier: float = 1.0
@@ -129,14 +142,25 @@ class Dimensions:
                 raise ConfigError(f"unknown {name}", got=getattr(self, name), legal=", ".join(legal))
         object.__setattr__(self, "layer_sizes", self._uneven_sizes(units))
         object.__setattr__(self, "rope_scaling", rope_scaling.checked(self.rope_scaling))
+        object.__setattr__(self, "attention_windows", self._windows(units))
         self._check_multipliers()
         if MOE in units:
             self._check_mixture()
 
+    def _windows(self, units: str) -> tuple[int, ...]:
+        """`attention_windows` checked; empty where no layer has one."""
+        windows, count = tuple(self.attention_windows), units.count(ATTENTION)
+        if not any(windows):
+            return ()
+        if len(windows) != count or any(type(window) is not int or window < 0 for window in windows):
+            got = ",".join(map(str, windows))
+            raise ConfigError("attention_windows", got=got, legal=f"{count} whole numbers, 0 for no window")
+        return windows
+
     def _check_multipliers(self) -> None:
         if self.rope_scaling and self.rope_scaling_factor is not None:
             raise ConfigError("two scalings of rotary positions", got="--use-rope-scaling and --ext-rope-scaling")
-        for name in ("softmax_scale", "embedding_multiplier", "residual_multiplier", "logits_scaling"):
+        for name in _MULTIPLIERS:
             value = getattr(self, name)
             if value is not None and not (isfinite(value) and value > 0):
                 raise ConfigError(f"{name} must be above 0", got=value)
@@ -184,6 +208,14 @@ class Dimensions:
         place = self.pattern[:layer].count(unit)
         own = {name: sizes[place] for name, sizes in self.layer_sizes.items() if PER_LAYER[name] == unit}
         return replace(self, layer_sizes={}, **own)
+
+    def window(self, layer: int) -> int:
+        """Tokens that an attention layer sees, with the one that asks; 0 for all before it."""
+        return self.attention_windows[self.pattern[:layer].count(ATTENTION)] if self.attention_windows else 0
+
+    def windows_of(self, units: Iterable[int]) -> tuple[int, ...]:
+        """`attention_windows` of a model with these sub-layers alone."""
+        return tuple(self.window(unit) for unit in units if self.pattern[unit] == ATTENTION)
 
     @property
     def layers(self) -> Pattern:

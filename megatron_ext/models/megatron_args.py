@@ -7,7 +7,7 @@ argument of the installed Megatron that is none of the three.
 """
 
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megatron_ext.errors import ConfigError
@@ -54,13 +54,21 @@ class _PaddedVocabSize:
 
 
 class _Activation:
-    arguments = (Argument("squared_relu", False),)
+    arguments = (
+        Argument("squared_relu", False),
+        Argument("ext_geglu", False, help="the gate of --swiglu is GELU, in its form with tanh"),
+    )
 
     def read(self, args: Namespace) -> str:
-        return "silu" if _SWIGLU.of(args) else "squared_relu" if self.arguments[0].of(args) else "gelu"
+        squared, tanh = (argument.of(args) for argument in self.arguments)
+        if _SWIGLU.of(args):
+            return "gelu_tanh" if tanh else "silu"
+        if tanh:
+            raise ConfigError("--ext-geglu is of a gate", legal="--swiglu --ext-geglu")
+        return "squared_relu" if squared else "gelu"
 
     def write(self, value: str) -> dict[str, Any]:
-        return {"squared_relu": value == "squared_relu", "quick_geglu": False}
+        return {"squared_relu": value == "squared_relu", "quick_geglu": False, "ext_geglu": value == "gelu_tanh"}
 
 
 class _QueryGroups:
@@ -141,6 +149,27 @@ class _OtherRopeScaling:
         return {"ext_rope_scaling": rope_scaling.text(value)}
 
 
+class _Windows:
+    """`1024,1024,0`, a flag of ours."""
+
+    arguments = (
+        Argument(
+            "ext_attention_windows", "", kind=str,
+            help="how many tokens each attention layer sees, 0 for all, such as '1024,1024,0'",
+        ),
+    )  # fmt: skip
+
+    def read(self, args: Namespace) -> tuple[int, ...]:
+        text = self.arguments[0].of(args)
+        try:
+            return tuple(int(word) for word in text.split(",")) if text else ()
+        except ValueError:
+            raise ConfigError("--ext-attention-windows", got=text, legal="1024,1024,0") from None
+
+    def write(self, value: Sequence[int]) -> dict[str, Any]:
+        return {"ext_attention_windows": ",".join(map(str, value))}
+
+
 def _ffn_hidden_size(args: Namespace) -> int:
     own = getattr(args, "ffn_hidden_size", None)
     return own or (int((4 * args.hidden_size * 2 / 3) / 64) * 64 if _SWIGLU.of(args) else 4 * args.hidden_size)
@@ -193,6 +222,10 @@ TABLE: dict[str, ArgumentMapping] = {
     "rotary_interleaved": _same("rotary_interleaved", False),
     "rope_scaling_factor": _RopeScaling(),
     "rope_scaling": _OtherRopeScaling(),
+    "local_rotary_base": _ours("local_rotary_base", None, "the RoPE base of attention layers with a window", int),
+    "attention_windows": _Windows(),
+    "attention_softcap": _ours("attention_softcap", None, "c of c tanh(x / c), of attention's logits x", float),
+    "logits_softcap": _ours("logits_softcap", None, "c of c tanh(x / c), of the model's logits x", float),
     "softmax_scale": _ours("softmax_scale", None, "what attention's logits are multiplied by", float),
     "pre_norm": Renamed(Argument("ext_pre_norm", True, "--ext-no-pre-norm", help="no norm before each sub-layer")),
     "post_norm": _ours("post_norm", False, "a norm of what each sub-layer adds"),

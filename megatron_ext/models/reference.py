@@ -45,15 +45,17 @@ def rms_norm(x: Float[Tensor, "*b h"], weight: Tensor, eps: float, counted: Tens
     return x / (mean_square + eps).sqrt() * weight
 
 
-def rotate(arch: Architecture, x: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
+def rotate(arch: Architecture, x: Float[Tensor, "b s d"], window: int) -> Float[Tensor, "b s d"]:
     """A query or key head with rotary positions: pairs of its first channels turn, each at a speed of its own."""
     if arch.position_embedding_type == "none":
         return x
     channels = int(arch.kv_channels * arch.rotary_percent)
-    scaling = arch.rope_scaling
+    base, scaling = arch.rotary_base, arch.rope_scaling
     if arch.rope_scaling_factor is not None:
         scaling = LLAMA3 | {"factor": arch.rope_scaling_factor}
-    speeds = inverse_frequencies(scaling, arch.rotary_base, channels, x.shape[1], torch.float64)
+    if window and arch.local_rotary_base is not None:
+        base, scaling = arch.local_rotary_base, {}
+    speeds = inverse_frequencies(scaling, base, channels, x.shape[1], torch.float64)
     angles = torch.arange(x.shape[1])[:, None] * speeds
     sin, cos = (attention_factor(scaling) * wave for wave in (angles.sin(), angles.cos()))
     turned, rest = x[..., :channels], x[..., channels:]
@@ -67,40 +69,48 @@ def rotate(arch: Architecture, x: Float[Tensor, "b s d"]) -> Float[Tensor, "b s 
 
 
 def attention(
-    arch: Architecture, w: dict[str, Tensor], x: Float[Tensor, "b s h"], kept: KeptIndices
+    arch: Architecture, w: dict[str, Tensor], x: Float[Tensor, "b s h"], kept: KeptIndices, window: int = 0
 ) -> tuple[Float[Tensor, "b s h"], Float[Tensor, "b s n d"]]:
-    """The update of an attention layer, and its heads' outputs."""
+    """The update of an attention layer, and its heads' outputs; with a window a token sees so many, with itself."""
     b, s, _ = x.shape
     groups, d = arch.num_query_groups, arch.kv_channels
     per_group = arch.num_attention_heads // groups
     qkv = x @ w["self_attention.linear_qkv.weight"].T + w.get("self_attention.linear_qkv.bias", 0.0)
     qkv = qkv.view(b, s, groups, per_group + 2, d)
     heads = torch.empty(b, s, groups, per_group, d, dtype=x.dtype)
-    causal = torch.ones(s, s, dtype=torch.bool).tril()
+    seen = torch.ones(s, s, dtype=torch.bool).tril()
+    if window:
+        seen = seen.triu(1 - window)
     scale = d**-0.5 if arch.softmax_scale is None else arch.softmax_scale
 
     def positioned(head: Float[Tensor, "b s d"], name: str) -> Float[Tensor, "b s d"]:
         if arch.qk_layernorm:
             weight = w[f"self_attention.{name}_layernorm.weight"]
             head = rms_norm(head, weight, arch.norm_epsilon, torch.ones(d, dtype=x.dtype))
-        return rotate(arch, head)
+        return rotate(arch, head, window)
 
     for group in range(groups):
         key, value = positioned(qkv[:, :, group, per_group], "k"), qkv[:, :, group, per_group + 1]
         for head in range(per_group):
             logits = positioned(qkv[:, :, group, head], "q") @ key.mT * scale
-            heads[:, :, group, head] = logits.masked_fill(~causal, -torch.inf).softmax(-1) @ value
+            logits = softcapped(logits, arch.attention_softcap)
+            heads[:, :, group, head] = logits.masked_fill(~seen, -torch.inf).softmax(-1) @ value
     inner = heads.reshape(b, s, -1, d)
     stay = mask(kept.kv_groups, groups).repeat_interleave(per_group) * mask(kept.query_heads, groups * per_group)
     return (inner * stay[:, None]).flatten(2) @ w["self_attention.linear_proj.weight"].T, inner
 
 
+def softcapped(logits: Tensor, cap: float | None) -> Tensor:
+    """cap tanh(logits / cap), where there is a cap."""
+    return logits if cap is None else cap * (logits / cap).tanh()
+
+
 def mlp(
-    w: dict[str, Tensor], x: Float[Tensor, "b s h"], kept: KeptIndices
+    arch: Architecture, w: dict[str, Tensor], x: Float[Tensor, "b s h"], kept: KeptIndices
 ) -> tuple[Float[Tensor, "b s h"], Float[Tensor, "b s f"]]:
-    """The update of a gated MLP, and its neurons."""
+    """The update of a gated MLP, whose gate is SiLU or GELU, and its neurons."""
     gate, up = (x @ w["mlp.linear_fc1.weight"].T).chunk(2, dim=-1)
-    neurons = F.silu(gate) * up
+    neurons = (F.silu(gate) if arch.activation == "silu" else F.gelu(gate, approximate="tanh")) * up
     return neurons * mask(kept.ffn, neurons.shape[-1]) @ w["mlp.linear_fc2.weight"].T, neurons
 
 
@@ -226,9 +236,9 @@ def forward(
             normed = rms_norm(hidden, norm, arch.norm_epsilon, channels)
         parts: dict[str, Tensor] = {}
         if kind == ATTENTION:
-            update, inner = attention(sizes, w, normed, kept[i])
+            update, inner = attention(sizes, w, normed, kept[i], arch.window(i))
         elif kind == MLP:
-            update, inner = mlp(w, normed, kept[i])
+            update, inner = mlp(arch, w, normed, kept[i])
         elif kind == MOE:
             update, parts = experts(sizes, w, normed, kept[i])
             inner = parts["neurons"]
@@ -242,7 +252,7 @@ def forward(
         seen.append(inputs | {"output": hidden} | parts)
     final = rms_norm(hidden, weights["decoder.final_norm.weight"], arch.norm_epsilon, channels)
     output_layer = weights.get("output_layer.weight", weights["embedding.word_embeddings.weight"])
-    return final @ output_layer.T / arch.logits_scaling, seen
+    return softcapped(final @ output_layer.T / arch.logits_scaling, arch.logits_softcap), seen
 
 
 def _is_norm(key: str) -> bool:
@@ -252,7 +262,7 @@ def _is_norm(key: str) -> bool:
 
 def _check(arch: Architecture) -> None:
     plain = {
-        "normalization": "RMSNorm", "add_bias_linear": False, "gated_linear_unit": True, "activation": "silu",
+        "normalization": "RMSNorm", "add_bias_linear": False, "gated_linear_unit": True,
     }  # fmt: skip
     other = {name: getattr(arch, name) for name, value in plain.items() if getattr(arch, name) != value}
     if other:

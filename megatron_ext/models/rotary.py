@@ -1,5 +1,6 @@
 """Rotary positions that Megatron's `HybridModel` has no arguments for: scaled, or of neighbours that turn together."""
 
+from dataclasses import replace
 from typing import Any
 
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -16,9 +17,13 @@ class ArchitectureRotaryEmbedding(RotaryEmbedding):
         architecture: The model.
         cpu: Whether the frequencies begin on the CPU.
         cp_group: Ranks that share a sequence.
+        local: Whether it is that of layers with a window.
     """
 
-    def __init__(self, architecture: Architecture, cpu: bool, cp_group: Any) -> None:
+    def __init__(self, architecture: Architecture, cpu: bool, cp_group: Any, local: bool = False) -> None:
+        if local:
+            base = architecture.local_rotary_base or architecture.rotary_base
+            architecture = replace(architecture, rotary_base=base, rope_scaling={}, rope_scaling_factor=None)
         super().__init__(
             kv_channels=architecture.kv_channels,
             rotary_percent=architecture.rotary_percent,
@@ -47,9 +52,15 @@ def is_stock(architecture: Architecture) -> bool:
     return not (own.rope_scaling or own.rotary_interleaved or own.rope_scaling_factor is not None)
 
 
+def is_local(architecture: Architecture, layer: int) -> bool:
+    """Whether an attention layer has rotary positions that are not those of the model."""
+    return architecture.local_rotary_base is not None and architecture.window(layer) > 0
+
+
 def scale_attention(layers: Any, architecture: Architecture) -> None:
-    """Multiply the rotated channels of queries and keys, as some scalings do, in all attention layers."""
+    """Multiply the rotated channels of queries and keys, as some scalings do, in attention layers that are scaled."""
     factor = attention_factor(architecture.rope_scaling)
     for layer in layers:
-        if factor != 1 and hasattr(getattr(layer, "self_attention", None), "_yarn_concentration_factor"):
-            layer.self_attention._yarn_concentration_factor = factor
+        attention = getattr(layer, "self_attention", None)
+        if factor != 1 and attention is not None and not is_local(architecture, layer.layer_number - 1):
+            attention._yarn_concentration_factor = factor

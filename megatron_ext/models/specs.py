@@ -15,6 +15,8 @@ from torch import Tensor
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.linear_sublayer import StackWithLinear, linear_spec
 from megatron_ext.models.pattern import LINEAR
+from megatron_ext.models.rotary import ArchitectureRotaryEmbedding, is_local
+from megatron_ext.platform.transformer_engine import TorchDotProductAttention
 
 # Of each kind of layer, the attribute that adds its output to the residual stream, and what its pre-norm is part of.
 _ADDS = {"mamba_layer": "mamba_bda", "attention_layer": "self_attn_bda", "mlp_layer": "mlp_bda", "moe_layer": "mlp_bda"}
@@ -24,7 +26,7 @@ def stack_spec(architecture: Architecture) -> ModuleSpec | None:
     """The spec that builds each layer as it is; None where the stock one does."""
     own = architecture
     updates = own.post_norm or own.residual_multiplier != 1
-    stock = own.pre_norm and LINEAR not in own.pattern
+    stock = own.pre_norm and LINEAR not in own.pattern and not own.attention_windows and own.attention_softcap is None
     if not own.layer_sizes and not own.qk_layernorm and not updates and stock:
         return None
     spec = copy.deepcopy(hybrid_stack_spec)
@@ -42,6 +44,11 @@ def stack_spec(architecture: Architecture) -> ModuleSpec | None:
             layer.module = _sized(layer.module, own)
         if updates:
             layer.module = _updating(layer.module, own, adds)
+    if own.attention_windows or own.attention_softcap is not None:
+        attention = submodules.attention_layer
+        attention.module = _seeing(attention.module, own)
+        if own.attention_softcap is not None:  # which no kernel of Transformer Engine's has
+            attention.submodules.self_attention.submodules.core_attention = TorchDotProductAttention
     return spec
 
 
@@ -63,6 +70,28 @@ def _sized(layer: Any, architecture: Architecture) -> Any:
             super().__init__(own, *args, layer_number=layer_number, **kwargs)
 
     return Sized
+
+
+def _seeing(layer: Any, architecture: Architecture) -> Any:
+    """An attention layer class with the window, positions and bounded logits that its place in the model has."""
+
+    class Seeing(layer):
+        def __init__(self, config: Any, *args: Any, layer_number: int, pg_collection: Any, **kwargs: Any) -> None:
+            window, own = architecture.window(layer_number - 1), copy.copy(config)
+            own.window_size, own.attention_softcap = (window - 1, 0) if window else None, architecture.attention_softcap
+            super().__init__(own, *args, layer_number=layer_number, pg_collection=pg_collection, **kwargs)
+            self._rotary = None
+            if is_local(architecture, layer_number - 1):
+                cpu = config.use_cpu_initialization
+                self._rotary = ArchitectureRotaryEmbedding(architecture, cpu, pg_collection.cp, local=True)
+            self._share = config.context_parallel_size
+
+        def forward(self, *args: Any, rotary_pos_emb: Any = None, **kwargs: Any) -> Any:
+            if self._rotary is not None and rotary_pos_emb is not None:
+                rotary_pos_emb = self._rotary(rotary_pos_emb.shape[0] * self._share)
+            return super().forward(*args, rotary_pos_emb=rotary_pos_emb, **kwargs)
+
+    return Seeing
 
 
 def _updating(layer: Any, architecture: Architecture, adds: str) -> Any:

@@ -95,6 +95,9 @@ def groups_as_sequences(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
 class TorchDotProductAttention(torch.nn.Module):
     """Causal (or explicitly masked) scaled-dot-product attention, (s, b, n, d) in, (s, b, n * d) out.
 
+    Of a configuration with `window_size` (w - 1, 0) a query sees the w last keys, with its own; with a field
+    `attention_softcap` c its logits are c tanh(x / c).
+
     Under context parallelism the keys and values are gathered over the group: rank r of C holds the r-th and the
     (2C-1-r)-th of 2C equal pieces of the sequence, so that the causal work is balanced.
     """
@@ -114,11 +117,20 @@ class TorchDotProductAttention(torch.nn.Module):
         from megatron.core import parallel_state
 
         self.config, self.attn_mask_type, self.softmax_scale = config, attn_mask_type, softmax_scale
+        # Queries see so many keys, with their own; all before them if it is 0.
+        window = getattr(config, "window_size", None)
+        self.window = 0 if window is None else window[0] + 1
+        self.softcap: float | None = getattr(config, "attention_softcap", None)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.num_attention_heads = config.num_attention_heads // config.tensor_model_parallel_size
         self.cp_group = None
         if config.context_parallel_size > 1:
             self.cp_group = pg_collection.cp if pg_collection else parallel_state.get_context_parallel_group()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a query sees all keys before it, and logits are not bounded."""
+        return not self.window and self.softcap is None
 
     def forward(
         self,
@@ -151,12 +163,21 @@ class TorchDotProductAttention(torch.nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """Attention of (s, b, n, d) to (t, b, groups, d); causal, the queries are the last s of the t positions."""
+        if self.window and len(key) >= len(query) + self.window:  # the first keys are seen by none
+            first = len(key) - len(query) - self.window + 1
+            key, value = key[first:], value[first:]
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        if causal:
+        if causal and self.window and q.shape[2] > 1 and k.shape[2] > self.window:
+            place = torch.arange(k.shape[2], device=q.device)
+            behind = place[-q.shape[2] :, None] - place
+            mask, causal = (behind >= 0) & (behind < self.window), False
+        elif causal:
             last = q.shape[2] == 1  # it sees everything
             mask = None if last or q.shape[2] == k.shape[2] else causal_lower_right(q.shape[2], k.shape[2])
             causal = not last and mask is None
         whole = q.shape[:3]
+        if self.softcap is not None:
+            return self._bounded(q, k, v, mask, causal).reshape(*whole, -1).permute(2, 0, 1, 3)
         if q.shape[2] == 1 and mask is None:
             # The heads of a group ask the same keys. As queries of one head they read them once.
             q = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
@@ -168,6 +189,22 @@ class TorchDotProductAttention(torch.nn.Module):
                 q, k, v, mask, dropout, causal, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
             )
         return out.reshape(*whole, -1).permute(2, 0, 1, 3)
+
+    def _bounded(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, causal: bool) -> Tensor:
+        """Attention whose logits are bounded, in plain formulas; (b, n, s, d) queries, (b, groups, t, d) keys."""
+        assert self.softcap is not None
+        share = q.shape[1] // k.shape[1]
+        scale = q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
+        logits = q.unflatten(1, (-1, share)).flatten(2, 3) @ k.mT * scale
+        logits = (self.softcap * (logits / self.softcap).tanh()).unflatten(2, (share, -1))
+        if causal or isinstance(mask, CausalBias):
+            sizes = logits.shape[-2:]
+            mask = torch.ones(sizes, dtype=torch.bool, device=q.device).tril(sizes[1] - sizes[0])
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -torch.inf)
+        weights = logits.softmax(-1, dtype=torch.float32).to(v.dtype)
+        weights = F.dropout(weights, self.dropout, self.training)
+        return (weights.flatten(2, 3) @ v).unflatten(2, (share, -1)).flatten(1, 2)
 
     def _gather(self, x: Tensor) -> Tensor:
         """The whole sequence, in order, from the two pieces of each rank."""

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext.lm_head.logit_distance import squared_distances
+from megatron_ext.lm_head.softcap import softcapped
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.pruning.left_out import LeftOut
 
@@ -207,7 +208,8 @@ class Ablation(LeftOut):
         """Compare logits (s, b, v) with those that the whole model's last states make."""
         from megatron_ext.lm_head.hidden_states import head
 
-        squares = squared_distances(logits, head(chunk, whole), self._groups.tp).double().cpu()
+        other = head(chunk, whole)
+        squares = squared_distances(softcapped(logits, other.softcap), other, self._groups.tp).double().cpu()
         self._distances += torch.stack(
             [squares[0].sum(), squares[1].sum(), squares[0].sqrt().sum(), torch.tensor(float(squares[0].numel()))]
         )

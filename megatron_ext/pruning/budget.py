@@ -245,7 +245,8 @@ def resolve(arch: Architecture, targets: Targets, pattern: str) -> Architecture:
     for name, groups in _GROUPS.items():
         if groups in fixed and name not in fixed:
             fixed[name] = getattr(arch, name) // getattr(arch, groups) * fixed[groups]
-    shallow = replace(arch, pattern=pattern, layer_sizes={})
+    windows = arch.attention_windows[: pattern.count(ATTENTION)]  # of which layers, is known when they are chosen
+    shallow = replace(arch, pattern=pattern, layer_sizes={}, attention_windows=windows)
     budget = _budget(arch, targets)
     if budget is None:
         return replace(shallow, **fixed)

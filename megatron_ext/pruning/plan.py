@@ -129,6 +129,7 @@ class Plan(SavedPlan):
             result["linear_rank"] = max(self.recovery.rank, source.linear_rank)
         elif self.recovery is not None:
             result["add_bias_linear"] = True
+        result["attention_windows"] = source.windows_of(self.units)
         if self.hidden is not None:
             check_indices("hidden", self.hidden, source.hidden_size)
             result["hidden_size"] = len(self.hidden)

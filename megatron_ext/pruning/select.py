@@ -51,6 +51,7 @@ def make_plan(
     targets.check(arch)
     units = keep_units(scores, arch, targets)
     target = resolve(arch, targets, "".join(arch.pattern[i] for i in units))
+    target = replace(target, attention_windows=arch.windows_of(units))
     if targets.per_layer:
         target = _spread(scores, arch, target, targets, units)
 

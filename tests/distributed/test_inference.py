@@ -25,13 +25,17 @@ HYBRID = ["nemotron-h"]
 # Ranks, flags, and which models.
 LAYOUTS: dict[str, tuple[int, list[str], list[str]]] = {
     "alone": (1, [], list(MODELS)),
-    "graph": (1, [], list(MODELS)),  # its steps, told by tensors where they are; a CPU takes them one by one
+    "graph": (
+        1,
+        [],
+        [name for name in MODELS if not name.startswith("gemma")],
+    ),  # its steps, told by tensors where they are; a CPU takes them one by one
     "tp2-sp": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"], list(MODELS)),
-    "pp2": (2, ["--pipeline-model-parallel-size", "2"], list(MODELS)),
+    "pp2": (2, ["--pipeline-model-parallel-size", "2"], ["llama3", "granite", "gemma3", "mamba2", *HYBRID]),
     "dp2": (2, [], ["llama3", "mamba2", *HYBRID]),
     "vpp2": (2, ["--pipeline-model-parallel-size", "2", "--hybrid-layer-pattern=M|-|*-|M"], HYBRID),
     "ep2": (2, ["--expert-model-parallel-size", "2"], ["nemotron-h-experts"]),
-    "cp2": (2, ["--context-parallel-size", "2"], ["llama3", *HYBRID]),
+    "cp2": (2, ["--context-parallel-size", "2"], ["llama3", "gemma2", "gemma3", *HYBRID]),
 }
 
 

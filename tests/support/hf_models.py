@@ -44,6 +44,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                       "logits_scaling": 7.0, "tie_word_embeddings": True},
     ),
     "glm4": ("Glm4", _ATTENTION | {"head_dim": 16, "pad_token_id": 0}),
+    "gemma2": (
+        "Gemma2",
+        _ATTENTION | {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 24, "num_hidden_layers": 3,
+                      "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": (
+        "Gemma3",
+        _ATTENTION | {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 24, "num_hidden_layers": 3,
+                      "sliding_window_pattern": 2},
+    ),
     "nemotron": ("Nemotron", _ATTENTION | {"head_dim": 16}),
     "mamba2": (
         "Mamba2",
@@ -82,13 +92,14 @@ def make(name: str, path: Path, shard_size: str = "40KB", dt_bias: float | None 
 
     family, config = MODELS[name]
     family = changes.pop("class", family)
-    made = getattr(transformers, f"{family}Config")(**config | changes)
+    config_class = {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config")
+    made = getattr(transformers, config_class)(**config | changes)
     model = getattr(transformers, f"{family}ForCausalLM")(made).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for key, value in [*model.named_parameters(), *model.named_buffers()]:
             noise = torch.randn(value.shape, generator=generator)
-            if "inv_freq" in key:
+            if "inv_freq" in key or "embed_scale" in key:
                 continue
             if key.endswith("dt_bias") and dt_bias is not None:
                 value.fill_(dt_bias)

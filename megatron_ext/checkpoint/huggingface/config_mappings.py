@@ -31,6 +31,24 @@ class Renamed:
         return {self.hf: getattr(arch, self.megatron)}
 
 
+@dataclass(frozen=True)
+class Nullable:
+    """An entry that is a number or null, where null is no default; `missing` is transformers' own."""
+
+    hf: str
+    megatron: str
+    missing: float | None
+
+    def read(self, config: Config) -> dict[str, Any]:
+        """The field."""
+        given = config.get(self.hf, self.missing)
+        return {self.megatron: None if given is None else number(config, self.hf, self.missing)}
+
+    def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
+        """The entry."""
+        return {self.hf: getattr(arch, self.megatron)}
+
+
 class Required:
     """An entry of which Megatron knows these values only; the first is written."""
 

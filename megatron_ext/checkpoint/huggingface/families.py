@@ -1,6 +1,7 @@
 """Which families there are, and which one a `config.json` or a model belongs to."""
 
 from megatron_ext.checkpoint.huggingface.family import Config, Family
+from megatron_ext.checkpoint.huggingface.gemma import GEMMA, GEMMA2, GEMMA3
 from megatron_ext.checkpoint.huggingface.glm import GLM, GLM4
 from megatron_ext.checkpoint.huggingface.granite import GRANITE
 from megatron_ext.checkpoint.huggingface.hybrid import HYBRID
@@ -18,8 +19,8 @@ from megatron_ext.errors import CheckpointError, ConfigError, nearest
 from megatron_ext.models.architecture import Architecture
 
 _NATIVE = (
-    LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GRANITE, GLM, GLM4, MIXTRAL, QWEN3_MOE, NEMOTRON, MAMBA2, NEMOTRON_H,
-    STATE_SPACES,
+    LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GRANITE, GLM, GLM4, GEMMA, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE,
+    NEMOTRON, MAMBA2, NEMOTRON_H, STATE_SPACES,
 )  # fmt: skip
 REMOTE_CODE = (*PRUNED, HYBRID)
 FAMILIES = {family.name: family for family in (*_NATIVE, *REMOTE_CODE)}

@@ -143,10 +143,12 @@ class Family:
 _DEFAULTS: dict[str, Any] = {
     "ffn_hidden_size": 1, "num_attention_heads": 1, "num_query_groups": 1, "kv_channels": 1, "mamba_num_heads": 8,
 }  # fmt: skip
+_POSITIONS = (
+    "rotary_base", "rotary_percent", "rope_scaling_factor", "rope_scaling", "rotary_interleaved", "local_rotary_base",
+)  # fmt: skip
 _OF_KIND = {
     ATTENTION: ("num_attention_heads", "num_query_groups", "kv_channels", "qk_layernorm", "add_qkv_bias",
-                "position_embedding_type", "rotary_base", "rotary_percent", "rope_scaling_factor",
-                "rope_scaling", "rotary_interleaved", "softmax_scale"),
+                "position_embedding_type", "softmax_scale", "attention_softcap", *_POSITIONS),
     MAMBA: ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups"),
     MLP: ("ffn_hidden_size",),
     LINEAR: ("linear_rank",),
@@ -165,7 +167,16 @@ def functional_fields(arch: Architecture) -> dict[str, Any]:
         values["moe_router_topk_scaling_factor"] = 1.0
     if ATTENTION in arch.pattern and arch.softmax_scale == arch.kv_channels**-0.5:
         values["softmax_scale"] = None
+    if not arch.attention_windows:
+        values.pop("local_rotary_base", None)
     if arch.position_embedding_type == "none":
-        for name in ("rotary_base", "rotary_percent", "rope_scaling_factor", "rope_scaling", "rotary_interleaved"):
+        for name in (
+            "rotary_base",
+            "rotary_percent",
+            "rope_scaling_factor",
+            "rope_scaling",
+            "rotary_interleaved",
+            "local_rotary_base",
+        ):
             values.pop(name, None)
     return values

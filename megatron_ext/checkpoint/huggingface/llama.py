@@ -75,7 +75,7 @@ GATED = [
 ]
 
 
-class _Divides:
+class Divides:
     """transformers insists that the hidden size divides by the number of heads, whatever `head_dim` says."""
 
     def read(self, config: Config) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class _Divides:
     def _check(hidden: int, heads: int) -> None:
         if hidden % heads:
             raise CheckpointError(
-                "LlamaForCausalLM needs a hidden size that divides by the number of heads",
+                "the class needs a hidden size that divides by the number of heads",
                 got=f"hidden_size={hidden}, num_attention_heads={heads}",
                 legal="MistralForCausalLM has no such condition: --hf-class MistralForCausalLM",
             )
@@ -102,5 +102,5 @@ LLAMA = Family(
     "LlamaForCausalLM", "llama", "model.layers.{}", "*-",
     [*EMBEDDINGS, *ATTENTION, *QKV_BIAS, *GATED_MLP, *BIASES, *FINAL_NORM],
     [*sizes(2048), *GATED, Rope(), Tied(), Biases(("attention_bias", "mlp_bias")),
-     _Divides()],
+     Divides()],
 )  # fmt: skip

@@ -11,8 +11,8 @@ from megatron_ext.checkpoint.huggingface.entries import flag, whole
 from megatron_ext.checkpoint.huggingface.family import Config, Family
 from megatron_ext.checkpoint.huggingface.llama import ATTENTION, EMBEDDINGS, FINAL_NORM, GATED, GATED_MLP, sizes
 from megatron_ext.checkpoint.huggingface.mappings import ParamMapping, gated_mlp_mapping
-from megatron_ext.checkpoint.huggingface.mistral import NoWindow
 from megatron_ext.checkpoint.huggingface.qwen import QK_NORMS
+from megatron_ext.checkpoint.huggingface.windows import Window
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import MLP, MOE
@@ -89,7 +89,7 @@ MIXTRAL = Family(
     "MixtralForCausalLM", "mixtral", "model.layers.{}", "*E",
     [*EMBEDDINGS, *ATTENTION, *_experts("block_sparse_moe", "w1", "w3", "w2"), *FINAL_NORM],
     [*sizes(131_072, 8), Layers("*E"), *GATED, Renamed("rms_norm_eps", "norm_epsilon", 1e-5), Rope(base=1e6),
-     NoWindow(131_072, missing=None), *_ROUTED, _Count("num_local_experts", "num_experts", default=8),
+     Window(131_072, missing=None), *_ROUTED, _Count("num_local_experts", "num_experts", default=8),
      Renamed("intermediate_size", "moe_ffn_hidden_size", 14_336),
      Renamed("num_experts_per_tok", "moe_router_topk", 2)],
 )  # fmt: skip
@@ -97,7 +97,7 @@ QWEN3_MOE = Family(
     "Qwen3MoeForCausalLM", "qwen3_moe", "model.layers.{}", ("*", "-E"),
     [*EMBEDDINGS, *ATTENTION, *QK_NORMS, *GATED_MLP,
      *_experts("mlp", "gate_proj", "up_proj", "down_proj"), *FINAL_NORM],
-    [*_DENSE_SIZES, _SparseLayers(), *GATED, Rope(), NoWindow(32_768, "use_sliding_window", by_layer=False),
+    [*_DENSE_SIZES, _SparseLayers(), *GATED, Rope(), Window(32_768, switch="use_sliding_window"),
      *_ROUTED, Required("attention_bias", False), Fixed(qk_layernorm=True),
      _Count("num_experts", "num_local_experts", default=128),
      Renamed("moe_intermediate_size", "moe_ffn_hidden_size", 768), Renamed("num_experts_per_tok", "moe_router_topk", 8),

@@ -4,7 +4,7 @@ from megatron_ext.checkpoint.huggingface.config_mappings import Fixed, Renamed, 
 from megatron_ext.checkpoint.huggingface.family import Family
 from megatron_ext.checkpoint.huggingface.llama import ATTENTION, EMBEDDINGS, FINAL_NORM, GATED, sizes
 from megatron_ext.checkpoint.huggingface.mappings import ParamMapping, fused_qkv_mapping
-from megatron_ext.checkpoint.huggingface.mistral import NoWindow
+from megatron_ext.checkpoint.huggingface.windows import Window
 
 _ATTENTION = [
     *(mapping for mapping in ATTENTION if mapping.megatron != "self_attention.linear_qkv.weight"),
@@ -20,5 +20,5 @@ PHI3 = Family(
     "Phi3ForCausalLM", "phi3", "model.layers.{}", "*-",
     [*EMBEDDINGS, *_ATTENTION, *FUSED_MLP, *FINAL_NORM],
     [*sizes(4096), *GATED, Renamed("rms_norm_eps", "norm_epsilon", 1e-5), Rope(partial=True, original=4096), Tied(),
-     NoWindow(4096, missing=None), Fixed(add_bias_linear=False)],
+     Window(4096, missing=None), Fixed(add_bias_linear=False)],
 )  # fmt: skip

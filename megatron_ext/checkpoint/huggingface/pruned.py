@@ -21,6 +21,7 @@ from megatron_ext.checkpoint.huggingface.remote_code import (
     RemoteCodeFamily,
     changes_of,
 )
+from megatron_ext.checkpoint.huggingface.windows import SLIDING, layer_types
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, LINEAR, MLP
@@ -83,6 +84,7 @@ class _Blocks:
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
         """The entries."""
         entries: list[dict[str, Any]] = []
+        kinds = layer_types(arch, [tuple(own.values()) for own in blocks(arch.pattern, self.block)])
         for own in blocks(arch.pattern, self.block):
             lists = {
                 "skip": [_SUBLAYERS[kind] for kind in self.block if kind not in own],
@@ -92,7 +94,7 @@ class _Blocks:
             for unit in own.values():
                 entry |= _SIZES.of(arch, unit)
             entries.append(entry)
-        types = {"layer_types": ["full_attention"] * len(entries)} if "layer_types" in like else {}
+        types = {"layer_types": kinds} if "layer_types" in like or SLIDING in kinds else {}
         return {ENTRY: entries, "num_hidden_layers": len(entries), **types}
 
 

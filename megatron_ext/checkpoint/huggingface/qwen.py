@@ -14,9 +14,12 @@ from megatron_ext.checkpoint.huggingface.llama import (
     sizes,
 )
 from megatron_ext.checkpoint.huggingface.mappings import ParamMapping
-from megatron_ext.checkpoint.huggingface.mistral import NoWindow
+from megatron_ext.checkpoint.huggingface.windows import Window, upper_layers
 
-_SHARED: list[Any] = [*GATED, Rope(), Tied(), NoWindow(32_768, "use_sliding_window"), Fixed(add_bias_linear=False)]
+_SHARED: list[Any] = [
+    *GATED, Rope(), Tied(), Window(32_768, switch="use_sliding_window", kinds=upper_layers, by_layer=True),
+    Fixed(add_bias_linear=False),
+]  # fmt: skip
 QK_NORMS = [
     ParamMapping("*", "self_attn.q_norm.weight", "self_attention.q_layernorm.weight"),
     ParamMapping("*", "self_attn.k_norm.weight", "self_attention.k_layernorm.weight"),

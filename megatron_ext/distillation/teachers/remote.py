@@ -72,6 +72,7 @@ class RemoteForward:
         self._reads = here[1:] == (0, 0, 0)
         self._places = self._bridge.places(here, self._forward.place if self._forward else None)
         self.rows: Tensor | None = None
+        self.softcap = own.logits_softcap
         if groups.pp.rank() == groups.pp.size() - 1:
             self.rows = _output_rows(teacher, own, groups).to(args.params_dtype)
         self.queue: deque[Float[Tensor, "s b w"]] = deque()
@@ -208,7 +209,7 @@ class RemoteTeacher:
     def target(self, found: dict[str, Tensor], sample_id: Tensor, labels: Tensor, k: int) -> LMHead:
         """What its logits are made of."""
         assert self._teacher.rows is not None
-        return LMHead(found[TEACHER], self._teacher.rows)
+        return LMHead(found[TEACHER], self._teacher.rows, self._teacher.softcap)
 
     def loss(self, found: dict[str, Tensor], labels: Tensor, mask: Tensor) -> StepLosses | None:
         """None: it is not trained."""

@@ -82,7 +82,7 @@ def test_agrees_with_torch(
     torch.testing.assert_close(got.ce.double(), ce, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got.total.double(), total, rtol=1e-5, atol=10 * rounding)
     assert bool(got.finite.all())
-    for ours, theirs in zip(own, student, strict=True):
+    for ours, theirs in zip(own[:2], student, strict=True):
         torch.testing.assert_close(2 * ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5)
     assert not own.hidden.grad[mask == 0].any()  # type: ignore[index]
 
@@ -102,7 +102,7 @@ def test_stored_entries_count_as_living_ones(name: str, k: int, tokens: int) -> 
     live.total.backward()
     cached.total.backward()
     torch.testing.assert_close(cached.kd, live.kd, rtol=1e-5, atol=1e-6)
-    for a, b in zip(own, other, strict=True):
+    for a, b in zip(own[:2], other[:2], strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6)
 
 
@@ -121,7 +121,7 @@ def test_a_rest_that_underflows_still_has_its_gradient(gap: float) -> None:
     got, own = run(student, teacher, labels, mask, objective, tokens)
     got.total.backward()
     torch.testing.assert_close(got.kd.double(), kd, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(own, student, strict=True):
+    for ours, theirs in zip(own[:2], student, strict=True):
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-4)  # logits of up to 700
 
 
@@ -152,7 +152,7 @@ def test_extreme_logits_stay_finite(name: str) -> None:
     got, own = run(sharp[0], sharp[1], labels, mask, Objective(name, ce_weight=1.0, k=3), 9)
     got.total.backward()
     assert got.total.isfinite()
-    assert all(x.grad.isfinite().all() for x in own)
+    assert all(x.grad.isfinite().all() for x in own[:2])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -174,7 +174,7 @@ def test_half_precision_rounds_the_logits_and_nothing_else(name: str, dtype: tor
     torch.testing.assert_close(got.ce.double(), ce, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got.total.double(), total, rtol=1e-5, atol=0)
     grad, hidden, weight = logits.grad.flatten(0, 1), *(x.detach().double() for x in half[0])  # type: ignore[union-attr]
-    for ours, theirs in zip(own, (grad @ weight, grad.T @ hidden.flatten(0, 1)), strict=True):
+    for ours, theirs in zip(own[:2], (grad @ weight, grad.T @ hidden.flatten(0, 1)), strict=True):
         error = (ours.grad.double() - theirs.view_as(ours)).norm() / theirs.norm()
         assert error < 0.005
 

@@ -25,6 +25,7 @@ MAMBA2: dict[str, Any] = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layer
 STATE_SPACES: dict[str, Any] = {"d_model": 32, "n_layer": 2, "vocab_size": 96, "ssm_cfg": {"layer": "Mamba2"}}
 BASES = {
     "LlamaForCausalLM": ATTENTION, "MistralForCausalLM": ATTENTION | {"sliding_window": None},
+    "Gemma2ForCausalLM": ATTENTION, "Gemma3ForCausalLM": ATTENTION,
     "Qwen2ForCausalLM": ATTENTION, "Qwen3ForCausalLM": ATTENTION, "NemotronForCausalLM": ATTENTION,
     "PrunedLlamaForCausalLM": ATTENTION | {"layer_changes": [{"skip": ["mlp"]}, {"intermediate_size": 24}]},
     "HybridForCausalLM": HYBRID | {"layer_changes": [{}, {}, {}], "rotary": {"rope_theta": 1e4}, "qk_norm": True,
@@ -87,13 +88,6 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 16}
 SLIDES = ["full_attention", "sliding_attention"]
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 1}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "a window and no context": ("MistralForCausalLM", {"sliding_window": 4096, "max_position_embeddings": "absent"},
-                                "'sliding_window' is not supported"),
-    "the window that is meant": ("MistralForCausalLM", {"sliding_window": "absent", "max_position_embeddings": 8192},
-                                 "'sliding_window' is not supported"),
-    "Qwen's window and no context": ("Qwen2ForCausalLM", WINDOW | {"max_position_embeddings": "absent",
-                                     "max_window_layers": 1}, "'sliding_window' is not supported"),
-    "one layer with a window": ("Qwen3ForCausalLM", WINDOW | {"layer_types": SLIDES}, "'sliding_window' is not supp"),
     "a window without a length": ("Qwen3ForCausalLM", {"layer_types": SLIDES}, "and no window"),
     "a window of text": ("MistralForCausalLM", {"sliding_window": "16"}, "'sliding_window' is of a wrong kind"),
     "scaling without a factor": ("LlamaForCausalLM", {"rope_scaling": without("factor")}, "has no 'factor'"),
@@ -156,6 +150,19 @@ def test_no_entry_of_any_kind_raises_anything_else(name: str) -> None:
 
 ACCEPTED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "a window as long as the context": ("MistralForCausalLM", {"sliding_window": 64}, {}),
+    "a window and no context": ("MistralForCausalLM", {"sliding_window": 4096, "max_position_embeddings": "absent"},
+                                {"attention_windows": (4096, 4096)}),
+    "the window that is meant": ("MistralForCausalLM", {"sliding_window": "absent", "max_position_embeddings": 8192},
+                                 {"attention_windows": (4096, 4096)}),
+    "one layer with a window": ("Qwen3ForCausalLM", WINDOW | {"layer_types": SLIDES}, {"attention_windows": (0, 16)}),
+    "upper layers with a window": ("Qwen2ForCausalLM", WINDOW | {"max_window_layers": 1},
+                                   {"attention_windows": (0, 16)}),
+    "all layers but every other": ("Gemma2ForCausalLM", {"sliding_window": 16}, {"attention_windows": (16, 0)}),
+    "a window longer than the context": ("Gemma3ForCausalLM", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+                                         {"attention_windows": (4096, 4096), "local_rotary_base": 10_000,
+                                          "rotary_base": 1_000_000}),
+    "logits without a bound": ("Gemma2ForCausalLM", {"final_logit_softcapping": None},
+                               {"logits_softcap": None, "attention_softcap": 50.0}),
     "a window that is off": ("Qwen2ForCausalLM", {"sliding_window": 16}, {}),
     "a window that no layer has": ("Qwen2ForCausalLM", WINDOW, {}),
     "a window that no layer names": ("Qwen3ForCausalLM", WINDOW | {"max_window_layers": 0,

@@ -17,7 +17,7 @@ from megatron_ext.models.presets import PRESETS
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"architectures": ["GemmaForCausalLM"]}, "not converted(.|\n)*GemmaForCausalLM(.|\n)*LlamaForCausalLM"),
+        ({"architectures": ["OPTForCausalLM"]}, "not converted(.|\n)*OPTForCausalLM(.|\n)*LlamaForCausalLM"),
         ({"hidden_act": "gelu"}, "'hidden_act' is not supported(.|\n)*'gelu'(.|\n)*'silu'"),
         ({"hidden_size": "absent"}, "no 'hidden_size'"),
         ({"attention_bias": True}, "biases in some linear layers only"),
@@ -26,7 +26,10 @@ from megatron_ext.models.presets import PRESETS
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}}, "no 'high_freq_factor'"),
         ({"rope_scaling": {"type": "longrope", "short_factor": 2.0}}, "'short_factor' is no list"),
         ({"rope_theta": 0.5}, "whole number"),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 32}, "'sliding_window' is not supported"),
+        (
+            {"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True},
+            "bidirectional_attention'",
+        ),
         ({"vocab_size": 41}, r"is \(40, 16\) instead of \(41, 16\)"),
         ({"num_hidden_layers": 1}, "model.layers.1.* is not part of the model"),
     ],
