@@ -18,7 +18,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "compression": ("functional/test_compress.py", "unit/test_workflow.py"),
     "conversion": (
-        "distributed/test_code_of_others.py", "distributed/test_convert.py", "distributed/test_gpt.py",
+        "distributed/test_code_of_others.py", "distributed/test_convert.py", "distributed/test_g*.py",
         "distributed/test_pruned_families.py", "distributed/test_real_model.py", "distributed/test_verify.py",
         "functional/test_convert_jobs.py",
     ),
