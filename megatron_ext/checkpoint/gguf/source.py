@@ -25,6 +25,7 @@ from megatron_ext.checkpoint.huggingface.mappings import hf_shapes
 from megatron_ext.checkpoint.huggingface.weights import ORDER, HFModel
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.architecture import Architecture
+from megatron_ext.untrusted.paths import inside
 
 _PART = re.compile(r"^(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 _NOT_WEIGHTS = (ROPE_FREQUENCIES,)
@@ -42,6 +43,7 @@ def find(path: Path) -> Path:
 
     Raises:
         CheckpointError: There is none, or several.
+        UntrustedError: It is a link that leads out of the directory.
     """
     if not path.is_dir():
         if not path.is_file():
@@ -52,7 +54,7 @@ def find(path: Path) -> Path:
     if len(first) != 1:
         what = "several GGUF files" if first else "no GGUF file"
         raise CheckpointError(f"the directory holds {what}", got=", ".join(first[:8]) or path, legal="--from gguf FILE")
-    return path / first[0]
+    return inside(path, first[0])
 
 
 def read_by_transformers(path: Path) -> bool:
@@ -111,7 +113,7 @@ def _described(path: Path) -> Described:
                 "a part of a model", got=f"{path}, of {count}", legal="the first: NAME-00001-of-NNNNN.gguf"
             )
         for number in range(2, count + 1):
-            other = path.with_name(f"{part['name']}-{number:05d}-of-{count:05d}.gguf")
+            other = inside(path.parent, f"{part['name']}-{number:05d}-of-{count:05d}.gguf")
             if not other.is_file():
                 raise CheckpointError("a part of the model is missing", got=other)
             for name, tensor in _read(other).tensors.items():

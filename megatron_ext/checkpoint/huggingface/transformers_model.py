@@ -52,7 +52,7 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def load_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The model of a GGUF file as transformers itself reads it, in evaluation mode.
+    """The model of a GGUF file as transformers itself reads it, in evaluation mode; nothing beside it is seen.
 
     Args:
         file: The file.
@@ -68,11 +68,13 @@ def load_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.float32) -> A
 
     if importlib.util.find_spec("accelerate") is None:
         raise ConfigError("transformers reads GGUF with accelerate only", legal="pip install 'megatron-ext[gguf]'")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=dtype, local_files_only=True, config=config
-        ).eval()
+        with tempfile.TemporaryDirectory() as seen:
+            (Path(seen) / file.name).symlink_to(file.resolve())
+            return AutoModelForCausalLM.from_pretrained(
+                seen, gguf_file=file.name, dtype=dtype, local_files_only=True, config=config, trust_remote_code=False
+            ).eval()
     except Exception as error:  # whatever a class of transformers' raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"transformers cannot load the model: {reason}", got=file) from error

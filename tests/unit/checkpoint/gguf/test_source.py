@@ -13,7 +13,7 @@ from hf_models import make, tokens
 from megatron_ext.checkpoint.gguf.source import find, is_gguf, opened
 from megatron_ext.checkpoint.huggingface import families
 from megatron_ext.checkpoint.huggingface.convert import to_megatron
-from megatron_ext.errors import CheckpointError, ConfigError
+from megatron_ext.errors import CheckpointError, ConfigError, UntrustedError
 
 
 def small(tmp_path: Path, kind: str = "F32", name: str = "llama-biases", **changes: Any) -> Path:
@@ -199,6 +199,10 @@ def test_a_directory_with_several_asks_which(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="several GGUF files") as error:
         find(tmp_path)
     assert "a.Q4_0.gguf, a.Q8_0.gguf" in str(error.value)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.gguf").symlink_to(tmp_path / "a.Q8_0.gguf")
+    with pytest.raises(UntrustedError, match="leads out of the directory"):
+        find(tmp_path / "elsewhere")
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert not is_gguf(tmp_path)
     with pytest.raises(CheckpointError, match="does not exist"):
