@@ -35,7 +35,7 @@ SETTINGS = {"teacher_steps": TEACHER_STEPS, "student_steps": STUDENT_STEPS, "seq
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `megatron-ext demo`."""
     parser.add_argument("--out", type=Path, help="run directory (default: runs/demo, with --real runs/real_model)")
-    real = "a real model, SmolLM2-135M-Instruct, in place of one that is trained first: 25 minutes on two cores"
+    real = "a real model, SmolLM2-135M-Instruct, in place of one that is trained first"
     parser.add_argument("--real", action="store_true", help=real)
     parser.add_argument("--gpu", action="store_true", help="with --real: more text, longer sequences, bf16, on one GPU")
 

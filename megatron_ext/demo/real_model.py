@@ -28,6 +28,7 @@ HELD_OUT = 8  # every so manieth topic is not trained on
 HELD_OUT_CHARACTERS = 8000
 DEBIAN = ("/usr/share/perl/*/pod/*.pod", "/usr/share/doc/debian-handbook/html/en-US/*.html",
           "/usr/share/doc/bible-kjv-text/*.txt")  # fmt: skip
+GGUF = "smollm2-less-attention"  # and so is its file called
 ORIGINAL, DISTILLED, WITHOUT_MLPS = "smollm2", "distilled", "without-mlps"
 
 
@@ -42,6 +43,7 @@ class Size:
         depth_samples: Of these, those that the model runs again for without each sub-layer.
         steps: Of the distillation.
         batch: Sequences of a step.
+        micro_batch: Of these, those that a process takes at once.
         flags: What else every command is told.
     """
 
@@ -173,9 +175,9 @@ def last_stages(out: Path, size: Size, best: str) -> list[Stage]:
               (*back, "--to", "hf", str(distilled), str(out / "huggingface"), "--like", str(out / ORIGINAL)),
               out / "huggingface", proof="config.json", parallel=False),
         Stage("convert back to GGUF",
-              (*back, "--to", "gguf", str(distilled), str(out / "gguf"), "--like", str(out / ORIGINAL),
+              (*back, "--to", "gguf", str(distilled), str(out / GGUF), "--like", str(out / ORIGINAL),
                "--dtype", "q8_0"),
-              out / "gguf", proof="README.md", parallel=False),
+              out / GGUF, proof="README.md", parallel=False),
     ]  # fmt: skip
 
 
