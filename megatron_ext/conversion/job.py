@@ -13,6 +13,7 @@ from megatron_ext.checkpoint.gguf.convert import to_gguf
 from megatron_ext.checkpoint.huggingface import hf_assets
 from megatron_ext.checkpoint.huggingface.convert import TYPES, to_hf, to_megatron
 from megatron_ext.checkpoint.huggingface.remote_code import RemoteCodeFamily
+from megatron_ext.conversion import hub
 from megatron_ext.conversion.verify import ROUNDING, TOLERANCE, verify, verify_gguf, verify_gpt
 from megatron_ext.errors import ConfigError
 from megatron_ext.reports.progress import Progress
@@ -20,6 +21,8 @@ from megatron_ext.reports.progress import Progress
 
 def main(args: argparse.Namespace) -> None:
     """Convert, and verify if asked to; what torchrun started shares the tensors."""
+    if args.source == "hf":
+        args.input = hub.directory(args.input)
     _check(args)
     with ranks.joined():
         made = _convert(args)

@@ -9,8 +9,9 @@ FORMATS = "the format of the input: hf, gguf, Megatron in the pattern form of al
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The subcommand's flags."""
+    source = "a Hugging Face directory or ORG/NAME on its hub, a GGUF file, or a checkpoint of Megatron's"
     formats = ("hf", "gguf", "megatron", "gpt")
-    parser.add_argument("input", type=Path, help="a Hugging Face directory, a GGUF file, or a checkpoint of Megatron's")
+    parser.add_argument("input", type=Path, help=source)
     parser.add_argument("output", type=Path, help="a new directory")
     parser.add_argument("--from", dest="source", choices=formats, required=True, help=FORMATS)
     parser.add_argument("--to", dest="target", choices=formats, required=True, help="the format of the output")

@@ -176,6 +176,10 @@ AXES: dict[str, Axis] = {
     "gate+up": Axis(lambda a: a.ffn_hidden_size * _halves(a), lambda a, k: _gate_and_up(a, k.ffn, a.ffn_hidden_size)),
     "qkv": Axis(lambda a: (a.num_attention_heads + 2 * a.num_query_groups) * a.kv_channels, _qkv),
     "channel": Axis(lambda a: a.kv_channels, split=None),
+    "key_head*channel": Axis(
+        lambda a: a.num_query_groups * a.kv_channels,
+        lambda a, k: _outer(k.kv_groups, a.num_query_groups, None, a.kv_channels),
+    ),
     "query_head*channel": Axis(
         lambda a: a.num_attention_heads * a.kv_channels,
         lambda a, k: _outer(_query_heads(a, k), a.num_attention_heads, None, a.kv_channels),
@@ -259,6 +263,18 @@ TABLE: list[Weight] = [
     *_pre_norm(ATTENTION, "self_attention.linear_qkv.layer_norm_"),
     Weight(ATTENTION, "self_attention.linear_qkv.weight", ("qkv", "hidden")),
     Weight(ATTENTION, "self_attention.linear_qkv.bias", ("qkv",), lambda a: a.add_qkv_bias),
+    Weight(
+        ATTENTION,
+        "self_attention.q_layernorm.heads_weight",
+        ("query_head*channel",),
+        lambda a: a.qk_layernorm_of_all_heads,
+    ),
+    Weight(
+        ATTENTION,
+        "self_attention.k_layernorm.heads_weight",
+        ("key_head*channel",),
+        lambda a: a.qk_layernorm_of_all_heads,
+    ),
     *_qk_norm("q"),
     *_qk_norm("k"),
     Weight(ATTENTION, "self_attention.linear_proj.weight", ("hidden", "query_head*channel")),

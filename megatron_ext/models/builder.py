@@ -83,6 +83,7 @@ def model_config(args: Namespace, architecture: Architecture) -> PatternModelCon
     config = hybrid_config_from_args(own, core_transformer_config_from_args(own), PatternModelConfig)
     config.vocab_size, config.should_pad_vocab = architecture.padded_vocab_size, False
     config.architecture = architecture
+    config.transformer.qk_layernorm = architecture.qk_layernorm or architecture.qk_layernorm_of_all_heads
     config.transformer.softmax_scale = architecture.softmax_scale
     if architecture.activation == "gelu_tanh":
         config.transformer.activation_func, config.transformer.bias_activation_fusion = _gelu_tanh, False

@@ -34,6 +34,7 @@ class Dimensions:
         mamba_num_heads: Heads of a Mamba-2 layer; its inner width is `mamba_num_heads * mamba_head_dim`.
         zero_centered_norm: Norm weights are stored minus one (Megatron's `--apply-layernorm-1p`).
         qk_layernorm: Norms on the channels of each query and key head (Qwen3).
+        qk_layernorm_of_all_heads: Norms on all query heads together, and on all key heads (OLMo 2).
         rotary_interleaved: Neighbouring channels turn together, not one of each half of a head.
         rope_scaling_factor: Llama 3.1's frequency scaling, `None` for plain RoPE.
         rope_scaling: Any other scaling, see `rope_scaling.py`; empty for none.
@@ -103,6 +104,7 @@ class Dimensions:
     add_bias_linear: bool = False
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
+    qk_layernorm_of_all_heads: bool = False
     untie_embeddings_and_output_weights: bool = True
     num_experts: int = 0
     moe_ffn_hidden_size: int = 0
@@ -164,6 +166,8 @@ class Dimensions:
             value = getattr(self, name)
             if value is not None and not (isfinite(value) and value > 0):
                 raise ConfigError(f"{name} must be above 0", got=value)
+        if self.qk_layernorm_of_all_heads and (self.qk_layernorm or self.normalization != "RMSNorm"):
+            raise ConfigError("norms over all heads are RMSNorms, and no others are beside them")
         if not self.pre_norm and not self.post_norm:
             raise ConfigError("a model without norms", got="no pre_norm, no post_norm", legal="--ext-post-norm")
         if not self.pre_norm and MOE in self.pattern:

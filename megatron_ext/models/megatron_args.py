@@ -235,6 +235,9 @@ TABLE: dict[str, ArgumentMapping] = {
     "add_bias_linear": _same("add_bias_linear", True, flag="--disable-bias-linear"),
     "add_qkv_bias": _same("add_qkv_bias", False),
     "qk_layernorm": _same("qk_layernorm", False),
+    "qk_layernorm_of_all_heads": _ours(
+        "qk_layernorm_of_all_heads", False, "RMSNorms over all query heads together, and over all key heads"
+    ),
     "untie_embeddings_and_output_weights": _same("untie_embeddings_and_output_weights", False),
     "num_experts": Count(Argument("num_experts")),
     "moe_ffn_hidden_size": Count(Argument("moe_ffn_hidden_size"), _ffn_hidden_size),

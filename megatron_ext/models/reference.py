@@ -77,6 +77,14 @@ def attention(
     per_group = arch.num_attention_heads // groups
     qkv = x @ w["self_attention.linear_qkv.weight"].T + w.get("self_attention.linear_qkv.bias", 0.0)
     qkv = qkv.view(b, s, groups, per_group + 2, d)
+    if arch.qk_layernorm_of_all_heads:
+        keys = mask(kept.kv_groups, groups)[:, None].expand(-1, d)
+        stay = keys.repeat_interleave(per_group, 0) * mask(kept.query_heads, groups * per_group)[:, None]
+        queries, key, value = qkv.split([per_group, 1, 1], dim=3)
+        scales = (w[f"self_attention.{name}_layernorm.heads_weight"] for name in "qk")
+        parts = zip((queries, key), scales, (stay, keys), strict=True)
+        normed = [rms_norm(x.flatten(2), gamma, arch.norm_epsilon, own.flatten()) for x, gamma, own in parts]
+        qkv = torch.cat([normed[0].view_as(queries), normed[1].view_as(key), value], dim=3)
     heads = torch.empty(b, s, groups, per_group, d, dtype=x.dtype)
     seen = torch.ones(s, s, dtype=torch.bool).tril()
     if window:
@@ -257,7 +265,7 @@ def forward(
 
 def _is_norm(key: str) -> bool:
     """Whether it is the weight of a norm that `zero_centered_norm` speaks of; Mamba-2's own norm is another."""
-    return key.endswith(("layer_norm_weight", "layernorm.weight", "_norm.weight"))
+    return key.endswith(("layer_norm_weight", "layernorm.weight", "_norm.weight", "heads_weight"))
 
 
 def _check(arch: Architecture) -> None:

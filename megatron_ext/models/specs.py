@@ -5,6 +5,7 @@ What single layers have of their own, other norms, linear sub-layers.
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
@@ -13,6 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from megatron_ext.models.architecture import Architecture
+from megatron_ext.models.heads_norm import HeadsNorm
 from megatron_ext.models.linear_sublayer import StackWithLinear, linear_spec
 from megatron_ext.models.pattern import LINEAR
 from megatron_ext.models.rotary import ArchitectureRotaryEmbedding, is_local
@@ -26,8 +28,9 @@ def stack_spec(architecture: Architecture) -> ModuleSpec | None:
     """The spec that builds each layer as it is; None where the stock one does."""
     own = architecture
     updates = own.post_norm or own.residual_multiplier != 1
-    stock = own.pre_norm and LINEAR not in own.pattern and not own.attention_windows and own.attention_softcap is None
-    if not own.layer_sizes and not own.qk_layernorm and not updates and stock:
+    norms = own.qk_layernorm or own.qk_layernorm_of_all_heads or not own.pre_norm
+    seeing = own.attention_windows or own.attention_softcap is not None
+    if not (own.layer_sizes or norms or updates or seeing or LINEAR in own.pattern):
         return None
     spec = copy.deepcopy(hybrid_stack_spec)
     submodules: Any = spec.submodules
@@ -36,6 +39,11 @@ def stack_spec(architecture: Architecture) -> ModuleSpec | None:
     if own.qk_layernorm:  # the norms whose class Megatron would take from Transformer Engine itself
         attention = submodules.attention_layer.submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = TENorm
+    if own.qk_layernorm_of_all_heads:
+        attention = submodules.attention_layer.submodules.self_attention.submodules
+        attention.q_layernorm = partial(HeadsNorm, heads=own.num_attention_heads)
+        attention.k_layernorm = partial(HeadsNorm, heads=own.num_query_groups)
+        submodules.attention_layer.module = _with_groups(submodules.attention_layer.module)
     if not own.pre_norm:
         _without_pre_norms(submodules)
     for name, adds in _ADDS.items():
@@ -70,6 +78,18 @@ def _sized(layer: Any, architecture: Architecture) -> Any:
             super().__init__(own, *args, layer_number=layer_number, **kwargs)
 
     return Sized
+
+
+def _with_groups(layer: Any) -> Any:
+    """An attention layer class whose norms over all heads know which ranks share these, those of a teacher, too."""
+
+    class Grouped(layer):
+        def __init__(self, *args: Any, pg_collection: Any, **kwargs: Any) -> None:
+            super().__init__(*args, pg_collection=pg_collection, **kwargs)
+            for norm in (self.self_attention.q_layernorm, self.self_attention.k_layernorm):
+                norm.tp_group = pg_collection.tp
+
+    return Grouped
 
 
 def _seeing(layer: Any, architecture: Architecture) -> Any:

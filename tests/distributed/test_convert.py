@@ -79,6 +79,12 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
         }, "num_key_value_heads": 4},
     ),
+    "bamba-one-group": (
+        "bamba", {"mamba_n_groups": 1, "attn_layer_indices": [0, 2], "tie_word_embeddings": True,
+                  "mamba_d_head": "auto",
+                  "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}},
+    ),
+    "olmo2-odd": ("olmo2", {"head_dim": 24, "num_key_value_heads": 4, "tie_word_embeddings": True}),
     "granite-biases": ("granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
     "glm": ("glm4", {"class": "Glm", "attention_bias": False, "head_dim": 24, "tie_word_embeddings": True}),
     "linear": ("llama3", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}}),

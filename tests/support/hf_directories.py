@@ -54,5 +54,5 @@ def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) 
     held = tensors(directory)
     change(held)
     for path in [*shards(directory), directory / "model.safetensors.index.json"]:
-        path.unlink()
+        path.unlink(missing_ok=True)
     save_file(held, directory / "model.safetensors")

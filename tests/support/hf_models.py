@@ -55,6 +55,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                       "sliding_window_pattern": 2},
     ),
     "nemotron": ("Nemotron", _ATTENTION | {"head_dim": 16}),
+    "olmo2": ("Olmo2", _ATTENTION | {"pad_token_id": 0}),
+    "bamba": (
+        "Bamba",
+        _ATTENTION | {"num_hidden_layers": 3, "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16,
+                      "mamba_d_state": 8, "mamba_n_groups": 2},
+    ),
     "mamba2": (
         "Mamba2",
         {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 16,

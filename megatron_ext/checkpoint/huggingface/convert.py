@@ -15,7 +15,7 @@ from megatron_ext.checkpoint import layout, ranks, stream
 from megatron_ext.checkpoint.atomic import refuse_existing, shared_directory
 from megatron_ext.checkpoint.blocks import TensorEntry
 from megatron_ext.checkpoint.file_checksums import write_rest
-from megatron_ext.checkpoint.huggingface import families, hf_assets
+from megatron_ext.checkpoint.huggingface import families, hf_assets, quantized
 from megatron_ext.checkpoint.huggingface.family import Family
 from megatron_ext.checkpoint.huggingface.mappings import BoundMapping, hf_shapes
 from megatron_ext.checkpoint.huggingface.remote_code import RemoteCodeFamily
@@ -137,7 +137,7 @@ def to_hf(
             stream.run(export.moves, export.reader, writer, progress)
         if ranks.rank() == 0:
             _write_files(directory, export.folder, export.replacement, export.special)
-            if written != config:
+            if written != (hf_assets.read_config(export.folder) if export.folder else {}):
                 (directory / hf_assets.CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
             if isinstance(chosen, RemoteCodeFamily):
                 (directory / f"{chosen.module}.py").write_text(chosen.code(), encoding="utf-8")
@@ -190,7 +190,7 @@ def planned(
     arch = layout.architecture(reader.step.path)
     check_shapes(arch, reader.shapes)
     folder = hf_assets.find(like) if like is not None else hf_assets.assets_of(reader.step.path)
-    config = original = hf_assets.read_config(folder) if folder else {}
+    config = original = quantized.without(hf_assets.read_config(folder)) if folder else {}
     replacement = _tokenizer(reader.step.path, tokenizer, folder, vocab_size)
     vocab_size = _vocab_size(arch, {} if tokenizer else config, replacement, vocab_size)
     arch = replace(arch, padded_vocab_size=vocab_size)  # a directory of transformers' has no padding

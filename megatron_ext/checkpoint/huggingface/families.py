@@ -1,5 +1,6 @@
 """Which families there are, and which one a `config.json` or a model belongs to."""
 
+from megatron_ext.checkpoint.huggingface.bamba import BAMBA
 from megatron_ext.checkpoint.huggingface.family import Config, Family
 from megatron_ext.checkpoint.huggingface.gemma import GEMMA, GEMMA2, GEMMA3
 from megatron_ext.checkpoint.huggingface.glm import GLM, GLM4
@@ -11,6 +12,7 @@ from megatron_ext.checkpoint.huggingface.mistral import MISTRAL
 from megatron_ext.checkpoint.huggingface.mixtures import MIXTRAL, QWEN3_MOE
 from megatron_ext.checkpoint.huggingface.nemotron import NEMOTRON
 from megatron_ext.checkpoint.huggingface.nemotron_h import NEMOTRON_H
+from megatron_ext.checkpoint.huggingface.olmo2 import OLMO2
 from megatron_ext.checkpoint.huggingface.phi3 import PHI3
 from megatron_ext.checkpoint.huggingface.pruned import PRUNED
 from megatron_ext.checkpoint.huggingface.qwen import QWEN2, QWEN3
@@ -19,8 +21,8 @@ from megatron_ext.errors import CheckpointError, ConfigError, nearest
 from megatron_ext.models.architecture import Architecture
 
 _NATIVE = (
-    LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GRANITE, GLM, GLM4, GEMMA, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE,
-    NEMOTRON, MAMBA2, NEMOTRON_H, STATE_SPACES,
+    LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GRANITE, GLM, GLM4, OLMO2, GEMMA, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE,
+    NEMOTRON, BAMBA, MAMBA2, NEMOTRON_H, STATE_SPACES,
 )  # fmt: skip
 REMOTE_CODE = (*PRUNED, HYBRID)
 FAMILIES = {family.name: family for family in (*_NATIVE, *REMOTE_CODE)}

@@ -147,8 +147,8 @@ _POSITIONS = (
     "rotary_base", "rotary_percent", "rope_scaling_factor", "rope_scaling", "rotary_interleaved", "local_rotary_base",
 )  # fmt: skip
 _OF_KIND = {
-    ATTENTION: ("num_attention_heads", "num_query_groups", "kv_channels", "qk_layernorm", "add_qkv_bias",
-                "position_embedding_type", "softmax_scale", "attention_softcap", *_POSITIONS),
+    ATTENTION: ("num_attention_heads", "num_query_groups", "kv_channels", "qk_layernorm", "qk_layernorm_of_all_heads",
+                "add_qkv_bias", "position_embedding_type", "softmax_scale", "attention_softcap", *_POSITIONS),
     MAMBA: ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups"),
     MLP: ("ffn_hidden_size",),
     LINEAR: ("linear_rank",),

@@ -28,6 +28,7 @@ HEADER_BYTES = 10**8  # safetensors' own limit
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 

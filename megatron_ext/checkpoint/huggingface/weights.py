@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from megatron_ext.checkpoint.blocks import ReusableBuffer
-from megatron_ext.checkpoint.huggingface import hf_assets, shards
+from megatron_ext.checkpoint.huggingface import hf_assets, quantized, shards
 from megatron_ext.checkpoint.huggingface.family import Config, Family
 from megatron_ext.checkpoint.huggingface.mappings import BoundMapping, hf_shapes
+from megatron_ext.checkpoint.huggingface.quantized import BlockScaled
 from megatron_ext.checkpoint.huggingface.shards import ShardEntry, Shards, read_index
 from megatron_ext.checkpoint.stream import Source
 from megatron_ext.errors import CheckpointError
@@ -76,12 +77,13 @@ class Pickled:
         """Nothing: the tensors are torch's to read."""
 
 
-def weights_of(directory: Path, config: Config) -> Shards | Pickled:
+def weights_of(directory: Path, config: Config) -> Shards | Pickled | BlockScaled:
     """The weights of a directory; says so where there are others beside them.
 
     Raises:
-        CheckpointError: There are none, or they are missing or damaged.
+        CheckpointError: There are none, or they are missing, damaged or quantized in a way that is not read.
     """
+    blocks = quantized.block_size(config)
     named = config.get(NAMED)
     if named is not None and not str(named).endswith((".safetensors", ".safetensors.index.json")):
         raise CheckpointError(f"config.json: {NAMED!r} names no safetensors", got=named)
@@ -97,7 +99,7 @@ def weights_of(directory: Path, config: Config) -> Shards | Pickled:
     if others := [name for name in (*beside, *ORDER) if name not in read and (directory / name).is_file()]:
         get = ", ".join(dict.fromkeys(others[:3])) + (" and more" if len(others) > 3 else "")
         logger.warning(f"{directory}: reading {taken}, as transformers does, and not {get}")
-    return found
+    return found if blocks is None or isinstance(found, Pickled) else BlockScaled(found, blocks)
 
 
 def of_directory(directory: Path) -> HFModel:
