@@ -1,6 +1,7 @@
 """`--to gguf`: a checkpoint as one file that llama.cpp and what is built on it run."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,18 @@ from megatron_ext.checkpoint.atomic import refuse_existing, shared_directory
 from megatron_ext.checkpoint.file_checksums import write_rest
 from megatron_ext.checkpoint.gguf import architectures
 from megatron_ext.checkpoint.gguf.architectures import GgufArchitecture
-from megatron_ext.checkpoint.gguf.entries import ROPE_FREQUENCIES, llama3_factors
+from megatron_ext.checkpoint.gguf.entries import ROPE_FREQUENCIES, Described, llama3_factors
+from megatron_ext.checkpoint.gguf.file import GgufTensor
 from megatron_ext.checkpoint.gguf.forms import ALWAYS_FP32
-from megatron_ext.checkpoint.gguf.layer_sizes import zero_tensors
+from megatron_ext.checkpoint.gguf.layer_sizes import DECI, of_tensors, zero_tensors
 from megatron_ext.checkpoint.gguf.tokenizer import NO_TOKENIZER
 from megatron_ext.checkpoint.gguf.tokenizer_metadata import tokenizer_metadata
 from megatron_ext.checkpoint.gguf.writer import GgufTarget, writing
-from megatron_ext.checkpoint.huggingface import hf_assets
+from megatron_ext.checkpoint.huggingface import families, hf_assets
 from megatron_ext.checkpoint.huggingface.convert import Export, planned
+from megatron_ext.checkpoint.huggingface.family import functional_fields
 from megatron_ext.checkpoint.stream import Progress, silent
+from megatron_ext.errors import CheckpointError
 from megatron_ext.models.architecture import Architecture
 
 KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
@@ -75,6 +79,7 @@ def to_gguf(
     else:
         metadata["tokenizer.ggml.model"] = NO_TOKENIZER
     targets = _targets(export, architecture, metadata[f"{architecture.name}.block_count"], own)
+    _check(export, architecture, metadata, targets)
     extras = _extras(config)
     targets |= {name: GgufTarget(name, "F32", tuple(tensor.shape), lambda each: each)
                 for name, tensor in extras.items()}  # fmt: skip
@@ -90,6 +95,32 @@ def to_gguf(
             (directory / hf_assets.CARD).write_text(hf_assets.card(destination.name, facts), encoding="utf-8")
             write_rest(directory, but=[hf_assets.CARD])
     return destination / path.name
+
+
+def _check(
+    export: Export, architecture: GgufArchitecture, metadata: Mapping[str, Any], targets: Mapping[str, GgufTarget]
+) -> None:
+    """Check that what a reader would make of the file is the model, but for Llama 3.1's factors, which are a tensor.
+
+    Raises:
+        CheckpointError: llama.cpp's architecture has no word for something; names it.
+    """
+    tensors = {each.name: GgufTensor(each.shape, each.kind, Path(), 0, 0) for each in targets.values()}
+    given = Described(Path(), {"general.architecture": architecture.name, **metadata}, tensors)
+    if architecture.name == DECI:
+        given = of_tensors(given)
+    config = architecture.config(given)
+    family = families.of_config(config)
+    scaling = export.arch.rope_scaling
+    plain = {"rope_scaling_factor": None, "rope_scaling": {} if scaling.get("rope_type") == "llama3" else scaling}
+    wanted = functional_fields(replace(export.arch, **plain))
+    read = functional_fields(family.read(config))
+    lost = [name for name, value in wanted.items() if read.get(name) != value and name not in family.ignored_fields]
+    if lost:
+        raise CheckpointError(
+            f"llama.cpp cannot run this model: its {architecture.name!r} has no word for {lost[0]}",
+            got=", ".join(f"{name}={wanted[name]!r}" for name in lost)[:300],
+        )  # fmt: skip
 
 
 def _general(name: str, kind: str) -> dict[str, Any]:

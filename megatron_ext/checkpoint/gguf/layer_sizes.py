@@ -14,6 +14,7 @@ import torch
 from megatron_ext.checkpoint.gguf.entries import Config, Described
 from megatron_ext.checkpoint.gguf.file import GgufTensor, unpack
 
+DECI = "deci"
 NEURONS = 32
 """Of an MLP of zeros: a block of Q8_0."""
 _HEADS, _GROUPS, _NEURONS = KEYS = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
@@ -108,6 +109,17 @@ def without_zeros(given: Described) -> Described:
             }
     own = {f"{given.architecture}.{key}": values for key, values in sizes.items()}
     return replace(given, metadata={**given.metadata, **own}, tensors=tensors)
+
+
+def of_tensors(given: Described) -> Described:
+    """What a file says of layers, with 0 for each part whose tensors are not there."""
+    layers = given.whole("block_count")
+    own: dict[str, Any] = {}
+    for key, part in ((_HEADS, _ATTENTION), (_GROUPS, _ATTENTION), (_NEURONS, _MLP)):
+        there = [f"blk.{layer}.{_PARTS[part][1]}" in given.tensors for layer in range(layers)]
+        sizes = zip(given.per_layer(key, layers), there, strict=True)
+        own[f"{given.architecture}.{key}"] = [size if present else 0 for size, present in sizes]
+    return replace(given, metadata={**given.metadata, **own})
 
 
 def _is_zero(stored: GgufTensor) -> bool:

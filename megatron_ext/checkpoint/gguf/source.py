@@ -79,7 +79,7 @@ def opened(path: Path, tokenizer: Path | None = None) -> Iterator[HFModel]:
     path = find(path)
     given = _described(path)
     architecture = architectures.of_file(given)
-    if architecture.name == "deci":
+    if architecture.name == layer_sizes.DECI:
         given = layer_sizes.without_zeros(given)
     config = architecture.config(given)
     family = families.of_config(config)

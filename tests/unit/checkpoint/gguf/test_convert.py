@@ -178,6 +178,17 @@ def test_what_llama_cpp_cannot_run_is_refused_by_name(tmp_path: Path, arch: Arch
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"layer_sizes": {"ffn_hidden_size": (24, 16)}}], ids=["alike", "layers that differ"]
+)
+def test_what_an_architecture_has_no_word_for_is_named(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Mistral's window, which llama.cpp's `llama` does not look at."""
+    windows = {"attention_windows": (16, 16), "rope_scaling_factor": None}
+    with pytest.raises(CheckpointError, match="has no word for attention_windows"):
+        export(tmp_path, replace(ARCH, **windows, **changes))
+    assert not (tmp_path / "out").exists()
+
+
 def test_values_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     reader = CheckpointReader(checkpoint(tmp_path / "m", ARCH, torch.float32))
     key = "decoder.layers.1.mlp.linear_fc2.weight"
