@@ -68,7 +68,9 @@ class _Mlp:
         """The entries."""
         if MOE in arch.pattern and (arch.gated_linear_unit or arch.activation != "squared_relu"):
             raise CheckpointError("HybridForCausalLM: experts are squared ReLU without a gate", got=arch.activation)
-        name = next(hf for hf, megatron in _ACTIVATIONS.items() if megatron == arch.activation)
+        name = next((hf for hf, megatron in _ACTIVATIONS.items() if megatron == arch.activation), None)
+        if name is None:
+            raise CheckpointError("HybridForCausalLM has no such activation", got=arch.activation)
         return {"mlp_hidden_act": name, "mlp_gated": arch.gated_linear_unit}
 
 

@@ -14,15 +14,16 @@ from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-# The norm before each sub-layer.
-NORMS = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
+# The norms of each sub-layer.
+NORMS = {"self_attn": ("input_layernorm",), "mlp": ("post_attention_layernorm",)}
 
 
 class PrunedLlamaConfig(LlamaConfig):
-    """The configuration of LlamaForCausalLM and `layer_changes`."""
+    """The configuration of LlamaForCausalLM and `layer_changes`; what embeddings are multiplied by, if it is said."""
 
     model_type = "pruned_llama"
     layer_changes: Any = None
+    embedding_multiplier: Any = None
 
 
 class Nothing(nn.Module):
@@ -78,11 +79,16 @@ class PrunedLlamaForCausalLM(LlamaForCausalLM):
                 update = LinearUpdate(config.hidden_size, changes["linear_rank"], returns_weights=name == "self_attn")
                 setattr(layer, name, update)
             for name in (*changes.get("skip", ()), *changes.get("linear", ())):
-                setattr(layer, NORMS[name], nn.Identity())
+                for norm in NORMS[name]:
+                    setattr(layer, norm, nn.Identity())
             # The first layer with a cache must be number 0: transformers asks it how long the sequence is.
             if hasattr(getattr(layer, "self_attn", None), "layer_idx"):
                 layer.self_attn.layer_idx, layer.self_attn.config = attentions, config
                 attentions += 1
+        if config.embedding_multiplier is not None:  # of a narrower model, as that of the model it was cut from
+            embeddings: Any = self.get_input_embeddings()
+            embeddings.scalar_embed_scale = config.embedding_multiplier
+            embeddings.embed_scale = torch.tensor(config.embedding_multiplier)
         self.post_init()
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from megatron_ext.checkpoint.huggingface.config_mappings import Layers
 from megatron_ext.checkpoint.huggingface.family import Config, Family
+from megatron_ext.checkpoint.huggingface.gemma import GEMMA, GEMMA2, GEMMA3, EmbeddingScale
+from megatron_ext.checkpoint.huggingface.glm import GLM, GLM4
 from megatron_ext.checkpoint.huggingface.llama import LLAMA
 from megatron_ext.checkpoint.huggingface.mistral import MISTRAL
 from megatron_ext.checkpoint.huggingface.nemotron import NEMOTRON
@@ -27,6 +29,24 @@ from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.pattern import ATTENTION, LINEAR, MLP
 
 _SUBLAYERS = {ATTENTION: "self_attn", MLP: "mlp"}
+_OWN_NORMS = 'NORMS = {"self_attn": ("input_layernorm",), "mlp": ("post_attention_layernorm",)}'
+_GLM4_NORMS = """NORMS = {
+    "self_attn": ("input_layernorm", "post_self_attn_layernorm"),
+    "mlp": ("post_attention_layernorm", "post_mlp_layernorm"),
+}"""
+_GEMMA_NORMS = """NORMS = {
+    "self_attn": ("input_layernorm", "post_attention_layernorm"),
+    "mlp": ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+}"""
+# What is called otherwise in the code, beside the class and its type.
+_RENAMED = {
+    "glm4": ((_OWN_NORMS, _GLM4_NORMS),),
+    "gemma2": ((_OWN_NORMS, _GEMMA_NORMS),),
+    "gemma3_text": (
+        (_OWN_NORMS, _GEMMA_NORMS), ("(LlamaConfig)", "(Gemma3TextConfig)"),
+        ("import LlamaConfig", "import Gemma3TextConfig"),
+    ),
+}  # fmt: skip
 _SIZES = LayerChanges({"ffn_hidden_size": "intermediate_size"})
 
 
@@ -101,12 +121,18 @@ class _Blocks:
 def pruned(base: Family) -> PrunedFamily:
     """The variant of a family whose layers may differ."""
     camel, snake = base.name.removesuffix("ForCausalLM"), base.model_type
-    config = [*(mapping for mapping in base.config if not isinstance(mapping, Layers)), _Blocks(base.block)]
-    names = ("pruned_llama", f"pruned_{snake}"), ('"llama"', f'"{snake}"'), ("Llama", camel)
+    same = (mapping for mapping in base.config if not isinstance(mapping, Layers))
+    config = [EmbeddingScale(own=True) if isinstance(mapping, EmbeddingScale) else mapping for mapping in same]
+    config.append(_Blocks(base.block))
+    names = (
+        *_RENAMED.get(snake, ()), ("pruned_llama", f"pruned_{snake}"), ('"llama"', f'"{snake}"'), ("Llama", camel),
+    )  # fmt: skip
     return PrunedFamily(
         f"Pruned{base.name}", f"pruned_{snake}", base.layer, base.block, [*base.params, *LINEAR_ROWS], config,
         base.ignored_suffixes, base.ignored_fields, base=base, template="modeling_pruned.py", renamed=names,
     )  # fmt: skip
 
 
-PRUNED = tuple(pruned(family) for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, NEMOTRON))
+PRUNED = tuple(
+    pruned(family) for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, NEMOTRON, GLM, GLM4, GEMMA, GEMMA2, GEMMA3)
+)
