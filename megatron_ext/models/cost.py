@@ -32,6 +32,13 @@ def kv_bytes_per_token(arch: Architecture) -> int:
     return BYTES * arch.pattern.count(ATTENTION) * 2 * arch.num_query_groups * arch.kv_channels
 
 
+def kv_bytes(arch: Architecture, context: int) -> int:
+    """Bytes of the keys and values of a sequence of `context` tokens: of a layer with a window no more than fill it."""
+    windows = (arch.window(layer) for layer in arch.layers.indices(ATTENTION))
+    tokens = sum(min(context, window or context) for window in windows)
+    return BYTES * tokens * 2 * arch.num_query_groups * arch.kv_channels
+
+
 def state_bytes_per_sequence(arch: Architecture) -> int:
     """Bytes of the Mamba-2 states of a sequence, whatever its length: the SSM state and the convolution's window."""
     total = 0
@@ -44,7 +51,7 @@ def state_bytes_per_sequence(arch: Architecture) -> int:
 
 def cache_bytes(arch: Architecture, workload: Workload) -> int:
     """Bytes of all caches."""
-    return workload.batch * (workload.context * kv_bytes_per_token(arch) + state_bytes_per_sequence(arch))
+    return workload.batch * (kv_bytes(arch, workload.context) + state_bytes_per_sequence(arch))
 
 
 def memory_bytes(arch: Architecture, workload: Workload) -> int:
@@ -66,4 +73,4 @@ def decode_bytes_per_token(arch: Architecture, workload: Workload) -> float:
     if arch.untie_embeddings_and_output_weights:
         weights -= arch.padded_vocab_size * arch.hidden_size  # one row of the embedding is read, not the table
     states = 2 * state_bytes_per_sequence(arch)
-    return BYTES * weights / workload.batch + workload.context * kv_bytes_per_token(arch) + states
+    return BYTES * weights / workload.batch + kv_bytes(arch, workload.context) + states

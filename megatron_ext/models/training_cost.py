@@ -148,7 +148,7 @@ def forward_flops_per_token(arch: Architecture, seq_length: int) -> float:
     """Operations of a forward pass per token, as Megatron counts them.
 
     Two for each weight of a matrix that the token meets; attention under its causal mask, 2 s per query channel (half
-    of both products); the scan of Mamba-2, 7 per channel and state.
+    of both products; with a window of w tokens 2 (2 w - w^2 / s)); the scan of Mamba-2, 7 per channel and state.
     """
     total = 2.0 * arch.padded_vocab_size * arch.hidden_size
     for key, shape in axes.tensors(arch).items():
@@ -158,7 +158,9 @@ def forward_flops_per_token(arch: Architecture, seq_length: int) -> float:
         total += 2.0 * axes.size(arch, key) * share
     for layer, unit in enumerate(arch.pattern):
         if unit == ATTENTION:
-            total += 2.0 * seq_length * arch.num_attention_heads * arch.kv_channels
+            window = min(seq_length, arch.window(layer) or seq_length)
+            seen = 2 * window - window**2 / seq_length  # twice the mean of the tokens that one sees
+            total += 2.0 * seen * arch.num_attention_heads * arch.kv_channels
         elif unit == MAMBA:
             total += 7.0 * arch.at(layer).mamba_inner_size * arch.mamba_state_dim
     return total
