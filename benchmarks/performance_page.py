@@ -173,6 +173,23 @@ def _images(peer: str, what: str = "inference", of: str = "models") -> Value:
     return value
 
 
+def _real(case: str, what: str = "passes") -> Value:
+    def value(found: Any) -> str:
+        own = _at(found, "cases", case, what)
+        return f"{own['ratio']:.2f}x ({own['slowest_pair']:.2f}x to {own['fastest_pair']:.2f}x)"
+
+    return value
+
+
+def _halved(found: Any) -> str:
+    full, half = (_at(found, "cases", f"{name}-512", "passes", "ours") for name in ("fp32", "bf16"))
+    return f"{full / half:.2f}x"
+
+
+def _left_out(precision: str) -> Value:
+    return lambda found: f"{_at(found, 'cases', precision, 'ratio'):.2f}x"
+
+
 def _ratio(found: Any) -> str:
     return f"{_at(found, 'ratio'):.2f}x"
 
@@ -209,6 +226,12 @@ ROWS = [
       for model in ("Transformer", "Mamba-2", "hybrid")),
     *(Row(f"pre-training a {model} model on a CPU: speed over plain Megatron-Core", "pretrain.py", "pretrain_cpu",
           _pretrain(model), "1x") for model in ("Transformer", "Mamba-2", "hybrid")),
+    *(Row(f"a 135M Llama model on a CPU in {name}: speed over transformers, forward + backward", "real_model_cpu.py",
+          "real_model_cpu", _real(f"{name}-512"), "1.2x") for name in ("fp32", "bf16")),
+    Row("the same in fp32, a sequence of 1,024", "real_model_cpu.py", "real_model_cpu", _real("fp32-1024"), "1.2x"),
+    Row("the same: bf16 over fp32, both ours", "real_model_cpu.py", "real_model_cpu", _halved),
+    *(Row(f"leaving out each of 30 sub-layers on a CPU in {name}: time over the floor", "leave_one_out.py",
+          "leave_one_out_cpu", _left_out(name), "at most 1.3x") for name in ("fp32", "bf16")),
     Row("estimated memory over the measured peak on a GPU", "memory.py", "memory_cuda", _estimated, "0.9x to 1.1x"),
     Row("estimated memory over the measured peak on a CPU", "memory.py", "memory_cpu", _estimated, "0.9x to 1.1x"),
     Row("estimated time of a step, median error on a CPU", "scaling.py", "scaling",

@@ -103,10 +103,18 @@ class LayerPatternFamily(ModelFamily):
             )
 
     def config(self, args: Namespace, model: Architecture) -> Any:
-        """That of the layer pattern."""
+        """That of the layer pattern, whose losses need no logits where that is faster."""
+        from megatron_ext.lm_head.token_losses import attach
         from megatron_ext.models.builder import model_config
 
-        return model_config(args, model)
+        def attach_losses(chunks: list[Any]) -> list[Any]:
+            for chunk in chunks:
+                attach(chunk)
+            return chunks
+
+        config = model_config(args, model)
+        config.pre_wrap_hooks = [*config.pre_wrap_hooks, attach_losses]
+        return config
 
     def rows(self, args: Namespace, model: Architecture) -> dict[str, str]:
         """Pattern, sizes and parameters."""

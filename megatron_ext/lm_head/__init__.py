@@ -5,6 +5,6 @@
 
 `hidden_states` ends a model before its output layer; `vocab_parallel` is this rank's share of the vocabulary;
 `losses` compares logits as `objective` says (by `divergences`, on a GPU by `triton_kl`), and `fused_loss` makes them a
-chunk at a time; `log_probabilities` scores given tokens; `logit_distance` says how far logits are from others; `top_k`
-keeps the likeliest; `softcap` bounds logits.
+chunk at a time; `token_losses` are those of plain training on a CPU; `log_probabilities` scores given tokens;
+`logit_distance` says how far logits are from others; `top_k` keeps the likeliest; `softcap` bounds logits.
 """

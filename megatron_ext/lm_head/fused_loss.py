@@ -1,4 +1,4 @@
-"""The distillation loss as one node of the graph: its logits are made for a chunk of tokens at a time, and never kept.
+"""A loss as one node of the graph: its logits are made for a chunk of tokens at a time, and never kept.
 
 A softmax needs whole rows, so chunks are of tokens. The forward pass makes the losses. The gradient of the output
 weights is as large as they are, and what it is to be multiplied with is known in the backward pass only. Where a copy
@@ -7,8 +7,7 @@ backward pass makes the logits again and adds the gradient where it belongs: six
 nothing of the weights' size in memory. Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models"
 (arXiv 2411.09009), make them twice, too.
 
-Where it belongs is Megatron's `weight.main_grad`, if there is one. Megatron's data parallelism learns that it is there
-(`grad_added_to_main_grad`) in a hook that runs when a gradient arrives; what arrives is one without entries.
+Where it belongs is Megatron's `weight.main_grad`, if there is one (`platform/main_grad.py`).
 
 Shapes: n tokens, h hidden, v this rank's columns of the padded vocabulary.
 """
@@ -25,6 +24,7 @@ from megatron_ext.lm_head.objective import Objective
 from megatron_ext.lm_head.softcap import slope, softcap_
 from megatron_ext.lm_head.vocab_parallel import VocabParallel
 from megatron_ext.models.loss_buffers import CHUNK, KEPT
+from megatron_ext.platform.main_grad import add, add_to_main_grad, main_grad
 
 TILE = {"cpu": 1, "cuda": 128}
 """Tokens of a tile of a matrix product: a chunk that ends within one wastes the rest of it."""
@@ -83,7 +83,7 @@ class ChunkedLoss(torch.autograd.Function):
         gradients = None
         if gradient and 4 * weight.numel() <= KEPT[hidden.device.type]:
             gradients = Gradients(torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32))
-        kd, ce, finite = _run(hidden, weight, mask, comparison, gradients)
+        kd, ce, finite = run_chunks(hidden, weight, mask, comparison, gradients)
         if gradient:
             ctx.save_for_backward(hidden, mask, *(gradients or ()))
             ctx.weight, ctx.comparison = weight, comparison
@@ -95,18 +95,16 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs):
         scale, weight = grad_outputs[0], ctx.weight
         hidden, mask, *kept = ctx.saved_tensors
-        main = getattr(weight, "main_grad", None) if weight.requires_grad else None
+        main = main_grad(weight)
         if kept:
             found = Gradients(kept[0].mul_(scale), kept[1].mul_(scale))
-            if main is not None:
-                main.add_(found.weight)
-        else:
-            found = Gradients(torch.empty_like(hidden), torch.zeros_like(weight) if main is None else main)
-            _run(hidden, weight, mask * scale, ctx.comparison, found)
-        return found.hidden, found.weight.to(weight.dtype) if main is None else _is_added(weight), None, None, None
+            return found.hidden, add_to_main_grad(weight, found.weight), None, None, None
+        found = Gradients(torch.empty_like(hidden), torch.zeros_like(weight) if main is None else main)
+        run_chunks(hidden, weight, mask * scale, ctx.comparison, found)
+        return found.hidden, add_to_main_grad(weight, found.weight if main is None else None), None, None, None
 
 
-def _run(
+def run_chunks(
     hidden: Float[Tensor, "n h"],
     weight: Float[Tensor, "v h"],
     mask: Float[Tensor, " n"],
@@ -154,19 +152,17 @@ def _tokens_at_a_time(n: int, bytes_per_token: int, device: torch.device) -> int
 
 
 def _add_product(total: Float[Tensor, "v h"], grad: Float[Tensor, "n v"], hidden: Float[Tensor, "n h"]) -> None:
-    """`total += grad.T @ hidden`, products in fp32 whatever their type, and without another tensor of its size."""
+    """`total += grad.T @ hidden`, without another tensor of its size.
+
+    A GPU makes products of 16-bit numbers in fp32. A CPU rounds those of a chunk of tokens to 16 bits, as Megatron does
+    those of all tokens; widened first they would take five times as long where there are matrix units.
+    """
     if total.dtype == grad.dtype:
         total.addmm_(grad.T, hidden)
     elif grad.device.type == "cuda" and total.dtype == torch.float32:
         torch.addmm(total, grad.T, hidden, out_dtype=torch.float32, out=total)
-    else:  # a CPU has no product of 16-bit numbers in fp32
-        exact, step = hidden.float(), max(1, 2**21 // hidden.shape[1])
+    else:
+        step = max(1, 2**21 // hidden.shape[1])
         for start in range(0, grad.shape[1], step):
-            total[start : start + step] += grad[:, start : start + step].T.float() @ exact
-
-
-def _is_added(weight: Tensor) -> Tensor:
-    """What arrives in place of a gradient that is in `main_grad` already; it has no entries, and so no size."""
-    if hasattr(weight, "grad_added_to_main_grad"):
-        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device, layout=torch.sparse_coo)
+            columns = slice(start, start + step)
+            add(total[columns], grad[:, columns].T @ hidden)

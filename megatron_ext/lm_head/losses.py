@@ -93,7 +93,7 @@ def cross_entropy(
         vocabulary: This rank's columns.
     """
     alone = Objective(kd_weight=0.0, ce_weight=1.0)
-    total, _, ce, _ = _chunked(model, None, labels, mask, alone, vocabulary, loss_in_torch)
+    total, _, ce, _ = _chunked(model, None, labels, mask, alone, vocabulary, cross_entropy_in_torch)
     return CrossEntropy(total, ce)
 
 
@@ -124,7 +124,7 @@ def _chunked(
 
 def loss_in_torch(
     logits: Float[Tensor, "n v"],
-    target: Float[Tensor, "n u"] | TopK | None,
+    target: Float[Tensor, "n u"] | TopK,
     labels: Int[Tensor, " n"],
     mask: Float[Tensor, " n"],
     objective: Objective,
@@ -136,7 +136,7 @@ def loss_in_torch(
     step = max(1, SLICE[logits.device.type] // logits.shape[1])
     for start in range(0, n, step):
         rows = slice(start, start + step)
-        part = target[rows].float() if isinstance(target, Tensor) else target and target[rows]
+        part = target[rows].float() if isinstance(target, Tensor) else target[rows]
         kd, ce, finite, grad = _slice(
             logits[rows].to(torch.float32, copy=True), part, labels[rows], objective, vocabulary, gradient
         )
@@ -147,9 +147,41 @@ def loss_in_torch(
     return kd, ce, finite
 
 
+def cross_entropy_in_torch(
+    logits: Float[Tensor, "n v"],
+    target: None,
+    labels: Int[Tensor, " n"],
+    mask: Float[Tensor, " n"],
+    objective: Objective,
+    vocabulary: VocabParallel,
+    gradient: bool,
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Tensor]:
+    """`loss_in_torch` of the cross entropy alone, in five passes over a slice, written over the logits.
+
+    Where ranks share the vocabulary a slice is all there is: its sums are theirs together.
+    """
+    n, (column, here) = logits.shape[0], vocabulary.local(labels)
+    step = n if vocabulary.ranks > 1 else max(1, SLICE[logits.device.type] // logits.shape[1])
+    ce = logits.new_empty(n, dtype=torch.float32)
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        z = logits[rows].float()  # itself in fp32
+        (top,) = vocabulary.max(row_max(z))
+        z.sub_(top.unsqueeze(-1))
+        at_label = torch.where(here[rows], z.gather(-1, column[rows].unsqueeze(-1)).squeeze(-1), 0)
+        total, at_label = vocabulary.sum(z.exp_().sum(-1), at_label)
+        ce[rows] = total.log() - at_label
+        if gradient:
+            z.mul_((mask[rows] / total).unsqueeze(-1))
+            z.scatter_add_(-1, column[rows].unsqueeze(-1), -(mask[rows] * here[rows]).unsqueeze(-1))
+            if z.dtype != logits.dtype:
+                logits[rows] = z
+    return torch.zeros_like(ce), ce, torch.ones_like(ce, dtype=torch.bool)
+
+
 def _slice(
     logits: Float[Tensor, "n v"],
-    target: Float[Tensor, "n u"] | TopK | None,
+    target: Float[Tensor, "n u"] | TopK,
     labels: Int[Tensor, " n"],
     objective: Objective,
     vocabulary: VocabParallel,
@@ -160,11 +192,6 @@ def _slice(
     column, here = vocabulary.local(labels)
     column = column.unsqueeze(-1)
     (at_label,) = vocabulary.sum(torch.where(here, logits.gather(-1, column).squeeze(-1), 0))
-    if target is None:  # cross entropy alone
-        (whole,) = softmax(vocabulary, logits)
-        grad = whole.probability.scatter_add_(-1, column, -here.unsqueeze(-1).float()) if gradient else None
-        ce = whole.log_sum - at_label
-        return torch.zeros_like(ce), ce, torch.ones_like(ce, dtype=torch.bool), grad
     # At temperature 1 the cross entropy needs no sum of its own, but for that of the padding.
     shared = temperature == 1 and not objective.of_logits
     whole = softmax(vocabulary, logits.clone())[0] if not shared else None

@@ -4,7 +4,7 @@ import logging
 
 from megatron_ext import platform
 from megatron_ext.models.pattern import LINEAR
-from megatron_ext.ops import autotune, dispatch, mamba_ssm_api, triton_tiles
+from megatron_ext.ops import autotune, dispatch, mamba_ssm_api, transformer_api, triton_tiles
 from megatron_ext.platform import state_space
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def prepare(ssm: str = "auto", shape: autotune.Shape | None = None) -> None:
     if not ours and not platform.installed() and platform.device_type() == "cuda" and state_space.available():
         logger.info("state-space kernels: mamba_ssm")
     first = not platform.installed()
-    platform.install(mamba_ssm_api, ours)  # type: ignore[arg-type] - a module serves as the Kernels protocol
+    platform.install(mamba_ssm_api, ours, transformer_api)  # type: ignore[arg-type] - modules serve as the protocols
     if first:
         from megatron_ext.platform.megatron_patches import know_layer
 

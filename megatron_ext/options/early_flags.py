@@ -104,7 +104,7 @@ def default_flags() -> list[str]:
     on_cpu = platform.device_type() == "cpu"
     if on_cpu:
         flags += ["--distributed-backend", "gloo", "--num-workers", "0"]
-        flags += ["--no-bias-swiglu-fusion", "--no-bias-gelu-fusion", "--no-bias-dropout-fusion"]  # torch.compile
+        flags += ["--no-bias-gelu-fusion", "--no-bias-dropout-fusion"]  # torch.compile
     if on_cpu or importlib.util.find_spec("transformer_engine") is None:
         # CUDA kernels of Transformer Engine and Apex.
         flags += ["--no-gradient-accumulation-fusion", "--no-rope-fusion"]

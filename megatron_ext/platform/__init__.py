@@ -1,23 +1,28 @@
 """Where the product runs. This folder alone replaces names of other packages, and can put every one of them back.
 
-On a CPU, torch looks like a machine with one GPU per rank (`torch_cuda`, `tensors`, `gloo`). Where Transformer Engine,
-Apex or mamba-ssm are not installed, plain torch stands under their names (`transformer_engine`, `fused_adam`,
-`state_space`). On a GPU with all of them installed only faults of megatron-core are mended (`megatron_patches`,
-`mamba_decode`, `attention_cache`), and what a checkpoint's pickles may do is restricted (`loading`).
-`replacements.table()` lists what is replaced and why.
+On a CPU, torch looks like a machine with one GPU per rank (`torch_cuda`, `tensors`, `gloo`), and Megatron's own
+operations of Transformer layers have forms of ours (`transformer_layers`). Where Transformer Engine, Apex or mamba-ssm
+are not installed, plain torch stands under their names (`transformer_engine`, `fused_adam`, `state_space`). On a GPU
+with all of them installed only faults of megatron-core are mended (`megatron_patches`, `mamba_decode`,
+`attention_cache`), and what a checkpoint's pickles may do is restricted (`loading`). `replacements.table()` lists what
+is replaced and why.
 
 `device` says which of the two it is. Doors into Megatron's own code: `megatron_patches`, `resuming`,
 `bucket_padding`, `mamba_training`. Beside them what everything above needs of a machine with several ranks:
 `context_parallel`, `process_groups`, `gathering`; and products that are fast here: `linear`, `grouped_linear`,
-`grouped_products`.
+`grouped_products`, `main_grad`.
 """
 
 import logging
 import os
 import warnings
+from typing import TYPE_CHECKING
 
 from megatron_ext.platform import replacements, state_space
 from megatron_ext.platform.device import backend, device_type
+
+if TYPE_CHECKING:  # torch is imported where a model runs
+    from megatron_ext.platform import transformer_layers
 
 __all__ = ["backend", "device_type", "install", "installed", "silence_warnings", "uninstall"]
 
@@ -27,12 +32,15 @@ def installed() -> bool:
     return next(replacements.table(), None) is not None
 
 
-def install(kernels: state_space.Kernels, always: bool = False) -> None:
+def install(
+    kernels: state_space.Kernels, always: bool = False, layers: "transformer_layers.Kernels | None" = None
+) -> None:
     """Prepare this process, before anything of Megatron is imported. Calling it again does nothing.
 
     Args:
         kernels: What stands in for mamba_ssm and causal_conv1d where they cannot run.
         always: Use `kernels` where they can run, too.
+        layers: What stands in for Megatron's operations of Transformer layers on a CPU.
 
     Raises:
         ConfigError: `MEGATRON_EXT_DEVICE` cannot be satisfied.
@@ -70,6 +78,10 @@ def install(kernels: state_space.Kernels, always: bool = False) -> None:
     megatron_patches.install()
     loading.install()
     transformer_engine.install()
+    if on_cpu and layers is not None:
+        from megatron_ext.platform import transformer_layers
+
+        transformer_layers.install(layers)
     fused_adam.install()
 
 

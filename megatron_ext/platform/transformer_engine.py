@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
+from megatron_ext.platform import transformer_layers
 from megatron_ext.platform.attention_cache import current_slot
 from megatron_ext.platform.context_parallel import zigzag_join
 from megatron_ext.platform.grouped_linear import TorchColumnParallelGroupedLinear, TorchRowParallelGroupedLinear
@@ -31,7 +32,7 @@ def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, zero_c
     """RMSNorm, or LayerNorm if there is a bias, of x (..., h); `zero_centered` weights store gamma - 1."""
     gamma = weight.to(x.dtype) + 1 if zero_centered else weight.to(x.dtype)
     if bias is None:
-        return F.rms_norm(x, gamma.shape, gamma, eps)
+        return transformer_layers.rms_norm(x, gamma, eps)
     return F.layer_norm(x, gamma.shape, gamma, bias.to(x.dtype), eps)
 
 
@@ -185,9 +186,12 @@ class TorchDotProductAttention(torch.nn.Module):
             q, k, v = groups_as_sequences(q, k, v)
         dropout = self.dropout if self.training else 0.0
         with kernels(q):
-            out = F.scaled_dot_product_attention(
-                q, k, v, mask, dropout, causal, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
-            )
+            if causal and not dropout:
+                out = transformer_layers.causal_attention(q, k, v, self.softmax_scale)
+            else:
+                out = F.scaled_dot_product_attention(
+                    q, k, v, mask, dropout, causal, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+                )
         return out.reshape(*whole, -1).permute(2, 0, 1, 3)
 
     def _bounded(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, causal: bool) -> Tensor:

@@ -5,6 +5,10 @@ before the first one left out and takes that one's input from there. The model i
 Megatron's own schedule: a stage before the resume point hands on a tensor of the right shape, which the resume point
 then replaces.
 
+That is the floor where every sub-layer's input is kept (stride 1). Of L sub-layers the evaluation without the i-th runs
+the L - i - 1 after it, and the output layer; all evaluations together run L (L - 1) / 2 sub-layers and L output layers,
+half of what whole passes would. `benchmarks/leave_one_out.py` measures how far they are from it.
+
 Where logits are compared, the states that the whole model's logits are made of are kept, too. If there is no room for
 them, each evaluation runs the whole model again, some micro-batches at a time, right before the smaller one.
 

@@ -45,7 +45,7 @@ WITHOUT_EFFECT = {
         --no-tp-comm-bulk-wgrad --no-tp-comm-bulk-dgrad --no-tp-comm-overlap-ag --no-tp-comm-overlap-rs
         --tp-comm-overlap-rs-dgrad --no-tp-comm-split-ag --no-tp-comm-split-rs --no-overlap-p2p-communication
         --no-align-grad-reduce --no-align-param-gather --use-tp-pp-dp-mapping --ddp-num-buckets 2 --disable-jit-fuser
-        --high-priority-a2a-comm-stream --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion
+        --high-priority-a2a-comm-stream --no-masked-softmax-fusion --no-bias-gelu-fusion
         --no-bias-dropout-fusion --no-rope-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion
         --use-fused-weighted-squared-relu --fused-residual-rmsnorm --cp-comm-type a2a --overlap-grad-reduce
     """,

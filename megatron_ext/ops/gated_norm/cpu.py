@@ -7,13 +7,12 @@ computed again.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_ext.ops.cache_blocks import blocks
-from megatron_ext.ops.silu import silu_and_derivative
+from megatron_ext.ops.silu import silu, silu_and_derivative
 
 
 def gated_rms_norm(
@@ -81,7 +80,7 @@ def forward(
     out: Float[Tensor, "*block d"],
 ) -> Float[Tensor, "*block g 1"]:
     """Write the gated norm of one block to `out`; the reciprocal root mean square of each group."""
-    gate = None if z is None else F.silu(z)
+    gate = None if z is None else silu(z)
     u = gate.mul_(x) if gate is not None and not norm_before_gate else x
     groups = u.unflatten(-1, (-1, group_size))
     scale = torch.linalg.vector_norm(groups, dim=-1, keepdim=True).square_().div_(group_size).add_(eps).rsqrt_()

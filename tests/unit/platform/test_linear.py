@@ -1,6 +1,7 @@
 """The linear layer of a CPU against `torch.nn.functional.linear` in float64, whichever library does the product."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ext.platform import linear as module
+from megatron_ext.platform import main_grad
 from megatron_ext.platform.linear import linear, prefers_onednn
 
 needs_onednn = pytest.mark.skipif(
@@ -67,6 +69,35 @@ def test_small_and_other_numbers_are_torch_s(amd: None) -> None:
         y = linear(x, weight)
         assert not by_onednn(y)
         assert torch.equal(y, F.linear(x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("onednn", [False, pytest.param(True, marks=needs_onednn)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_gradient_is_added_to_megatrons(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, onednn: bool, biased: bool
+) -> None:
+    """To what earlier micro-batches left there, in fp32, in blocks; what arrives is empty."""
+    monkeypatch.setattr(module, "prefers_onednn", lambda: onednn)
+    monkeypatch.setattr(main_grad, "BLOCK", 1000)
+    x, weight = (
+        normal(4, 130, 64, seed=0).to(dtype).requires_grad_(),
+        torch.nn.Parameter(normal(96, 64, seed=1).to(dtype)),
+    )
+    bias = normal(96, seed=2).to(dtype).requires_grad_() if biased else None
+    kept: Any = weight
+    kept.main_grad, kept.grad_added_to_main_grad = torch.ones(96, 64), False
+    y = linear(x, weight, bias)
+    dy = normal(*y.shape, seed=3).to(dtype)
+    y.backward(dy)
+    assert kept.grad_added_to_main_grad
+    assert weight.grad is not None
+    assert weight.grad.to_dense().count_nonzero() == 0
+    given = [t.detach().double().requires_grad_() for t in (x, weight, *([bias] if bias is not None else []))]
+    right = torch.autograd.grad(F.linear(*given), given, dy.double())
+    got = (x.grad, kept.main_grad - 1, *([bias.grad] if bias is not None else []))
+    for a, b in zip(got, right, strict=True):
+        assert (a.double() - b).abs().max() < (2e-6 if dtype == torch.float32 else 1e-2) * b.abs().max()
 
 
 @needs_onednn
