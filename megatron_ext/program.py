@@ -17,6 +17,10 @@ from megatron_ext.errors import ConfigError, MegatronExtError
 LAUNCHER = "MEGATRON_EXT_LAUNCHER"  # set where `megatron-ext torchrun` has started the ranks and says what went wrong
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+LESS_MEMORY = (
+    "a smaller --micro-batch-size or --seq-length, --recompute-granularity, or more ranks that share the model; "
+    "--dry-run says what is needed"
+)
 SECONDS_OF_RANK_0 = 2.0  # in which it says what is wrong if it knows too, and torchrun ends the other ranks
 
 
@@ -54,10 +58,23 @@ def main(run: Callable[[], None]) -> int:
             room = "room there; the same command goes on from what is complete"
             got = error.filename or "a file of this job"
             return report(MegatronExtError(f"nothing more can be written: {error.strerror}", got=got, legal=room))
+        if _out_of_memory(error):
+            traceback.print_exc()  # where: which model, which step
+            what = str(error).splitlines()[0]
+            return report(MegatronExtError("there is not enough memory", got=what, legal=LESS_MEMORY))
         _leave_word(f"{type(error).__name__}: {error}", traceback.format_exc())
         raise
     _leave_process_groups()
     return 0
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an allocation has failed, of the host's memory or of a GPU's."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
 
 
 def report(error: MegatronExtError) -> int:

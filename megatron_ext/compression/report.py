@@ -54,8 +54,8 @@ def headline(found: Mapping[str, Any]) -> str:
 
 
 def write(out: Path, found: Mapping[str, Any], stages: Sequence[Stage], launcher: Sequence[str]) -> None:
-    """Write `report.json`, `report.md` and `report.png`."""
-    write_text(out / "report.json", json.dumps(finite(found), indent=2, allow_nan=False) + "\n")
+    """Write `compression.json`, `report.md` and `report.png`."""
+    write_text(out / "compression.json", json.dumps(finite(found), indent=2, allow_nan=False) + "\n")
     draw(found, out / "report.png")
     rows = [
         f"| {name} | {model['parameters']:,} | {model['val_loss']:.4f} | {model['tokens']:,} |"

@@ -1,7 +1,6 @@
 """What Megatron's own models say of tokens: the side of `convert --verify` that knows no other form."""
 
 import gc
-import warnings
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,8 @@ from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.gpt import to_args
 from megatron_ext.inference.session import NO_DATA
 from megatron_ext.models.megatron_args import REPEATED, functional_arguments
-from megatron_ext.training.command_line import parse_command_line, silenced
+from megatron_ext.reports.megatron_output import quiet
+from megatron_ext.training.command_line import parse_command_line
 from megatron_ext.training.job import FORWARD_ONLY, Job, RunConfig
 
 JOB = Job("convert", defaults=(*FORWARD_ONLY, *NO_DATA))
@@ -41,15 +41,13 @@ def megatron_logits(checkpoint: Path, inputs: list[Tensor], twin: Path | None = 
 
     started = replace(started, args=_as_trained(started.args, checkpoint))
     set_args(started.args)
-    with silenced(started.args), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, of being alone
+    with quiet():
         (model,) = load_model(started)
     logits = _logits(model, inputs)
     if twin is not None:
         del model
         gc.collect()
-        with silenced(started.args), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             (model,) = _load_gpt(started, twin)
         logits += _logits(model, inputs)
     torch.distributed.destroy_process_group()

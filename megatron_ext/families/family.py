@@ -108,6 +108,10 @@ class ModelFamily(ABC):
     def memory(self, model: Any, layout: Layout) -> dict[str, float]:
         """Bytes that training takes on the fullest rank, by component."""
 
+    def share_of_peak(self, model: Any, args: Namespace) -> float | None:
+        """What one token a second is of all GPUs' peak; None where operations, or the GPUs' peak, are not known."""
+        return None
+
 
 @dataclass(frozen=True)
 class DataclassFamily(ModelFamily):

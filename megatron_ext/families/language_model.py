@@ -24,6 +24,7 @@ from megatron_ext.models.pattern import parse as parse_pattern
 from megatron_ext.models.presets import preset
 from megatron_ext.models.rope_extension import extension
 from megatron_ext.ops.autotune import Shape
+from megatron_ext.platform.device import device_name
 
 
 class LayerPatternFamily(ModelFamily):
@@ -131,6 +132,13 @@ class LayerPatternFamily(ModelFamily):
     def memory(self, model: Architecture, layout: training_cost.Layout) -> dict[str, float]:
         """As `training_cost.memory` counts."""
         return training_cost.memory(model, layout)
+
+    def share_of_peak(self, model: Architecture, args: Namespace) -> float | None:
+        """By the operations of `training_cost`, forward and backward, a teacher's apart, and the peak of its GPUs."""
+        peak = training_cost.peak(device_name(), half=args.bf16 or args.fp16)
+        if peak is None:
+            return None
+        return training_cost.training_flops_per_token(model, args.seq_length) / (args.world_size * peak)
 
 
 LANGUAGE_MODEL = LayerPatternFamily()

@@ -101,15 +101,24 @@ def _check_lengths(requests: Sequence[Request], architecture: Architecture) -> N
     """Refuse what attention, whose time is quadratic in the length, would not come back from.
 
     Raises:
-        ConfigError: A prompt is far beyond the positions that the model was made for, such as a book on one line.
+        ConfigError: A prompt, such as a book on one line, or what it would become is far beyond the positions that the
+            model was made for.
     """
+    if "*" not in architecture.pattern:
+        return
     legal = FARTHEST * architecture.max_position_embeddings
+    most = f"at most {legal:,}, {FARTHEST} times the positions it was made for"
     longest = max(len(request.prompt) for request in requests)
-    if "*" in architecture.pattern and longest > legal:
+    if longest > legal:
+        got = f"{longest:,} tokens"
         raise ConfigError(
-            "a prompt is too long for the model", got=f"{longest:,} tokens",
-            legal=f"at most {legal:,}, {FARTHEST} times the positions it was made for; each line of a text is a prompt",
-        )  # fmt: skip
+            "a prompt is too long for the model", got=got, legal=f"{most}; each line of a text is a prompt"
+        )
+    whole = max(len(request.prompt) + request.max_new_tokens for request in requests)
+    if whole > legal:
+        raise ConfigError(
+            "a prompt would become too long for the model", got=f"{whole:,} tokens with --max-new-tokens", legal=most
+        )
 
 
 def _warn(requests: Sequence[Request], architecture: Architecture) -> None:

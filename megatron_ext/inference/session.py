@@ -2,7 +2,6 @@
 
 import logging
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from megatron_ext.checkpoint import layout
 from megatron_ext.errors import ConfigError
 from megatron_ext.inference.options import TYPES
 from megatron_ext.models import axes
-from megatron_ext.training.command_line import parse_command_line, silenced
+from megatron_ext.training.command_line import parse_command_line
 from megatron_ext.training.job import FORWARD_ONLY, Job, RunConfig
 
 if TYPE_CHECKING:
@@ -68,9 +67,7 @@ def open_checkpoint(started: RunConfig, vocab_size: int) -> "Iterator[ShardedMod
     if not os.environ.get("MEGATRON_EXT_VERBOSE"):
         logging.disable(logging.WARNING)
     try:
-        with silenced(started.args), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, of being alone
-            chunks = load_model(started)
+        chunks = load_model(started)
         yield ShardedModel(unwrap_model(chunks), started.architecture, vocab_size)
     finally:
         logging.disable(disabled)

@@ -41,6 +41,12 @@ GPUS = {
 }
 
 
+def peak(device: str, half: bool) -> float | None:
+    """Operations a second of a device's matrix units by its name; None of one that is not in the table."""
+    found = [gpu.flops for name, gpu in GPUS.items() if name.upper() in device.upper()]
+    return (found[0] if half else found[0] / 2) if found else None
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a model is divided over GPUs and what each is given.

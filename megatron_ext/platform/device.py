@@ -27,6 +27,15 @@ def device_type() -> str:
     return "cuda" if found and asked != "cpu" else "cpu"
 
 
+def device_name() -> str:
+    """What the GPU is called, such as `NVIDIA H100 80GB HBM3`; empty on a CPU."""
+    if device_type() == "cpu":
+        return ""
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
 def backend() -> str:
     """The process-group backend of this device: nccl or gloo."""
     return "nccl" if device_type() == "cuda" else "gloo"

@@ -5,10 +5,11 @@ them. The run directory gets its name last, when all that belongs into it is the
 """
 
 import argparse
+import json
 import os
 import shutil
 from argparse import Namespace
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ from megatron_ext.training.run_directory import CONFIG, config_yaml
 from megatron_ext.training.run_job import run_job
 
 SCORES = "scores.safetensors"
-REPORT = "report.md"
+REPORT, HTML, LOSSES = "report.md", "report.html", "losses.json"
 BESIDE = ("scores-*.safetensors", "round-*", "pruned")
 """What lies beside `--save` as `.NAME.*` until the run directory is there."""
 
@@ -156,6 +157,9 @@ def _write(run: RunConfig, source: Step, found: Found, family: PrunedFamily) -> 
     for number, scores in enumerate(found.scores):
         name = SCORES if number == 0 else f"{Path(SCORES).stem}.round-{number + 1}.safetensors"
         attachments[name] = scores.save
+    html = partial(family.html, run, plan, found.scores)
+    if (text := html(losses)) is not None:
+        attachments[HTML] = lambda path: path.write_text(text)
     if found.scores:
         attachments["importance.png"] = lambda path: family.plot(found.scores[0], plan, path)
     whole = _beside(args, "pruned")
@@ -166,6 +170,9 @@ def _write(run: RunConfig, source: Step, found: Found, family: PrunedFamily) -> 
         remark = _measure_pruned(run, found, whole, family)
         if args.rank == 0:
             write_text(whole / REPORT, page(losses, remark))
+            write_text(whole / LOSSES, json.dumps([asdict(loss) for loss in losses], indent=2) + "\n")
+            if (text := html(losses)) is not None:
+                write_text(whole / HTML, text)
             plot_losses([(loss.name, loss.parameters, loss.nats) for loss in losses], whole / "loss.png", family.per)
     if args.rank == 0:
         write_rest(whole)

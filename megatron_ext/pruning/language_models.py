@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_ext.checkpoint.reader import CheckpointReader
 from megatron_ext.models.architecture import Architecture
-from megatron_ext.pruning import report
+from megatron_ext.pruning import plan_page, report
 from megatron_ext.pruning.checks import Request, check_layout
 from megatron_ext.pruning.depth_metrics import DEPTH_METRICS, Change, Scan, Shapley
 from megatron_ext.pruning.magnitude import magnitudes
@@ -91,6 +91,12 @@ class LanguageModels(PrunedFamily):
     ) -> str:
         """With what serving needs."""
         return report.markdown(plan, run.options["prune"].served, scores, losses, remark)
+
+    def html(self, run: RunConfig, plan: Plan, scores: Sequence[Scores], losses: Sequence[Loss]) -> str:
+        """See `plan_page`."""
+        first = scores[0] if scores else None
+        name, served = Path(plan.provenance.model or run.args.load).name, run.options["prune"].served
+        return plan_page.page([plan_page.View(f"{name}, pruned", plan, first, losses, served)])
 
     def plot(self, scores: Scores, plan: Plan, path: Path) -> None:
         """One panel for each axis."""

@@ -16,6 +16,8 @@ from numpy.typing import ArrayLike
 
 from megatron_ext.reports.figures import COLORS, GREY, STYLE, save, tick
 
+FAR = 3  # times the second highest
+
 
 def plot_importance(scores: Mapping[str, ArrayLike], kept: Mapping[str, Sequence[int]], out: Path) -> None:
     """Draw importance scores as bars, what is kept in blue and what is dropped in orange, one panel per axis.
@@ -41,6 +43,7 @@ def plot_importance(scores: Mapping[str, ArrayLike], kept: Mapping[str, Sequence
             order = np.arange(len(heights)) if few else np.argsort(-heights, kind="stable")
             colors = np.where(survives[order], COLORS["distilled"], COLORS["pruned"])
             _bars(ax, heights[order], 0.75 if few else 1.0, colors)
+            _cut_off(ax, heights[order])
             ax.set_title(f"{name}: {survives.sum():,} of {len(heights):,} kept")
             ax.set_xlabel("index" if few else "rank, by importance")
             ax.grid(axis="x", visible=False)
@@ -51,6 +54,16 @@ def plot_importance(scores: Mapping[str, ArrayLike], kept: Mapping[str, Sequence
         handles = [Patch(color=COLORS["distilled"], label="kept"), Patch(color=COLORS["pruned"], label="dropped")]
         figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False)
         save(figure, out)
+
+
+def _cut_off(ax: Axes, heights: Float[np.ndarray, " n"]) -> None:
+    """Let a bar far above all others run out of the picture, with its value, so that they can be told apart."""
+    *_, second, most = (0.0, 0.0, *np.sort(heights))
+    if second <= 0 or most < FAR * second:
+        return
+    ax.set_ylim(top=1.25 * second)
+    place = int(np.argmax(heights))
+    ax.annotate(f"{most:.3g}", (place, 1.2 * second), xytext=(8, 0), textcoords="offset points", va="center")
 
 
 def _bars(ax: Axes, heights: Float[np.ndarray, " n"], width: float, colors: Shaped[np.ndarray, " n"]) -> None:

@@ -119,6 +119,10 @@ class PrunedFamily(ABC):
     ) -> str:
         """`report.md`."""
 
+    def html(self, run: RunConfig, plan: Any, scores: Sequence[Scores], losses: Sequence[Loss]) -> str | None:
+        """`report.html`; None of a family whose plans have no such page."""
+        return None
+
     @abstractmethod
     def plot(self, scores: Scores, plan: Any, path: Path) -> None:
         """`importance.png`: the scores of every axis, kept and dropped."""

@@ -18,6 +18,10 @@ from megatron_ext.pruning.scores import BLOCKS, INTERVAL, OF_KIND, STDERR, Score
 
 PANELS = 36
 ENOUGH = 20  # tokens to a channel, for a linear map
+_AXES = {
+    "ffn": "FFN neurons", "query_head": "query heads", "mamba_head": "Mamba-2 heads", "expert": "experts",
+    "shared_ffn": "neurons of the shared expert",
+}  # fmt: skip
 _OF_A_LAYER = re.compile(r"layers\.(\d+)\.")
 _SIZES = (
     ("hidden channels", "hidden_size", ""), ("FFN neurons", "ffn_hidden_size", MLP),
@@ -76,7 +80,7 @@ def markdown(
     plan: Plan, workload: Workload, scores: Sequence[Scores] = (), losses: Sequence[Loss] = (), remark: str = ""
 ) -> str:
     """`report.md`."""
-    lines = ["# Pruned", "", "| | before | after | kept |", "|---|---:|---:|---:|"]
+    lines = ["# Pruned", "", *_origin(plan, scores), "| | before | after | kept |", "|---|---:|---:|---:|"]
     lines += ["| " + " | ".join(row.cells()) + " |" for row in size_rows(plan.source, plan.target, workload)]
     lines += ["", f"Pattern `{plan.source.pattern}` to `{plan.target.pattern}`."]
     for name, sizes in plan.target.layer_sizes.items():
@@ -88,7 +92,21 @@ def markdown(
             lines += _task(each, f" in round {number}" if len(scores) > 1 else "")
     if remark:
         lines += ["", remark]
+    lines += ["", "Each sub-layer and what was cut of it, to look at: [report.html](report.html)."]
+    lines += ["", "![scores of every axis](importance.png)"] if scores else []
+    lines += ["", "![what it costs in loss](loss.png)"] if losses else []
     return "\n".join(lines) + "\n"
+
+
+def _origin(plan: Plan, scores: Sequence[Scores]) -> list[str]:
+    """What was cut, by which scores, measured on what."""
+    made = plan.provenance
+    parts = [f"From `{made.model}`, step {made.iteration}." if made.model else ""]
+    parts.append(f"Scores: {made.metric}." if made.metric else "")
+    if scores and scores[0].samples:
+        parts.append(f"Measured on {scores[0].samples:,} sequences of `{scores[0].data}`, seed {scores[0].seed}.")
+    text = " ".join(filter(None, parts))
+    return [f"{text} Every flag of the command: [config.yaml](config.yaml).", ""] if text else []
 
 
 def recovery_lines(plan: Plan) -> list[str]:
@@ -162,7 +180,24 @@ def plot_scores(scores: Scores, plan: Plan, path: Path) -> None:
     layers = [name for name in shown if _OF_A_LAYER.match(name)]
     step = max(1, ceil(len(layers) / PANELS))
     hidden_panels = set(layers) - set(layers[::step])  # of a deep model, every so many
-    plot_importance({name: value for name, value in shown.items() if name not in hidden_panels}, kept, path)
+    panels = sorted((name for name in shown if name not in hidden_panels), key=lambda name: name.startswith("depth."))
+    titles = {name: title(name) for name in panels}
+    plot_importance(
+        {titles[name]: shown[name] for name in panels},
+        {titles.get(name, name): own for name, own in kept.items()},
+        path,
+    )
+
+
+def title(name: str) -> str:
+    """A score's name for people: `layers.3.ffn` is `3: FFN neurons`."""
+    if match := _OF_A_LAYER.match(name):
+        axis = name[match.end() :]
+        return f"{match[1]}: {_AXES.get(axis, axis.replace('_', ' '))}"
+    if not name.startswith("depth."):
+        return "hidden channels" if name == "hidden" else name
+    metric, _, of = name.removeprefix("depth.").partition(".")
+    return f"{metric.replace('_', ' ')} of {'layers' if of == BLOCKS[1:] else f'{of} sub-layers'.strip()}"
 
 
 def _is_detail(name: str) -> bool:

@@ -1,4 +1,5 @@
-"""What a run says while it works: `metrics.jsonl`, one line per step, and a live bar on a terminal.
+"""What a run says while it works: `metrics.jsonl`, one line per step; for people `training.log`, one line an interval,
+which is printed, too; and a live bar on a terminal.
 
 Megatron reports every scalar to its TensorBoard writer, in full precision; `MetricsLog` stands in that place, keeps
 what it needs and passes everything on to the real writer where there is one.
@@ -12,11 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 from megatron_ext.checkpoint.atomic import write_text
 from megatron_ext.reports.metrics_file import key_of, read_metrics
 from megatron_ext.reports.progress import Progress
 
 VALIDATION = " validation"
+PEOPLE = "training.log"
+LINE_SECONDS = 10
+SCALES = ((3600, "h"), (60, "min"), (1, "s"))
 
 
 def _float(value: Any) -> float | None:
@@ -38,6 +44,8 @@ class MetricsLog:
         inner: The real TensorBoard writer, if the user asked for one.
         unit: What is counted: tokens, or samples.
         before: How many of them the loaded checkpoint has seen, where the file has no line of it.
+        every: Steps from one line for people to the next; there is one also for each validation, and after a while.
+        share: What one of the unit a second is of the peak of all GPUs, if that is known.
     """
 
     def __init__(
@@ -49,10 +57,14 @@ class MetricsLog:
         inner: Any = None,
         unit: str = "tokens",
         before: int = 0,
+        every: int = 1,
+        share: float | None = None,
     ) -> None:
         self.path, self.inner = path, inner
         self._per_step, self._train_iters, self._unit = per_step, train_iters, unit
-        self._time = time.perf_counter()
+        self._every, self._share = every, share
+        self._begun = self._said = self._time = time.perf_counter()
+        self._first = start
         earlier = [r for r in read_metrics(path) if r["step"] <= start] if path.exists() else []
         self._count = int(earlier[-1].get(unit, before)) if earlier else before
         write_text(path, "".join(_line(r) for r in earlier))
@@ -72,6 +84,7 @@ class MetricsLog:
             return
         if self._record.get("step", step) != step:
             self._write()
+            self._tell()
             self._record, self._offset = {}, self._file.tell()
         if tag.endswith(VALIDATION):
             # Validation follows the step it belongs to, and its time is not training time.
@@ -97,6 +110,21 @@ class MetricsLog:
             if self._train_iters and self._record["step"] >= self._train_iters:
                 self._shown.__exit__()
 
+    def _tell(self) -> None:
+        """A line for people, where one is due; of a step that is done."""
+        step, now = self._record.get("step", self._first), time.perf_counter()
+        due = step % self._every == 0 or step == self._train_iters or "val_loss" in self._record
+        if step <= self._first or not (due or now - self._said > LINE_SECONDS):
+            return
+        self._said = now
+        left = None
+        if self._train_iters and step < self._train_iters:
+            left = (now - self._begun) / (step - self._first) * (self._train_iters - step)
+        text = line_for_people(self._record, self._unit, self._train_iters, left, self._share)
+        self._shown.say(text)
+        with self.path.with_name(PEOPLE).open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+
     def flush(self) -> None:
         """Write the step in progress, to the disk."""
         self._write()
@@ -107,6 +135,7 @@ class MetricsLog:
     def close(self) -> None:
         """Write the last step and close the files."""
         self._write()
+        self._tell()
         self._shown.__exit__()
         self._file.close()
         if self.inner is not None:
@@ -121,6 +150,40 @@ class MetricsLog:
 
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(record) + "\n"
+
+
+def line_for_people(
+    record: dict[str, Any], unit: str, last: int | None, left: float | None = None, share: float | None = None
+) -> str:
+    """A step in one line of a terminal.
+
+    Args:
+        record: Of `metrics.jsonl`.
+        unit: What is counted: tokens, or samples.
+        last: The last step, if it is known.
+        left: Seconds until then, if that is known.
+        share: See `MetricsLog`.
+    """
+    rate = record.get(f"{unit}_per_second")
+    parts = [f"step {record['step']:,}" + (f"/{last:,}" if last else "")]
+    losses = [key for key in record if key.endswith("loss") and not key.startswith("val_")]
+    for key in sorted(losses, key=lambda key: key != "loss"):
+        parts.append(_shown(key.replace("_", " "), record[key], ".4f"))
+    parts.append(_shown("grad norm", record.get("grad_norm"), ".3g"))
+    parts.append(_shown("lr", record.get("learning_rate"), ".2e"))
+    if rate is not None:
+        parts += [f"{rate:,.0f} {unit}/s", "" if share is None else f"MFU {rate * share:.0%}"]
+    parts.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else "")
+    parts += [_shown(f"validation {key[4:].replace('_', ' ')}", value, ".4f") for key, value in record.items()
+              if key.startswith("val_")]  # fmt: skip
+    if left is not None:
+        scale, name = next((each for each in SCALES if left >= 2 * each[0]), SCALES[-1])
+        parts.append(f"{left / scale:,.0f} {name} left" if left >= 10 * scale else f"{left / scale:.1f} {name} left")
+    return "  ".join(filter(None, parts))
+
+
+def _shown(name: str, value: float | None, form: str) -> str:
+    return f"{name} {value:{form}}" if value is not None else ""
 
 
 def _note(record: dict[str, Any], unit: str) -> str:

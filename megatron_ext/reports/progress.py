@@ -5,6 +5,8 @@ import sys
 import time
 from typing import Any, Literal
 
+from megatron_ext.reports.megatron_output import hidden, say
+
 LINE_SECONDS = 10
 
 
@@ -77,6 +79,13 @@ class Progress:
         parts = [f"{self.what}: {self.done / scale:{digits}}{all_of_it}{suffix}", self._left(), self.note]
         return ", ".join(filter(None, parts))
 
+    def say(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        else:
+            say(text)
+
     def _left(self) -> str:
         """The minutes that are left at the speed so far, where that can be told."""
         seconds, new = time.monotonic() - self._begun, self.done - self._start
@@ -92,6 +101,7 @@ class Progress:
         counted: Any = sizes if self._unit == "bytes" else (progress.MofNCompleteColumn(),)
         note = progress.TextColumn("{task.fields[note]}")
         columns: Any = (self.what, progress.BarColumn(), *counted, progress.TimeRemainingColumn(), note)
-        bar = progress.Progress(*columns, console=Console(stderr=True))
+        # What is printed meanwhile appears above the bar; but not what is hidden.
+        bar = progress.Progress(*columns, console=Console(stderr=True), redirect_stdout=not hidden())
         bar.add_task(self.what, total=self.total, completed=self.done, note="")
         return bar

@@ -19,6 +19,7 @@ from megatron_ext.platform.megatron_patches import (
     keep_write_results,
 )
 from megatron_ext.reports import metrics_file, training_plot
+from megatron_ext.reports.megatron_output import MegatronOutput
 from megatron_ext.reports.metrics_log import MetricsLog
 from megatron_ext.training import signals
 from megatron_ext.training.job import RunConfig, task_of
@@ -74,6 +75,8 @@ def train(run: RunConfig, task: "Task | None" = None, hooks: tuple[Hook, ...] = 
         """Write the first files, now that the ranks have met: each of them has found the directory free."""
         nonlocal log
         create_run_directory(run)
+        if args.save and args.rank in (0, args.world_size - 1):
+            output.write_to(Path(args.save), args.rank)
         log = divert_scalars(lambda inner: _metrics_log(run, inner))
         if isinstance(log, MetricsLog):
             before_saving(lambda _: log.flush())  # the step's line is there when its checkpoint is
@@ -83,14 +86,16 @@ def train(run: RunConfig, task: "Task | None" = None, hooks: tuple[Hook, ...] = 
     config.pre_wrap_hooks = [begin, *config.pre_wrap_hooks, _equal_expert_metrics, extra.build, *hooks]
     set_startup_timestamps(program_start=time.time(), main_entry=time.time())
     container = pretrain_cfg_container_from_args(args, config)
-    try:
-        step = signals.from_first_step(args, task.forward_step)
-        pretrain(container, task.datasets, ModelType.encoder_or_decoder, step)
-    finally:
-        if log is not None:
-            log.close()
+    with MegatronOutput() as output:
+        try:
+            step = signals.from_first_step(args, task.forward_step)
+            pretrain(container, task.datasets, ModelType.encoder_or_decoder, step)
+        finally:
+            if log is not None:
+                log.close()
     if isinstance(log, MetricsLog) and metrics_file.read_metrics(log.path):
         training_plot.plot_training(log.path, log.path.with_name(training_plot.FILE), task.units["loss"])
+        print(f"wrote {args.save}: metrics.jsonl, {training_plot.FILE}, training.log; logs/ has Megatron's", flush=True)
 
 
 def finished(run: RunConfig) -> bool:
@@ -153,7 +158,10 @@ def _metrics_log(run: RunConfig, inner: Any) -> Any:
         return get_current_global_batch_size() * (args.seq_length if text else 1)
 
     path, unit = Path(args.save) / metrics_file.FILE, "tokens" if text else "samples"
-    return MetricsLog(path, run.resumed, per_step, args.train_iters, inner, unit, _seen(run, text))
+    share = run.job.family.share_of_peak(run.model, args)
+    return MetricsLog(
+        path, run.resumed, per_step, args.train_iters, inner, unit, _seen(run, text), args.log_interval, share
+    )
 
 
 def _seen(run: RunConfig, text: bool) -> int:

@@ -108,7 +108,7 @@ def test_the_report_says_what_came_out(workspace: Workspace, made: list[Stage], 
     assert "convert the model, 2 s:" in page
     assert "srun run distill --distill-teacher" in page
     assert (tmp_path / "report.png").stat().st_size > 10_000
-    assert json.loads((tmp_path / "report.json").read_text())["models"]["pruned"]["val_loss"] == losses["pruned"]
+    assert json.loads((tmp_path / "compression.json").read_text())["models"]["pruned"]["val_loss"] == losses["pruned"]
 
 
 def test_what_is_done_is_gone_on_with_and_another_one_is_refused(

@@ -17,7 +17,8 @@ from megatron_ext import cli
 EXTENSION = str(Path(sys.executable).parent / "megatron-ext")
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 # Which take Megatron's flags, too, and so are asked by a program that has them all.
-WITH_MEGATRONS = {"estimate": "pretrain_hybrid.py", "evaluate": "pretrain_hybrid.py", "generate": "pretrain_hybrid.py"}
+WITH_MEGATRONS = dict.fromkeys(("estimate", "evaluate", "generate"), ("pretrain_hybrid.py",))
+WITH_MEGATRONS["compress"] = ("prune_gpt.py", "distill_gpt.py")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
@@ -64,7 +65,7 @@ def flags(command: Command) -> set[str]:
     assert name in cli.COMMANDS
     if command.words[1:] and command.words[1] in cli.COMMANDS[name].actions:
         return named(name, command.words[1])
-    return named(name) | (named(WITH_MEGATRONS[name]) if name in WITH_MEGATRONS else set())
+    return named(name).union(*map(named, WITH_MEGATRONS.get(name, ())))
 
 
 @functools.cache

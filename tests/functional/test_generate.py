@@ -40,6 +40,7 @@ def test_two_ranks_print_the_same(workspace: Workspace, teacher: str, alone: lis
         ([], "nothing to continue"),
         (["--prompts", "empty.txt"], "there is no prompt"),
         (["--prompts", "book.txt"], "at most 2,048, 32 times the positions it was made for"),
+        (["--prompt", "def", "--max-new-tokens", "1000000"], "tokens with --max-new-tokens"),
         (["--prompt", "x", "--chat"], "no chat template"),
         (["--prompt", "x", "--system", "y"], "with --chat"),
         (["--prompt", "x", "--output", "/proc/out.jsonl"], "nothing can be written"),

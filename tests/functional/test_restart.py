@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import fork_server
 import pytest
@@ -50,7 +51,7 @@ def test_the_demo_goes_on_in_each_of_its_trainings(workspace: Workspace) -> None
     small = ["--seq-length", "32", "--micro-batch-size", "1", "--global-batch-size", "2", "--eval-iters", "0"]
     small += ["--lr-warmup-iters", "0", "--train-iters", "2"]
     for name in ("teacher", "distilled", "scratch"):
-        command = [stages[name].script, *stages[name].flags, *small]
+        command = [str(Path(sys.executable).with_name("megatron-ext")), *stages[name].words, *small]
         workspace.run(*command, "--exit-interval", "1")
         assert not stages[name].done
         workspace.run(*command)

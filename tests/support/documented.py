@@ -7,7 +7,7 @@ from pathlib import Path
 
 from workspace import ROOT
 
-FOLDERS = (".", "docs", "docker", "examples", "examples/*")
+FOLDERS = (".", "docs", "docs/*", "docker", "examples", "examples/*")
 PAGES = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.md") if path.is_file())
 FENCED = re.compile(r"^```bash\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 LAUNCHER = ["torchrun", "--nproc-per-node"]

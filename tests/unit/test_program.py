@@ -27,6 +27,27 @@ def test_another_error_of_the_system_is() -> None:
         main(run)
 
 
+class OutOfMemoryError(RuntimeError):
+    """As torch calls it on a GPU."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("no more"), OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nand much else"),
+     RuntimeError("alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")],
+)  # fmt: skip
+def test_too_little_memory_is_told_with_what_helps(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def run() -> None:
+        raise error
+
+    assert main(run) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err, "where it was"
+    assert "error: there is not enough memory\n" in err
+    assert "and much else" not in err.split("error: there is")[1]
+    assert "--dry-run says what is needed" in err
+
+
 def group() -> None:
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -69,8 +69,10 @@ def check(directory: Path) -> None:
     """Compare everything beside the weights with its checksums, as far as there are any.
 
     Raises:
-        CheckpointError: A file is not what was written, or gone.
+        CheckpointError: A file is not what was written, or gone, or there is no directory.
     """
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError("this is no directory", got=directory, legal="the directory of a Hugging Face model")
     file_checksums.check_all(directory, _WEIGHTS)
 
 

@@ -101,7 +101,7 @@ def test_resume_drops_the_lines_after_its_step_and_counts_on(path):
     resumed.close()
     assert path.read_text().splitlines()[:2] == before[:2]
     assert [(row["step"], row["tokens"]) for row in read_metrics(path)] == [(1, 10), (2, 20), (3, 30)]
-    assert [p.name for p in path.parent.iterdir()] == ["metrics.jsonl"]
+    assert {p.name for p in path.parent.iterdir()} == {"metrics.jsonl", "training.log"}
 
 
 def test_a_run_from_the_start_drops_everything(path):
@@ -183,3 +183,39 @@ def test_the_bar_says_loss_speed_and_validation():
     note = metrics_log._note({"step": 2, "loss": 2.5, "tokens_per_second": 1234.5, "val_loss": 2.75}, "tokens")
     assert note == "loss 2.500  1,234 tokens/s  validation 2.750"
     assert metrics_log._note({"step": 2, "val_loss": 2.75, "loss": None}, "samples") == "validation 2.750"
+
+
+def test_people_get_a_line_an_interval_and_one_for_each_validation(path, capsys):
+    log = MetricsLog(path, 0, lambda: 512, 7, every=3)
+    train(log, [1, 2, 3, 4])
+    log.add_scalar("lm loss validation", 2.5, 4)
+    train(log, [5, 6, 7])
+    log.close()
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert [line.split("  ")[0] for line in said] == ["step 3/7", "step 4/7", "step 6/7", "step 7/7"]
+    assert "loss 2.5000  grad norm 0.4  lr 1.00e-03" in said[1]
+    assert said[1].count("validation loss 2.5000") == 1
+    assert " left" in said[0]
+    assert " left" not in said[-1]
+    kept = path.with_name("training.log").read_text().splitlines()
+    assert [line.split("  ", 1)[1] for line in kept] == said
+
+
+def test_a_run_that_goes_on_says_its_own_steps(path, capsys):
+    for first, last in ((1, 2), (3, 4)):
+        log = MetricsLog(path, first - 1, lambda: 512, last)
+        train(log, range(first, last + 1))
+        log.close()
+    said = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert said == ["step 1/2", "step 2/2", "step 3/4", "step 4/4"]
+
+
+@pytest.mark.parametrize(
+    ("left", "expected"),
+    [(7, "7.0 s"), (60, "60 s"), (119, "119 s"), (300, "5.0 min"), (5400, "90 min"), (90000, "25 h")],
+)
+def test_time_is_told_in_its_scale(left, expected):
+    record = {"step": 1, "tokens_per_second": 2_000.0}
+    line = metrics_log.line_for_people(record, "tokens", 9, left=left, share=2e-4)
+    assert line.endswith(f"{expected} left")
+    assert "2,000 tokens/s  MFU 40%" in line
