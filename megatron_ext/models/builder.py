@@ -32,8 +32,13 @@ class PatternModelBuilder(HybridModelBuilder):
 
     def build_model(self, pg_collection: Any, *args: Any, **kwargs: Any) -> HybridModel:
         """One stage of the model, on `pg_collection`'s groups."""
-        model = super().build_model(pg_collection, *args, **kwargs)
         config: Any = self._model_config
+        config.transformer.qk_layernorm = (
+            config.architecture.qk_layernorm or config.architecture.qk_layernorm_of_all_heads
+        )
+        model = super().build_model(pg_collection, *args, **kwargs)
+        # Megatron adds gradients of norms on query and key over tensor ranks, which is right for norms of single heads.
+        config.transformer.qk_layernorm = config.architecture.qk_layernorm
         decoder: Any = model.decoder
         own: Architecture = config.architecture
         if own.position_embedding_type == "rope" and not is_stock(own):
@@ -83,7 +88,6 @@ def model_config(args: Namespace, architecture: Architecture) -> PatternModelCon
     config = hybrid_config_from_args(own, core_transformer_config_from_args(own), PatternModelConfig)
     config.vocab_size, config.should_pad_vocab = architecture.padded_vocab_size, False
     config.architecture = architecture
-    config.transformer.qk_layernorm = architecture.qk_layernorm or architecture.qk_layernorm_of_all_heads
     config.transformer.softmax_scale = architecture.softmax_scale
     if architecture.activation == "gelu_tanh":
         config.transformer.activation_func, config.transformer.bias_activation_fusion = _gelu_tanh, False
