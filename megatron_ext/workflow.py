@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -66,10 +67,15 @@ class Stage:
         return (self.directory / self.proof).exists()
 
 
-def heed_signals() -> None:
-    """From now on SIGTERM and Ctrl-C raise `Stopped`."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+@contextmanager
+def heeding_signals() -> Iterator[None]:
+    """In the block SIGTERM and Ctrl-C raise `Stopped`."""
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def torchrun(processes: int) -> tuple[str, ...]:
@@ -93,14 +99,14 @@ def run(stages: Sequence[Stage], out: Path, launcher: Sequence[str], console: Co
         StageError: A command failed; says where its log is, and how it ends.
         Stopped: It was told to stop, or this process was.
     """
-    heed_signals()
     seconds = read_seconds(out)
-    for stage in stages:
-        if stage.done:
-            console.print(f"\n{stage.title}: already there, in {stage.directory}", highlight=False, soft_wrap=True)
-            continue
-        seconds[stage.title] = _run(stage, out, launcher, console)
-        write_text(out / SECONDS, json.dumps(seconds))
+    with heeding_signals():
+        for stage in stages:
+            if stage.done:
+                console.print(f"\n{stage.title}: already there, in {stage.directory}", highlight=False, soft_wrap=True)
+                continue
+            seconds[stage.title] = _run(stage, out, launcher, console)
+            write_text(out / SECONDS, json.dumps(seconds))
     return seconds
 
 

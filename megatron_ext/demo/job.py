@@ -47,7 +47,11 @@ def main(args: argparse.Namespace) -> None:
         ConfigError: The directory is of a demo with other settings.
         StageError: A command failed; says where its log is.
     """
-    workflow.heed_signals()
+    with workflow.heeding_signals():
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     console = Console()
     if args.real:
         _run_real(args.out or Path("runs/real_model"), real_model.GPU if args.gpu else real_model.CPU, console)

@@ -190,7 +190,9 @@ def memory(arch: Architecture, layout: Layout, lesson: TeacherSetup | None = Non
     """
     stages = []
     for stage in range(layout.pp):
-        parts = _trained(arch, layout, stage, logits=lesson is None)
+        parts = _trained(arch, layout, stage, logits=lesson is None and layout.fused)
+        if lesson is None and not layout.fused and stage == layout.pp - 1:
+            parts["activations"] += _token_losses(arch, layout)
         if not layout.fused_gradients:
             parts["working"] = float(_largest(arch, layout, stage) * layout.width)
         if lesson is not None:
@@ -226,7 +228,7 @@ def kept_per_token(arch: Architecture, layer: int, layout: Layout) -> float:
     if unit == LINEAR:  # no norm, and no activation
         return (hidden + arch.linear_rank) * width if arch.linear_rank else 0.0
     # The residual stream as the norm's input, and the norm's output as the first product's.
-    kept = 2 * hidden * width + _plain_norm(arch, layout)
+    kept = 2 * hidden * width
     if unit == ATTENTION:
         heads, groups = arch.num_attention_heads / tp, arch.num_query_groups / tp
         values = 2 * heads + 2 * groups  # query, key, value, output
@@ -244,16 +246,9 @@ def kept_per_token(arch: Architecture, layer: int, layout: Layout) -> float:
     return kept
 
 
-def _plain_norm(arch: Architecture, layout: Layout) -> float:
-    """What an RMSNorm in plain torch keeps beside its input and output: the normalised values, and inputs in fp32."""
-    if layout.fused or arch.normalization != "RMSNorm":
-        return 0.0
-    return arch.hidden_size / (layout.tp if layout.sequence_parallel else 1) * (4 if layout.width == 4 else 8)
-
-
 def _mlp(neurons: float, arch: Architecture, layout: Layout) -> float:
-    """Before and after the activation; a gated one in plain torch is three operations."""
-    return neurons * layout.width * ((3 if layout.fused else 5) if arch.gated_linear_unit else 2)
+    """Before and after the activation, of which a gated one has two inputs."""
+    return neurons * layout.width * (3 if arch.gated_linear_unit else 2)
 
 
 def _mamba(own: Architecture, layout: Layout) -> float:
@@ -283,7 +278,7 @@ def _activations(arch: Architecture, layout: Layout, stage: int, logits: bool) -
     in_flight = min(layout.micro_batches, layout.pp - stage)
     last, hidden = 0.0, arch.hidden_size / (layout.tp if layout.sequence_parallel else 1)
     if stage == layout.pp - 1:
-        last = 2 * hidden * layout.width + _plain_norm(arch, layout)  # the last norm
+        last = 2 * hidden * layout.width  # the last norm
         if logits:  # and, in 16 bits, the softmax in fp32
             last += arch.padded_vocab_size / layout.tp * (4 if layout.width == 4 else layout.width + 4)
     if layout.recompute:  # logits are gone before the first layer runs again
@@ -342,6 +337,15 @@ def _loss(arch: Architecture, lesson: TeacherSetup, layout: Layout) -> float:
     kept = 4 * columns * arch.hidden_size
     logits, states = models * tokens * columns * layout.width, tokens * arch.hidden_size * layout.width
     return min(logits, most) + states + (kept if kept <= KEPT["cuda"] else 0.0)
+
+
+def _token_losses(arch: Architecture, layout: Layout) -> float:
+    """Of a loss without all logits (`lm_head.token_losses`); what is recomputed later takes the place of it."""
+    own = _loss(arch, TeacherSetup(None), layout)
+    if not layout.recompute:
+        return own
+    tokens = layout.micro_batch * layout.seq_length / layout.cp
+    return max(0.0, own - tokens * max(kept_per_token(arch, layer, layout) for layer in range(len(arch.pattern))))
 
 
 def step_seconds(

@@ -50,5 +50,5 @@ def test_norm_inside_and_outside(tmp_path) -> None:
     assert any("norm.weight" in name for name in inside)
     for name, gradient in outside.items():
         torch.testing.assert_close(
-            inside[name], gradient, rtol=2e-4, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}"
+            inside[name], gradient, rtol=2e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
         )

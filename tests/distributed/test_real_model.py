@@ -70,7 +70,7 @@ def test_it_computes_what_transformers_reads_of_the_file(folder: Path) -> None:
     with torch.no_grad():
         expected = original(asked).logits
     (found,) = run_ranks(logits_of, 1, folder / "smollm2", asked)
-    assert float((found - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
+    assert float((found - expected).abs().max()) <= 3e-6 * float(expected.abs().max())
     assert tokenizer.decode(found[0, -1].argmax()) == " Paris"
 
     done = fork_server.run(

@@ -75,12 +75,12 @@ def test_a_plan_is_replayed_without_data(workspace: Workspace, teacher: str, low
     assert left.shapes == right.shapes
     assert all(torch.equal(left.read(key), right.read(key)) for key in left.shapes)
     assert (workspace.path / "replayed" / FILE).read_bytes() == (workspace.path / "low-rank" / FILE).read_bytes()
-    (workspace.path / "alone").mkdir()
-    shutil.copy(workspace.path / "low-rank" / "plan.json", workspace.path / "alone")
-    done = workspace.run(*again, "refused", "--prune-plan", "alone/plan.json", ok=False)
+    (workspace.path / "plan-alone").mkdir()
+    shutil.copy(workspace.path / "low-rank" / "plan.json", workspace.path / "plan-alone")
+    done = workspace.run(*again, "refused", "--prune-plan", "plan-alone/plan.json", ok=False)
     assert "recovery.safetensors beside the plan" in done.stderr
-    (workspace.path / "alone" / FILE).write_bytes(b"other")
-    done = workspace.run(*again, "refused", "--prune-plan", "alone/plan.json", ok=False)
+    (workspace.path / "plan-alone" / FILE).write_bytes(b"other")
+    done = workspace.run(*again, "refused", "--prune-plan", "plan-alone/plan.json", ok=False)
     assert "not its own" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (workspace.path / "refused").exists()

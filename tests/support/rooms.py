@@ -33,7 +33,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "families": ("functional/test_measured_layer.py", "functional/test_toy_wing.py"),
     "inference": ("distributed/test_inference.py", "functional/test_generate.py"),
     "lm_head": ("distributed/test_distillation.py",),
-    "models": ("functional/test_experts.py", "functional/test_linear_sublayer.py"),
+    "models": ("functional/test_experts.py", "functional/test_layer_fields.py", "functional/test_linear_sublayer.py"),
     "ops": ("distributed/test_mamba_training.py", "functional/test_measured_layer.py"),
     "options": ("functional/test_flags.py",),
     "platform": ("distributed/test_m*.py", "functional/test_overlap.py"),

@@ -14,6 +14,7 @@ from megatron_ext.models.architecture import CONV_KERNEL, Architecture
 from megatron_ext.models.pattern import ATTENTION as ATTENTION_KIND
 from megatron_ext.models.pattern import MAMBA
 
+HALF = 0.5
 _MIXER = [
     replace(
         mapping,
@@ -75,6 +76,27 @@ class _Heads:
         return {"mamba_d_head": arch.mamba_head_dim, "mamba_expand": arch.mamba_inner_size // arch.hidden_size}
 
 
+class _HalfRotated:
+    """Half of each head's channels are rotated: transformers' configuration sets that, whatever the entry says."""
+
+    def read(self, config: Config) -> dict[str, Any]:
+        """Nothing; refuses another share."""
+        places = (config, config.get("rope_parameters") or {})
+        for share in (place["partial_rotary_factor"] for place in places if "partial_rotary_factor" in place):
+            if share != HALF:
+                raise CheckpointError("config.json: 'partial_rotary_factor' is ignored", got=share, legal=HALF)
+        return {}
+
+    def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
+        """Nothing; refuses another share."""
+        if arch.rotary_percent != HALF:
+            raise CheckpointError(
+                "BambaForCausalLM rotates half of each head", got=f"a share of {arch.rotary_percent}",
+                legal="HybridForCausalLM rotates any: --hf-class HybridForCausalLM",
+            )  # fmt: skip
+        return {}
+
+
 BAMBA = Family(
     "BambaForCausalLM", "bamba", "model.layers.{}", ("M*", "-"),
     [*EMBEDDINGS, *_MIXER, *ATTENTION, *_MLP,
@@ -82,7 +104,7 @@ BAMBA = Family(
     [*(mapping for mapping in sizes(262_144, 8) if not isinstance(mapping, Layers)), _Mixers(), *GATED,
      Renamed("rms_norm_eps", "norm_epsilon", 1e-5),
      Required("rms_norm_eps", 1e-5),  # Megatron's norm inside the mixer has no other
-     Rope(0.5, partial=True), Tied(), Renamed("mamba_n_heads", "mamba_num_heads", 128), _Heads(),
+     Rope(HALF, partial=True), _HalfRotated(), Tied(), Renamed("mamba_n_heads", "mamba_num_heads", 128), _Heads(),
      Renamed("mamba_n_groups", "mamba_num_groups", 1), Renamed("mamba_d_state", "mamba_state_dim", 256),
      Required("mamba_d_conv", CONV_KERNEL), Required("mamba_conv_bias", True), Required("mamba_proj_bias", False),
      Required("attention_bias", False), Required("mlp_bias", False), NoLimit(), Fixed(add_bias_linear=False)],
