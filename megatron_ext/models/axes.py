@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from megatron_ext.errors import CheckpointError
 from megatron_ext.models.dimensions import Dimensions
-from megatron_ext.models.pattern import ATTENTION, LINEAR, MAMBA, MLP, MOE, parse
+from megatron_ext.models.pattern import ATTENTION, LINEAR, MAMBA, MLP, MOE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -397,22 +397,3 @@ def indices(arch: Dimensions, key: str, kept: KeptIndices) -> "tuple[Tensor | No
     own = arch if layer is None else arch.at(layer)
     found = (AXES[axis].index(own, kept) for axis in weight.axes)
     return tuple(None if positions is None else torch.from_numpy(positions) for positions in found)
-
-
-def parameters_per_rank(
-    arch: Dimensions, *, tp: int = 1, pp: int = 1, ep: int = 1, etp: int | None = None
-) -> list[int]:
-    """Parameters that one rank of each pipeline stage holds, stages in order.
-
-    The pattern is split as `Pattern.split` does. Tied embeddings are held twice where the first and the last stage
-    are different ranks, as Megatron does.
-    """
-    sizes = [0] * pp
-    stage_of = [stage for stage, units in enumerate(parse(arch.pattern).split(pp).stages) for _ in units]
-    for key in keys(arch):
-        layer, weight = locate(arch, key)
-        own = size(arch, key, tp=tp, ep=ep, etp=etp)
-        sizes[stage_of[layer] if layer is not None else 0 if key == EMBEDDING else -1] += own
-        if weight.name == EMBEDDING and not arch.untie_embeddings_and_output_weights and pp > 1:
-            sizes[-1] += own
-    return sizes

@@ -1,4 +1,4 @@
-"""What a model costs to serve: bytes of weights, of caches, and those that one generated token moves.
+"""What a model costs: parameters on each rank; to serve it, bytes of weights, of caches, and those that a token moves.
 
 Decoding is bound by memory traffic: each step reads the weights once for the whole batch, and for each sequence its
 keys and values so far and its Mamba-2 states, which it also writes back. Of a mixture's experts a step reads those
@@ -7,9 +7,11 @@ that some sequence of the batch needs: the chosen ones for one sequence, all of 
 
 from dataclasses import dataclass
 
+from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
 from megatron_ext.models.axes import CONV_KERNEL
-from megatron_ext.models.pattern import ATTENTION, MAMBA
+from megatron_ext.models.dimensions import Dimensions
+from megatron_ext.models.pattern import ATTENTION, MAMBA, parse
 
 BYTES = 2  # of a value in 16 bits: weights, keys and values, states
 
@@ -74,3 +76,22 @@ def decode_bytes_per_token(arch: Architecture, workload: Workload) -> float:
         weights -= arch.padded_vocab_size * arch.hidden_size  # one row of the embedding is read, not the table
     states = 2 * state_bytes_per_sequence(arch)
     return BYTES * weights / workload.batch + kv_bytes(arch, workload.context) + states
+
+
+def parameters_per_rank(
+    arch: Dimensions, *, tp: int = 1, pp: int = 1, ep: int = 1, etp: int | None = None
+) -> list[int]:
+    """Parameters that one rank of each pipeline stage holds, stages in order.
+
+    The pattern is split as `Pattern.split` does. Tied embeddings are held twice where the first and the last stage
+    are different ranks, as Megatron does.
+    """
+    sizes = [0] * pp
+    stage_of = [stage for stage, units in enumerate(parse(arch.pattern).split(pp).stages) for _ in units]
+    for key in axes.keys(arch):
+        layer, weight = axes.locate(arch, key)
+        own = axes.size(arch, key, tp=tp, ep=ep, etp=etp)
+        sizes[stage_of[layer] if layer is not None else 0 if key == axes.EMBEDDING else -1] += own
+        if weight.name == axes.EMBEDDING and not arch.untie_embeddings_and_output_weights and pp > 1:
+            sizes[-1] += own
+    return sizes

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from megatron_ext.models import axes
 from megatron_ext.models.architecture import Architecture
+from megatron_ext.models.cost import parameters_per_rank
 from megatron_ext.models.loss_buffers import CHUNK, KEPT
 from megatron_ext.models.pattern import ATTENTION, LINEAR, MAMBA, MLP, MOE, parse
 
@@ -214,7 +215,7 @@ def state_bytes(parameters: float, layout: Layout) -> dict[str, float]:
 
 def _trained(arch: Architecture, layout: Layout, stage: int, logits: bool) -> dict[str, float]:
     """What a model that is trained takes on the GPU of a stage."""
-    counts = axes.parameters_per_rank(arch, tp=layout.tp, pp=layout.pp, ep=layout.ep, etp=layout.etp)
+    counts = parameters_per_rank(arch, tp=layout.tp, pp=layout.pp, ep=layout.ep, etp=layout.etp)
     return {**state_bytes(counts[stage], layout), "activations": _activations(arch, layout, stage, logits)}
 
 
@@ -323,7 +324,7 @@ def _distillation(arch: Architecture, lesson: TeacherSetup, layout: Layout, stag
 
 def _forward_only(teacher: Architecture, layout: Layout, stage: int) -> float:
     """A frozen model's weights, and its widest layer at work."""
-    counts = axes.parameters_per_rank(teacher, tp=layout.tp, pp=layout.pp, ep=layout.ep, etp=layout.etp)
+    counts = parameters_per_rank(teacher, tp=layout.tp, pp=layout.pp, ep=layout.ep, etp=layout.etp)
     tokens = layout.micro_batch * layout.seq_length / layout.cp
     working = max(kept_per_token(teacher, layer, layout) for layer in range(len(teacher.pattern))) * tokens
     return counts[stage] * layout.width + working
@@ -374,7 +375,7 @@ def step_seconds(
     tensor = reduced / (gpu.link if layout.tp <= gpu.per_node else gpu.network)
 
     replicas = layout.dp * layout.cp
-    count = max(axes.parameters_per_rank(arch, tp=layout.tp, pp=layout.pp, ep=layout.ep, etp=layout.etp))
+    count = max(parameters_per_rank(arch, tp=layout.tp, pp=layout.pp, ep=layout.ep, etp=layout.etp))
     moved = count * (layout.gradient_width + layout.width) * (replicas - 1) / replicas
     data = moved / (gpu.link if layout.gpus <= gpu.per_node else gpu.network)
     if layout.overlap_gradients:

@@ -5,7 +5,7 @@ import torch
 
 from megatron_ext.checkpoint.stream import take
 from megatron_ext.errors import CheckpointError
-from megatron_ext.models import axes
+from megatron_ext.models import axes, cost
 from megatron_ext.models.axes import KeptIndices
 from megatron_ext.models.presets import PRESETS
 
@@ -134,11 +134,11 @@ def test_unknown_keys_are_refused():
 
 def test_parameters_per_rank_add_up():
     tied = replace(PRESETS["tiny-hybrid"].architecture)
-    assert axes.parameters_per_rank(tied) == [tied.num_parameters()]
+    assert cost.parameters_per_rank(tied) == [tied.num_parameters()]
     table = tied.padded_vocab_size * tied.hidden_size
-    assert sum(axes.parameters_per_rank(tied, pp=2)) == tied.num_parameters() + table  # the last stage holds a copy
+    assert sum(cost.parameters_per_rank(tied, pp=2)) == tied.num_parameters() + table  # the last stage holds a copy
     norms = (len(tied.pattern) + 1) * tied.hidden_size  # norms are whole on every rank, the rest is split
-    assert axes.parameters_per_rank(tied, tp=2) == [(tied.num_parameters() - norms) // 2 + norms]
+    assert cost.parameters_per_rank(tied, tp=2) == [(tied.num_parameters() - norms) // 2 + norms]
 
 
 def test_whole_groups_take_their_heads_and_states_along():
@@ -222,5 +222,5 @@ def test_experts_are_split_over_their_own_ranks():
     assert axes.size(EXPERTS, key, ep=2, etp=1, tp=2) == 2 * 12 * 24
     assert axes.size(EXPERTS, key, ep=2, etp=3) == 2 * 4 * 24
     assert axes.size(EXPERTS, "decoder.layers.0.mlp.router.weight", ep=2, tp=2) == 4 * 24
-    whole = sum(axes.parameters_per_rank(EXPERTS))
-    assert axes.parameters_per_rank(EXPERTS, ep=4) == [whole - EXPERTS.num_expert_parameters() * 3 // 4]
+    whole = sum(cost.parameters_per_rank(EXPERTS))
+    assert cost.parameters_per_rank(EXPERTS, ep=4) == [whole - EXPERTS.num_expert_parameters() * 3 // 4]

@@ -11,7 +11,7 @@ prepare()  # before Megatron is imported
 
 from megatron.training.training import num_floating_point_operations  # noqa: E402
 
-from megatron_ext.models import axes  # noqa: E402
+from megatron_ext.models import cost  # noqa: E402
 from megatron_ext.models.presets import PRESETS  # noqa: E402
 from megatron_ext.models.training_cost import (  # noqa: E402
     GPUS,
@@ -142,7 +142,7 @@ def test_what_a_model_learns_from_takes_by_hand() -> None:
     loss = 2 * tokens * half + 2 * tokens * 64 + 4 * half * 64
     assert distillation["cache"] == pytest.approx(loss)
     loss += 2 * tokens * half  # the teacher's logits
-    parameters = axes.parameters_per_rank(teacher, tp=2, pp=2)[1]
+    parameters = cost.parameters_per_rank(teacher, tp=2, pp=2)[1]
     widest = max(kept_per_token(teacher, layer, layout) for layer in (0, 1)) * tokens
     assert distillation["beside"] == pytest.approx(loss + 2 * parameters + widest)
     alone = memory(teacher, layout, TeacherSetup(None))
@@ -161,7 +161,7 @@ def test_seconds_by_hand() -> None:
     assert found["compute"] == pytest.approx(compute)
     assert found["pipeline"] == pytest.approx(compute * 3 / 32)
     assert found["tensor"] == pytest.approx(2 * 16 * 32 * 4096 * 4096 * 2 * 2 * 7 / 8 / 450e9)
-    fullest = max(axes.parameters_per_rank(TRANSFORMER, tp=8, pp=4))
+    fullest = max(cost.parameters_per_rank(TRANSFORMER, tp=8, pp=4))
     assert found["data"] == pytest.approx(fullest * 6 / 2 / 50e9)
     assert step_seconds(TRANSFORMER, replace(layout, overlap_gradients=True), gpu, 0.5)["data"] == 0
     assert scaled(layout, 512).gpus == 512
