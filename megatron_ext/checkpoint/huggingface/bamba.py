@@ -77,19 +77,21 @@ class _Heads:
 
 
 class _HalfRotated:
-    """Half of each head's channels are rotated: transformers' configuration sets that, whatever the entry says."""
+    """Half of each head's channels are rotated unless `rope_parameters` says otherwise: the older entry is ignored."""
 
     def read(self, config: Config) -> dict[str, Any]:
-        """Nothing; refuses another share."""
-        places = (config, config.get("rope_parameters") or {})
-        for share in (place["partial_rotary_factor"] for place in places if "partial_rotary_factor" in place):
-            if share != HALF:
-                raise CheckpointError("config.json: 'partial_rotary_factor' is ignored", got=share, legal=HALF)
+        """Nothing; refuses an entry that transformers ignores."""
+        share = config.get("partial_rotary_factor", HALF)
+        if "rope_parameters" not in config and share != HALF:
+            raise CheckpointError(
+                "config.json: transformers ignores 'partial_rotary_factor' outside of 'rope_parameters'", got=share,
+                legal=HALF,
+            )  # fmt: skip
         return {}
 
     def write(self, arch: Architecture, like: Config) -> dict[str, Any]:
-        """Nothing; refuses another share."""
-        if arch.rotary_percent != HALF:
+        """Nothing; refuses what only `rope_parameters` can say where they are not written."""
+        if "rope_parameters" not in like and arch.rotary_percent != HALF:
             raise CheckpointError(
                 "BambaForCausalLM rotates half of each head", got=f"a share of {arch.rotary_percent}",
                 legal="HybridForCausalLM rotates any: --hf-class HybridForCausalLM",
