@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_ext.checkpoint.gguf import source as gguf
 from megatron_ext.checkpoint.huggingface import families, hf_assets
 from megatron_ext.compression.stages import split_flags
+from megatron_ext.conversion import hub
 from megatron_ext.distillation.options import DistillOptions
 from megatron_ext.errors import ConfigError
 from megatron_ext.models.architecture import Architecture
@@ -51,11 +52,12 @@ class Outlook:
 
 
 def architecture(model: Path) -> Architecture:
-    """The model of a Hugging Face directory, which has a tokenizer, or of a GGUF file.
+    """The model of a Hugging Face directory, or of one on the hub, which has a tokenizer; or of a GGUF file.
 
     Raises:
         CheckpointError, ConfigError: It is none, or none that is converted; or its tokenizer is missing.
     """
+    model = hub.directory(model)
     if gguf.is_gguf(model):
         with gguf.opened(model) as described:
             return families.of_config(described.config).read(described.config)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_ext import workflow
 from megatron_ext.checkpoint.outputs import check_writable, hold_run
+from megatron_ext.compression.options import SPLIT
 from megatron_ext.compression.recipe import NAME, Recipe
 from megatron_ext.compression.stages import DISTILLED, LONGEST, Request, batch_of, stages
 from megatron_ext.errors import ConfigError
@@ -15,7 +16,7 @@ from megatron_ext.errors import ConfigError
 if TYPE_CHECKING:
     from megatron_ext.compression.checks import Outlook
 
-WITH_A_RECIPE = ("to", "tokens", "data", "data_path", "seq_length", "global_batch_size", "processes")
+WITH_A_RECIPE = ("to", "tokens", "data", "data_path", "split", "seq_length", "global_batch_size", "processes")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -74,8 +75,8 @@ def _asked(args: argparse.Namespace) -> tuple[Recipe, "Outlook"]:
     batch = args.global_batch_size or batch_of(args.tokens, sequence, ranks)
     flags = [*_precision(args), *args.megatron_flags]
     request = Request(
-        args.model, args.out, args.to, args.tokens, tuple(args.data or ()), tuple(args.data_path or ()), args.split,
-        sequence, batch, original.num_parameters(), tuple(args.tasks), args.verify, tuple(flags),
+        args.model, args.out, args.to, args.tokens, tuple(args.data or ()), tuple(args.data_path or ()),
+        args.split or SPLIT, sequence, batch, original.num_parameters(), tuple(args.tasks), args.verify, tuple(flags),
     )  # fmt: skip
     words = [
         "--seq-length", str(sequence), "--global-batch-size", str(batch),

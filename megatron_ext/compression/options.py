@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 
+SPLIT = "95,5,0"
 SCALES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
@@ -42,7 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     data.add_argument("--data", type=Path, nargs="+", metavar="FILE_OR_DIR", help=given)
     made = "instead: a data set of `megatron-ext data` with this model's tokenizer"
     data.add_argument("--data-path", nargs="+", metavar="PREFIX", help=made)
-    data.add_argument("--split", default="95,5,0", metavar="A,B,C", help="of the data set (default: %(default)s)")
+    data.add_argument("--split", metavar="A,B,C", help=f"of the data set (default: {SPLIT})")
     size = parser.add_argument_group("size of a step")
     length = "tokens of a sequence; by default the model's length, 2,048 at most"
     size.add_argument("--seq-length", type=int, metavar="N", help=length)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 
-from megatron_ext.options.early_flags import given_flags
 from megatron_ext.workflow import Stage
 
 ORIGINAL, PRUNED, DISTILLED, EXPORTED = "original", "pruned", "distilled", "huggingface"
@@ -17,6 +16,8 @@ SHARED = (
     "--ext-ssm-backend", "--seed",
 )  # fmt: skip
 """What of Megatron's flags concerns every job, and not training alone."""
+OF_DATA = ("--bf16", "--fp16", "--micro-batch-size", "--seed")
+"""Those of them that an evaluation settles itself."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +72,19 @@ def learning_rate(parameters: int) -> float:
 
 
 def split_flags(flags: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Flags by whom they concern: `prune`, `distill`, or `all` jobs.
+    """Flags by whom they concern: `prune`, `distill`, or `all` jobs; of these the `layout`.
 
     A value stays with its flag: it is what stands between it and the next flag.
     """
-    found: dict[str, list[str]] = {"prune": [], "distill": [], "all": []}
-    own: list[str] = []
+    found: dict[str, list[str]] = {"prune": [], "distill": [], "all": [], "layout": []}
+    own: tuple[str, ...] = ("distill",)
     for word in flags:
         if word.startswith("--"):
-            name = next(given_flags([word]))[0]
-            own = found["all" if name in SHARED else "prune" if name.startswith("--prune-") else "distill"]
-        own.append(word)
+            name = word.partition("=")[0]
+            own = ("prune",) if name.startswith("--prune-") else ("all",) if name in SHARED else ("distill",)
+            own += ("layout",) if name in SHARED and name not in OF_DATA else ()
+        for each in own:
+            found[each].append(word)
     return {name: tuple(words) for name, words in found.items()}
 
 
@@ -95,7 +98,7 @@ def stages(request: Request) -> list[Stage]:
         "--seq-length", str(request.sequence), "--global-batch-size", str(request.batch), *flags["all"],
     )  # fmt: skip
     verify = ("--verify",) if request.verify else ()
-    target = ("--prune-target-params", f"{request.to:g}") if request.to is not None else ()
+    target = ("--prune-target-params", str(request.to)) if request.to is not None else ()
 
     def measured(name: str) -> Stage:
         directory = out / "validation" / name
@@ -105,7 +108,7 @@ def stages(request: Request) -> list[Stage]:
     def asked(name: str) -> Stage:
         directory = out / "tasks" / name
         words = ("evaluate", str(out / name), "--save", str(directory), "--tasks", *request.tasks)
-        return Stage(f"ask {name}", (*words, *_layout(flags["all"])), directory)
+        return Stage(f"ask {name}", (*words, *flags["layout"]), directory)
 
     steps, lr = request.steps, learning_rate(request.parameters)
     training = (
@@ -144,15 +147,3 @@ def stages(request: Request) -> list[Stage]:
         words = ("data", "--out", str(out / "data"), "--tokenizer", f"{original}/huggingface", *inputs)
         found.insert(1, Stage("make the data set", words, out / "data", proof="manifest.json", parallel=False))
     return found
-
-
-def _layout(flags: Sequence[str]) -> tuple[str, ...]:
-    """Those of the flags of all jobs that a job takes which reads no data and trains nothing."""
-    kept: list[str] = []
-    keep = False
-    for word in flags:
-        if word.startswith("--"):
-            keep = word.partition("=")[0] not in ("--micro-batch-size", "--bf16", "--fp16", "--seed")
-        if keep:
-            kept.append(word)
-    return tuple(kept)

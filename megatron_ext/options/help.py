@@ -86,6 +86,8 @@ def parser_of(job: str, summary: str) -> argparse.ArgumentParser:
 def asked(words: Sequence[str]) -> str | None:
     """What `--help` on a command line asks for: `""` the short form, `all`, or a word; None if it is not there."""
     for place, word in enumerate(words):
+        if word.startswith("--help="):
+            return word.partition("=")[2]
         if word in ("-h", "--help"):
             after = words[place + 1] if place + 1 < len(words) else ""
             return "" if after.startswith("-") else after

@@ -28,6 +28,10 @@ def say(text: str) -> None:
     print(text, file=_people[-1] if _people else sys.stdout, flush=True)
 
 
+def _is_ours(record: logging.LogRecord) -> bool:
+    return record.name.partition(".")[0] == "megatron_ext"
+
+
 def hidden() -> bool:
     """Whether what is printed goes elsewhere at the moment."""
     return bool(_people)
@@ -64,7 +68,10 @@ class MegatronOutput(io.TextIOBase):
         sys.stdout = self
         handler = logging.StreamHandler(self)  # type: ignore[arg-type]
         handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-        root.handlers = [handler]
+        handler.addFilter(lambda record: not _is_ours(record))
+        ours = logging.StreamHandler()  # rank 0's has a handler of its own, and does not come here
+        ours.addFilter(_is_ours)
+        root.handlers = [handler, ours]
         logging.captureWarnings(True)
         return self
 

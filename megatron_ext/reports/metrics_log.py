@@ -169,8 +169,8 @@ def line_for_people(
     losses = [key for key in record if key.endswith("loss") and not key.startswith("val_")]
     for key in sorted(losses, key=lambda key: key != "loss"):
         parts.append(_shown(key.replace("_", " "), record[key], ".4f"))
-    parts.append(_shown("grad norm", record.get("grad_norm"), ".3g"))
-    parts.append(_shown("lr", record.get("learning_rate"), ".2e"))
+    for name, key, form in (("grad norm", "grad_norm", ".3g"), ("lr", "learning_rate", ".2e")):
+        parts.append(_shown(name, record[key], form) if key in record else "")
     if rate is not None:
         parts += [f"{rate:,.0f} {unit}/s", "" if share is None else f"MFU {rate * share:.0%}"]
     parts.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else "")
@@ -183,7 +183,7 @@ def line_for_people(
 
 
 def _shown(name: str, value: float | None, form: str) -> str:
-    return f"{name} {value:{form}}" if value is not None else ""
+    return f"{name} {value:{form}}" if value is not None else f"{name} not finite"
 
 
 def _note(record: dict[str, Any], unit: str) -> str:

@@ -141,6 +141,7 @@ def test_what_is_done_is_gone_on_with_and_another_one_is_refused(
         (["--to", "0.5", "--tokens", "2K", "--processes", "3", "--tensor-model-parallel-size", "3"], "does not divide"),
         (["--recipe", "nowhere.yaml"], "--recipe cannot be read"),
         (["--recipe", "nowhere.yaml", "--to", "0.5"], "the recipe says this"),
+        (["--recipe", "nowhere.yaml", "--split", "9,1,0"], "the recipe says this"),
     ],
 )
 def test_what_would_end_a_later_stage_is_refused_first(

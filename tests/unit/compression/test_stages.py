@@ -54,6 +54,7 @@ def test_each_flag_goes_to_whom_it_concerns() -> None:
         "all": ("--bf16", "--micro-batch-size", "2"),
         "prune": ("--prune-samples", "64"),
         "distill": ("--lr=3e-4", "--distill-loss", "jsd"),
+        "layout": (),
     }
 
 
@@ -84,6 +85,11 @@ def test_flags_reach_the_jobs_and_ours_come_before_the_users() -> None:
     for job in (cut, distilled, measured):
         assert "--bf16" in job
     assert found["distil the original into the rest"].steps == 1_000_000 // 4096
+
+
+def test_a_number_of_parameters_keeps_its_digits() -> None:
+    words = named(replace(REQUEST, to=93_750_552.0))["score, plan and cut"].words
+    assert float(words[words.index("--prune-target-params") + 1]) == 93_750_552
 
 
 def test_a_data_set_that_is_there_is_not_made() -> None:

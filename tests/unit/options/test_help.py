@@ -58,6 +58,7 @@ def test_each_flag_that_is_used_most_exists(capsys: pytest.CaptureFixture[str]) 
         (["-h"], ""),
         (["--help"], ""),
         (["--help", "--bf16"], ""),
+        (["--help=pipeline"], "pipeline"),
         (["--lr", "1", "--help", "all"], "all"),
     ],
 )

@@ -34,6 +34,14 @@ def test_it_goes_into_a_file_and_ours_is_printed(tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().out == "seen\n"
 
 
+def test_a_warning_of_ours_is_seen_on_any_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("megatron_ext.somewhere")
+    with pytest.MonkeyPatch.context() as patch, MegatronOutput():
+        patch.setattr(logging.getLogger("megatron_ext"), "propagate", True)  # as on every rank but the first
+        logger.warning("an image is left out")
+    assert "an image is left out" in capsys.readouterr().err
+
+
 def test_a_resumed_run_adds_to_its_file(tmp_path: Path) -> None:
     for text in ("first", "second"):
         with MegatronOutput() as output:

@@ -210,6 +210,11 @@ def test_a_run_that_goes_on_says_its_own_steps(path, capsys):
     assert said == ["step 1/2", "step 2/2", "step 3/4", "step 4/4"]
 
 
+def test_what_is_not_finite_is_said():
+    line = metrics_log.line_for_people({"step": 3, "loss": None, "grad_norm": None}, "tokens", 9)
+    assert line.startswith("step 3/9  loss not finite  grad norm not finite")
+
+
 @pytest.mark.parametrize(
     ("left", "expected"),
     [(7, "7.0 s"), (60, "60 s"), (119, "119 s"), (300, "5.0 min"), (5400, "90 min"), (90000, "25 h")],
