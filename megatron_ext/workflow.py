@@ -6,6 +6,7 @@ it. Ctrl-C and SIGTERM let it save; the same workflow goes on from there.
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -47,7 +48,7 @@ class Stage:
         words: The command line after `megatron-ext`.
         directory: Where its result goes.
         steps: Training steps, 0 for commands that do not train.
-        proof: What is in `directory` when a command that does not train is done; "": the directory itself.
+        output: What is in `directory` when a command that does not train is done; "": the directory itself.
         parallel: Whether it runs under the workflow's launcher.
     """
 
@@ -55,7 +56,7 @@ class Stage:
     words: tuple[str, ...]
     directory: Path
     steps: int = 0
-    proof: str = "results.json"
+    output: str = "results.json"
     parallel: bool = True
 
     @property
@@ -64,11 +65,11 @@ class Stage:
         if self.steps:
             metrics = self.directory / "metrics.jsonl"
             return (self.directory / f"iter_{self.steps:07d}" / "metadata.json").is_file() and metrics.is_file()
-        return (self.directory / self.proof).exists()
+        return (self.directory / self.output).exists()
 
 
 @contextmanager
-def heeding_signals() -> Iterator[None]:
+def stopping_on_signals() -> Iterator[None]:
     """In the block SIGTERM and Ctrl-C raise `Stopped`."""
     before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -100,7 +101,7 @@ def run(stages: Sequence[Stage], out: Path, launcher: Sequence[str], console: Co
         Stopped: It was told to stop, or this process was.
     """
     seconds = read_seconds(out)
-    with heeding_signals():
+    with stopping_on_signals():
         for stage in stages:
             if stage.done:
                 console.print(f"\n{stage.title}: already there, in {stage.directory}", highlight=False, soft_wrap=True)
@@ -127,7 +128,7 @@ def _stop(number: int, _: object) -> NoReturn:
 
 def _run(stage: Stage, out: Path, launcher: Sequence[str], console: Console) -> float:
     """Run one command with live progress; its wall time in seconds."""
-    log = out / "logs" / f"{stage.title.replace(' ', '-')}.log"
+    log = out / "logs" / f"{re.sub(r'\W+', '-', stage.title)}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     console.print(f"\n$ {command(stage, launcher)}", highlight=False, soft_wrap=True)
     # Spinning threads of several processes on few cores take each other's time.

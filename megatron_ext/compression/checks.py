@@ -28,7 +28,7 @@ PLACES = (
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Preflight:
     """What a compression is about.
 
     Attributes:
@@ -68,9 +68,9 @@ def architecture(model: Path) -> Architecture:
     return found
 
 
-def outlook(
+def preflight(
     original: Architecture, to: float | None, flags: Sequence[str], words: Sequence[str], ranks: int
-) -> Outlook:
+) -> Preflight:
     """Check what would end a later command, and find what the model becomes.
 
     Args:
@@ -101,7 +101,7 @@ def outlook(
     # Which layers go is not known yet: the widths of all of them bound memory and time from above.
     target = original if blocks and to is None else resolve(original, targets, original.pattern)
     target.validate(tp=run.args.tensor_model_parallel_size, pp=run.args.pipeline_model_parallel_size)
-    return Outlook(original, target, Layout.from_args(run.args))
+    return Preflight(original, target, Layout.from_args(run.args))
 
 
 @contextmanager

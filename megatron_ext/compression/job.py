@@ -14,7 +14,7 @@ from megatron_ext.compression.stages import DISTILLED, LONGEST, Request, batch_o
 from megatron_ext.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_ext.compression.checks import Outlook
+    from megatron_ext.compression.checks import Preflight
 
 WITH_A_RECIPE = ("to", "tokens", "data", "data_path", "split", "seq_length", "global_batch_size", "processes")
 
@@ -33,13 +33,13 @@ def main(args: argparse.Namespace) -> None:
             legal="--processes N, or --launcher WORDS",
         )
     out: Path = args.out
-    recipe, outlook = (_replayed(args), None) if args.recipe is not None else _asked(args)
+    recipe, preflight = (_replayed(args), None) if args.recipe is not None else _asked(args)
     model = args.model or recipe.model
     launcher = shlex.split(args.launcher) if args.launcher else list(recipe.launcher)
     todo = recipe.at(model, out)
     _check_place(out, recipe)
     if args.dry_run:
-        _show(todo, launcher, outlook)
+        _show(todo, launcher, preflight)
         return
     out.mkdir(parents=True, exist_ok=True)
     hold_run(out)
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
     console.print(f"\n[bold]{headline(found)}.[/bold]\n{out / 'report.md'}", highlight=False, soft_wrap=True)
 
 
-def _asked(args: argparse.Namespace) -> tuple[Recipe, "Outlook"]:
+def _asked(args: argparse.Namespace) -> tuple[Recipe, "Preflight"]:
     """The recipe of a command line, and what it is about."""
     if args.model is None or args.tokens is None:
         raise ConfigError("no model, or no budget of tokens", legal="compress MODEL --to 0.5 --tokens 2B --out DIR")
@@ -82,9 +82,9 @@ def _asked(args: argparse.Namespace) -> tuple[Recipe, "Outlook"]:
         "--seq-length", str(sequence), "--global-batch-size", str(batch),
         "--train-iters", str(request.steps), "--lr", "1e-4",
     ]  # fmt: skip
-    outlook = checks.outlook(original, args.to, flags, words, ranks)
+    preflight = checks.preflight(original, args.to, flags, words, ranks)
     launcher = shlex.split(args.launcher) if args.launcher else workflow.torchrun(ranks)
-    return Recipe.of(args.model, args.out, launcher, stages(request)), outlook
+    return Recipe.of(args.model, args.out, launcher, stages(request)), preflight
 
 
 def _replayed(args: argparse.Namespace) -> Recipe:
@@ -137,22 +137,20 @@ def _check_place(out: Path, recipe: Recipe) -> None:
     check_writable(out, "--out")
 
 
-def _show(todo: list[workflow.Stage], launcher: list[str], outlook: "Outlook | None") -> None:
+def _show(todo: list[workflow.Stage], launcher: list[str], preflight: "Preflight | None") -> None:
     """Print the commands, and what is known of the models, of memory and of time."""
     for stage in todo:
         done = " (done)" if stage.done else ""
         print(f"# {stage.title}{done}\n{workflow.command(stage, launcher)}\n")
-    if outlook is None:
+    if preflight is None:
         return
     from megatron_ext.training.dry_run import shown
 
-    before, after = (arch.num_parameters() for arch in (outlook.original, outlook.target))
+    before, after = (arch.num_parameters() for arch in (preflight.original, preflight.target))
     steps = next(stage.steps for stage in todo if stage.directory.name == DISTILLED)
-    tokens = steps * outlook.layout.tokens
+    tokens = steps * preflight.layout.tokens
     print(f"parameters:     {before:,} to {after:,} ({after / before:.0%})")
-    print(f"distillation:   {steps:,} steps of {outlook.layout.tokens:,} tokens, {tokens:,} in all")
-    print(f"memory per GPU: {shown(outlook.memory)}")
-    hours = outlook.seconds("h100") * steps / 3600
-    print(
-        f"time:           {hours:,.2f} h of distillation on {outlook.layout.gpus} H100 at 45% of their peak (estimated)"
-    )
+    print(f"distillation:   {steps:,} steps of {preflight.layout.tokens:,} tokens, {tokens:,} in all")
+    print(f"memory per GPU: {shown(preflight.memory)}")
+    hours, gpus = preflight.seconds("h100") * steps / 3600, preflight.layout.gpus
+    print(f"time:           {hours:,.2f} h of distillation on {gpus} H100 at 45% of their peak (estimated)")

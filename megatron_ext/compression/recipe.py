@@ -17,9 +17,9 @@ HEAD = """\
 # What `megatron-ext compress` runs, in order. Edit it, and replay it in a new directory:
 #   megatron-ext compress [ANOTHER_MODEL] --recipe recipe.yaml --out NEW_DIRECTORY
 # {model} and {out} stand for the model and the directory, steps for those of a training. A stage is done, and left
-# out, when its proof is in its directory.
+# out, when its output is in its directory.
 """
-FIELDS = {"title": str, "words": list, "directory": str, "steps": int, "proof": str, "parallel": bool}
+FIELDS = {"title": str, "words": list, "directory": str, "steps": int, "output": str, "parallel": bool}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Recipe:
         """Write it, whole or not at all."""
         stages = [
             {"title": stage.title, "words": list(stage.words), "directory": str(stage.directory), "steps": stage.steps,
-             "proof": stage.proof, "parallel": stage.parallel}
+             "output": stage.output, "parallel": stage.parallel}
             for stage in self.stages
         ]  # fmt: skip
         content = {"model": str(self.model), "launcher": list(self.launcher), "stages": stages}
@@ -108,4 +108,4 @@ def _renamed(stage: Stage, names: dict[str, str]) -> Stage:
         return word
 
     words = tuple(map(rename, stage.words))
-    return Stage(stage.title, words, Path(rename(str(stage.directory))), stage.steps, stage.proof, stage.parallel)
+    return Stage(stage.title, words, Path(rename(str(stage.directory))), stage.steps, stage.output, stage.parallel)

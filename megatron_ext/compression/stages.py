@@ -119,12 +119,12 @@ def stages(request: Request) -> list[Stage]:
     found = [
         Stage(
             "convert the model", ("convert", "--from", "hf", "--to", "megatron", str(request.model), original, *verify),
-            out / ORIGINAL, proof="latest_checkpointed_iteration.txt", parallel=False,
+            out / ORIGINAL, output="latest_checkpointed_iteration.txt", parallel=False,
         ),
         measured(ORIGINAL),  # first, because it finds out what is wrong with the data
         Stage(
             "score, plan and cut", ("prune", "--load", original, "--save", pruned, *target, *data, *flags["prune"]),
-            out / PRUNED, proof="plan.json",
+            out / PRUNED, output="plan.json",
         ),
         measured(PRUNED),
         Stage(
@@ -139,11 +139,11 @@ def stages(request: Request) -> list[Stage]:
             "convert it back",
             ("convert", "--from", "megatron", "--to", "hf", distilled, str(out / EXPORTED), "--like", original,
              *verify),
-            out / EXPORTED, proof="config.json", parallel=False,
+            out / EXPORTED, output="config.json", parallel=False,
         ),
     ]  # fmt: skip
     if not request.data_path:
         inputs = ("--input", *map(str, request.data)) if request.data else ()
         words = ("data", "--out", str(out / "data"), "--tokenizer", f"{original}/huggingface", *inputs)
-        found.insert(1, Stage("make the data set", words, out / "data", proof="manifest.json", parallel=False))
+        found.insert(1, Stage("make the data set", words, out / "data", output="manifest.json", parallel=False))
     return found

@@ -13,7 +13,7 @@ from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.gpt import to_args
 from megatron_ext.inference.session import NO_DATA
 from megatron_ext.models.megatron_args import REPEATED, functional_arguments
-from megatron_ext.reports.megatron_output import quiet
+from megatron_ext.reports.megatron_output import suppressed_output
 from megatron_ext.training.command_line import parse_command_line
 from megatron_ext.training.job import FORWARD_ONLY, Job, RunConfig
 
@@ -41,13 +41,13 @@ def megatron_logits(checkpoint: Path, inputs: list[Tensor], twin: Path | None = 
 
     started = replace(started, args=_as_trained(started.args, checkpoint))
     set_args(started.args)
-    with quiet():
+    with suppressed_output():
         (model,) = load_model(started)
     logits = _logits(model, inputs)
     if twin is not None:
         del model
         gc.collect()
-        with quiet():
+        with suppressed_output():
             (model,) = _load_gpt(started, twin)
         logits += _logits(model, inputs)
     torch.distributed.destroy_process_group()

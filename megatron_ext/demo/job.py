@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
         ConfigError: The directory is of a demo with other settings.
         StageError: A command failed; says where its log is.
     """
-    with workflow.heeding_signals():
+    with workflow.stopping_on_signals():
         _run(args)
 
 
@@ -145,7 +145,7 @@ def stages(out: Path) -> list[Stage]:
             HALVED,
             ("prune", "--load", teacher, "--save", pruned, "--prune-target-params", "0.5", "--prune-samples", "128",
              *data),
-            out / "pruned", proof="plan.json",
+            out / "pruned", output="plan.json",
         ),
         train(
             "distilled", "distil the teacher into the half", "distill",

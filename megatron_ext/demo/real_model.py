@@ -127,10 +127,10 @@ def first_stages(out: Path, size: Size, file: Path) -> list[Stage]:
     data = ("data", "--out", str(out / "data"), "--input", str(out / "texts" / "train.jsonl"))
     mlps = ("prune", "--load", original, "--save", str(out / WITHOUT_MLPS), "--prune-scores", scores)
     return [
-        Stage("convert it from GGUF", convert, out / ORIGINAL, proof="latest_checkpointed_iteration.txt",
+        Stage("convert it from GGUF", convert, out / ORIGINAL, output="latest_checkpointed_iteration.txt",
               parallel=False),
         Stage("tokenize the texts", (*data, "--tokenizer", f"{original}/huggingface"), out / "data",
-              proof="manifest.json", parallel=False),
+              output="manifest.json", parallel=False),
         *(
             Stage(
                 f"prune by {metric}",
@@ -138,12 +138,12 @@ def first_stages(out: Path, size: Size, file: Path) -> list[Stage]:
                  "--prune-depth-metric", metric, "--prune-samples", str(size.samples),
                  *(("--prune-depth-samples", str(size.depth_samples)) if metric == "loss" else ()),
                  *_data(out, size)),
-                out / cut(metric), proof="plan.json",
+                out / cut(metric), output="plan.json",
             )
             for metric in METRICS
         ),
         Stage("prune MLPs instead", (*mlps, "--prune-mlp-layers", SHARE, *shapes), out / WITHOUT_MLPS,
-              proof="plan.json", parallel=False),
+              output="plan.json", parallel=False),
         *(_measure(out, size, name) for name in (ORIGINAL, *map(cut, METRICS), WITHOUT_MLPS)),
     ]  # fmt: skip
 
@@ -167,17 +167,17 @@ def last_stages(out: Path, size: Size, best: str) -> list[Stage]:
                 f"ask {name}",
                 ("generate", str(out / name), "--chat", "--prompts", str(out / "texts" / "questions.jsonl"),
                  "--output", str(out / "answers" / f"{name}.jsonl"), "--max-new-tokens", "40"),
-                out / "answers", proof=f"{name}.jsonl", parallel=False,
+                out / "answers", output=f"{name}.jsonl", parallel=False,
             )
             for name in (ORIGINAL, best, DISTILLED)
         ),
         Stage("convert back to Hugging Face",
               (*back, "--to", "hf", str(distilled), str(out / "huggingface"), "--like", str(out / ORIGINAL)),
-              out / "huggingface", proof="config.json", parallel=False),
+              out / "huggingface", output="config.json", parallel=False),
         Stage("convert back to GGUF",
               (*back, "--to", "gguf", str(distilled), str(out / GGUF), "--like", str(out / ORIGINAL),
                "--dtype", "q8_0"),
-              out / GGUF, proof="README.md", parallel=False),
+              out / GGUF, output="README.md", parallel=False),
     ]  # fmt: skip
 
 

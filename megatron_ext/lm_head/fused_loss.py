@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_ext.lm_head.divergences import TopK
 from megatron_ext.lm_head.objective import Objective
-from megatron_ext.lm_head.softcap import slope, softcap_
+from megatron_ext.lm_head.softcap import softcap_, softcap_grad
 from megatron_ext.lm_head.vocab_parallel import VocabParallel
 from megatron_ext.models.loss_buffers import CHUNK, KEPT
 from megatron_ext.platform.main_grad import add, add_to_main_grad, main_grad
@@ -123,7 +123,7 @@ def run_chunks(
         own, other = logits[: rows.stop - start], teacher
         torch.mm(hidden[rows], weight.T, out=own)
         softcap_(own, comparison.softcap)
-        steepness = slope(own, comparison.softcap) if gradients is not None else None
+        steepness = softcap_grad(own, comparison.softcap) if gradients is not None else None
         if isinstance(teacher, LMHead):
             other = torch.mm(teacher.hidden[rows], teacher.weight.T, out=target[0][: rows.stop - start])
             softcap_(other, teacher.softcap)

@@ -15,6 +15,6 @@ def softcap_(logits: Float[Tensor, "*n v"], cap: float | None) -> None:
         logits.div_(cap).tanh_().mul_(cap)
 
 
-def slope(capped: Float[Tensor, "*n v"], cap: float | None) -> Float[Tensor, "*n v"] | None:
+def softcap_grad(capped: Float[Tensor, "*n v"], cap: float | None) -> Float[Tensor, "*n v"] | None:
     """The derivative where the result is `capped`, 1 - (capped / cap)^2; None where there is no cap."""
     return None if cap is None else 1 - (capped / cap).square_()

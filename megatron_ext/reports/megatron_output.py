@@ -20,25 +20,25 @@ VERBOSE = "MEGATRON_EXT_VERBOSE"
 FOLDER = "logs"
 HELD = 2000  # lines, until there is a file to write them to
 LAST = 15  # lines that are shown where it ends badly, and there is no file
-_people: list[TextIO] = []
+_stdout: list[TextIO] = []
 
 
 def say(text: str) -> None:
     """Print a line of the job's own, also where Megatron's are not shown."""
-    print(text, file=_people[-1] if _people else sys.stdout, flush=True)
+    print(text, file=_stdout[-1] if _stdout else sys.stdout, flush=True)
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
     return record.name.partition(".")[0] == "megatron_ext"
 
 
-def hidden() -> bool:
+def is_suppressed() -> bool:
     """Whether what is printed goes elsewhere at the moment."""
-    return bool(_people)
+    return bool(_stdout)
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def suppressed_output() -> Iterator[None]:
     """Without what Megatron says inside the block, such as its several hundred arguments, which are in config.yaml."""
     if os.environ.get(VERBOSE):
         yield
@@ -64,7 +64,7 @@ class MegatronOutput(io.TextIOBase):
             return self
         root = logging.getLogger()
         self._before = {"stdout": sys.stdout, "handlers": root.handlers[:], "show": warnings.showwarning}
-        _people.append(_people[-1] if _people else sys.stdout)
+        _stdout.append(_stdout[-1] if _stdout else sys.stdout)
         sys.stdout = self
         handler = logging.StreamHandler(self)  # type: ignore[arg-type]
         handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
@@ -105,9 +105,9 @@ class MegatronOutput(io.TextIOBase):
         logging.captureWarnings(False)
         sys.stdout, logging.getLogger().handlers = self._before["stdout"], self._before["handlers"]
         warnings.showwarning = self._before["show"]
-        _people.pop()
+        _stdout.pop()
         self._before = {}
-        if isinstance(error, Exception) and not _people:
+        if isinstance(error, Exception) and not _stdout:
             lines = "".join(self._held).splitlines()[-LAST:]
             told = f"in {self._file.name}" if self._file else "\n  " + "\n  ".join(lines)
             if self._file or lines:

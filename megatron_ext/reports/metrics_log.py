@@ -20,7 +20,7 @@ from megatron_ext.reports.metrics_file import key_of, read_metrics
 from megatron_ext.reports.progress import Progress
 
 VALIDATION = " validation"
-PEOPLE = "training.log"
+LOG = "training.log"
 LINE_SECONDS = 10
 SCALES = ((3600, "h"), (60, "min"), (1, "s"))
 
@@ -120,9 +120,9 @@ class MetricsLog:
         left = None
         if self._train_iters and step < self._train_iters:
             left = (now - self._begun) / (step - self._first) * (self._train_iters - step)
-        text = line_for_people(self._record, self._unit, self._train_iters, left, self._share)
+        text = log_line(self._record, self._unit, self._train_iters, left, self._share)
         self._shown.say(text)
-        with self.path.with_name(PEOPLE).open("a", encoding="utf-8") as file:
+        with self.path.with_name(LOG).open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
 
     def flush(self) -> None:
@@ -152,7 +152,7 @@ def _line(record: dict[str, Any]) -> str:
     return json.dumps(record) + "\n"
 
 
-def line_for_people(
+def log_line(
     record: dict[str, Any], unit: str, last: int | None, left: float | None = None, share: float | None = None
 ) -> str:
     """A step in one line of a terminal.

@@ -5,7 +5,7 @@ import sys
 import time
 from typing import Any, Literal
 
-from megatron_ext.reports.megatron_output import hidden, say
+from megatron_ext.reports.megatron_output import is_suppressed, say
 
 LINE_SECONDS = 10
 
@@ -102,6 +102,6 @@ class Progress:
         note = progress.TextColumn("{task.fields[note]}")
         columns: Any = (self.what, progress.BarColumn(), *counted, progress.TimeRemainingColumn(), note)
         # What is printed meanwhile appears above the bar; but not what is hidden.
-        bar = progress.Progress(*columns, console=Console(stderr=True), redirect_stdout=not hidden())
+        bar = progress.Progress(*columns, console=Console(stderr=True), redirect_stdout=not is_suppressed())
         bar.add_task(self.what, total=self.total, completed=self.done, note="")
         return bar

@@ -27,7 +27,7 @@ from megatron_ext.options import early_flags, readable
 from megatron_ext.options.fields import add_options, read_options
 from megatron_ext.options.help import program_name
 from megatron_ext.options.unsupported import check_flags
-from megatron_ext.reports.megatron_output import quiet
+from megatron_ext.reports.megatron_output import suppressed_output
 from megatron_ext.training.job import Job, RunConfig
 from megatron_ext.training.run_directory import check_save
 
@@ -93,7 +93,7 @@ def parse_command_line(job: Job, argv: Sequence[str] | None = None) -> RunConfig
         else:
             check_save(Path(args.save), job.name, early.load)
     tell_megatron(begins, args)
-    with readable.readable(args, parsers[0]), quiet():
+    with readable.readable(args, parsers[0]), suppressed_output():
         validate_args(args, {})
     if family.reads_text:
         _check_tokenizer(args, begins)
@@ -102,7 +102,7 @@ def parse_command_line(job: Job, argv: Sequence[str] | None = None) -> RunConfig
     if args.tokenizer_type is None:
         given_by_data = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model DIR/tokenizer"
         raise ConfigError("no tokenizer given", legal=f"{given_by_data}, as `megatron-ext data` prints")
-    with readable.readable(args, parsers[0]), quiet():
+    with readable.readable(args, parsers[0]), suppressed_output():
         set_global_variables(args)
     model: Any = family.from_args(args)
     family.check_layout(args, model)
@@ -120,7 +120,7 @@ def parse_command_line(job: Job, argv: Sequence[str] | None = None) -> RunConfig
     if not isinstance(model, Architecture):  # whose checkpoints say it by Megatron's own arguments
         args.ext_family, args.ext_model = family.name, model.to_dict() | {"num_parameters": model.num_parameters()}
     check_continues(begins, args)
-    with readable.readable(args, parsers[0]), quiet():
+    with readable.readable(args, parsers[0]), suppressed_output():
         family.config(args, model)  # whose fields refuse one another, too
     if begins is not None:  # last, because it takes as long as reading it
         verify_start(begins.step, args, begins.continues)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from megatron_ext.reports.megatron_output import quiet
+from megatron_ext.reports.megatron_output import suppressed_output
 from megatron_ext.reports.metrics_file import key_of
 from megatron_ext.training.job import RunConfig, task_of
 
@@ -28,7 +28,7 @@ def start(run: RunConfig) -> None:
 
     run.args.skip_train = True  # no optimizer, no gradient buffers
     run.args.eval_micro_batch_size = run.args.micro_batch_size  # that of a validation between steps of training
-    with quiet():
+    with suppressed_output():
         initialize_megatron()
 
 
@@ -72,7 +72,7 @@ def build_model(run: RunConfig, config: Any = None) -> list[Any]:
         config.pre_wrap_hooks = [*config.pre_wrap_hooks, extra.build]
     container = pretrain_cfg_container_from_args(run.args, config)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    with quiet():
+    with suppressed_output():
         model, _, _ = setup_model_and_optimizer(
             ModelType.encoder_or_decoder, cfg_container=container, pg_collection=groups
         )
@@ -218,7 +218,7 @@ def _loader(run: RunConfig, task: "Task", split: str, samples: int | None, stage
     from megatron.training.datasets.data_samplers import build_pretraining_data_loader
 
     wanted = (samples, 0, 0) if split == "train" else (0, samples, 0)
-    with quiet():
+    with suppressed_output():
         dataset = task.datasets(wanted, vp_stage=stage)[0 if split == "train" else 1]
     count = torch.tensor([len(dataset) if dataset is not None else 0], device=torch.cuda.current_device())
     torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)

@@ -53,7 +53,7 @@ def test_a_training_is_done_when_its_last_step_is_saved(tmp_path: Path) -> None:
 
 
 def test_another_command_is_done_when_its_proof_is_there(tmp_path: Path) -> None:
-    measured, converted = (Stage("", (), tmp_path / "it", proof=proof) for proof in ("results.json", ""))
+    measured, converted = (Stage("", (), tmp_path / "it", output=output) for output in ("results.json", ""))
     assert not measured.done
     assert not converted.done
     (tmp_path / "it").mkdir()
@@ -75,7 +75,7 @@ def test_what_is_done_is_not_done_again_and_its_time_is_kept(tmp_path: Path, mon
     marked.write_text(f"#!{sys.executable}\nimport pathlib, sys\npathlib.Path(sys.argv[-1]).mkdir()\n")
     marked.chmod(0o755)
     monkeypatch.setattr(workflow, "sys", SimpleNamespace(executable=str(marked)))
-    stages = [Stage(name, (str(tmp_path / name),), tmp_path / name, proof="", parallel=False) for name in ("a", "b")]
+    stages = [Stage(name, (str(tmp_path / name),), tmp_path / name, output="", parallel=False) for name in ("a", "b")]
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     first = workflow.run(stages[:1], tmp_path, (), QUIET)
     assert first["a"] > 0

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.reports.megatron_output import VERBOSE, MegatronOutput, hidden, quiet, say
+from megatron_ext.reports.megatron_output import VERBOSE, MegatronOutput, is_suppressed, say, suppressed_output
 
 
 def everything_at_once() -> None:
@@ -19,7 +19,7 @@ def everything_at_once() -> None:
 def test_it_goes_into_a_file_and_ours_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     handlers, show = logging.getLogger().handlers[:], warnings.showwarning
     with MegatronOutput() as output:
-        assert hidden()
+        assert is_suppressed()
         everything_at_once()
         output.write_to(tmp_path, 3)
         print("later")
@@ -27,7 +27,7 @@ def test_it_goes_into_a_file_and_ours_is_printed(tmp_path: Path, capsys: pytest.
     kept = (tmp_path / "logs" / "megatron-rank-3.log").read_text()
     for text in ("a parameter\n", "WARNING megatron.core: deprecated\n", "experimental", "later\n"):
         assert text in kept
-    assert not hidden()
+    assert not is_suppressed()
     assert logging.getLogger().handlers == handlers
     assert warnings.showwarning is show
     print("seen")
@@ -81,17 +81,17 @@ def test_an_end_that_is_meant_says_nothing(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.filterwarnings("default")
 def test_quiet_blocks_may_lie_in_one_another(capsys: pytest.CaptureFixture[str]) -> None:
-    with quiet():
-        with quiet():
+    with suppressed_output():
+        with suppressed_output():
             everything_at_once()
-        print("hidden, too")
+        print("is_suppressed, too")
         say("still ours")
     assert capsys.readouterr() == ("ours\nstill ours\n", "")
 
 
 def test_all_of_it_can_be_seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv(VERBOSE, "1")
-    with quiet(), MegatronOutput() as output:
+    with suppressed_output(), MegatronOutput() as output:
         output.write_to(Path("nowhere"), 0)
         print("a parameter")
     assert capsys.readouterr().out == "a parameter\n"

@@ -211,7 +211,7 @@ def test_a_run_that_goes_on_says_its_own_steps(path, capsys):
 
 
 def test_what_is_not_finite_is_said():
-    line = metrics_log.line_for_people({"step": 3, "loss": None, "grad_norm": None}, "tokens", 9)
+    line = metrics_log.log_line({"step": 3, "loss": None, "grad_norm": None}, "tokens", 9)
     assert line.startswith("step 3/9  loss not finite  grad norm not finite")
 
 
@@ -221,6 +221,6 @@ def test_what_is_not_finite_is_said():
 )
 def test_time_is_told_in_its_scale(left, expected):
     record = {"step": 1, "tokens_per_second": 2_000.0}
-    line = metrics_log.line_for_people(record, "tokens", 9, left=left, share=2e-4)
+    line = metrics_log.log_line(record, "tokens", 9, left=left, share=2e-4)
     assert line.endswith(f"{expected} left")
     assert "2,000 tokens/s  MFU 40%" in line
