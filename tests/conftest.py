@@ -1,6 +1,7 @@
 """For every test: shapes in signatures are checked, and GPU tests run only where there is a GPU."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -33,6 +34,9 @@ install_import_hook(CHECKED, "beartype.beartype")
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 RANKS = {name: os.environ.get(name) for name in NAMES}
 
+# What ends a process. A handler that a test leaves behind is one of its forks, too, and lets none of a pool's end.
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
 HAS_GPU = torch.cuda.is_available()  # asked once, before a test makes the CPU look like one
 
 # What tests start (torchrun workers, our own programs) inherits this: two busy thread pools on one core are slow.
@@ -64,9 +68,11 @@ def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _no_ranks_left_over():
-    """Programs that later tests start must not take themselves for ranks of a job that was only validated."""
+def _nothing_left_over():
+    """Programs that later tests start are no ranks of a job that was only validated, and end when they are told to."""
     yield
+    for number, handler in HANDLERS.items():
+        signal.signal(number, handler)
     for name, value in RANKS.items():
         if value is None:
             os.environ.pop(name, None)

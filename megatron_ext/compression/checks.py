@@ -17,9 +17,10 @@ from megatron_ext.models.training_cost import GPUS, Layout, TeacherSetup, memory
 from megatron_ext.pruning.budget import resolve
 from megatron_ext.pruning.options import PruneOptions
 from megatron_ext.training.command_line import parse_command_line
-from megatron_ext.training.job import STOPPABLE, Job
+from megatron_ext.training.job import Job
 
-JOB = Job("compress", options={"prune": PruneOptions, "distill": DistillOptions}, defaults=STOPPABLE)
+JOB = Job("compress", options={"prune": PruneOptions, "distill": DistillOptions})
+"""What the flags are checked by; not `STOPPABLE`, because Megatron would take this process's signals."""
 PLACES = (
     "--load", "--save", "--pretrained-checkpoint", "--train-iters", "--data-path", "--tokenizer-model", "--preset",
     "--distill-teacher", "--prune-plan", "--prune-scores",

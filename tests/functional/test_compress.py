@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,9 +117,10 @@ def test_what_is_done_is_gone_on_with_and_another_one_is_refused(
 ) -> None:
     out, data = workspace.path / "compressed", workspace.path / "data" / "text_document"
     words = ["compress", str(model), "--out", str(out), "--data-path", str(data), *FLAGS, "--dry-run"]
-    before = dict(os.environ)
+    before, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
     assert cli.main(words) == 0
     assert dict(os.environ) == before, "the ranks that are started later must not take themselves for others"
+    assert signal.getsignal(signal.SIGTERM) == handler, "Megatron must not take the signals of this process"
     said = capsys.readouterr().out
     assert said.count("(done)") == len(made)
     assert "distillation:   3 steps of 512 tokens, 1,536 in all" in said
